@@ -1,0 +1,70 @@
+"""The decode head folded: each stage's branch and its slice of the fuse convolution become one product.
+
+Branch, bilinear upsampling and fuse convolution are linear, and a product over channels commutes with an
+upsampling over space; so the product is taken at the stage's own, smaller resolution. The branches' biases pass
+through upsampling unchanged and end, summed, before the BatchNorm, which subtracts them again: they move into its
+running mean, exactly, in training as in evaluation. BatchNorm itself stays apart, so a folded head trains.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from segprune.model import DecodeHead, SegFormer
+
+
+def fold_decoder(model: SegFormer) -> SegFormer:
+    """A new network with the same logits (to rounding) and a folded head; `model` is left as it was."""
+    if model.spec.folded:
+        return copy.deepcopy(model)
+    spec = replace(model.spec, branch_dims=None)
+    return _with_head(model, DecodeHead(spec), spec.branch_dims, _folded_state(model.decode_head))
+
+
+def unfold_decoder(model: SegFormer) -> SegFormer:
+    """The inverse for files that other tools read: linear_c are the products, fuse adds them up."""
+    if not model.spec.folded:
+        return copy.deepcopy(model)
+    dims = (model.spec.decoder_dim,) * len(model.spec.stages)
+    spec = replace(model.spec, branch_dims=dims)
+    return _with_head(model, DecodeHead(spec), dims, _unfolded_state(model.decode_head))
+
+
+def _with_head(
+    model: SegFormer, head: DecodeHead, branch_dims: tuple[int, ...] | None, state: dict[str, Tensor]
+) -> SegFormer:
+    old = model.decode_head
+    memo = {id(old): head}  # deepcopy then takes the new head where the old one stood
+    head.load_state_dict(state)
+    head.to(old.classifier.weight).train(old.training)
+    new = copy.deepcopy(model, memo)
+    new.spec = replace(model.spec, branch_dims=branch_dims)
+    return new
+
+
+def _folded_state(head: DecodeHead) -> dict[str, Tensor]:
+    assert head.fuse is not None
+    state = {k: v for k, v in head.state_dict().items() if not k.startswith(("branches.", "fuse."))}
+    sizes = [branch.out_features for branch in reversed(head.branches)]
+    slices = head.fuse.weight.detach().double().flatten(1).split(sizes, dim=1)[::-1]  # c1 … c4, each D E
+    bias = torch.zeros_like(head.norm.running_mean, dtype=torch.float64)
+    for i, (branch, fuse) in enumerate(zip(head.branches, slices, strict=True)):
+        state[f"branches.{i}.weight"] = fuse @ branch.weight.detach().double()  # D E · E C -> D C
+        bias += fuse @ branch.bias.detach().double()
+    state["norm.running_mean"] = head.norm.running_mean.double() - bias
+    return state
+
+
+def _unfolded_state(head: DecodeHead) -> dict[str, Tensor]:
+    state = head.state_dict()
+    weight = head.classifier.weight
+    dim, stages = weight.shape[1], len(head.branches)
+    for i in range(stages):
+        state[f"branches.{i}.bias"] = weight.new_zeros(dim)
+    identity = torch.eye(dim, dtype=weight.dtype, device=weight.device)
+    state["fuse.weight"] = identity.repeat(1, stages)[:, :, None, None]
+    return state

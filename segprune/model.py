@@ -1,0 +1,246 @@
+"""SegFormer: hierarchical MiT encoder and all-MLP decode head, dense, folded or pruned.
+
+Written from "SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers"
+(arXiv 2105.15203). Shapes: B batch, C channels, H W the map's height and width, N = H·W tokens, M the
+reduced number of tokens, h heads. Maps lie channels-last in memory, so that B N C tokens and B C H W maps
+are views of each other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segprune.spec import BlockSpec, Numerics, Spec, StageSpec
+
+
+def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, (height, width))  # B N C -> B C H W
+
+
+def to_tokens(maps: Tensor) -> Tensor:
+    return maps.flatten(2).transpose(1, 2)  # B C H W -> B N C
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): while training, a sample's whole branch is dropped."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = x.new_empty((x.shape[0], 1, 1)).bernoulli_(1.0 - self.rate)
+        return x * keep / (1.0 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patch embedding: a strided convolution, then a LayerNorm over the channels."""
+
+    def __init__(self, in_channels: int, stage: StageSpec, eps: float) -> None:
+        super().__init__()
+        kernel = stage.kernel_size
+        self.proj = nn.Conv2d(in_channels, stage.width, kernel, stride=stage.stride, padding=kernel // 2)
+        self.norm = nn.LayerNorm(stage.width, eps=eps)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
+        x = self.proj(x)
+        height, width = x.shape[2:]
+        return self.norm(to_tokens(x)), height, width
+
+
+class Attention(nn.Module):
+    """Efficient self-attention: keys and values come from a map reduced by a strided convolution.
+
+    Query/key and value widths may differ, and the scale is stored: after channels are cut, the products of
+    those that stay are scaled as they were trained.
+    """
+
+    def __init__(self, width: int, block: BlockSpec, reduction_ratio: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = block.num_heads
+        self.qk_scale = block.qk_scale
+        source = width if block.reduction_dim is None else block.reduction_dim
+        self.q = nn.Linear(width, block.num_heads * block.qk_dim)
+        self.k = nn.Linear(source, block.num_heads * block.qk_dim)
+        self.v = nn.Linear(source, block.num_heads * block.v_dim)
+        self.proj = nn.Linear(block.num_heads * block.v_dim, width)
+        if block.reduction_dim is None:
+            self.sr, self.norm = None, None
+        else:
+            self.sr = nn.Conv2d(width, block.reduction_dim, reduction_ratio, stride=reduction_ratio)
+            self.norm = nn.LayerNorm(block.reduction_dim, eps=eps)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        source = x
+        if self.sr is not None and self.norm is not None:
+            source = self.norm(to_tokens(self.sr(to_map(x, height, width))))  # B N C -> B M C
+        q, k, v = (self._split(t) for t in (self.q(x), self.k(source), self.v(source)))
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.qk_scale)  # B h N v_dim
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # B N h·d -> B h N d
+
+
+class Mlp(nn.Module):
+    """Mix-FFN: between its two linear layers a 3×3 depth-wise convolution brings in positions."""
+
+    def __init__(self, width: int, ffn_dim: int, gelu: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, ffn_dim)
+        self.dwconv = nn.Conv2d(ffn_dim, ffn_dim, 3, padding=1, groups=ffn_dim)
+        self.act = nn.GELU(approximate=gelu)
+        self.fc2 = nn.Linear(ffn_dim, width)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        hidden = to_tokens(self.dwconv(to_map(self.fc1(x), height, width)))
+        return self.fc2(self.act(hidden))
+
+
+class Block(nn.Module):
+    def __init__(self, stage: StageSpec, block: BlockSpec, numerics: Numerics, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
+        self.attn = Attention(stage.width, block, stage.reduction_ratio, numerics.embed_norm_eps)
+        self.norm2 = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
+        self.mlp = Mlp(stage.width, block.ffn_dim, numerics.gelu)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), height, width))
+        return x + self.drop_path(self.mlp(self.norm2(x), height, width))
+
+
+class Stage(nn.Module):
+    def __init__(self, in_channels: int, stage: StageSpec, numerics: Numerics, drop_paths: list[float]) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(in_channels, stage, numerics.embed_norm_eps)
+        self.blocks = nn.ModuleList(
+            Block(stage, block, numerics, rate) for block, rate in zip(stage.blocks, drop_paths, strict=True)
+        )
+        self.norm = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, height, width = self.patch_embed(x)
+        for block in self.blocks:
+            tokens = block(tokens, height, width)
+        return to_map(self.norm(tokens), height, width)
+
+
+class Encoder(nn.Module):
+    """Mix Transformer. Images B 3 H W to four maps B C_s H/4·2^(s-1) W/4·2^(s-1)."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        depth = sum(len(stage.blocks) for stage in spec.stages)
+        rates = [spec.numerics.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.stages = nn.ModuleList()
+        in_channels = 3
+        for stage in spec.stages:
+            here, rates = rates[: len(stage.blocks)], rates[len(stage.blocks) :]
+            self.stages.append(Stage(in_channels, stage, spec.numerics, here))
+            in_channels = stage.width
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+class DecodeHead(nn.Module):
+    """All-MLP decode head; four maps in, logits B K H/4 W/4 out.
+
+    As published, each map goes through its branch, is upsampled to a quarter of the input's size, and the
+    concatenation c4, c3, c2, c1 through `fuse`. Folded (`branch_dims` None), branch and slice of `fuse` are one
+    product per stage, taken before upsampling, and the upsampled maps are summed: see segprune/fold.py.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        numerics, dim = spec.numerics, spec.decoder_dim
+        folded = spec.branch_dims is None
+        branch_dims = (dim,) * len(spec.stages) if spec.branch_dims is None else spec.branch_dims
+        self.branches = nn.ModuleList(
+            nn.Linear(stage.width, branch, bias=not folded)
+            for stage, branch in zip(spec.stages, branch_dims, strict=True)
+        )
+        self.fuse = None if folded else nn.Conv2d(sum(branch_dims), dim, 1, bias=False)
+        self.norm = nn.BatchNorm2d(dim, eps=numerics.bn_eps, momentum=numerics.bn_momentum)
+        self.act = nn.ReLU()
+        dropout = nn.Dropout2d if numerics.head_dropout_kind == "2d" else nn.Dropout
+        self.dropout = dropout(numerics.head_dropout)
+        self.classifier = nn.Conv2d(dim, spec.num_classes, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        size = maps[0].shape[2:]
+        branched = [
+            self._resize(to_map(branch(to_tokens(x)), *x.shape[2:]), size)
+            for branch, x in zip(self.branches, maps, strict=True)
+        ]
+        if self.fuse is None:
+            fused = branched[0] + branched[1] + branched[2] + branched[3]
+        else:
+            fused = self.fuse(torch.cat(branched[::-1], dim=1))
+        return self.classifier(self.dropout(self.act(self.norm(fused))))
+
+    @staticmethod
+    def _resize(x: Tensor, size: torch.Size) -> Tensor:
+        if x.shape[2:] == size:
+            return x
+        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class SegFormer(nn.Module):
+    """The whole network: normalised images B 3 H W in, logits B K H W out, K classes.
+
+    H and W are at least 32 (the last stage has a 32nd of each); other multiples than of 32 are allowed.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.decode_head = DecodeHead(spec)
+        self.apply(_init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(x.shape)
+        logits = self.decode_head(self.encoder(x))  # B K H/4 W/4
+        return F.interpolate(
+            logits, size=x.shape[2:], mode="bilinear", align_corners=self.spec.numerics.align_corners
+        )
+
+
+MIN_SIZE = 32
+
+
+def check_input(shape: tuple[int, ...]) -> None:
+    """Refuse what is not a batch of images B 3 H W with both sides at least 32."""
+    if len(shape) != 4 or shape[1] != 3:
+        raise ValueError(f"The network takes images as B 3 H W, got shape {tuple(shape)}.")
+    if min(shape[2:]) < MIN_SIZE:
+        raise ValueError(
+            f"The input is {shape[2]}×{shape[3]} pixels; both sides must be at least {MIN_SIZE}, "
+            "since the last stage works at a 32nd of them."
+        )
+
+
+def _init_weights(module: nn.Module) -> None:
+    """As published: linear layers truncated normal with deviation 0.02, convolutions by fan-out."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        kernel = module.kernel_size[0] * module.kernel_size[1]
+        fan_out = kernel * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)

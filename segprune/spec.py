@@ -1,0 +1,172 @@
+"""The widths and numerics of one SegFormer as plain data.
+
+A spec says everything that the weights alone do not: a network is `SegFormer(spec)` plus a state dict.
+Widths are numbers of channels. The standard variants follow the released weights of
+"SegFormer" (arXiv 2105.15203), whose table 6 prints other depths and expansions for some variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+WIDTHS = {"b0": (32, 64, 160, 256)} | dict.fromkeys(("b1", "b2", "b3", "b4", "b5"), (64, 128, 320, 512))
+DEPTHS = {
+    "b0": (2, 2, 2, 2),
+    "b1": (2, 2, 2, 2),
+    "b2": (3, 4, 6, 3),
+    "b3": (3, 4, 18, 3),
+    "b4": (3, 8, 27, 3),
+    "b5": (3, 6, 40, 3),
+}
+DECODER_DIMS = {"b0": 256, "b1": 256, "b2": 768, "b3": 768, "b4": 768, "b5": 768}
+VARIANTS = tuple(DEPTHS)
+NUM_HEADS = (1, 2, 5, 8)
+REDUCTION_RATIOS = (8, 4, 2, 1)
+KERNEL_SIZES = (7, 3, 3, 3)
+STRIDES = (4, 2, 2, 2)
+FFN_RATIO = 4
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What makes the same weights give other logits, or train otherwise, in another code base."""
+
+    norm_eps: float = 1e-6  # LayerNorms inside blocks and at the stages' ends
+    embed_norm_eps: float = 1e-5  # LayerNorms of patch embeddings and of the attention's reductions
+    gelu: Literal["none", "tanh"] = "none"  # torch's word for the exact one is "none"
+    bn_eps: float = 1e-5
+    bn_momentum: float = 0.1
+    head_dropout: float = 0.1
+    head_dropout_kind: Literal["2d", "plain"] = "2d"
+    align_corners: bool = False  # of the last upsampling, from a quarter of the input's size to all of it
+    drop_path: float = 0.1  # stochastic depth of the last block while training; the first has 0
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One transformer block: `qk_dim` and `v_dim` are per head, `ffn_dim` is the hidden width."""
+
+    num_heads: int
+    qk_dim: int
+    v_dim: int
+    ffn_dim: int
+    reduction_dim: int | None  # channels of the reduced keys' and values' source; None: no reduction
+    qk_scale: float  # what q·k is multiplied with; kept when channels are cut, never recomputed
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: an overlapping patch embedding to `width` channels, then its blocks."""
+
+    width: int
+    kernel_size: int
+    stride: int
+    reduction_ratio: int
+    blocks: tuple[BlockSpec, ...]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One network. `branch_dims` are the widths of linear_c1…c4; None says that the decode head is folded."""
+
+    variant: str
+    num_classes: int
+    stages: tuple[StageSpec, ...]
+    branch_dims: tuple[int, ...] | None
+    decoder_dim: int
+    numerics: Numerics
+
+    @property
+    def folded(self) -> bool:
+        return self.branch_dims is None
+
+
+def check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"Unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}.")
+
+
+def standard_spec(
+    variant: str, num_classes: int, *, numerics: Numerics | None = None, decoder_dim: int | None = None
+) -> Spec:
+    """The dense network of that name.
+
+    >>> standard_spec("b0", 8).stages[3].width
+    256
+    """
+    check_variant(variant)
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; segmentation needs at least 2, background included.")
+    stages = tuple(
+        StageSpec(
+            width=width,
+            kernel_size=KERNEL_SIZES[i],
+            stride=STRIDES[i],
+            reduction_ratio=REDUCTION_RATIOS[i],
+            blocks=(_standard_block(width, i),) * DEPTHS[variant][i],
+        )
+        for i, width in enumerate(WIDTHS[variant])
+    )
+    dim = DECODER_DIMS[variant] if decoder_dim is None else decoder_dim
+    return Spec(variant, num_classes, stages, (dim,) * len(stages), dim, numerics or Numerics())
+
+
+def _standard_block(width: int, stage: int) -> BlockSpec:
+    head_dim = width // NUM_HEADS[stage]
+    return BlockSpec(
+        num_heads=NUM_HEADS[stage],
+        qk_dim=head_dim,
+        v_dim=head_dim,
+        ffn_dim=FFN_RATIO * width,
+        reduction_dim=width if REDUCTION_RATIOS[stage] > 1 else None,
+        qk_scale=head_dim**-0.5,
+    )
+
+
+def spec_to_dict(spec: Spec) -> dict[str, Any]:
+    """Plain dicts, lists and numbers, as JSON and `torch.load(weights_only=True)` know them."""
+    return asdict(spec)
+
+
+def spec_from_dict(data: Mapping[str, Any]) -> Spec:
+    """The inverse of `spec_to_dict`; a missing or unknown key, or a width below 1, is refused."""
+    try:
+        stages = tuple(
+            _record(StageSpec, stage | {"blocks": tuple(_record(BlockSpec, b) for b in stage["blocks"])})
+            for stage in data["stages"]
+        )
+        branch_dims = None if data["branch_dims"] is None else tuple(data["branch_dims"])
+        numerics = _record(Numerics, data["numerics"])
+        spec = _record(
+            Spec, dict(data) | {"stages": stages, "branch_dims": branch_dims, "numerics": numerics}
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"This is not a segprune spec ({error}); write the file again with segprune.save.") from error
+    _check_widths(spec)
+    return spec
+
+
+def _record(kind: type[T], data: Mapping[str, Any]) -> T:
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if set(data) != names:
+        raise TypeError(f"{kind.__name__} has {sorted(set(data) ^ names)} missing or too many")
+    return kind(**data)
+
+
+def _check_widths(spec: Spec) -> None:
+    widths = [spec.num_classes, spec.decoder_dim, *(spec.branch_dims or ())]
+    for stage in spec.stages:
+        widths.append(stage.width)
+        for block in stage.blocks:
+            widths += [block.num_heads, block.qk_dim, block.v_dim, block.ffn_dim]
+            widths.append(1 if block.reduction_dim is None else block.reduction_dim)
+    if not all(type(width) is int and width >= 1 for width in widths):
+        raise ValueError("This segprune spec has a width that is not a whole number from 1 up; the file is damaged.")
+
+
+def with_num_classes(spec: Spec, num_classes: int) -> Spec:
+    return replace(spec, num_classes=num_classes)

@@ -1,0 +1,213 @@
+"""Parameters, MACs, FLOPs and latency.
+
+Parameters and MACs come from a closed formula over the layers of a spec, so that a budget is solved without
+building anything. MACs count what `torch.utils.flop_counter` counts (products of linear layers, convolutions and
+attention; FLOPs are two MACs); normalisation, activations and upsampling are not counted, there as here.
+Units: MACs and FLOPs for one image, latency in milliseconds for one batch.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from segprune.model import check_input
+from segprune.spec import BlockSpec, Spec, StageSpec
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer costs, as a function of its widths.
+
+    `positions` is the number of output positions for one image and `kernel` the number of weights that one
+    input and one output channel share. Kind "attention" stands for the two products of `positions` queries with
+    `kernel` keys; its `in_dim` is the total query width, its `out_dim` the total value width.
+    """
+
+    name: str
+    kind: Literal["product", "depthwise", "norm", "attention"]
+    in_dim: int
+    out_dim: int
+    positions: int
+    kernel: int = 1
+    bias: bool = True
+
+    @property
+    def parameters(self) -> int:
+        match self.kind:
+            case "product":
+                return self.in_dim * self.out_dim * self.kernel + self.bias * self.out_dim
+            case "depthwise":
+                return self.out_dim * self.kernel + self.bias * self.out_dim
+            case "norm":
+                return 2 * self.out_dim
+            case "attention":
+                return 0
+
+    @property
+    def macs(self) -> int:
+        match self.kind:
+            case "product":
+                return self.positions * self.in_dim * self.out_dim * self.kernel
+            case "depthwise":
+                return self.positions * self.out_dim * self.kernel
+            case "norm":
+                return 0
+            case "attention":
+                return self.positions * self.kernel * (self.in_dim + self.out_dim)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Size and work of one network on one image of `input_shape` (H, W)."""
+
+    parameters: int
+    macs: int
+    input_shape: tuple[int, int]
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+
+def count(spec: Spec, input_shape: tuple[int, int]) -> Counts:
+    """Parameters and MACs of `SegFormer(spec)` for one image of (H, W) pixels, each at least 32.
+
+    >>> from segprune.spec import standard_spec
+    >>> round(count(standard_spec("b0", 150), (512, 512)).macs / 1e9, 1)
+    8.4
+    """
+    rows = layers(spec, input_shape)
+    return Counts(sum(row.parameters for row in rows), sum(row.macs for row in rows), input_shape)
+
+
+def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
+    """One row per layer of `SegFormer(spec)`, named as its modules are."""
+    check_input((1, 3, *input_shape))
+    rows: list[Layer] = []
+    height, width = input_shape
+    in_channels, positions = 3, []
+    for i, stage in enumerate(spec.stages):
+        prefix = f"encoder.stages.{i}"
+        height, width = (-(-side // stage.stride) for side in (height, width))  # padding is half the kernel
+        area = height * width
+        positions.append(area)
+        kernel = stage.kernel_size**2
+        rows.append(Layer(f"{prefix}.patch_embed.proj", "product", in_channels, stage.width, area, kernel))
+        rows.append(_norm(f"{prefix}.patch_embed.norm", stage.width))
+        reduced = (height // stage.reduction_ratio) * (width // stage.reduction_ratio)
+        for j, block in enumerate(stage.blocks):
+            rows += _block_layers(f"{prefix}.blocks.{j}", stage, block, area, reduced)
+        rows.append(_norm(f"{prefix}.norm", stage.width))
+        in_channels = stage.width
+    return rows + list(_head_layers(spec, positions))
+
+
+def _norm(name: str, dim: int) -> Layer:
+    return Layer(name, "norm", dim, dim, 0)
+
+
+def _block_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int) -> Iterator[Layer]:
+    width, qk, v = stage.width, block.num_heads * block.qk_dim, block.num_heads * block.v_dim
+    source = width
+    yield _norm(f"{prefix}.norm1", width)
+    if block.reduction_dim is not None:
+        source, kernel = block.reduction_dim, stage.reduction_ratio**2
+        yield Layer(f"{prefix}.attn.sr", "product", width, source, reduced, kernel)
+        yield _norm(f"{prefix}.attn.norm", source)
+    yield Layer(f"{prefix}.attn.q", "product", width, qk, area)
+    yield Layer(f"{prefix}.attn.k", "product", source, qk, reduced)
+    yield Layer(f"{prefix}.attn.v", "product", source, v, reduced)
+    yield Layer(f"{prefix}.attn", "attention", qk, v, area, reduced)
+    yield Layer(f"{prefix}.attn.proj", "product", v, width, area)
+    yield _norm(f"{prefix}.norm2", width)
+    yield Layer(f"{prefix}.mlp.fc1", "product", width, block.ffn_dim, area)
+    yield Layer(f"{prefix}.mlp.dwconv", "depthwise", block.ffn_dim, block.ffn_dim, area, 9)
+    yield Layer(f"{prefix}.mlp.fc2", "product", block.ffn_dim, width, area)
+
+
+def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
+    dim = spec.decoder_dim
+    branch_dims = (dim,) * len(spec.stages) if spec.branch_dims is None else spec.branch_dims
+    for i, (stage, branch) in enumerate(zip(spec.stages, branch_dims, strict=True)):
+        bias = not spec.folded
+        yield Layer(f"decode_head.branches.{i}", "product", stage.width, branch, positions[i], bias=bias)
+    if not spec.folded:
+        yield Layer("decode_head.fuse", "product", sum(branch_dims), dim, positions[0], bias=False)
+    yield _norm("decode_head.norm", dim)
+    yield Layer("decode_head.classifier", "product", dim, spec.num_classes, positions[0])
+
+
+def resized(layer: Layer, in_dim: int, out_dim: int) -> Layer:
+    return replace(layer, in_dim=in_dim, out_dim=out_dim)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward pass: median and the quartiles around it, with what it was measured on."""
+
+    median_ms: float
+    low_ms: float  # 25th percentile
+    high_ms: float  # 75th percentile
+    runs: int
+    batch: int
+    dtype: str
+    device: str
+    threads: int
+
+
+def measure_latency(
+    models: Sequence[nn.Module],
+    input_shape: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 1,
+    max_runs: int = 30,
+    max_seconds: float = 10.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Latency]:
+    """Forward times of several networks, run in turn so that their ratios mean something on a noisy machine.
+
+    After one warm-up of each come rounds in which each runs once: at least 5, at most `max_runs`, and no new one
+    once `max_seconds` have passed. The networks are moved to `device` and put into eval mode.
+    """
+    device = torch.device(device)
+    x = torch.randn(batch, 3, *input_shape, device=device)
+    for model in models:
+        model.to(device).eval()
+    times: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for model in models:
+            _timed_ms(model, x)
+        start = time.perf_counter()
+        for done in range(max_runs):
+            if done >= 5 and time.perf_counter() - start > max_seconds:
+                break
+            for model, row in zip(models, times, strict=True):
+                row.append(_timed_ms(model, x))
+            if progress is not None:
+                progress(done + 1, max_runs)
+    return [_latency(row, batch, x) for row in times]
+
+
+def _timed_ms(model: nn.Module, x: torch.Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    start = time.perf_counter()
+    model(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _latency(times_ms: list[float], batch: int, x: torch.Tensor) -> Latency:
+    low, median, high = statistics.quantiles(times_ms, n=4, method="inclusive")
+    name = torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Latency(median, low, high, len(times_ms), batch, dtype, name, torch.get_num_threads())
