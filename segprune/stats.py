@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +19,8 @@ from torch import nn
 
 from segprune.model import check_input
 from segprune.spec import BlockSpec, Spec, StageSpec
+
+Unit = Literal["params", "macs"]
 
 
 @dataclass(frozen=True)
@@ -38,29 +40,26 @@ class Layer:
     kernel: int = 1
     bias: bool = True
 
-    @property
-    def parameters(self) -> int:
-        match self.kind:
-            case "product":
-                return self.in_dim * self.out_dim * self.kernel + self.bias * self.out_dim
-            case "depthwise":
-                return self.out_dim * self.kernel + self.bias * self.out_dim
-            case "norm":
-                return 2 * self.out_dim
-            case "attention":
-                return 0
+    def coefficients(self, unit: Unit) -> tuple[int, int, int]:
+        """(a, b, c) such that the cost is a · in_dim · out_dim + b · in_dim + c · out_dim."""
+        match self.kind, unit:
+            case "product", "params":
+                return self.kernel, 0, int(self.bias)
+            case "product", "macs":
+                return self.positions * self.kernel, 0, 0
+            case "depthwise", "params":
+                return 0, 0, self.kernel + self.bias
+            case "depthwise", "macs":
+                return 0, 0, self.positions * self.kernel
+            case "norm", "params":
+                return 0, 0, 2
+            case "attention", "macs":
+                return 0, self.positions * self.kernel, self.positions * self.kernel
+        return 0, 0, 0
 
-    @property
-    def macs(self) -> int:
-        match self.kind:
-            case "product":
-                return self.positions * self.in_dim * self.out_dim * self.kernel
-            case "depthwise":
-                return self.positions * self.out_dim * self.kernel
-            case "norm":
-                return 0
-            case "attention":
-                return self.positions * self.kernel * (self.in_dim + self.out_dim)
+    def cost(self, unit: Unit) -> int:
+        a, b, c = self.coefficients(unit)
+        return a * self.in_dim * self.out_dim + b * self.in_dim + c * self.out_dim
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def count(spec: Spec, input_shape: tuple[int, int]) -> Counts:
     8.4
     """
     rows = layers(spec, input_shape)
-    return Counts(sum(row.parameters for row in rows), sum(row.macs for row in rows), input_shape)
+    return Counts(sum(row.cost("params") for row in rows), sum(row.cost("macs") for row in rows), input_shape)
 
 
 def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
@@ -142,10 +141,6 @@ def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
         yield Layer("decode_head.fuse", "product", sum(branch_dims), dim, positions[0], bias=False)
     yield _norm("decode_head.norm", dim)
     yield Layer("decode_head.classifier", "product", dim, spec.num_classes, positions[0])
-
-
-def resized(layer: Layer, in_dim: int, out_dim: int) -> Layer:
-    return replace(layer, in_dim=in_dim, out_dim=out_dim)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Removing whole channels and heads: trace → groups → importance → plan → surgery, in that order."""

@@ -1,0 +1,230 @@
+"""Which channels go together, and which may not go.
+
+torch-pruning's `DependencyGraph` finds what residuals, concatenations and depth-wise convolutions tie together,
+in our networks and in a user's own. Inside attention the groups are ours: a tracer ties queries, keys and values
+together, although query/key and value dimensions can go separately. So for tracing each `Attention` is replaced
+by a stand-in linear layer, and its inner groups are added by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segprune.model import Attention, DecodeHead, Mlp, PatchEmbed
+from segprune.pruning.trace import CONVS, NORMS, TRANSPOSED_CONVS, eval_mode, is_depthwise, run, tensors_in
+
+try:
+    import torch_pruning
+except ImportError as error:
+    raise ImportError(
+        "Pruning needs torch-pruning, which is not installed; run: pip install torch-pruning==1.6.1"
+    ) from error
+
+Side = Literal["out", "in"]
+Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a group's channels lie in one layer: `positions[i]` of its side belongs to `channels[i]`.
+
+    Normalisations and depth-wise convolutions have only an "out" side.
+    """
+
+    layer: str
+    side: Side
+    positions: Indices
+    channels: Indices
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels cut together. `parts` > 1: the channels are split evenly (heads), and each part loses equally many.
+
+    Channel c belongs to part c // slots and is its slot c % slots.
+    """
+
+    name: str
+    kind: str
+    num_channels: int
+    members: tuple[Member, ...]
+    parts: int = 1
+
+    @property
+    def slots(self) -> int:
+        return self.num_channels // self.parts
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The prunable groups, and the layers left alone because their kind cannot be cut (name: class)."""
+
+    groups: tuple[Group, ...]
+    unsupported: dict[str, str]
+
+
+def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, heads: bool = False) -> Grouping:
+    """All groups of `model` whose every output side is free.
+
+    `protected` has names of layers whose outputs stay; the network's own outputs always stay. `heads` adds a
+    group of whole heads per attention that has several. The model is left as it was.
+    """
+    modules = dict(model.named_modules())
+    groups, unsupported = _traced_groups(model, example_inputs, modules)
+    for name, module in modules.items():
+        if isinstance(module, Attention):
+            groups += _attention_groups(name, module, heads=heads)
+    free = [g for g in groups if not any(m.side == "out" and m.layer in protected for m in g.members)]
+    return Grouping(tuple(free), unsupported)
+
+
+class _StandIn(nn.Linear):
+    """Takes an attention's place while tracing: width in, width out, nothing tied in between."""
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        return super().forward(x)
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Attention):
+                weight = child.q.weight
+                width = child.q.in_features
+                stand_in = _StandIn(width, width, device=weight.device, dtype=weight.dtype)
+                setattr(parent, name, stand_in)
+                replaced.append((parent, name, child))
+    try:
+        yield
+    finally:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+
+def _traced_groups(
+    model: nn.Module, example_inputs: Any, modules: dict[str, nn.Module]
+) -> tuple[list[Group], dict[str, str]]:
+    groups, unsupported = [], {}
+    graph = torch_pruning.DependencyGraph()
+    with eval_mode(model), _stand_ins(model), torch.enable_grad():
+        names = {module: name for name, module in model.named_modules()}
+        graph.build_dependency(
+            model, example_inputs, forward_fn=run, output_transform=tensors_in, verbose=False
+        )
+        for traced in graph.get_all_groups():
+            items = [(item.dep, item.idxs, item.root_idxs) for item in traced]
+            if any(_is_output(graph, dep) for dep, _, _ in items):
+                continue
+            layers = [item for item in items if isinstance(item[0].target.module, nn.Module)]
+            layers = [item for item in layers if item[0].target.module in names]
+            strange = {names[d.target.module]: type(d.target.module).__name__ for d, _, _ in layers if not _can_cut(d)}
+            strange |= {graph._param_to_name[d.target.module]: "Parameter" for d, _, _ in items if _is_parameter(d)}
+            if strange:
+                unsupported |= strange
+                continue
+            members = [
+                member
+                for dep, idxs, root in layers
+                for member in _members(names[dep.target.module], dep, graph, idxs, root, modules)
+            ]
+            groups.append(_named_group(members, len(items[0][1]), modules))
+    return groups, unsupported
+
+
+def _is_output(graph: Any, dep: Any) -> bool:
+    """Whether cutting here would change the shape of what the network returns."""
+    node = dep.target
+    if isinstance(node.module, torch_pruning.ops._OutputOp):
+        return True
+    return not node.outputs and graph.is_out_channel_pruning_fn(dep.handler)
+
+
+def _is_parameter(dep: Any) -> bool:
+    return isinstance(dep.target.module, nn.Parameter)
+
+
+def _can_cut(dep: Any) -> bool:
+    module = dep.target.module
+    if isinstance(module, CONVS):
+        return module.groups == 1 or is_depthwise(module)
+    if isinstance(module, TRANSPOSED_CONVS):
+        return bool(module.groups == 1)
+    if isinstance(module, nn.LayerNorm):
+        return len(module.normalized_shape) == 1
+    if isinstance(module, nn.Linear | NORMS[0] | NORMS[1] | NORMS[2]):
+        return True
+    return not any(True for _ in module.parameters())
+
+
+def _members(
+    name: str, dep: Any, graph: Any, idxs: list[int], root: list[int], modules: dict[str, nn.Module]
+) -> Iterator[Member]:
+    module = dep.target.module
+    if not any(True for _ in module.parameters()) and not isinstance(module, NORMS):
+        return  # an activation or the like: nothing to cut
+    positions, channels = np.asarray(idxs, dtype=np.int64), np.asarray(root, dtype=np.int64)
+    one_sided = isinstance(module, NORMS) or is_depthwise(module)
+    side: Side = "out" if one_sided or graph.is_out_channel_pruning_fn(dep.handler) else "in"
+    if not isinstance(module, _StandIn):
+        yield Member(name, side, positions, channels)
+    elif side == "out":
+        yield Member(f"{name}.proj", "out", positions, channels)
+    else:
+        attention = modules[name]
+        assert isinstance(attention, Attention)
+        for inner in ("q", "k", "v") if attention.sr is None else ("q", "sr"):
+            yield Member(f"{name}.{inner}", "in", positions, channels)
+
+
+def _named_group(members: list[Member], num_channels: int, modules: dict[str, nn.Module]) -> Group:
+    """Kind and name by the glossary where the layers are ours; else kind "other", named by the first layer."""
+    found: dict[str, str] = {}
+    for member in members:
+        parent_name, _, leaf = member.layer.rpartition(".")
+        parent = modules.get(parent_name)
+        grandparent = modules.get(parent_name.rpartition(".")[0])
+        if member.side == "out" and isinstance(parent, PatchEmbed):
+            found["stage"] = parent_name.removesuffix("patch_embed") + "width"
+        elif isinstance(parent, DecodeHead) and leaf == "norm":
+            found["decoder"] = f"{parent_name}.width"
+        elif isinstance(parent, Mlp) and leaf == "dwconv":
+            found["ffn"] = f"{parent_name}.ffn"
+        elif isinstance(grandparent, DecodeHead) and member.side == "out":
+            found.setdefault("branch", member.layer)
+    for kind in ("stage", "decoder", "ffn", "branch"):
+        if kind in found:
+            return Group(found[kind], kind, num_channels, tuple(members))
+    return Group(members[0].layer, "other", num_channels, tuple(members))
+
+
+def _attention_groups(name: str, module: Attention, *, heads: bool) -> Iterator[Group]:
+    num_heads = module.num_heads
+    qk, v = module.q.out_features, module.v.out_features
+    yield _block_group(f"{name}.qk", "qk", qk, [("q", "out"), ("k", "out")], name, num_heads)
+    yield _block_group(f"{name}.v", "v", v, [("v", "out"), ("proj", "in")], name, num_heads)
+    if module.sr is not None:
+        sides: list[tuple[str, Side]] = [("sr", "out"), ("norm", "out"), ("k", "in"), ("v", "in")]
+        yield _block_group(f"{name}.reduction", "reduction", module.sr.out_channels, sides, name, 1)
+    if heads and num_heads > 1:
+        members = [
+            Member(f"{name}.{layer}", side, np.arange(total), np.arange(total) // (total // num_heads))
+            for layer, side, total in (("q", "out", qk), ("k", "out", qk), ("v", "out", v), ("proj", "in", v))
+        ]
+        yield Group(f"{name}.heads", "head", num_heads, tuple(members))  # type: ignore[arg-type]
+
+
+def _block_group(
+    name: str, kind: str, num_channels: int, sides: list[tuple[str, Side]], prefix: str, parts: int
+) -> Group:
+    every = np.arange(num_channels)
+    members = tuple(Member(f"{prefix}.{layer}", side, every, every) for layer, side in sides)
+    return Group(name, kind, num_channels, members, parts)

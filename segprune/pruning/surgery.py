@@ -1,0 +1,112 @@
+"""Carries a plan out: slices weights, and reads the new spec off the cut network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from segprune.model import Attention, SegFormer
+from segprune.pruning.groups import Group, Side
+from segprune.pruning.plan import Plan
+from segprune.pruning.trace import NORMS, TRANSPOSED_CONVS, is_depthwise
+from segprune.spec import BlockSpec, Spec
+
+
+def cut(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
+    """Remove from `model`, in place, every channel that the plan does not keep."""
+    gone: dict[tuple[str, Side], set[int]] = {}
+    for group in groups:
+        kept = np.zeros(group.num_channels, dtype=bool)
+        kept[list(plan.keep[group.name])] = True
+        if kept.all():
+            continue
+        for member in group.members:
+            positions = member.positions[~kept[member.channels]]
+            gone.setdefault((member.layer, member.side), set()).update(positions.tolist())
+        if group.kind == "head":
+            attention = model.get_submodule(group.name.removesuffix(".heads"))
+            assert isinstance(attention, Attention)
+            attention.num_heads = int(kept.sum())
+    for (layer, side), positions in gone.items():
+        _slice(model.get_submodule(layer), side, positions)
+
+
+def _slice(module: nn.Module, side: Side, gone: set[int]) -> None:
+    if isinstance(module, NORMS) or is_depthwise(module):
+        _slice_one_sided(module, gone)
+        return
+    transposed = isinstance(module, TRANSPOSED_CONVS)
+    dim = int((side == "in") != transposed)
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    keep = _complement(gone, weight.shape[dim], weight.device)
+    module.weight = _parameter(weight, dim, keep)
+    if side == "out" and isinstance(module.bias, nn.Parameter):
+        module.bias = _parameter(module.bias, 0, keep)
+    names = ("out_features", "out_channels") if side == "out" else ("in_features", "in_channels")
+    setattr(module, names[0] if isinstance(module, nn.Linear) else names[1], len(keep))
+
+
+def _slice_one_sided(module: nn.Module, gone: set[int]) -> None:
+    """A normalisation or a depth-wise convolution: every tensor has the channels in front."""
+    size = next(t.shape[0] for t in [*module.parameters(), *module.buffers()] if t.dim() > 0)
+    keep: torch.Tensor | None = None
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        keep = _complement(gone, size, parameter.device)
+        setattr(module, name, _parameter(parameter, 0, keep))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.dim() > 0:
+            keep = _complement(gone, size, buffer.device)
+            setattr(module, name, buffer[keep].clone())
+    width = size - len(gone)
+    if isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (width,)
+    elif isinstance(module, NORMS):
+        module.num_features = width  # type: ignore[assignment]
+    else:
+        module.in_channels = module.out_channels = module.groups = width  # type: ignore[assignment]
+
+
+def _complement(gone: set[int], size: int, device: torch.device) -> torch.Tensor:
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[list(gone)] = False
+    return mask.nonzero().flatten().to(device)
+
+
+def _parameter(old: nn.Parameter, dim: int, keep: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(old.detach().index_select(dim, keep).clone(), requires_grad=old.requires_grad)
+
+
+def read_spec(model: SegFormer) -> Spec:
+    """The spec of a cut network: widths off its layers, everything else from the old spec."""
+    stages = []
+    for stage, module in zip(model.spec.stages, model.encoder.stages, strict=True):
+        blocks = [
+            _read_block(block, inner.attn, inner.mlp.fc1.out_features)
+            for block, inner in zip(stage.blocks, module.blocks, strict=True)
+        ]
+        stages.append(replace(stage, width=module.patch_embed.proj.out_channels, blocks=tuple(blocks)))
+    head = model.decode_head
+    dims = tuple(branch.out_features for branch in head.branches)
+    return replace(
+        model.spec,
+        stages=tuple(stages),
+        branch_dims=None if head.fuse is None else dims,
+        decoder_dim=head.norm.num_features,
+    )
+
+
+def _read_block(block: BlockSpec, attention: Attention, ffn_dim: int) -> BlockSpec:
+    return replace(
+        block,
+        num_heads=attention.num_heads,
+        qk_dim=attention.q.out_features // attention.num_heads,
+        v_dim=attention.v.out_features // attention.num_heads,
+        ffn_dim=ffn_dim,
+        reduction_dim=None if attention.sr is None else attention.sr.out_channels,
+    )
+

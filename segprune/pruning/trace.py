@@ -1,0 +1,163 @@
+"""One forward pass of any network, watched: what its layers cost and which attention we do not know.
+
+A stock SegFormer needs none of this, its spec says it all. A user's own network is run once on the example
+inputs; every linear layer, convolution and normalisation is recorded with its number of output positions, and
+every product of two activations (that is what attention is made of) with the module that took it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from segprune.model import Attention
+from segprune.stats import Layer
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
+
+
+@dataclass
+class Trace:
+    """`layers` in order of execution; `unknown_attention` maps module names to class names."""
+
+    layers: list[Layer] = field(default_factory=list)
+    unknown_attention: dict[str, str] = field(default_factory=dict)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, CONVS) and module.groups == module.out_channels == module.in_channels > 1
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def run(model: nn.Module, example_inputs: Any) -> Any:
+    """Call the network the way `example_inputs` is shaped: a dict by name, a tuple or list one by one."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """All tensors in nested dicts, lists and tuples, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        return [tensor for item in output for tensor in tensors_in(item)]
+    return []
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Trace:
+    """Run `model` once without gradients, in evaluation mode, and record it. Costs are for one sample."""
+    result = Trace()
+    stack: list[tuple[str, nn.Module]] = []
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(_pusher(stack, name)))
+        hooks.append(module.register_forward_hook(_popper(stack, name, result)))
+    try:
+        with eval_mode(model), torch.no_grad(), _Products(stack, result):
+            run(model, example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result
+
+
+def _pusher(stack: list[tuple[str, nn.Module]], name: str) -> Callable[..., None]:
+    def push(module: nn.Module, inputs: Any) -> None:
+        stack.append((name, module))
+
+    return push
+
+
+def _popper(stack: list[tuple[str, nn.Module]], name: str, result: Trace) -> Callable[..., None]:
+    def pop(module: nn.Module, inputs: Any, output: Any) -> None:
+        stack.pop()
+        layer = _layer(name, module, output)
+        if layer is not None:
+            result.layers.append(layer)
+
+    return pop
+
+
+def _layer(name: str, module: nn.Module, output: Any) -> Layer | None:
+    if isinstance(module, nn.Linear):
+        positions = output.numel() // output.shape[0] // module.out_features
+        bias = module.bias is not None
+        return Layer(name, "product", module.in_features, module.out_features, positions, 1, bias)
+    if isinstance(module, CONVS + TRANSPOSED_CONVS):
+        kernel, bias = math.prod(module.kernel_size), module.bias is not None
+        positions = output.numel() // output.shape[0] // module.out_channels
+        if is_depthwise(module):
+            return Layer(name, "depthwise", module.out_channels, module.out_channels, positions, kernel, bias)
+        if module.groups == 1:
+            return Layer(name, "product", module.in_channels, module.out_channels, positions, kernel, bias)
+    if isinstance(module, NORMS) and module.weight is not None and module.weight.dim() == 1:
+        dim = module.weight.shape[0]
+        return Layer(name, "norm", dim, dim, 0)
+    return None
+
+
+class _Products(TorchFunctionMode):
+    """Sees every product of two activations and charges it to the innermost running module."""
+
+    def __init__(self, stack: list[tuple[str, nn.Module]], result: Trace) -> None:
+        super().__init__()
+        self.stack = stack
+        self.result = result
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _PRODUCTS:
+            tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
+            activations = [t for t in tensors if not isinstance(t, nn.Parameter)]
+            if len(activations) >= 2 and self.stack:
+                self._record(name, activations)
+        return output
+
+    def _record(self, name: str, activations: list[Tensor]) -> None:
+        owner, module = self.stack[-1]
+        if not isinstance(module, Attention):
+            self.result.unknown_attention[owner] = type(module).__name__
+        if name != "scaled_dot_product_attention":
+            return
+        q, k, v = activations[:3]
+        heads = math.prod(q.shape[1:-2])
+        layer = Layer(owner, "attention", heads * q.shape[-1], heads * v.shape[-1], q.shape[-2], k.shape[-2])
+        self.result.layers.append(layer)
+
+
+_PRODUCTS = {
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    "matmul",
+    "__matmul__",
+    "__rmatmul__",
+    "bmm",
+    "baddbmm",
+    "einsum",
+}
