@@ -1,0 +1,1 @@
+"""Training and scoring. Saves nothing and prints nothing: what happens is handed to callbacks."""

@@ -1,0 +1,300 @@
+"""The training loop: AdamW, warm-up and decay, cross-entropy with ignored labels, a score after every epoch.
+
+Runs on Hugging Face accelerate: one CPU, one GPU, or several processes started by torchrun. Order of the pictures,
+augmentation and the torch random state are part of the state, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from segprune.data import IGNORE_INDEX, TrainTransform, VocDataset, find_root, read_split
+from segprune.training.evaluate import Score, confusion_matrices, score
+from segprune.training.schedule import DECAYS, Decay, lr_factor
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. Sizes are H, W in pixels; `lr` is the highest of the run; `warmup` is a share of its steps."""
+
+    data: str
+    num_classes: int
+    input_shape: tuple[int, int] = (512, 512)
+    epochs: int = 50
+    batch_size: int = 8  # per process
+    lr: float = 6e-5
+    weight_decay: float = 0.01
+    decay: Decay = "poly"
+    warmup: float = 0.05
+    freeze_epochs: int = 0  # the encoder stands still for so many epochs first
+    scale: tuple[float, float] = (0.5, 2.0)  # of the random resizing before the crop
+    eval_every: int = 1  # epochs
+    num_workers: int = 2
+    seed: int = 11
+    mixed_precision: str = "no"  # accelerate's words: no, fp16, bf16
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise ValueError(f"Decay {self.decay!r} is unknown; choose one of {', '.join(DECAYS)}.")
+        for name in ("epochs", "batch_size", "lr", "eval_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+
+
+@dataclass
+class TrainState:
+    """All that a run needs to go on: `epoch` is the running one, `step` the batches done in it."""
+
+    epoch: int
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    best_miou: float
+    rng: Tensor
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """`score` is None in epochs without evaluation; `best` says whether it is the highest so far."""
+
+    epoch: int
+    loss: float
+    score: Score | None
+    best: bool
+
+
+class TrainingInterrupted(Exception):
+    """Ctrl-C came; `state` is where the run stood after its last whole step."""
+
+    def __init__(self, state: TrainState) -> None:
+        super().__init__(f"Training was interrupted in epoch {state.epoch + 1} after {state.step} batches.")
+        self.state = state
+
+
+OnStep = Callable[[int, int, float, float], None]  # steps done, steps in all, loss, learning rate
+OnEpoch = Callable[[EpochResult, TrainState], None]
+
+
+def train(
+    model: nn.Module,
+    config: TrainConfig,
+    *,
+    accelerator: Accelerator,
+    state: TrainState | None = None,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> Score:
+    """Train `model` (logits B K H W) in place and return its last score.
+
+    `state` continues an earlier run with the same settings. `on_epoch` gets the state to save, on the main process.
+    Raises TrainingInterrupted on Ctrl-C, after the running step; ValueError when the loss is no longer finite.
+    """
+    run = _Run(model, config, accelerator, state)
+    with _sigint_flag() as interrupted:
+        while run.epoch < config.epochs:
+            for loss in run.steps():
+                if on_step is not None:
+                    on_step(run.steps_done, run.total_steps, loss, run.lr)
+                if interrupted.is_set():
+                    raise TrainingInterrupted(run.state())
+            result = run.end_epoch()
+            if on_epoch is not None and accelerator.is_main_process:
+                on_epoch(result, run.state())
+    assert run.last_score is not None
+    return run.last_score
+
+
+class _Run:
+    """What lives on from step to step."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, accelerator: Accelerator, state: TrainState | None
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        transform = TrainTransform(config.input_shape, scale=config.scale)
+        self.data = VocDataset(config.data, "train", config.num_classes, transform, seed=config.seed)
+        self.val = read_split(find_root(config.data), "val")
+        self.bare = model
+        self.optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
+        self.epoch = self.step = 0
+        self.best_miou = -1.0
+        self.losses: list[float] = []
+        self.last_score: Score | None = None
+        if state is not None:
+            self._restore(state)
+        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        per_step = self.config.batch_size * self.accelerator.num_processes
+        return max(len(self.data) // per_step, 1)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.config.epochs
+
+    @property
+    def steps_done(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def steps(self) -> Iterator[float]:
+        """The remaining steps of the running epoch; yields each step's loss."""
+        self.data.set_epoch(self.epoch)
+        self.model.train()
+        _freeze_encoder(self.bare, self.epoch < self.config.freeze_epochs)
+        loader: DataLoader[Any] = DataLoader(
+            self.data, batch_sampler=self._batches()[self.step :], num_workers=self.config.num_workers
+        )
+        for pixels, labels in loader:
+            self._set_lr()
+            loss = self._update(pixels.to(self.accelerator.device), labels.to(self.accelerator.device))
+            self.losses.append(loss)
+            self.step += 1
+            yield loss
+
+    def _batches(self) -> list[list[int]]:
+        """This process's batches of the running epoch; an incomplete last one is left for other epochs."""
+        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(self.data), generator=generator).tolist()
+        size, processes = self.config.batch_size, self.accelerator.num_processes
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        return batches[self.accelerator.process_index :: processes][: self.steps_per_epoch]
+
+    def _set_lr(self) -> None:
+        warmup = round(self.config.warmup * self.total_steps)
+        factor = lr_factor(self.steps_done, self.total_steps, warmup_steps=warmup, decay=self.config.decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+
+    def _update(self, pixels: Tensor, labels: Tensor) -> float:
+        self.optimizer.zero_grad()
+        with self.accelerator.autocast():
+            logits = self.model(pixels)
+        loss = cross_entropy(logits.float(), labels)
+        value = float(loss.detach())
+        if value != value or value == float("inf"):
+            raise ValueError(
+                f"The loss became {value} in epoch {self.epoch + 1}; lower --lr (it was {self.config.lr:g}) "
+                "and start again, or --resume from the last checkpoint."
+            )
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        return value
+
+    def end_epoch(self) -> EpochResult:
+        mean_loss = sum(self.losses) / max(len(self.losses), 1)
+        self.epoch, self.step, self.losses = self.epoch + 1, 0, []
+        due = self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs
+        if not due:
+            return EpochResult(self.epoch, mean_loss, None, best=False)
+        self.last_score = self._evaluate()
+        best = self.last_score.miou > self.best_miou
+        self.best_miou = max(self.best_miou, self.last_score.miou)
+        return EpochResult(self.epoch, mean_loss, self.last_score, best)
+
+    def _evaluate(self) -> Score:
+        """Each process scores its share of the validation pictures; the counts are added up."""
+        config, accelerator = self.config, self.accelerator
+        mine = self.val[accelerator.process_index :: accelerator.num_processes]
+        total = torch.zeros(config.num_classes, config.num_classes, dtype=torch.int64)
+        for _, matrix in confusion_matrices(
+            self.bare,
+            mine,
+            config.num_classes,
+            config.input_shape,
+            device=accelerator.device,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+        ):
+            total += matrix
+        total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()
+        return score(total, len(self.val))
+
+    def state(self) -> TrainState:
+        return TrainState(
+            self.epoch,
+            self.step,
+            {name: tensor.detach().cpu().clone() for name, tensor in self.bare.state_dict().items()},
+            self.optimizer.state_dict(),
+            self.best_miou,
+            torch.get_rng_state(),
+            asdict(self.config),
+        )
+
+    def _restore(self, state: TrainState) -> None:
+        _check_same_run(state.config, asdict(self.config))
+        self.bare.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.epoch, self.step, self.best_miou = state.epoch, state.step, state.best_miou
+        torch.set_rng_state(state.rng)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over labelled pixels; 0, and not NaN, where a batch has none."""
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights decay; biases and normalisations do not, as SegFormer was trained."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _freeze_encoder(model: nn.Module, frozen: bool) -> None:
+    for parameter in model.get_submodule("encoder").parameters():
+        parameter.requires_grad_(not frozen)
+
+
+_MAY_CHANGE = {"num_workers", "eval_every", "data"}
+
+
+def _check_same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """A run goes on only with the settings that decide its course."""
+    for name, value in new.items():
+        before = old.get(name)
+        before = tuple(before) if isinstance(before, list) else before
+        if name not in _MAY_CHANGE and before != value:
+            raise ValueError(
+                f"The run to resume had {name} {before}, now it is {value}; "
+                "resume with the same settings, or start anew without --resume."
+            )
+
+
+@contextmanager
+def _sigint_flag() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the flag, so that a step is never cut in half; the second interrupts at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)
