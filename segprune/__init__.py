@@ -1,0 +1,35 @@
+"""segprune: prune a trained SegFormer and get a smaller network that loads, trains and deploys like any other."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from segprune.checkpoint import load, save
+    from segprune.model import SegFormer
+    from segprune.pruning.pruner_l1 import L1Pruner
+    from segprune.stats import count
+
+__all__ = ["L1Pruner", "SegFormer", "__version__", "count", "load", "save"]
+
+_HOMES = {
+    "L1Pruner": "segprune.pruning.pruner_l1",
+    "SegFormer": "segprune.model",
+    "count": "segprune.stats",
+    "load": "segprune.checkpoint",
+    "save": "segprune.checkpoint",
+}
+
+try:
+    __version__ = version("segprune")
+except PackageNotFoundError:  # run from a clone that was never installed
+    __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported when first used: loading a pruned file needs no torch-pruning."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'segprune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -39,8 +39,11 @@ def _with_head(
 ) -> SegFormer:
     old = model.decode_head
     memo = {id(old): head}  # deepcopy then takes the new head where the old one stood
-    head.load_state_dict(state)
     head.to(old.classifier.weight).train(old.training)
+    head.load_state_dict(state)
+    frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
+    for name, parameter in head.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     new = copy.deepcopy(model, memo)
     new.spec = replace(model.spec, branch_dims=branch_dims)
     return new

@@ -215,9 +215,7 @@ class SegFormer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_input(x.shape)
         logits = self.decode_head(self.encoder(x))  # B K H/4 W/4
-        return F.interpolate(
-            logits, size=x.shape[2:], mode="bilinear", align_corners=self.spec.numerics.align_corners
-        )
+        return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=self.spec.numerics.align_corners)
 
 
 MIN_SIZE = 32

@@ -141,9 +141,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> Spec:
         )
         branch_dims = None if data["branch_dims"] is None else tuple(data["branch_dims"])
         numerics = _record(Numerics, data["numerics"])
-        spec = _record(
-            Spec, dict(data) | {"stages": stages, "branch_dims": branch_dims, "numerics": numerics}
-        )
+        spec = _record(Spec, dict(data) | {"stages": stages, "branch_dims": branch_dims, "numerics": numerics})
     except (KeyError, TypeError) as error:
         raise ValueError(f"This is not a segprune spec ({error}); write the file again with segprune.save.") from error
     _check_widths(spec)

@@ -60,9 +60,7 @@ def check_labels(
     names the first file found and counts the files alike. The label `num_classes` is ignored, with a note.
     """
     if not 1 <= num_classes <= IGNORE_INDEX:
-        raise ValueError(
-            f"num_classes is {num_classes}, where 1..{IGNORE_INDEX} is allowed; label 255 is ignored."
-        )
+        raise ValueError(f"num_classes is {num_classes}, where 1..{IGNORE_INDEX} is allowed; label 255 is ignored.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, where at least 1 is allowed; leave it out to read every mask.")
     root = find_root(folder)
@@ -127,9 +125,7 @@ def _check_binary(samples: tuple[Sample, ...], counts: npt.NDArray[np.int64], nu
     )
 
 
-def _report(
-    samples: dict[str, tuple[Sample, ...]], findings: _Findings, first: str, limit: int | None
-) -> LabelReport:
+def _report(samples: dict[str, tuple[Sample, ...]], findings: _Findings, first: str, limit: int | None) -> LabelReport:
     num_classes = findings.num_classes
     counts = np.sum(list(findings.counts.values()), axis=0)
     absent = tuple(int(c) for c in np.flatnonzero(findings.counts[first][:num_classes] == 0))

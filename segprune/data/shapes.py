@@ -227,9 +227,7 @@ def _window(
     size: tuple[int, int], centre: tuple[float, float], reach: float, angle: float
 ) -> tuple[Window, Floats, Floats]:
     """The part of the picture within `reach` of the centre (y, x), and its pixels' turned offsets from it."""
-    spans = [
-        range(max(0, int(c - reach)), min(n, int(c + reach) + 2)) for c, n in zip(centre, size, strict=True)
-    ]
+    spans = [range(max(0, int(c - reach)), min(n, int(c + reach) + 2)) for c, n in zip(centre, size, strict=True)]
     y = np.arange(spans[0].start, spans[0].stop, dtype=np.float32)[:, None] - np.float32(centre[0])
     x = np.arange(spans[1].start, spans[1].stop, dtype=np.float32)[None, :] - np.float32(centre[1])
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
@@ -265,19 +263,13 @@ def _paint_blob(rng: np.random.Generator, canvas: Floats) -> None:
     canvas[window][inside] = _colour(rng, rng.random(), CLUTTER_SATURATION, CLUTTER_VALUE)
 
 
-def _place(
-    rng: np.random.Generator, centres: list[tuple[float, float]], size: tuple[int, int]
-) -> tuple[float, float]:
+def _place(rng: np.random.Generator, centres: list[tuple[float, float]], size: tuple[int, int]) -> tuple[float, float]:
     """Of four random places (y, x) the one farthest from the objects there, so that few are hidden whole."""
-    places = [
-        (_between(rng, (0.15, 0.85)) * size[0], _between(rng, (0.15, 0.85)) * size[1]) for _ in range(4)
-    ]
+    places = [(_between(rng, (0.15, 0.85)) * size[0], _between(rng, (0.15, 0.85)) * size[1]) for _ in range(4)]
     return max(places, key=lambda p: min((np.hypot(p[0] - y, p[1] - x) for y, x in centres), default=0.0))
 
 
-def _paint_object(
-    rng: np.random.Generator, canvas: Floats, mask: Bytes, k: int, centre: tuple[float, float]
-) -> None:
+def _paint_object(rng: np.random.Generator, canvas: Floats, mask: Bytes, k: int, centre: tuple[float, float]) -> None:
     """One object of class k + 1, over what was there."""
     look = _LOOKS[k]
     odd = rng.random()
@@ -307,9 +299,7 @@ def _paint_bar(rng: np.random.Generator, canvas: Floats, mask: Bytes) -> None:
 def _photograph(rng: np.random.Generator, canvas: Floats) -> Bytes:
     """Light that falls from one side, then blur, then noise."""
     height, width = canvas.shape[:2]
-    _, u, _ = _window(
-        (height, width), (height / 2, width / 2), max(height, width), _between(rng, (0, 2 * np.pi))
-    )
+    _, u, _ = _window((height, width), (height / 2, width / 2), max(height, width), _between(rng, (0, 2 * np.pi)))
     light = _between(rng, GAIN) * (1 + _between(rng, (0, LIGHT_GRADIENT)) * u / np.hypot(height, width) * 2)
     lit = Image.fromarray(np.clip(canvas * light[..., None], 0, 255).astype(np.uint8))
     blurred = lit.filter(ImageFilter.GaussianBlur(_between(rng, BLUR_SIGMA_PX)))

@@ -82,9 +82,7 @@ class TrainTransform:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(
-                f"scale {self.scale} must be (low, high) with 0 < low <= high; give both, low first."
-            )
+            raise ValueError(f"scale {self.scale} must be (low, high) with 0 < low <= high; give both, low first.")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip {self.flip} must be a probability in 0..1; give 0 to switch it off.")
 

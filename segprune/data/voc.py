@@ -55,8 +55,7 @@ def find_root(folder: str | Path) -> Path:
             return found[0]
     what = "has no data set in VOC layout" if folder.is_dir() else "is not a folder"
     raise FileNotFoundError(
-        f"{folder} {what}; give a folder that holds {LAYOUT}, "
-        "or write a generated one with `segprune shapes DIR`."
+        f"{folder} {what}; give a folder that holds {LAYOUT}, or write a generated one with `segprune shapes DIR`."
     )
 
 
@@ -133,9 +132,7 @@ class VocDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     they start, so `set_epoch` reaches only those started after it: leave persistent_workers off.
     """
 
-    def __init__(
-        self, folder: str | Path, split: str, num_classes: int, transform: Transform, seed: int = 0
-    ) -> None:
+    def __init__(self, folder: str | Path, split: str, num_classes: int, transform: Transform, seed: int = 0) -> None:
         self.samples = read_split(find_root(folder), split)
         self.num_classes = num_classes
         self.transform = transform
@@ -209,6 +206,4 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} cannot be read as an image ({error}); replace or remove the file."
-        ) from error
+        raise ValueError(f"{path} cannot be read as an image ({error}); replace or remove the file.") from error

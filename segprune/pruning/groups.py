@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from segprune.model import Attention, DecodeHead, Mlp, PatchEmbed
-from segprune.pruning.trace import CONVS, NORMS, TRANSPOSED_CONVS, eval_mode, is_depthwise, run, tensors_in
+from segprune.pruning.trace import CONVS, NORMS, TRANSPOSED_CONVS, eval_mode, is_depthwise, run, tensors_in, width_of
 
 try:
     import torch_pruning
@@ -79,7 +79,7 @@ def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, h
     modules = dict(model.named_modules())
     groups, unsupported = _traced_groups(model, example_inputs, modules)
     for name, module in modules.items():
-        if isinstance(module, Attention):
+        if type(module) is Attention:
             groups += _attention_groups(name, module, heads=heads)
     free = [g for g in groups if not any(m.side == "out" and m.layer in protected for m in g.members)]
     return Grouping(tuple(free), unsupported)
@@ -93,11 +93,24 @@ class _StandIn(nn.Linear):
 
 
 @contextmanager
+def _trainable(model: nn.Module) -> Iterator[None]:
+    """Every parameter with a gradient for a while: torch-pruning follows gradients and would miss frozen layers."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def _stand_ins(model: nn.Module) -> Iterator[None]:
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, Attention):
+            if type(child) is Attention:  # a subclass may compute anything
                 weight = child.q.weight
                 width = child.q.in_features
                 stand_in = _StandIn(width, width, device=weight.device, dtype=weight.dtype)
@@ -115,11 +128,9 @@ def _traced_groups(
 ) -> tuple[list[Group], dict[str, str]]:
     groups, unsupported = [], {}
     graph = torch_pruning.DependencyGraph()
-    with eval_mode(model), _stand_ins(model), torch.enable_grad():
+    with eval_mode(model), _trainable(model), _stand_ins(model), torch.enable_grad():
         names = {module: name for name, module in model.named_modules()}
-        graph.build_dependency(
-            model, example_inputs, forward_fn=run, output_transform=tensors_in, verbose=False
-        )
+        graph.build_dependency(model, example_inputs, forward_fn=run, output_transform=tensors_in, verbose=False)
         for traced in graph.get_all_groups():
             items = [(item.dep, item.idxs, item.root_idxs) for item in traced]
             if any(_is_output(graph, dep) for dep, _, _ in items):
@@ -136,6 +147,10 @@ def _traced_groups(
                 for dep, idxs, root in layers
                 for member in _members(names[dep.target.module], dep, graph, idxs, root, modules)
             ]
+            misread = {m.layer: type(modules[m.layer]).__name__ for m in members if not _fits(m, modules[m.layer])}
+            if misread:
+                unsupported |= misread
+                continue
             groups.append(_named_group(members, len(items[0][1]), modules))
     return groups, unsupported
 
@@ -162,7 +177,14 @@ def _can_cut(dep: Any) -> bool:
         return len(module.normalized_shape) == 1
     if isinstance(module, nn.Linear | NORMS[0] | NORMS[1] | NORMS[2]):
         return True
+    if isinstance(module, nn.GroupNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
+        return False
     return not any(True for _ in module.parameters())
+
+
+def _fits(member: Member, module: nn.Module) -> bool:
+    """Not so behind a reshape that mixes channels with space: the tracer then counts beyond the layer's width."""
+    return bool(member.positions.max() < width_of(module, member.side))
 
 
 def _members(

@@ -32,9 +32,7 @@ def _l1_group(model: nn.Module, group: Group) -> Scores:
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() < 2:
             continue  # a normalisation's weights scale channels, they do not carry them
-        sums = np.bincount(
-            member.channels, weights=_l1(module, member)[member.positions], minlength=group.num_channels
-        )
+        sums = np.bincount(member.channels, weights=_l1(module, member)[member.positions], minlength=group.num_channels)
         total += sums / max(sums.mean(), np.finfo(float).tiny)
     return total / max(total.mean(), np.finfo(float).tiny)
 

@@ -1,8 +1,10 @@
 """Scores and a budget in, a plan out: which channels stay. Decides everything, cuts nothing.
 
 The cost of any choice of widths is a formula (`Costs`), so a budget is solved by bisection on one threshold for
-all scores. Widths stay multiples of `round_to`; what rounding leaves of the budget is spent on the remaining
-steps with the lowest scores.
+all groups. What is compared across groups is a channel's share of the score that its group would still have, per
+unit of what the group costs: the threshold then maximises the sum of the logarithms of what the groups keep. A
+group that costs much gives more, and the fewer channels it has left, the dearer the next one becomes. Widths stay
+multiples of `round_to`; what rounding leaves of the budget is spent on the remaining steps that lose least.
 """
 
 from __future__ import annotations
@@ -65,6 +67,12 @@ class Costs:
         a, b, c = self._coefficients
         return float((a * dims[0] * dims[1] + b * dims[0] + c * dims[1]).sum()) + self.rest
 
+    def price(self, g: int) -> float:
+        """What would be saved if all of group `g` went and all others stayed; above 0."""
+        widths = self.full.copy()
+        widths[g] = 0
+        return max(self.total(self.full) - self.total(widths), 1.0)
+
 
 def _rows_by_side(layers: Sequence[Layer]) -> dict[tuple[str, str], list[tuple[int, int]]]:
     """Which widths (0 in, 1 out; row) a member's side sets. q's outputs and v's are attention's two widths."""
@@ -114,28 +122,31 @@ def solve(
 ) -> Plan:
     """The plan that removes the share `rate` of `whole` (default: the cost at full widths), within `TOLERANCE`.
 
-    Global scope ranks all groups' scores together; `local` ranks each group's by themselves, so that all lose the
-    same share. Refused with the nearest rate that can be reached: a rate beyond the floors, one that folding
+    Global scope ranks the channels of all groups together; `local` ranks each group's by themselves, so that all
+    lose the same share. Refused with the nearest rate that can be reached: a rate beyond the floors, one that folding
     alone exceeds (`whole` above the cost at full widths), and one so small that nothing would go.
     """
     groups = costs.groups
     whole = costs.total(costs.full) if whole is None else whole
     allowed = [_allowed(group, round_to) for group in groups]
-    ranked = [_slot_scores(scores[group.name], group, local=local) for group in groups]
+    if local:
+        ranked = [_slot_ranks(group) for group in groups]
+    else:
+        ranked = [_slot_losses(scores[group.name], group, costs.price(g)) for g, group in enumerate(groups)]
     floors = np.array([widths[0] for widths in allowed], dtype=np.int64)
     _check_reach(costs, floors, rate, whole)
     target = whole * (1.0 - rate)
     widths = _spend_rest(costs, ranked, allowed, _bisect(costs, ranked, allowed, target), target, whole)
     removed = 1.0 - costs.total(widths) / whole
+    finer = ", or for finer steps with --round_to 1" if round_to > 1 else ""
     if bool((widths == costs.full).all()):
         raise ValueError(
-            f"Rate {rate:g} is too small to remove even one step of {round_to} channels; "
-            "ask for a higher rate, or for finer steps with --round_to 1."
+            f"Rate {rate:g} is too small to remove even one step of {round_to} channels; ask for a higher rate{finer}."
         )
     if abs(removed - rate) > TOLERANCE:
         raise ValueError(
             f"Rate {rate:g} of the {rate_of} cannot be met within {TOLERANCE:.0%} in steps of {round_to} channels; "
-            f"the nearest is {removed:.3f}, or use --round_to 1."
+            f"ask for the nearest, {removed:.3f}{finer}."
         )
     keep = {g.name: _keep(scores[g.name], g, int(w)) for g, w in zip(groups, widths, strict=True)}
     return Plan(keep, rate, rate_of, removed)
@@ -164,12 +175,21 @@ def _allowed(group: Group, round_to: int) -> list[int]:
     return [*multiples, group.slots]
 
 
-def _slot_scores(scores: Scores, group: Group, *, local: bool) -> Scores:
-    """Ascending. Slot k is each part's k-th lowest channel, so that all parts (heads) lose equally many."""
-    ranked: Scores = np.sort(scores.reshape(group.parts, group.slots), axis=1).mean(axis=0)
-    if local:
-        ranked = (np.arange(group.slots) + 0.5) / group.slots
-    return ranked
+def _slot_losses(scores: Scores, group: Group, price: float) -> Scores:
+    """Ascending: what the k-th lowest slot loses of the logarithm of the group's score, per unit of its price.
+
+    Slot k is each part's k-th lowest channel, so that all parts (heads) lose equally many.
+    """
+    ranked = np.sort(scores.reshape(group.parts, group.slots), axis=1).mean(axis=0)
+    left = np.cumsum(ranked[::-1])[::-1]  # the score of slot k and all above
+    losses: Scores = group.slots * ranked / np.maximum(left, np.finfo(float).tiny) / price
+    return losses
+
+
+def _slot_ranks(group: Group) -> Scores:
+    """For local scope: the same share of every group lies below any threshold."""
+    ranks: Scores = (np.arange(group.slots) + 0.5) / group.slots
+    return ranks
 
 
 def _bisect(costs: Costs, ranked: list[Scores], allowed: list[list[int]], target: float) -> Widths:
@@ -197,23 +217,25 @@ def _widths_at(threshold: float, ranked: list[Scores], allowed: list[list[int]])
 def _spend_rest(
     costs: Costs, ranked: list[Scores], allowed: list[list[int]], widths: Widths, target: float, whole: float
 ) -> Widths:
-    """Take further single steps, those of the lowest mean score first, while none overshoots by more than `AIM`."""
+    """Take further single steps, those of the lowest mean score first, while one overshoots by no more than `AIM`.
+
+    Where all overshoot, the last step is the one that lands nearest, unless staying is nearer still.
+    """
     slack = AIM * whole
     while costs.total(widths) > target + slack:
-        steps = []
+        trials = []
         for g, options in enumerate(allowed):
             i = options.index(int(widths[g]))
             if i > 0:
                 gone = len(ranked[g]) - int(widths[g])
-                steps.append((ranked[g][gone : len(ranked[g]) - options[i - 1]].mean(), g, options[i - 1]))
-        for _, g, width in sorted(steps):
-            trial = widths.copy()
-            trial[g] = width
-            if costs.total(trial) >= target - slack:
-                widths = trial
-                break
-        else:
-            break
+                trial = widths.copy()
+                trial[g] = options[i - 1]
+                trials.append((ranked[g][gone : len(ranked[g]) - options[i - 1]].mean(), g, trial))
+        in_order = [trial for *_, trial in sorted(trials, key=lambda entry: entry[:2])]
+        gentle = next((trial for trial in in_order if costs.total(trial) >= target - slack), None)
+        if gentle is None:
+            return min([widths, *in_order], key=lambda trial: abs(costs.total(trial) - target))
+        widths = gentle
     return widths
 
 

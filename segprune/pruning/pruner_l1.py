@@ -16,7 +16,7 @@ from segprune.pruning.groups import Grouping, find_groups
 from segprune.pruning.importance import l1_scores
 from segprune.pruning.plan import RATES, Costs, Plan, RateOf, solve
 from segprune.pruning.surgery import cut, read_spec
-from segprune.pruning.trace import run, tensors_in, trace
+from segprune.pruning.trace import eval_mode, run, tensors_in, trace
 from segprune.spec import Spec
 from segprune.stats import Layer, layers
 
@@ -116,9 +116,10 @@ class L1Pruner:
         model = copy.deepcopy(self.model)
         seen = trace(model, example_inputs)
         names = [name for name, _ in model.named_modules()]
-        inside = {n for owner in seen.unknown_attention for n in names if n == owner or n.startswith(f"{owner}.")}
+        inside = {n for owner in seen.unknown_attention for n in names if not owner or f"{n}.".startswith(f"{owner}.")}
         grouping = find_groups(model, example_inputs, protected | inside, heads=self.heads)
-        _warn_left_alone(seen.unknown_attention, grouping.unsupported)
+        unsupported = {name: kind for name, kind in grouping.unsupported.items() if name not in inside}
+        _warn_left_alone(seen.unknown_attention, unsupported)
         if not grouping.groups:
             raise ValueError(
                 f"Nothing in {type(model).__name__} can be pruned: every group of channels is protected, "
@@ -130,13 +131,11 @@ class L1Pruner:
             total = sum(p.numel() for p in model.parameters())
             rest = total - sum(row.cost("params") for row in listed.values())
         self._cut(model, grouping, seen.layers, None, rest)
-        with torch.no_grad():
-            run(model, example_inputs)  # what was traced wrongly must fail here, not in the user's hands
+        with eval_mode(model), torch.no_grad():
+            _check_run(model, example_inputs)
         return model
 
-    def _cut(
-        self, model: nn.Module, grouping: Grouping, rows: list[Layer], whole: float | None, rest: int = 0
-    ) -> None:
+    def _cut(self, model: nn.Module, grouping: Grouping, rows: list[Layer], whole: float | None, rest: int = 0) -> None:
         costs = Costs(rows, grouping.groups, self.rate_of, rest)
         scores = l1_scores(model, grouping.groups)
         self.plan = solve(
@@ -149,6 +148,17 @@ class L1Pruner:
             local=self.scope == "local",
         )
         cut(model, grouping.groups, self.plan)
+
+
+def _check_run(model: nn.Module, example_inputs: Any) -> None:
+    """What was traced wrongly must fail here, not in the user's hands."""
+    try:
+        run(model, example_inputs)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} no longer runs once its channels are cut ({error}); something in it depends on "
+            "their number in a way that tracing does not see: name its layers in ignored_layers."
+        ) from error
 
 
 _FOLDED_AWAY = ("fuse", *(f"branches.{i}" for i in range(4)))
@@ -183,4 +193,6 @@ def _listing(names: dict[str, str]) -> str:
     by_class: dict[str, list[str]] = {}
     for name, kind in names.items():
         by_class.setdefault(kind, []).append(name)
-    return ", ".join(f"{kind} ({len(found)}, first {found[0]})" for kind, found in by_class.items())
+    return ", ".join(
+        f"{kind} ({len(found)}, first {found[0] or 'the network itself'})" for kind, found in by_class.items()
+    )

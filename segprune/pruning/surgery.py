@@ -12,7 +12,7 @@ from torch import nn
 from segprune.model import Attention, SegFormer
 from segprune.pruning.groups import Group, Side
 from segprune.pruning.plan import Plan
-from segprune.pruning.trace import NORMS, TRANSPOSED_CONVS, is_depthwise
+from segprune.pruning.trace import NORMS, TRANSPOSED_CONVS, is_depthwise, width_of
 from segprune.spec import BlockSpec, Spec
 
 
@@ -53,8 +53,7 @@ def _slice(module: nn.Module, side: Side, gone: set[int]) -> None:
 
 def _slice_one_sided(module: nn.Module, gone: set[int]) -> None:
     """A normalisation or a depth-wise convolution: every tensor has the channels in front."""
-    size = next(t.shape[0] for t in [*module.parameters(), *module.buffers()] if t.dim() > 0)
-    keep: torch.Tensor | None = None
+    size = width_of(module, "out")
     for name, parameter in list(module.named_parameters(recurse=False)):
         keep = _complement(gone, size, parameter.device)
         setattr(module, name, _parameter(parameter, 0, keep))
@@ -109,4 +108,3 @@ def _read_block(block: BlockSpec, attention: Attention, ffn_dim: int) -> BlockSp
         ffn_dim=ffn_dim,
         reduction_dim=None if attention.sr is None else attention.sr.out_channels,
     )
-

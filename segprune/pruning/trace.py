@@ -37,6 +37,17 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, CONVS) and module.groups == module.out_channels == module.in_channels > 1
 
 
+def width_of(module: nn.Module, side: str) -> int:
+    """Channels on one side ("in", "out") of a linear layer, a convolution or a normalisation."""
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[0]
+    if isinstance(module, NORMS):
+        name = "num_features"
+    else:
+        name = f"{side}_features" if isinstance(module, nn.Linear) else f"{side}_channels"
+    return int(getattr(module, name))
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; every module gets its own mode back."""
@@ -76,7 +87,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(_pusher(stack, name)))
-        hooks.append(module.register_forward_hook(_popper(stack, name, result)))
+        hooks.append(module.register_forward_hook(_popper(stack, name, result), with_kwargs=True))
     try:
         with eval_mode(model), torch.no_grad(), _Products(stack, result):
             run(model, example_inputs)
@@ -94,27 +105,28 @@ def _pusher(stack: list[tuple[str, nn.Module]], name: str) -> Callable[..., None
 
 
 def _popper(stack: list[tuple[str, nn.Module]], name: str, result: Trace) -> Callable[..., None]:
-    def pop(module: nn.Module, inputs: Any, output: Any) -> None:
+    def pop(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
         stack.pop()
-        layer = _layer(name, module, output)
+        layer = _layer(name, module, (*inputs, *named.values()), output)
         if layer is not None:
             result.layers.append(layer)
 
     return pop
 
 
-def _layer(name: str, module: nn.Module, output: Any) -> Layer | None:
+def _layer(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Layer | None:
     if isinstance(module, nn.Linear):
         positions = output.numel() // output.shape[0] // module.out_features
         bias = module.bias is not None
         return Layer(name, "product", module.in_features, module.out_features, positions, 1, bias)
     if isinstance(module, CONVS + TRANSPOSED_CONVS):
         kernel, bias = math.prod(module.kernel_size), module.bias is not None
-        positions = output.numel() // output.shape[0] // module.out_channels
-        if is_depthwise(module):
-            return Layer(name, "depthwise", module.out_channels, module.out_channels, positions, kernel, bias)
+        # a transposed convolution has one product per input position
+        positions = math.prod((inputs[0] if isinstance(module, TRANSPOSED_CONVS) else output).shape[2:])
         if module.groups == 1:
             return Layer(name, "product", module.in_channels, module.out_channels, positions, kernel, bias)
+        kernel *= module.in_channels // module.groups
+        return Layer(name, "depthwise", module.out_channels, module.out_channels, positions, kernel, bias)
     if isinstance(module, NORMS) and module.weight is not None and module.weight.dim() == 1:
         dim = module.weight.shape[0]
         return Layer(name, "norm", dim, dim, 0)
@@ -141,7 +153,7 @@ class _Products(TorchFunctionMode):
 
     def _record(self, name: str, activations: list[Tensor]) -> None:
         owner, module = self.stack[-1]
-        if not isinstance(module, Attention):
+        if type(module) is not Attention:
             self.result.unknown_attention[owner] = type(module).__name__
         if name != "scaled_dot_product_attention":
             return

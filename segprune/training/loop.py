@@ -1,21 +1,25 @@
 """The training loop: AdamW, warm-up and decay, cross-entropy with ignored labels, a score after every epoch.
 
-Runs on Hugging Face accelerate: one CPU, one GPU, or several processes started by torchrun. Order of the pictures,
-augmentation and the torch random state are part of the state, so an interrupted run goes on where it stopped.
+Runs on Hugging Face accelerate: one CPU, one GPU, or several processes started by torchrun. What is random (order of
+the pictures, augmentation, dropout) follows from the seed and the step alone, so an interrupted run goes on where it
+stopped: on one CPU to the same bits. With several processes the statistics of BatchNorm are the first one's.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -51,18 +55,23 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "lr", "eval_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to below 1.")
+        if self.freeze_epochs < 0:
+            raise ValueError(f"freeze_epochs is {self.freeze_epochs}; it must be 0, to train all at once, or above.")
 
 
 @dataclass
 class TrainState:
-    """All that a run needs to go on: `epoch` is the running one, `step` the batches done in it."""
+    """All that a run needs to go on, in copies: `epoch` is the running one, `step` the batches done in it."""
 
     epoch: int
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None  # of the loss, in mixed precision fp16
+    losses: list[float]  # of the running epoch's batches
     best_miou: float
-    rng: Tensor
     config: dict[str, Any]
 
 
@@ -97,24 +106,27 @@ def train(
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Score:
-    """Train `model` (logits B K H W) in place and return its last score.
+    """Train `model` (logits B K H W) in place and return its last score, which is taken in full precision.
 
     `state` continues an earlier run with the same settings. `on_epoch` gets the state to save, on the main process.
-    Raises TrainingInterrupted on Ctrl-C, after the running step; ValueError when the loss is no longer finite.
+    Seeds torch's global generator before every step. Raises TrainingInterrupted on Ctrl-C, after the running step;
+    ValueError for settings that do not fit model, data, processes or `state`, and when the loss is no longer finite.
     """
     run = _Run(model, config, accelerator, state)
     with _sigint_flag() as interrupted:
-        while run.epoch < config.epochs:
-            for loss in run.steps():
-                if on_step is not None:
-                    on_step(run.steps_done, run.total_steps, loss, run.lr)
-                if interrupted.is_set():
-                    raise TrainingInterrupted(run.state())
-            result = run.end_epoch()
-            if on_epoch is not None and accelerator.is_main_process:
-                on_epoch(result, run.state())
-    assert run.last_score is not None
-    return run.last_score
+        try:
+            while run.epoch < config.epochs:
+                for loss in run.steps():
+                    if on_step is not None:
+                        on_step(run.steps_done, run.total_steps, loss, run.optimizer.param_groups[0]["lr"])
+                    if interrupted.is_set():
+                        raise TrainingInterrupted(run.state())
+                result = run.end_epoch()
+                if on_epoch is not None and accelerator.is_main_process:
+                    on_epoch(result, run.state())
+        finally:
+            run.train_encoder(True)
+    return run.last_score or run.evaluate()
 
 
 class _Run:
@@ -128,7 +140,14 @@ class _Run:
         transform = TrainTransform(config.input_shape, scale=config.scale)
         self.data = VocDataset(config.data, "train", config.num_classes, transform, seed=config.seed)
         self.val = read_split(find_root(config.data), "val")
+        _check_processes(config, accelerator, len(self.data))
+        self.process, self.processes = accelerator.process_index, accelerator.num_processes
+        self.settings = asdict(config) | {"num_processes": self.processes, "num_images": len(self.data)}
+        self.batch_size = min(config.batch_size, len(self.data) // self.processes)
+        self.steps_per_epoch: int = len(self.data) // (self.batch_size * self.processes)
+        self.total_steps = self.steps_per_epoch * config.epochs
         self.bare = model
+        self.encoder = _encoder_parameters(model) if config.freeze_epochs else []
         self.optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
         self.epoch = self.step = 0
         self.best_miou = -1.0
@@ -136,34 +155,23 @@ class _Run:
         self.last_score: Score | None = None
         if state is not None:
             self._restore(state)
-        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        per_step = self.config.batch_size * self.accelerator.num_processes
-        return max(len(self.data) // per_step, 1)
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps_per_epoch * self.config.epochs
+        # accelerate rewrites the forward of what it prepares; the container is ours to be rewritten
+        self.model, self.optimizer = accelerator.prepare(nn.Sequential(model), self.optimizer)
 
     @property
     def steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
 
-    @property
-    def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
     def steps(self) -> Iterator[float]:
         """The remaining steps of the running epoch; yields each step's loss."""
         self.data.set_epoch(self.epoch)
         self.model.train()
-        _freeze_encoder(self.bare, self.epoch < self.config.freeze_epochs)
+        self.train_encoder(self.epoch >= self.config.freeze_epochs)
         loader: DataLoader[Any] = DataLoader(
             self.data, batch_sampler=self._batches()[self.step :], num_workers=self.config.num_workers
         )
         for pixels, labels in loader:
+            torch.manual_seed((self.config.seed * 1_000_003 + self.steps_done) * self.processes + self.process)
             self._set_lr()
             loss = self._update(pixels.to(self.accelerator.device), labels.to(self.accelerator.device))
             self.losses.append(loss)
@@ -174,9 +182,8 @@ class _Run:
         """This process's batches of the running epoch; an incomplete last one is left for other epochs."""
         generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self.epoch)
         order = torch.randperm(len(self.data), generator=generator).tolist()
-        size, processes = self.config.batch_size, self.accelerator.num_processes
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        return batches[self.accelerator.process_index :: processes][: self.steps_per_epoch]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return batches[self.process :: self.processes][: self.steps_per_epoch]
 
     def _set_lr(self) -> None:
         warmup = round(self.config.warmup * self.total_steps)
@@ -186,65 +193,64 @@ class _Run:
 
     def _update(self, pixels: Tensor, labels: Tensor) -> float:
         self.optimizer.zero_grad()
-        with self.accelerator.autocast():
-            logits = self.model(pixels)
-        loss = cross_entropy(logits.float(), labels)
+        loss = cross_entropy(self.model(pixels), labels)
         value = float(loss.detach())
         if value != value or value == float("inf"):
-            raise ValueError(
-                f"The loss became {value} in epoch {self.epoch + 1}; lower --lr (it was {self.config.lr:g}) "
-                "and start again, or --resume from the last checkpoint."
-            )
+            where = f"The loss became {value} in epoch {self.epoch + 1}"
+            raise ValueError(f"{where}; lower --lr (it was {self.config.lr:g}) and start again.")
         self.accelerator.backward(loss)
         self.optimizer.step()
         return value
 
     def end_epoch(self) -> EpochResult:
-        mean_loss = sum(self.losses) / max(len(self.losses), 1)
+        mean_loss = sum(self.losses) / len(self.losses)
         self.epoch, self.step, self.losses = self.epoch + 1, 0, []
-        due = self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs
-        if not due:
+        if self.epoch % self.config.eval_every and self.epoch < self.config.epochs:
             return EpochResult(self.epoch, mean_loss, None, best=False)
-        self.last_score = self._evaluate()
+        self.last_score = self.evaluate()
         best = self.last_score.miou > self.best_miou
         self.best_miou = max(self.best_miou, self.last_score.miou)
         return EpochResult(self.epoch, mean_loss, self.last_score, best)
 
-    def _evaluate(self) -> Score:
+    def evaluate(self) -> Score:
         """Each process scores its share of the validation pictures; the counts are added up."""
-        config, accelerator = self.config, self.accelerator
-        mine = self.val[accelerator.process_index :: accelerator.num_processes]
-        total = torch.zeros(config.num_classes, config.num_classes, dtype=torch.int64)
-        for _, matrix in confusion_matrices(
-            self.bare,
-            mine,
-            config.num_classes,
-            config.input_shape,
-            device=accelerator.device,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-        ):
-            total += matrix
-        total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()
-        return score(total, len(self.val))
+        for statistic in self.bare.buffers():
+            broadcast(statistic)
+        config, device = self.config, self.accelerator.device
+        size, workers = config.batch_size, config.num_workers
+        mine = self.val[self.process :: self.processes]
+        batches = confusion_matrices(
+            self.bare, mine, config.num_classes, config.input_shape, device=device, batch_size=size, num_workers=workers
+        )
+        zero = torch.zeros(config.num_classes, config.num_classes, dtype=torch.int64)
+        total = sum((matrix for _, matrix in batches), zero).to(device)
+        return score(self.accelerator.reduce(total).cpu(), len(self.val))
 
     def state(self) -> TrainState:
+        scaler = self.accelerator.scaler
         return TrainState(
             self.epoch,
             self.step,
             {name: tensor.detach().cpu().clone() for name, tensor in self.bare.state_dict().items()},
-            self.optimizer.state_dict(),
+            deepcopy(self.optimizer.state_dict()),
+            None if scaler is None else scaler.state_dict(),
+            list(self.losses),
             self.best_miou,
-            torch.get_rng_state(),
-            asdict(self.config),
+            self.settings,
         )
 
     def _restore(self, state: TrainState) -> None:
-        _check_same_run(state.config, asdict(self.config))
+        _check_same_run(state.config, self.settings)
         self.bare.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
-        self.epoch, self.step, self.best_miou = state.epoch, state.step, state.best_miou
-        torch.set_rng_state(state.rng)
+        self.optimizer.load_state_dict(deepcopy(state.optimizer))
+        if state.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.epoch, self.step, self.losses = state.epoch, state.step, list(state.losses)
+        self.best_miou = state.best_miou
+
+    def train_encoder(self, trained: bool) -> None:
+        for parameter in self.encoder:
+            parameter.requires_grad_(trained)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -260,9 +266,25 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _freeze_encoder(model: nn.Module, frozen: bool) -> None:
-    for parameter in model.get_submodule("encoder").parameters():
-        parameter.requires_grad_(not frozen)
+def _encoder_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What freeze_epochs holds still; parameters that did not train anyway are left as they are."""
+    encoder = getattr(model, "encoder", None)
+    if encoder is None:
+        raise ValueError(f"freeze_epochs needs a submodule `encoder`, which {type(model).__name__} lacks; set it to 0.")
+    return [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+
+
+def _check_processes(config: TrainConfig, accelerator: Accelerator, num_images: int) -> None:
+    processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    if started > processes:
+        raise ValueError(f"{started} processes were started but only {processes} joined; start them with torchrun.")
+    if num_images < processes:
+        raise ValueError(f"{num_images} training pictures came for {processes} processes; start no more than pictures.")
+    if config.freeze_epochs and processes > 1:
+        raise ValueError(f"freeze_epochs must be 0 with {processes} processes; set it to 0 or train on one process.")
+    used = accelerator.mixed_precision
+    if config.mixed_precision != used:
+        raise ValueError(f"mixed_precision is {config.mixed_precision}, the accelerator's {used}; give both the same.")
 
 
 _MAY_CHANGE = {"num_workers", "eval_every", "data"}
@@ -274,10 +296,8 @@ def _check_same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
         before = old.get(name)
         before = tuple(before) if isinstance(before, list) else before
         if name not in _MAY_CHANGE and before != value:
-            raise ValueError(
-                f"The run to resume had {name} {before}, now it is {value}; "
-                "resume with the same settings, or start anew without --resume."
-            )
+            change = f"The run to resume had {name} {before}, now it is {value}"
+            raise ValueError(f"{change}; resume with the same settings, or start anew without --resume.")
 
 
 @contextmanager

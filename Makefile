@@ -1,0 +1,49 @@
+# make demo   generated data, a dense b0, pruned by half, fine-tuned: one closing table
+# make test   all that CI runs: format, lint, types, tests, the wheel
+# Both set up .venv by themselves. Another Python: make demo PYTHON=python3.12
+# Options for pip, for example an index with CPU builds of torch: make demo PIP_ARGS="--extra-index-url URL"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+DEMO := demo
+WHEEL := build/wheel
+
+.PHONY: demo test format clean
+
+$(VENV)/run.stamp: requirements_pruning.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed and this is {v}; name one, as in: make demo PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements_pruning.txt
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp requirements_dev.txt
+	$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements_dev.txt
+	@touch $@
+
+demo: $(VENV)/run.stamp
+	$(PY) -m segprune shapes $(DEMO)/shapes --num_train 2800 --num_val 160
+	$(PY) train.py --data $(DEMO)/shapes --phi b0 --num_classes 8 --input_shape 128 128 --epochs 3 --save_dir $(DEMO)/logs
+	$(PY) prune_train.py --model_path $(DEMO)/logs/best_epoch_weights.pth --pruning_rate 0.5 --input_shape 128 128 \
+	    --data $(DEMO)/shapes --epochs 1 --save_dir $(DEMO)/logs_pruning
+
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/test.stamp
+	@! $(PY) -m pip list --format=freeze --disable-pip-version-check | grep -iE '^(torchvision|nvidia-)' || \
+	    { echo 'make test needs a CPU build of torch and no torchvision; remove $(VENV) and name an index with CPU builds in PIP_ARGS.'; exit 1; }
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	rm -rf build dist
+	$(PY) -m build --wheel --no-isolation > /dev/null
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(WHEEL) dist/segprune-*.whl
+	cd / && PYTHONPATH=$(CURDIR)/$(WHEEL) $(CURDIR)/$(PY) $(CURDIR)/tests/smoke_wheel.py $(CURDIR)/$(WHEEL)
+	$(PY) -m pytest -n 2 --dist loadfile
+
+format:
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info

@@ -1,0 +1,6 @@
+"""`python -m segprune` is the command `segprune`."""
+
+from segprune.cli import main
+
+if __name__ == "__main__":
+    main()

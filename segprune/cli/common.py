@@ -1,0 +1,161 @@
+"""What the commands share: flags from a config, errors in one sentence, the device, tables and progress bars."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from segprune.data import check_labels, find_root
+from segprune.stats import Latency
+from segprune.training.evaluate import Score
+
+C = TypeVar("C")
+CONTEXT = {"token_normalize_func": lambda flag: flag.replace("-", "_"), "help_option_names": ["--help", "_h"]}
+_QUIET = os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes only the first one talks
+
+console = Console(quiet=_QUIET, highlight=False, soft_wrap=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def command(config: type[C], run: Callable[[C, frozenset[str]], None]) -> Callable[..., None]:
+    """A function whose parameters are the config's fields; `run` gets the config and the names of the flags given."""
+
+    def body(context: typer.Context, **flags: Any) -> None:
+        given = {name for name in flags if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
+        with one_sentence():
+            run(config(**flags), frozenset(given))
+
+    parameters = inspect.signature(config, eval_str=True).parameters
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    body.__signature__ = inspect.Signature([context, *parameters.values()])  # type: ignore[attr-defined]
+    body.__annotations__ = {"context": typer.Context} | {n: p.annotation for n, p in parameters.items()}
+    body.__doc__ = run.__doc__
+    return body
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """A user's mistake ends in one sentence and exit status 1, Ctrl-C in 130; our own mistakes keep their trace."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        _fail(
+            "The GPU is out of memory; use a smaller --input_shape or --batch_size, a smaller variant (--phi), "
+            "or leave out --cuda to run on the CPU."
+        )
+    except (ValueError, OSError, ImportError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt as interrupt:
+        errors.print(str(interrupt) or "Interrupted; no file was left half-written.", markup=False)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    errors.print(f"Error: {message}", markup=False)
+    sys.exit(1)
+
+
+def choose_device(cuda: bool) -> torch.device:
+    """The GPU if asked for; ValueError where there is none."""
+    if cuda and not torch.cuda.is_available():
+        raise ValueError(
+            "--cuda was given but PyTorch sees no GPU here; leave out --cuda to run on the CPU, "
+            "or install a CUDA build of PyTorch and its driver."
+        )
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def show_settings(title: str, settings: Mapping[str, Any]) -> None:
+    """What will run, as a table."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in settings.items():
+        table.add_row(name, _cell(value))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    if value is None or value == "":
+        return "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def show_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        console.print(f"Note: {note}", style="yellow", markup=False)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[..., None]]:
+    """Yields `advance(done, total, text="")`, which moves the bar."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, refresh_per_second=4, transient=True) as progress:
+        task = progress.add_task(description, total=None, text="")
+
+        def advance(done: int, total: int, text: str = "") -> None:
+            progress.update(task, completed=done, total=total, text=text)
+
+        yield advance
+
+
+def check_data(folder: str, num_classes: int, splits: tuple[str, ...]) -> None:
+    """The label check, with a bar and its notes printed."""
+    with progress_bar("checking labels") as advance:
+        report = check_labels(folder, num_classes, splits, progress=advance)
+    found = ", ".join(f"{number} in {split}" for split, number in report.num_images.items())
+    console.print(f"Labels checked: {found}; {report.ignored} ignored pixels.")
+    show_notes(report.notes)
+
+
+def show_score(title: str, score: Score, data: str) -> None:
+    """IoU per class and the means; classes are named by the data's classes.txt, one name per line, if it has one."""
+    listed = find_root(data) / "classes.txt"
+    names = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+    rows = [
+        [f"{k} {names[k] if k < len(names) else ''}", "absent" if iou is None else f"{iou:.4f}"]
+        for k, iou in enumerate(score.iou)
+    ]
+    rows.append(["mIoU", f"{score.miou:.4f}"])
+    rows.append(["pixel accuracy", f"{score.pixel_accuracy:.4f}"])
+    show_table(f"{title} ({score.num_images} images)", ["class", "IoU"], rows)
+
+
+def latency_text(latency: Latency) -> str:
+    return f"{latency.median_ms:.1f} ({latency.low_ms:.1f}–{latency.high_ms:.1f})"
+
+
+def measured_on(latency: Latency, shape: tuple[int, int]) -> str:
+    """One line that says what a latency was measured on."""
+    return (
+        f"Latency: median (quartiles) in ms of {latency.runs} runs after a warm-up, batch {latency.batch}, "
+        f"{shape[0]}×{shape[1]} pixels, {latency.dtype}, {latency.device}, {latency.threads} threads."
+    )

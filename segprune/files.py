@@ -1,0 +1,171 @@
+"""Files written whole or not at all, and opened without running what is in them.
+
+Tensors are read with `weights_only=True`, which builds nothing but tensors and plain containers. Training scripts
+often leave NumPy numbers in their wrappers; those are read by two stand-ins that turn them into Python's numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+PICKLES = (".pth", ".pt", ".bin")
+SUFFIXES = (*PICKLES, ".safetensors")
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, made if need be; on success it takes the place of `path`.
+
+    On failure it is removed and the old file stays. An OSError comes out as one sentence.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror or error}); give another place, "
+            f"or see to it that {path.parent} is a folder with free space in which you may write."
+        ) from error
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Make the folder and try a file in it, so that hours of work do not end in an OSError."""
+    with atomic_path(Path(folder) / ".writable") as temporary:
+        temporary.touch()
+    (Path(folder) / ".writable").unlink()
+
+
+def write_json(data: Any, path: str | os.PathLike[str]) -> None:
+    _write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), path)
+
+
+def save_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Tensors and plain containers of them, as `load_record` reads them back."""
+    buffer = io.BytesIO()  # written to a full disk by torch itself, the OSError would be lost
+    torch.save(dict(record), buffer)
+    _write(buffer.getbuffer(), path)
+
+
+def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_record` wrote, on the CPU; ValueError if it is something else."""
+    path = existing(path)
+    record = _unpickle(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds a {type(record).__name__}, not a saved record; give the file of another run.")
+    return record
+
+
+def save_tensors(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """A .safetensors file."""
+    _write(safetensors_bytes(dict(state_dict), metadata=dict(metadata)), path)
+
+
+def _write(data: bytes | memoryview, path: str | os.PathLike[str]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
+    """What a .pth, .pt, .bin or .safetensors file holds, and the metadata of the latter, on the CPU.
+
+    FileNotFoundError if there is none; ValueError if it is of another kind, damaged, or needs to run code.
+    """
+    path = existing(path)
+    if path.suffix in PICKLES:
+        return _unpickle(path), {}
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    raise ValueError(
+        f"{path} ends in {path.suffix or 'nothing'!r}; a checkpoint ends in {', '.join(PICKLES)} or .safetensors, "
+        "or is a Hugging Face folder."
+    )
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; give the file in it.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the path of a checkpoint.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; copy or download it again.")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise OSError(f"{path} could not be opened ({error.strerror}); see to it that you may read it.") from error
+    return path
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(_damaged(path, "safetensors file")) from error
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
+        if wanted is None:
+            raise ValueError(_damaged(path, "PyTorch checkpoint")) from error
+        raise ValueError(
+            f"{path} asks for {wanted[1]}, and building that could run any code, so the file was not opened; save the "
+            "weights alone where it was made: torch.save(model.state_dict(), path)."
+        ) from error
+    except Exception as error:  # bytes that are no pickle fail in every way there is
+        raise ValueError(_damaged(path, "PyTorch checkpoint")) from error
+
+
+def _damaged(path: Path, kind: str) -> str:
+    return f"{path} is not a {kind}, or only a part of one; copy or download it again, or give another file."
+
+
+class _NumpyDtype:
+    """Stands in for numpy.dtype: keeps its code and byte order."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code = code
+        self.order = "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
+    """Stands in for NumPy's constructor of scalars: bool, int or float."""
+    if not re.fullmatch(r"[<>|=][biuf][1248]", f"{dtype.order}{dtype.code}"):
+        raise UnpicklingError("only NumPy's plain numbers are read")
+    return np.frombuffer(data, dtype=f"{dtype.order}{dtype.code}")[0].item()
+
+
+_STAND_INS: list[Any] = [
+    (_NumpyDtype, "numpy.dtype"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+]

@@ -1,0 +1,121 @@
+"""Hugging Face folders and hub names: config.json beside the weights, whole or in shards.
+
+The weights say what the network is; config.json must agree with them, and adds the dropout rates of training.
+Source of its keys: transformers' SegformerConfig.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from segprune.files import SUFFIXES, read_file
+from segprune.spec import Spec
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def is_hub_name(path: str | os.PathLike[str]) -> bool:
+    """Whether it reads like "org/name" and is neither a path that exists nor one of a checkpoint file."""
+    looks_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", os.fspath(path)) is not None
+    return looks_so and Path(path).suffix not in SUFFIXES and not Path(path).exists()
+
+
+def download(name: str) -> Path:
+    """The folder with config.json and weights of a hub name, from huggingface.co or its cache on this machine."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is to be downloaded from huggingface.co; pip install huggingface_hub first."
+        ) from error
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors*"]))
+        if not any(folder.glob("model*.safetensors*")):
+            folder = Path(snapshot_download(name, allow_patterns=["config.json", "pytorch_model*.bin*"]))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a file or folder here nor could it be downloaded from huggingface.co "
+            f"({type(error).__name__}); check the name and the connection."
+        ) from error
+    return folder
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dict and config of a folder as `save_pretrained` writes it; FileNotFoundError names what is missing."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is a folder without config.json, so not one of Hugging Face; give the checkpoint file in it."
+        )
+    config = _read_json(folder / "config.json")
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return read_file(folder / name)[0], config
+        if (folder / f"{name}.index.json").is_file():
+            return _read_shards(folder / f"{name}.index.json"), config
+    raise FileNotFoundError(f"{folder} has config.json but no weights; put {' or '.join(WEIGHTS)} beside it.")
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map that names its shards; copy or download it again.")
+    state: dict[str, Any] = {}
+    for name in sorted({Path(str(name)).name for name in weight_map.values()}):  # in this folder and nowhere else
+        state |= read_file(index.parent / name)[0]
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON; copy or download it again.") from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} holds a {type(data).__name__} instead of names and values; copy or download it again."
+        )
+    return data
+
+
+def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) -> tuple[Spec, tuple[str, ...]]:
+    """The spec with config.json's dropout rates, and notes on what is not taken over.
+
+    ValueError if it describes another network than the weights. Its layer_norm_eps is ignored, as transformers does.
+    """
+    expected: dict[str, Any] = {
+        "model_type": "segformer",
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        "depths": [len(stage.blocks) for stage in spec.stages],
+        "hidden_sizes": [stage.width for stage in spec.stages],
+        "num_attention_heads": [stage.blocks[0].num_heads for stage in spec.stages],
+        "mlp_ratios": [stage.blocks[0].ffn_dim / stage.width for stage in spec.stages],
+        "sr_ratios": [stage.reduction_ratio for stage in spec.stages],
+        "patch_sizes": [stage.kernel_size for stage in spec.stages],
+        "strides": [stage.stride for stage in spec.stages],
+    }
+    if not backbone_only:
+        expected["decoder_hidden_size"] = spec.decoder_dim
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"config.json says {name} {config[name]}, but a {spec.variant} as in the weights has {value}; "
+                "give a folder whose two files belong together."
+            )
+    notes = tuple(
+        f"config.json's {name} {config[name]} was not taken over: no dropout inside blocks here."
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        if config.get(name)
+    )
+    numerics = replace(
+        spec.numerics,
+        drop_path=float(config.get("drop_path_rate", spec.numerics.drop_path)),
+        head_dropout=float(config.get("classifier_dropout_prob", spec.numerics.head_dropout)),
+    )
+    return replace(spec, numerics=numerics), notes

@@ -1,0 +1,68 @@
+"""Results as plain data: the records that commands save as JSON.
+
+Units: parameters and MACs are counts for one image, FLOPs are two MACs, `_M` and `_G` are millions and thousands
+of millions, latency is in ms, percentages are of the network as loaded, mIoU and IoU lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+import segprune
+from segprune.stats import Counts, Latency
+from segprune.training.evaluate import Score
+
+
+def network_size(counts: Counts) -> dict[str, Any]:
+    return {
+        "parameters": counts.parameters,
+        "parameters_M": round(counts.parameters / 1e6, 6),
+        "macs": counts.macs,
+        "macs_G": round(counts.macs / 1e9, 6),
+        "flops": counts.flops,
+        "flops_G": round(counts.flops / 1e9, 6),
+    }
+
+
+def network_record(counts: Counts, latency: Latency | None = None, score: Score | None = None) -> dict[str, Any]:
+    """Size, and what was measured of time and quality."""
+    record = network_size(counts)
+    if latency is not None:
+        record["latency_ms"] = latency.median_ms
+        record["latency"] = asdict(latency)
+    if score is not None:
+        record |= score_record(score)
+    return record
+
+
+def score_record(score: Score) -> dict[str, Any]:
+    return {"miou": score.miou, "iou": list(score.iou), "pixel_accuracy": score.pixel_accuracy}
+
+
+def reduction_record(original: Counts, folded: Counts, pruned: Counts) -> dict[str, float]:
+    """What was saved, as percentages of the original; what folding saved of it stands apart."""
+
+    def percent(before: int, after: int, whole: int) -> float:
+        return round(100.0 * (before - after) / whole, 4)
+
+    return {
+        "parameters_reduction_percent": percent(original.parameters, pruned.parameters, original.parameters),
+        "flops_reduction_percent": percent(original.flops, pruned.flops, original.flops),
+        "parameters_by_folding_percent": percent(original.parameters, folded.parameters, original.parameters),
+        "parameters_by_pruning_percent": percent(folded.parameters, pruned.parameters, original.parameters),
+        "flops_by_folding_percent": percent(original.flops, folded.flops, original.flops),
+        "flops_by_pruning_percent": percent(folded.flops, pruned.flops, original.flops),
+    }
+
+
+def environment() -> dict[str, str]:
+    return {
+        "segprune": segprune.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }

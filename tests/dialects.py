@@ -1,0 +1,173 @@
+"""A second SegFormer, written plainly from the paper under NVlabs' public names, and transformers' one: the oracles.
+
+The plain one takes its numbers from PUBLISHED, which repeats what each code base is known to compute.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from segprune.spec import DECODER_DIMS, DEPTHS, WIDTHS
+
+Fill = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class Published:
+    """LayerNorm eps of blocks and ends, of embeddings and reductions; fuse BatchNorm eps; GELU; last upsampling."""
+
+    eps: float = 1e-6
+    inner_eps: float = 1e-5
+    bn_eps: float = 1e-5
+    gelu: str = "none"
+    align_corners: bool = False
+
+
+PUBLISHED = {
+    "nvlabs": Published(),
+    "bubbliiiing": Published(bn_eps=1e-3, gelu="tanh", align_corners=True),
+    "smp": Published(align_corners=True),
+}
+
+
+def sequence(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # B C H W -> B N C
+
+
+def picture(x: Tensor, like: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(x.shape[0], -1, *like.shape[2:])  # B N C -> B C H W
+
+
+class Embed(nn.Module):
+    def __init__(self, inputs: int, width: int, kernel: int, stride: int, eps: float) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(inputs, width, kernel, stride, kernel // 2)
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, ratio: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        if ratio > 1:
+            self.sr, self.norm = nn.Conv2d(width, width, ratio, ratio), nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = sequence(x)
+        source = self.norm(sequence(self.sr(x))) if hasattr(self, "sr") else tokens
+        keys, values = self.kv(source).tensor_split(2, dim=2)
+        outs = []
+        for q, k, v in zip(*(t.chunk(self.heads, dim=2) for t in (self.q(tokens), keys, values)), strict=True):
+            outs.append((q @ k.mT / q.shape[2] ** 0.5).softmax(dim=2) @ v)
+        return picture(self.proj(torch.cat(outs, dim=2)), x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, gelu: str) -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dwconv = nn.Module()
+        self.dwconv.dwconv = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dwconv.dwconv(picture(self.fc1(sequence(x)), x))
+        return picture(self.fc2(F.gelu(sequence(hidden), approximate=self.gelu)), x)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, ratio: int, numbers: Published) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=numbers.eps), nn.LayerNorm(width, eps=numbers.eps)
+        self.attn, self.mlp = Attention(width, heads, ratio, numbers.inner_eps), Mlp(width, numbers.gelu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(picture(self.norm1(sequence(x)), x))
+        return x + self.mlp(picture(self.norm2(sequence(x)), x))
+
+
+class Reference(nn.Module):
+    """A dense variant under NVlabs' names; `conv_seg` adds the layer that their files carry and nothing uses."""
+
+    def __init__(self, variant: str, num_classes: int, numbers: Published, *, conv_seg: bool = False) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.backbone, self.decode_head = nn.Module(), nn.Module()
+        inputs, dim = 3, DECODER_DIMS[variant]
+        for s, (width, depth) in enumerate(zip(WIDTHS[variant], DEPTHS[variant], strict=True), 1):
+            kernel, stride, heads, ratio = ((7, 4, 1, 8), (3, 2, 2, 4), (3, 2, 5, 2), (3, 2, 8, 1))[s - 1]
+            blocks = [Block(width, heads, ratio, numbers) for _ in range(depth)]
+            self.backbone.add_module(f"patch_embed{s}", Embed(inputs, width, kernel, stride, numbers.inner_eps))
+            self.backbone.add_module(f"block{s}", nn.Sequential(*blocks))
+            self.backbone.add_module(f"norm{s}", nn.LayerNorm(width, eps=numbers.eps))
+            self.decode_head.add_module(f"linear_c{s}", nn.ModuleDict({"proj": nn.Linear(width, dim)}))
+            inputs = width
+        bn = nn.BatchNorm2d(dim, eps=numbers.bn_eps)
+        fuse = {"conv": nn.Conv2d(4 * dim, dim, 1, bias=False), "bn": bn}
+        self.decode_head.linear_fuse = nn.ModuleDict(fuse)
+        self.decode_head.linear_pred = nn.Conv2d(dim, num_classes, 1)
+        if conv_seg:
+            self.decode_head.conv_seg = nn.Conv2d(128, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, maps = x.shape[2:], []
+        for s in range(1, 5):
+            embed = self.backbone.get_submodule(f"patch_embed{s}")
+            x = embed.proj(x)
+            x = self.backbone.get_submodule(f"block{s}")(picture(embed.norm(sequence(x)), x))
+            x = picture(self.backbone.get_submodule(f"norm{s}")(sequence(x)), x)
+            branch = picture(self.decode_head.get_submodule(f"linear_c{s}").proj(sequence(x)), x)
+            maps.insert(0, F.interpolate(branch, maps[-1].shape[2:], mode="bilinear") if maps else branch)
+        fuse = self.decode_head.linear_fuse
+        logits = self.decode_head.linear_pred(fuse.bn(fuse.conv(torch.cat(maps, dim=1))).relu())
+        return F.interpolate(logits, size, mode="bilinear", align_corners=self.numbers.align_corners)
+
+
+def reference(dialect: str, fill: Fill, variant: str = "b0", num_classes: int = 5, **options: bool) -> nn.Module:
+    """In float32 and eval mode, every weight and statistic as training would leave it."""
+    return fill(Reference(variant, num_classes, PUBLISHED[dialect], **options).eval())
+
+
+def smp_names(nvlabs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors as segmentation_models_pytorch calls them."""
+    names = {"backbone.": "encoder.", "decode_head.linear_fuse.conv": "decoder.fuse_stage.0"}
+    names |= {"decode_head.linear_fuse.bn": "decoder.fuse_stage.1", "decode_head.linear_pred": "segmentation_head.0"}
+    names |= {f"decode_head.linear_c{s}.proj": f"decoder.mlp_stage.{4 - s}.linear" for s in range(1, 5)}
+    state = {}
+    for key, tensor in nvlabs.items():
+        old = next(old for old in names if key.startswith(old))
+        state[names[old] + key.removeprefix(old)] = tensor
+    return state
+
+
+def state_in(dialect: str, fill: Fill, **options: bool) -> dict[str, Tensor]:
+    """A b0 with 5 classes as that dialect saves it (hf: as in memory)."""
+    if dialect == "hf":
+        return hf_model("b0", fill).state_dict()
+    state = reference(dialect, fill, **options).state_dict()
+    return smp_names(state) if dialect == "smp" else state
+
+
+def hf_config(variant: str, num_classes: int = 5) -> SegformerConfig:
+    return SegformerConfig(
+        hidden_sizes=list(WIDTHS[variant]),
+        depths=list(DEPTHS[variant]),
+        decoder_hidden_size=DECODER_DIMS[variant],
+        num_labels=num_classes,
+    )
+
+
+def hf_model(variant: str, fill: Fill, kind: type[nn.Module] = SegformerForSemanticSegmentation) -> nn.Module:
+    """In eval mode; built without its slow initialisation, all of which `fill` overwrites."""
+    with torch.device("meta"):
+        model = kind(hf_config(variant))
+    model = model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.zero_()
+    return fill(model.eval())

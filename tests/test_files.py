@@ -1,0 +1,222 @@
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from segprune.files import atomic_path, check_writable, load_record, read_file, save_record, write_json
+
+
+@contextmanager
+def disk_full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
+
+
+class Attack:
+    """Pickled, it asks for a marker file to be made when it is opened."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.marker),))
+
+
+def test_what_is_written_takes_the_place_of_the_old_file_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.json"
+    write_json({"é": 1}, path)
+    write_json({"é": [1.5, None]}, path)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1.5, None]}
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_failure_while_writing_keeps_the_old_file_and_removes_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pth"
+    save_record({"x": torch.ones(3)}, path)
+    message = (
+        rf"^{path} could not be written \(No space left on device\); give another place, or see to it that {tmp_path}"
+    )
+    with disk_full(monkeypatch), pytest.raises(OSError, match=message):
+        save_record({"x": torch.zeros(3)}, path)
+    assert torch.equal(load_record(path)["x"], torch.ones(3))
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_the_error_of_a_full_disk_comes_through_torch_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.with_name(f".a.pth.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\); give another place"):
+        save_record({"x": torch.zeros(100_000)}, path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = r"could not be written \(.*\); give another place, or see to it that .*file is a folder with free space"
+    with pytest.raises(OSError, match=message):
+        write_json({}, tmp_path / "file" / "a.json")
+    with pytest.raises(OSError, match=message):
+        check_writable(tmp_path / "file")
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OSError, match=r"a\.json could not be written \(Is a directory\)"):
+        write_json({}, tmp_path / "a.json")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match=r"could not be written \(Permission denied\); give another place"):
+        write_json({}, tmp_path / "a.json")
+    with pytest.raises(OSError, match=r"could not be written \(Permission denied\); give another place"):
+        check_writable(tmp_path)
+
+
+def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    record = {"step": 3, "state": {0: {"exp_avg": torch.randn(2, 3)}}, "losses": [0.5, 0.25], "scaler": None}
+    save_record(record, tmp_path / "resume.pth")
+    found = load_record(tmp_path / "resume.pth")
+    assert torch.equal(found["state"][0].pop("exp_avg"), record["state"][0].pop("exp_avg"))  # type: ignore[index]
+    assert found == record
+
+
+def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth holds a list, not a saved record; give the file of another run"):
+        load_record(tmp_path / "a.pth")
+    with pytest.raises(FileNotFoundError, match=r"b\.pth does not exist; give the path of a checkpoint"):
+        load_record(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("new_zip", [True, False])
+def test_numpy_numbers_in_a_wrapper_are_read_as_plain_ones(new_zip: bool, tmp_path: Path) -> None:
+    numbers = [np.float64(0.1), np.float32(0.5), np.int64(-3), np.uint8(7), np.bool_(True), np.float64(2).astype(">f8")]
+    path = tmp_path / "a.pth"
+    torch.save({"meta": numbers, "x": torch.ones(2)}, path, _use_new_zipfile_serialization=new_zip)
+    found = read_file(path)[0]["meta"]
+    assert found == [0.1, 0.5, -3, 7, True, 2.0]
+    assert [type(number) for number in found] == [float, float, int, int, bool, float]
+
+
+def test_the_old_name_of_numpys_constructor_is_known_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"miou": np.float64(0.75)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    assert read_file(path)[0] == {"miou": 0.75}
+
+
+@pytest.mark.parametrize("number", [np.datetime64("2026-01-01"), np.str_("a"), np.longdouble(1)])
+def test_other_numpy_values_are_refused(number: Any, tmp_path: Path) -> None:
+    torch.save({"meta": number}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth (is not a PyTorch checkpoint|asks for numpy)"):
+        read_file(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("new_zip", [True, False])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+def test_a_file_that_would_run_code_is_refused_by_name_and_runs_nothing(
+    suffix: str, new_zip: bool, tmp_path: Path
+) -> None:
+    path, marker = tmp_path / f"a{suffix}", tmp_path / "marker"
+    content = {"state_dict": {"x": torch.ones(1)}, "meta": Attack(marker)}
+    torch.save(content, path, _use_new_zipfile_serialization=new_zip)
+    message = r"asks for (posix|nt)\.mkdir, and building that could run any code, .*torch\.save\(model\.state_dict\(\)"
+    for read in (read_file, load_record):
+        with pytest.raises(ValueError, match=message):
+            read(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # the attack was a real one
+
+
+def test_a_whole_pickled_network_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pth")
+    message = r"asks for torch\.nn\.modules\.linear\.Linear, .*; save the weights alone where it was made: torch\.save"
+    with pytest.raises(ValueError, match=message):
+        read_file(tmp_path / "a.pth")
+
+
+NOT_TENSORS = {
+    "picture": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01" * 40,
+    "text": b"hello world\n",
+    "binary": bytes(range(256)),
+    "zip": b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("content", NOT_TENSORS.values(), ids=NOT_TENSORS)
+@pytest.mark.parametrize(("suffix", "kind"), [(".pth", "PyTorch checkpoint"), (".safetensors", "safetensors file")])
+def test_a_file_of_another_kind_is_refused(content: bytes, suffix: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path} is not a {kind}, or only a part of one; copy or download it again"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"x": torch.randn(1000)}, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match="is not a PyTorch checkpoint, or only a part of one; copy or download it a"):
+        read_file(path)
+
+
+def test_an_empty_file_a_missing_one_a_folder_and_an_unknown_ending_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "picture.jpg").write_text("x")
+    for name, kind, message in (
+        ("empty.pth", ValueError, "is empty; copy or download it again"),
+        ("missing.pth", FileNotFoundError, "does not exist; give the path of a checkpoint"),
+        (".", FileNotFoundError, "is a folder; give the file in it"),
+        (
+            "picture.jpg",
+            ValueError,
+            r"ends in '\.jpg'; a checkpoint ends in \.pth, \.pt, \.bin or \.safetensors, or is",
+        ),
+    ):
+        with pytest.raises(kind, match=message):
+            read_file(tmp_path / name)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "a.pth")
+    (tmp_path / "a.pth").chmod(0)
+    with pytest.raises(OSError, match=r"could not be opened \(Permission denied\); see to it that you may read it"):
+        read_file(tmp_path / "a.pth")

@@ -1,0 +1,122 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from segprune.model import Attention, DropPath, SegFormer, check_input
+from segprune.spec import BlockSpec, Numerics, Spec, standard_spec
+
+PUBLISHED = {  # parameters at 21 classes
+    "b0": 3_719_541,
+    "b1": 13_682_645,
+    "b2": 27_362_773,
+    "b3": 47_238_613,
+    "b4": 64_009_173,
+    "b5": 84_609_493,
+}
+
+
+@pytest.mark.parametrize(("variant", "parameters"), PUBLISHED.items())
+def test_a_variant_has_the_published_number_of_parameters(variant: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = SegFormer(standard_spec(variant, 21))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (65, 97), (33, 130)])
+def test_logits_have_the_input_s_size(small_spec: Spec, size: tuple[int, int], folded: bool) -> None:
+    model = SegFormer(replace(small_spec, branch_dims=None) if folded else small_spec)
+    assert model(torch.randn(2, 3, *size)).shape == (2, small_spec.num_classes, *size)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_every_parameter_receives_a_gradient(small_spec: Spec, folded: bool) -> None:
+    model = SegFormer(replace(small_spec, branch_dims=None) if folded else small_spec)
+    model(torch.randn(2, 3, 64, 96)).square().mean().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert without == []
+    # biases before a BatchNorm and of keys cancel out; all else must matter
+    dead = [n for n, p in model.named_parameters() if not p.grad.any()]
+    assert all(name.endswith("bias") for name in dead)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (71, 50)])
+def test_the_last_map_is_a_32nd_of_the_input(small_model: SegFormer, size: tuple[int, int]) -> None:
+    maps = small_model.encoder(torch.randn(1, 3, *size).double())
+    assert [m.shape[1:] for m in maps] == [
+        (stage.width, *(-(-side // (4 * 2**i)) for side in size)) for i, stage in enumerate(small_model.spec.stages)
+    ]
+
+
+def test_images_of_a_batch_do_not_see_each_other(small_model: SegFormer) -> None:
+    x = torch.randn(3, 3, 64, 64).double()
+    torch.testing.assert_close(small_model(x)[1:2], small_model(x[1:2]))
+
+
+def test_attention_equals_the_textbook_formula() -> None:
+    block = BlockSpec(num_heads=3, qk_dim=4, v_dim=6, ffn_dim=1, reduction_dim=None, qk_scale=0.7)
+    attention = Attention(10, block, 1, 1e-5).double()
+    x = torch.randn(2, 12, 10).double()
+    q, k, v = attention.q(x), attention.k(x), attention.v(x)
+    heads = []
+    for h in range(3):
+        q_h, k_h, v_h = q[..., 4 * h : 4 * h + 4], k[..., 4 * h : 4 * h + 4], v[..., 6 * h : 6 * h + 6]
+        heads.append((0.7 * q_h @ k_h.mT).softmax(-1) @ v_h)
+    torch.testing.assert_close(attention(x, 3, 4), attention.proj(torch.cat(heads, -1)), rtol=1e-12, atol=1e-12)
+
+
+def test_the_numerics_of_the_spec_reach_the_layers(small_spec: Spec) -> None:
+    numerics = Numerics(1e-3, 1e-2, "tanh", 1e-4, 0.2, 0.3, "plain", True, 0.5)
+    model = SegFormer(replace(small_spec, numerics=numerics))
+    modules = dict(model.named_modules())
+    eps = {name: m.eps for name, m in modules.items() if isinstance(m, nn.LayerNorm)}
+    embeds = {name for name in eps if name.endswith(("patch_embed.norm", "attn.norm"))}
+    assert {eps[name] for name in embeds} == {1e-2}
+    assert {eps[name] for name in eps.keys() - embeds} == {1e-3}
+    assert {m.approximate for m in modules.values() if isinstance(m, nn.GELU)} == {"tanh"}
+    assert (model.decode_head.norm.eps, model.decode_head.norm.momentum) == (1e-4, 0.2)
+    assert type(model.decode_head.dropout) is nn.Dropout
+    assert model.decode_head.dropout.p == 0.3
+    rates = [m.rate for m in modules.values() if isinstance(m, DropPath)]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_align_corners_decides_how_the_logits_are_upsampled(small_model: SegFormer) -> None:
+    x = torch.randn(1, 3, 64, 64).double()
+    small = small_model.decode_head(small_model.encoder(x))
+    small_model.spec = replace(small_model.spec, numerics=replace(small_model.spec.numerics, align_corners=True))
+    assert torch.equal(small_model(x)[..., ::63, ::63], small[..., ::15, ::15])  # aligned: the corners are kept
+
+
+def test_drop_path_keeps_or_drops_whole_samples_and_the_mean() -> None:
+    drop = DropPath(0.25)
+    out = drop(torch.ones(4000, 2, 3))
+    assert all(sample.unique().numel() == 1 for sample in out[:50])
+    assert out.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(drop.eval()(out), out)
+
+
+def test_fresh_weights_are_drawn_as_published() -> None:
+    model = SegFormer(standard_spec("b0", 8))
+    linear = model.encoder.stages[3].blocks[0].mlp.fc1
+    conv = model.encoder.stages[3].patch_embed.proj
+    assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.05)
+    assert not linear.bias.any()
+    assert not conv.bias.any()
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64), (2, 1, 64, 64), (64, 64)])
+def test_what_is_not_a_batch_of_images_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"takes images as B 3 H W, got shape \(" + f"{shape[0]}, "):
+        check_input(shape)
+
+
+@pytest.mark.parametrize("size", [(31, 64), (64, 8), (0, 0)])
+def test_an_image_below_32_pixels_is_refused(small_model: SegFormer, size: tuple[int, int]) -> None:
+    message = f"The input is {size[0]}×{size[1]} pixels; both sides must be at least 32, since the last stage works"
+    with pytest.raises(ValueError, match=message):
+        small_model(torch.zeros(1, 3, *size).double())

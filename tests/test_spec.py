@@ -1,0 +1,111 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from segprune.spec import (
+    DEPTHS,
+    NUM_HEADS,
+    VARIANTS,
+    WIDTHS,
+    Spec,
+    check_variant,
+    spec_from_dict,
+    spec_to_dict,
+    standard_spec,
+    with_num_classes,
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_standard_variant_has_the_published_shape(variant: str) -> None:
+    spec = standard_spec(variant, 19)
+    assert tuple(len(stage.blocks) for stage in spec.stages) == DEPTHS[variant]
+    assert tuple(stage.width for stage in spec.stages) == WIDTHS[variant]
+    for stage, num_heads in zip(spec.stages, NUM_HEADS, strict=True):
+        for block in stage.blocks:
+            assert block.num_heads == num_heads
+            assert block.num_heads * block.qk_dim == block.num_heads * block.v_dim == stage.width
+            assert block.ffn_dim == 4 * stage.width
+            assert block.qk_scale == pytest.approx(block.qk_dim**-0.5)
+            assert (block.reduction_dim is None) == (stage.reduction_ratio == 1)
+    assert not spec.folded
+
+
+def test_another_decoder_width_goes_to_every_branch() -> None:
+    spec = standard_spec("b0", 2, decoder_dim=96)
+    assert spec.decoder_dim == 96
+    assert spec.branch_dims == (96,) * 4
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_spec_survives_json(small_spec: Spec, folded: bool) -> None:
+    spec = replace(small_spec, branch_dims=None) if folded else small_spec
+    assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
+
+
+def test_only_the_classes_change_with_num_classes(small_spec: Spec) -> None:
+    other = with_num_classes(small_spec, 9)
+    assert other.num_classes == 9
+    assert replace(other, num_classes=small_spec.num_classes) == small_spec
+
+
+def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"Unknown variant 'b6'; choose one of b0, b1, b2, b3, b4, b5\."):
+        check_variant("b6")
+    with pytest.raises(ValueError, match="Unknown variant 'B0'"):
+        standard_spec("B0", 8)
+
+
+def test_one_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_classes is 1; segmentation needs at least 2, background included"):
+        standard_spec("b0", 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("decoder_dim",), ...),
+        (("extra",), 1),
+        (("stages",), ...),
+        (("stages",), None),
+        (("stages", 0, "blocks"), ...),
+        (("stages", 1, "blocks", 0, "qk_dim"), ...),
+        (("stages", 1, "blocks", 0, "extra"), 1),
+        (("numerics", "bn_eps"), ...),
+        (("branch_dims",), ...),
+    ],
+)
+def test_a_missing_or_unknown_key_is_refused(small_spec: Spec, path: tuple, value: object) -> None:
+    with pytest.raises(ValueError, match=r"This is not a segprune spec .*; write the file again with segprune\.save\."):
+        spec_from_dict(_changed(spec_to_dict(small_spec), path, value))
+
+
+@pytest.mark.parametrize("value", [0, -3, 2.5, True, "8"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("decoder_dim",),
+        ("num_classes",),
+        ("branch_dims", 2),
+        ("stages", 0, "width"),
+        ("stages", 2, "blocks", 1, "v_dim"),
+        ("stages", 1, "blocks", 0, "reduction_dim"),
+    ],
+)
+def test_a_width_that_is_no_whole_number_from_1_up_is_refused(small_spec: Spec, path: tuple, value: object) -> None:
+    with pytest.raises(ValueError, match="has a width that is not a whole number from 1 up; the file is damaged"):
+        spec_from_dict(_changed(spec_to_dict(small_spec), path, value))
+
+
+def _changed(data: dict, path: tuple, value: object) -> dict:
+    """A copy with `value` at the path of keys; `...` removes the key."""
+    data = json.loads(json.dumps(data))
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return data

@@ -1,0 +1,99 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from segprune.model import SegFormer
+from segprune.spec import BlockSpec, Spec, StageSpec, standard_spec
+from segprune.stats import count, layers, measure_latency
+
+
+def narrowed(spec: Spec) -> Spec:
+    """Widths as pruning leaves them: other ones in every block, some heads gone."""
+
+    def block(old: BlockSpec, i: int) -> BlockSpec:
+        return replace(
+            old,
+            num_heads=max(1, old.num_heads - i % 2),
+            qk_dim=old.qk_dim - 3 - i % 5,
+            v_dim=old.v_dim - 1 - i % 7,
+            ffn_dim=old.ffn_dim // 2 + i,
+            reduction_dim=None if old.reduction_dim is None else old.reduction_dim - 2 - i % 3,
+        )
+
+    def stage(old: StageSpec) -> StageSpec:
+        return replace(old, width=old.width - 6, blocks=tuple(block(b, i) for i, b in enumerate(old.blocks)))
+
+    stages = (spec.stages[0], *(stage(s) for s in spec.stages[1:]))
+    branch_dims = None if spec.branch_dims is None else tuple(dim - 5 * i for i, dim in enumerate(spec.branch_dims))
+    return replace(spec, stages=stages, decoder_dim=spec.decoder_dim - 7, branch_dims=branch_dims)
+
+
+def folded(spec: Spec) -> Spec:
+    return replace(spec, branch_dims=None)
+
+
+CHANGES = {
+    "dense": lambda spec: spec,
+    "folded": folded,
+    "pruned": narrowed,
+    "folded and pruned": lambda spec: narrowed(folded(spec)),
+}
+
+
+@pytest.mark.parametrize("input_shape", [(512, 512), (353, 419)])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("variant", ["b0", "b2", "b5"])
+def test_macs_equal_those_that_torch_counts(variant: str, change, input_shape: tuple[int, int]) -> None:
+    spec = change(standard_spec(variant, 150))
+    with torch.device("meta"):  # where fused attention is counted too
+        model, x = SegFormer(spec).eval(), torch.empty(1, 3, *input_shape)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    counts = count(spec, input_shape)
+    assert counts.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert counts.flops == 2 * counts.macs
+    assert counts.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("variant", "giga_macs"), [("b0", 8.4), ("b2", 62.4)])
+def test_macs_agree_with_the_paper(variant: str, giga_macs: float) -> None:
+    assert count(standard_spec(variant, 150), (512, 512)).macs / 1e9 == pytest.approx(giga_macs, abs=0.1)
+
+
+def test_every_layer_is_named_and_costs_as_its_module(small_spec: Spec) -> None:
+    model = SegFormer(small_spec)
+    rows = [row for row in layers(small_spec, (64, 64)) if row.kind != "attention"]
+    own = {
+        name: sum(p.numel() for p in module.parameters(recurse=False))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+    assert {row.name: row.cost("params") for row in rows} == own
+
+
+def test_an_image_below_32_pixels_is_refused(small_spec: Spec) -> None:
+    with pytest.raises(ValueError, match="The input is 16×64 pixels; both sides must be at least 32"):
+        count(small_spec, (16, 64))
+
+
+def test_latency_names_what_it_was_measured_on_and_leaves_the_networks(small_model: SegFormer) -> None:
+    model = small_model.float().train()
+    other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    seen: list[tuple[int, int]] = []
+    rows = measure_latency(
+        [model, other], (64, 96), batch=2, max_runs=7, progress=lambda done, most: seen.append((done, most))
+    )
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 < row.low_ms <= row.median_ms <= row.high_ms
+        assert (row.runs, row.batch, row.dtype, row.device, row.threads) == (7, 2, "float32", "cpu", 1)
+    assert seen == [(i, 7) for i in range(1, 8)]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_latency_takes_at_least_five_runs_when_time_is_up(small_model: SegFormer) -> None:
+    (row,) = measure_latency([small_model.float()], (32, 32), max_seconds=0.0)
+    assert row.runs == 5
