@@ -211,6 +211,7 @@ class SegFormer(nn.Module):
         self.encoder = Encoder(spec)
         self.decode_head = DecodeHead(spec)
         self.apply(_init_weights)
+        nn.init.normal_(self.decode_head.classifier.weight, std=0.01)  # so that training starts from even odds
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x.shape)

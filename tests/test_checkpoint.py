@@ -297,6 +297,4 @@ def test_the_spec_in_safetensors_metadata_is_json(model: SegFormer, tmp_path: Pa
 
 def test_a_checkpoint_made_by_hand_is_built_as_one_from_a_file(model: SegFormer) -> None:
     made = Checkpoint(model.spec, model.state_dict(), "segprune", (), backbone_only=False, extra={})
-    built = build(made)
-    assert torch.equal(infer(built), infer(model))
-    assert built.decode_head.classifier.weight is not model.decode_head.classifier.weight
+    assert torch.equal(infer(build(made)), infer(model))

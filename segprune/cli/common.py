@@ -77,7 +77,8 @@ def choose_device(cuda: bool) -> torch.device:
 
 def show_settings(title: str, settings: Mapping[str, Any]) -> None:
     """What will run, as a table."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    console.print(title, style="bold", soft_wrap=True)
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in settings.items():
@@ -94,7 +95,8 @@ def _cell(value: Any) -> str:
 
 
 def show_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    console.print(f"\n{title}", style="bold", soft_wrap=True)
+    table = Table()
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:

@@ -145,6 +145,12 @@ def test_one_class_beside_255_is_enough_to_be_no_painting_mistake(root: Path) ->
     assert check_labels(root, 4).ignored == 2
 
 
+def test_with_one_class_nothing_but_0_and_255_is_as_it_should_be(root: Path) -> None:
+    for name in "abcd":
+        write_pair(root, name, labels_of(0, 255))
+    assert check_labels(root, 1).pixels == (4 * 599,)
+
+
 def test_masks_of_background_alone_are_no_painting_mistake(root: Path) -> None:
     for name in "abc":
         write_pair(root, name, labels_of(0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
-
 import numpy as np
 import pytest
 import torch
@@ -46,6 +44,7 @@ def test_mean_and_deviation_are_imagenet_s_on_bytes() -> None:
         ((100, 50), (64, 64), (0, 16, 64, 32)),
         ((30, 30), (40, 60), (0, 10, 40, 40)),
         ((40, 61), (40, 60), (0, 0, 39, 60)),
+        ((61, 40), (60, 40), (0, 0, 60, 39)),
         ((1, 200), (32, 32), (15, 0, 1, 32)),
         ((40, 60), (40, 60), (0, 0, 40, 60)),
     ],
@@ -123,6 +122,15 @@ def test_a_colour_that_encodes_the_label_does_so_after_training_s_transform(shap
     assert num_checked > 1000
 
 
+def test_resampling_invents_no_labels() -> None:
+    image, labels = ramp(90, 120), np.random.default_rng(0).choice(np.array([0, 7, 250], np.uint8), (90, 120))
+    for seed in range(5):
+        _, mask = plain_training((64, 64))(image, labels, np.random.default_rng(seed))
+        assert set(np.unique(mask)) <= {0, 7, 250, IGNORE_INDEX}
+    _, boxed, _ = letterbox(image, labels, (64, 64))
+    assert set(np.unique(boxed)) == {0, 7, 250, IGNORE_INDEX}
+
+
 def test_padding_is_grey_in_the_image_and_ignored_in_the_mask_and_nowhere_else() -> None:
     image, mask = plain_training((64, 64), (0.5, 0.5))(
         ramp(90, 120), np.zeros((90, 120), np.uint8), np.random.default_rng(3)
@@ -147,14 +155,20 @@ def test_half_the_pictures_are_flipped_at_a_half() -> None:
 
 
 def test_crops_and_places_reach_every_side() -> None:
-    source = ramp(64, 64)
+    source, halves = ramp(64, 64), np.arange(64) // 2
     large, small = plain_training((64, 64), (2.0, 2.0)), plain_training((64, 64), (0.5, 0.5))
     corners, places = [], []
     for seed in range(100):
-        corners.append(large(source, source[..., 1], np.random.default_rng(seed))[1][0, 0])
+        crop = [large(source, source[..., axis], np.random.default_rng(seed))[1].astype(int) for axis in (0, 1)]
+        corners.append((crop[0][0, 0], crop[1][0, 0]))
+        assert np.abs(crop[0] - corners[-1][0] - halves[:, None]).max() <= 1
+        assert np.abs(crop[1] - corners[-1][1] - halves).max() <= 1
         mask = small(source, source[..., 1], np.random.default_rng(seed))[1]
         places.append(np.flatnonzero((mask != IGNORE_INDEX).any(0))[0])
-    assert (min(corners), max(corners)) == (0, 32)
+    rows, columns = np.array(corners).T
+    assert max(rows.min(), columns.min()) <= 1
+    assert min(rows.max(), columns.max()) >= 31
+    assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.3
     assert (min(places), max(places)) == (0, 32)
 
 
@@ -190,11 +204,39 @@ def test_colour_changes_the_image_and_not_the_mask() -> None:
     assert (coloured[0] != plain[0]).any()
 
 
-def test_jitter_keeps_grey_grey_and_hues_within_their_bound() -> None:
-    grey, red = np.full((4, 4, 3), 100, np.uint8), np.full((4, 4, 3), (140, 60, 60), np.uint8)
-    for seed in range(30):
-        out = jitter_colour(grey, np.random.default_rng(seed)).astype(int)
-        assert np.ptp(out) <= 1
-        r, g, b = jitter_colour(red, np.random.default_rng(seed))[0, 0] / 255
-        hue = colorsys.rgb_to_hsv(r, g, b)[0]
-        assert min(hue, 1 - hue) < 0.12  # 0.05 of the chroma plane is a little more of the hexagon's hue
+def jittered(*pixels: tuple[int, int, int]) -> np.ndarray:
+    """[200, P, 3]: what 200 seeds make of a picture of these pixels."""
+    image = np.array([pixels], dtype=np.uint8)
+    return np.stack([jitter_colour(image, np.random.default_rng(seed))[0] for seed in range(200)]).astype(float)
+
+
+def assert_fills(values: np.ndarray, low: float, high: float) -> None:
+    """All lie in low..high, give or take rounding, and 200 of them come near both ends."""
+    margin = 0.1 * (high - low)
+    assert low - 0.02 < values.min() < low + margin
+    assert high - margin < values.max() < high + 0.02
+
+
+def test_jitter_keeps_grey_grey_and_scales_it_by_the_brightness() -> None:
+    grey = jittered((100, 100, 100))
+    assert np.ptp(grey, axis=2).max() <= 1
+    assert_fills(grey.mean((1, 2)) / 100, 0.7, 1.3)
+
+
+def test_jitter_changes_contrast_about_the_mean() -> None:
+    dark, light = jittered((80, 80, 80), (120, 120, 120)).mean(2).T
+    assert_fills((light - dark) / (light + dark) * 5, 0.7, 1.3)
+
+
+def test_jitter_changes_saturation_and_hue_to_either_side() -> None:
+    colours = jittered((120, 90, 90))
+    luma = colours @ [0.299, 0.587, 0.114]
+    in_phase, quadrature = colours @ [0.5959, -0.2746, -0.3213], colours @ [0.2115, -0.5227, 0.3112]
+    chroma = np.hypot(in_phase, quadrature) / luma
+    before = np.hypot(30 * 0.5959, 30 * 0.2115) / (90 + 30 * 0.299)
+    share = chroma / before  # of saturation times contrast, as both factors scale it
+    assert 0.6 * 0.7 - 0.05 < share.min() < 0.6
+    assert 1.5 < share.max() < 1.4 * 1.3 + 0.05
+    turn = (np.arctan2(quadrature, in_phase) - np.arctan2(0.2115, 0.5959)) / (2 * np.pi)
+    assert -0.07 < turn.min() < -0.04
+    assert 0.04 < turn.max() < 0.07

@@ -133,6 +133,14 @@ def test_the_loss_falls_when_a_few_pictures_are_learnt_by_heart(data: Path, cpu:
     assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
 
 
+def test_the_network_trains_in_training_mode_after_every_score_too(data: Path, cpu: Accelerator) -> None:
+    model, modes = tiny_model().eval(), []
+    on_step = lambda done, total, loss, lr: modes.append([m.training for m in model.modules()])  # noqa: E731
+    train(model, config_of(data), accelerator=cpu, on_step=on_step)
+    assert len(modes) == 12
+    assert all(all(mode) for mode in modes)
+
+
 def test_two_runs_of_one_seed_are_the_same_to_the_bit_and_of_another_seed_not(data: Path, cpu: Accelerator) -> None:
     runs = []
     for seed in (1, 1, 2):
