@@ -50,15 +50,16 @@ def _with_head(
 
 
 def _folded_state(head: DecodeHead) -> dict[str, Tensor]:
-    assert head.fuse is not None
-    state = {k: v for k, v in head.state_dict().items() if not k.startswith(("branches.", "fuse."))}
-    sizes = [branch.out_features for branch in reversed(head.branches)]
-    slices = head.fuse.weight.detach().double().flatten(1).split(sizes, dim=1)[::-1]  # c1 … c4, each D E
-    bias = torch.zeros_like(head.norm.running_mean, dtype=torch.float64)
-    for i, (branch, fuse) in enumerate(zip(head.branches, slices, strict=True)):
-        state[f"branches.{i}.weight"] = fuse @ branch.weight.detach().double()  # D E · E C -> D C
-        bias += fuse @ branch.bias.detach().double()
-    state["norm.running_mean"] = head.norm.running_mean.double() - bias
+    whole = head.state_dict()
+    state = {k: v for k, v in whole.items() if not k.startswith(("branches.", "fuse."))}
+    weights = [whole[f"branches.{i}.weight"].double() for i in range(len(head.branches))]  # each E C
+    sizes = [len(weight) for weight in reversed(weights)]
+    slices = whole["fuse.weight"].double().flatten(1).split(sizes, dim=1)[::-1]  # c1 … c4, each D E
+    mean = whole["norm.running_mean"].double()
+    for i, (weight, fuse) in enumerate(zip(weights, slices, strict=True)):
+        state[f"branches.{i}.weight"] = fuse @ weight  # D E · E C -> D C
+        mean = mean - fuse @ whole[f"branches.{i}.bias"].double()
+    state["norm.running_mean"] = mean
     return state
 
 

@@ -7,7 +7,7 @@ paths chosen.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import typer
@@ -25,13 +25,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings=CONTEXT,
 )
-for _name, _config, _run in (
+_COMMANDS: tuple[tuple[str, type[Any], Callable[[Any, frozenset[str]], None]], ...] = (
     ("prune", prune.PruneConfig, prune.run),
     ("train", train.TrainSettings, train.run),
     ("eval", evaluate.EvalConfig, evaluate.run),
     ("info", info.InfoConfig, info.run),
     ("shapes", shapes.ShapesConfig, shapes.run),
-):
+)
+for _name, _config, _run in _COMMANDS:
     app.command(_name, context_settings=CONTEXT)(command(_config, _run))
 
 

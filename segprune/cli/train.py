@@ -73,10 +73,11 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
     """
     folder = Path(config.save_dir)
     resumed = None
+    notes: tuple[str, ...] = ()
     if config.resume:
         resumed, extra = load_resumable(folder)
         config = _resumed_config(config, given, resumed)
-        model, notes = SegFormer(resumed.spec), ()
+        model = SegFormer(resumed.spec)
     else:
         model, notes, extra = _start(config)
     choose_device(config.cuda)

@@ -88,8 +88,8 @@ def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, h
 class _StandIn(nn.Linear):
     """Takes an attention's place while tracing: width in, width out, nothing tied in between."""
 
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return super().forward(x)
+    def forward(self, input: Tensor, height: int = 0, width: int = 0) -> Tensor:
+        return super().forward(input)
 
 
 @contextmanager
@@ -126,7 +126,8 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
 def _traced_groups(
     model: nn.Module, example_inputs: Any, modules: dict[str, nn.Module]
 ) -> tuple[list[Group], dict[str, str]]:
-    groups, unsupported = [], {}
+    groups: list[Group] = []
+    unsupported: dict[str, str] = {}
     graph = torch_pruning.DependencyGraph()
     with eval_mode(model), _trainable(model), _stand_ins(model), torch.enable_grad():
         names = {module: name for name, module in model.named_modules()}
@@ -237,11 +238,12 @@ def _attention_groups(name: str, module: Attention, *, heads: bool) -> Iterator[
         sides: list[tuple[str, Side]] = [("sr", "out"), ("norm", "out"), ("k", "in"), ("v", "in")]
         yield _block_group(f"{name}.reduction", "reduction", module.sr.out_channels, sides, name, 1)
     if heads and num_heads > 1:
+        totals: list[tuple[str, Side, int]] = [("q", "out", qk), ("k", "out", qk), ("v", "out", v), ("proj", "in", v)]
         members = [
             Member(f"{name}.{layer}", side, np.arange(total), np.arange(total) // (total // num_heads))
-            for layer, side, total in (("q", "out", qk), ("k", "out", qk), ("v", "out", v), ("proj", "in", v))
+            for layer, side, total in totals
         ]
-        yield Group(f"{name}.heads", "head", num_heads, tuple(members))  # type: ignore[arg-type]
+        yield Group(f"{name}.heads", "head", num_heads, tuple(members))
 
 
 def _block_group(

@@ -39,10 +39,10 @@ def _l1_group(model: nn.Module, group: Group) -> Scores:
 
 def _l1(module: nn.Module, member: Member) -> Scores:
     """Absolute sums along one side of a layer's weight."""
-    weight = module.weight.detach()
+    weight = module.weight
     assert isinstance(weight, torch.Tensor)
     transposed = isinstance(module, TRANSPOSED_CONVS)
     dim = int((member.side == "in") != transposed)
     others = [d for d in range(weight.dim()) if d != dim]
-    result: Scores = weight.abs().sum(dim=others, dtype=torch.float64).cpu().numpy()
+    result: Scores = weight.detach().abs().sum(dim=others, dtype=torch.float64).cpu().numpy()
     return result

@@ -100,15 +100,16 @@ class L1Pruner:
 
     def _prune_stock(self, spec: Spec, example_inputs: Any, protected: set[str]) -> nn.Module:
         assert isinstance(self.model, SegFormer)
-        shape = tuple(tensors_in(example_inputs)[0].shape[2:]) if example_inputs is not None else (512, 512)
+        height, width = (512, 512) if example_inputs is None else tensors_in(example_inputs)[0].shape[2:]
+        dense_rows = layers(spec, (height, width))
         fold = not (self.keep_decoder or protected & {f"decode_head.{n}" for n in _FOLDED_AWAY})
         model = fold_decoder(self.model) if fold else copy.deepcopy(self.model)
         parameter = next(model.parameters())
         x = torch.zeros(1, 3, *TRACE_SHAPE, device=parameter.device, dtype=parameter.dtype)
         grouping = find_groups(model, x, protected, heads=self.heads)
         assert not grouping.unsupported
-        whole = sum(row.cost(self.rate_of) for row in layers(spec, shape)) if self.rate_of != "channels" else None
-        self._cut(model, grouping, layers(model.spec, shape), whole)
+        whole = None if self.rate_of == "channels" else float(sum(row.cost(self.rate_of) for row in dense_rows))
+        self._cut(model, grouping, layers(model.spec, (height, width)), whole)
         model.spec = read_spec(model)
         return model
 

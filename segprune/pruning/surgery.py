@@ -25,8 +25,8 @@ def cut(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
         if kept.all():
             continue
         for member in group.members:
-            positions = member.positions[~kept[member.channels]]
-            gone.setdefault((member.layer, member.side), set()).update(positions.tolist())
+            lost = member.positions[~kept[member.channels]].tolist()
+            gone.setdefault((member.layer, member.side), set()).update(lost)
         if group.kind == "head":
             attention = model.get_submodule(group.name.removesuffix(".heads"))
             assert isinstance(attention, Attention)
@@ -65,7 +65,7 @@ def _slice_one_sided(module: nn.Module, gone: set[int]) -> None:
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = (width,)
     elif isinstance(module, NORMS):
-        module.num_features = width  # type: ignore[assignment]
+        module.num_features = width
     else:
         module.in_channels = module.out_channels = module.groups = width  # type: ignore[assignment]
 
@@ -83,14 +83,18 @@ def _parameter(old: nn.Parameter, dim: int, keep: torch.Tensor) -> nn.Parameter:
 def read_spec(model: SegFormer) -> Spec:
     """The spec of a cut network: widths off its layers, everything else from the old spec."""
     stages = []
-    for stage, module in zip(model.spec.stages, model.encoder.stages, strict=True):
-        blocks = [
-            _read_block(block, inner.attn, inner.mlp.fc1.out_features)
-            for block, inner in zip(stage.blocks, module.blocks, strict=True)
-        ]
-        stages.append(replace(stage, width=module.patch_embed.proj.out_channels, blocks=tuple(blocks)))
+    for i, stage in enumerate(model.spec.stages):
+        prefix = f"encoder.stages.{i}"
+        blocks = []
+        for j, block in enumerate(stage.blocks):
+            attention = model.get_submodule(f"{prefix}.blocks.{j}.attn")
+            assert isinstance(attention, Attention)
+            ffn_dim = width_of(model.get_submodule(f"{prefix}.blocks.{j}.mlp.fc1"), "out")
+            blocks.append(_read_block(block, attention, ffn_dim))
+        width = width_of(model.get_submodule(f"{prefix}.patch_embed.proj"), "out")
+        stages.append(replace(stage, width=width, blocks=tuple(blocks)))
     head = model.decode_head
-    dims = tuple(branch.out_features for branch in head.branches)
+    dims = tuple(width_of(branch, "out") for branch in head.branches)
     return replace(
         model.spec,
         stages=tuple(stages),
