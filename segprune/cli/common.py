@@ -120,7 +120,8 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=console, refresh_per_second=4, transient=True) as progress:
+    silent = not console.is_terminal  # in a log it would be blank lines
+    with Progress(*columns, console=console, refresh_per_second=4, transient=True, disable=silent) as progress:
         task = progress.add_task(description, total=None, text="")
 
         def advance(done: int, total: int, text: str = "") -> None:

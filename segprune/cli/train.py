@@ -14,7 +14,7 @@ from segprune.checkpoint import check_writable
 from segprune.cli.common import check_data, choose_device, console, show_notes, show_score, show_settings
 from segprune.cli.fitting import BEST, LAST, Fit, Resumable, fit, load_resumable
 from segprune.model import SegFormer
-from segprune.spec import standard_spec
+from segprune.spec import Spec, standard_spec
 from segprune.training.loop import TrainConfig
 
 SCRATCH_LR, PRETRAINED_LR = 1e-3, 6e-5  # the first as measured on the generated data, the second the paper's
@@ -53,6 +53,15 @@ class TrainSettings:
     scale: Annotated[
         tuple[float, float], Option("--scale", metavar="LOW HIGH", help="Random resizing before the crop.")
     ] = (0.5, 2.0)
+    drop_path: Annotated[
+        float | None,
+        Option(
+            "--drop_path",
+            min=0.0,
+            max=0.9,
+            help="Stochastic depth of the last block; read off the checkpoint if there is one, else 0.1.",
+        ),
+    ] = None
     eval_every: Annotated[int, Option("--eval_every", help="Epochs between two scores on the val list.")] = 1
     num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
     amp: Annotated[str, Option("--amp", help="Mixed precision: no, fp16 or bf16.")] = "no"
@@ -112,11 +121,17 @@ def _start(config: TrainSettings) -> tuple[SegFormer, tuple[str, ...], dict[str,
     if not config.model_path:
         if config.dialect is not None:
             raise ValueError("--dialect was given without --model_path; it says who wrote a checkpoint.")
-        return SegFormer(standard_spec(config.phi or "b2", config.num_classes or 8)), (), {}
+        spec = standard_spec(config.phi or "b2", config.num_classes or 8)
+        return SegFormer(_with_drop_path(spec, config.drop_path)), (), {}
     found = checkpoint.read(
         config.model_path, dialect=config.dialect, variant=config.phi, num_classes=config.num_classes
     )
+    found = replace(found, spec=_with_drop_path(found.spec, config.drop_path))
     return checkpoint.build(found).train(), found.notes, dict(found.extra)
+
+
+def _with_drop_path(spec: Spec, rate: float | None) -> Spec:
+    return spec if rate is None else replace(spec, numerics=replace(spec.numerics, drop_path=rate))
 
 
 def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resumable) -> TrainSettings:

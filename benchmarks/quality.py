@@ -1,0 +1,48 @@
+"""mIoU straight after removing half of the parameters: ours beside torch-pruning's plain global L1.
+
+    python -m benchmarks.quality FILE --data DIR --input_shape 128 128 [--rates 0.3 0.5]
+
+FILE is a trained checkpoint, for instance demo/logs/best_epoch_weights.pth after `make demo`. Nothing is fine-tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+
+import segprune
+from benchmarks.plain_l1 import prune_parameters
+from segprune.data import find_root, read_split
+from segprune.training.evaluate import evaluate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--input_shape", type=int, nargs=2, default=(128, 128))
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5])
+    flags = parser.parse_args()
+    dense = segprune.load(flags.file)
+    shape = (flags.input_shape[0], flags.input_shape[1])
+    samples = read_split(find_root(flags.data), "val")
+    whole = sum(p.numel() for p in dense.parameters())
+
+    def row(name: str, model: nn.Module) -> None:
+        left = sum(p.numel() for p in model.parameters())
+        miou = evaluate(model, samples, dense.spec.num_classes, shape).miou
+        print(f"| {name} | {left / 1e6:.3f} | {1 - left / whole:.1%} | {miou:.4f} |", flush=True)
+
+    print("| network | params (M) | removed | mIoU, not fine-tuned |")
+    print("|---|---|---|---|")
+    row("dense", dense)
+    x = torch.randn(1, 3, *shape)
+    for rate in flags.rates:
+        row(f"segprune {rate:g}", segprune.L1Pruner(dense, rate).prune(x))
+        row(f"torch-pruning plain global L1 {rate:g}", prune_parameters(dense, rate, x))
+
+
+if __name__ == "__main__":
+    main()
