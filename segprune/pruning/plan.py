@@ -2,8 +2,9 @@
 
 The cost of any choice of widths is a formula (`Costs`), so a budget is solved by bisection on one threshold for
 all groups. What is compared across groups is a channel's share of the score that its group would still have, per
-unit of what the group costs: the threshold then maximises the sum of the logarithms of what the groups keep. A
-group that costs much gives more, and the fewer channels it has left, the dearer the next one becomes. Widths stay
+unit of what the group costs in parameters and MACs: the threshold then maximises the sum of the logarithms of what
+the groups keep. A group that costs much gives more, and the fewer channels it has left, the dearer the next one
+becomes. Widths stay
 multiples of `round_to`; what rounding leaves of the budget is spent on the remaining steps that lose least.
 """
 
@@ -24,7 +25,9 @@ RATES: tuple[RateOf, ...] = ("params", "macs", "channels")
 TOLERANCE = 0.01  # how far, as a share of the whole, the result may be from the rate
 AIM = 0.001  # how near it is tried to come
 MIN_SHARE = 0.1  # of a group's channels always stays
+MACS_WEIGHT = 0.75  # of MACs beside parameters in a group's price; measured, see docs/experiments.md
 Widths = np.ndarray[tuple[int], np.dtype[np.int64]]
+Coefficients = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (a, b, c) of each layer: 3 L
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,31 @@ class Costs:
                     else:
                         self._per_slot[side, row, g] += len(member.positions) / group.slots
         self._coefficients = _coefficients(layers, groups, rate_of, rows)
+        units: tuple[RateOf, ...] = ("params", "macs")
+        self._priced = [_coefficients(layers, groups, unit, rows) for unit in units]
 
     def total(self, widths: Widths) -> float:
+        return self._cost(widths, self._coefficients) + self.rest
+
+    def price(self, g: int) -> float:
+        """The share of the network's cost, parameters and MACs weighed, that would go with all of group `g`; above 0.
+
+        It does not depend on the rate's unit: whoever asks for fewer parameters wants a faster network as well.
+        """
+        widths = self.full.copy()
+        widths[g] = 0
+        shares = []
+        for coefficients in self._priced:
+            whole = max(self._cost(self.full, coefficients), 1.0)
+            shares.append(1.0 - self._cost(widths, coefficients) / whole)
+        return max((1.0 - MACS_WEIGHT) * shares[0] + MACS_WEIGHT * shares[1], np.finfo(float).eps)
+
+    def _cost(self, widths: Widths, coefficients: Coefficients) -> float:
         dims = self._dims - self._per_slot @ (self.full - widths)
         for side, row, g in self._heads:
             dims[side, row] *= widths[g] / self.full[g]
-        a, b, c = self._coefficients
-        return float((a * dims[0] * dims[1] + b * dims[0] + c * dims[1]).sum()) + self.rest
-
-    def price(self, g: int) -> float:
-        """What would be saved if all of group `g` went and all others stayed; above 0."""
-        widths = self.full.copy()
-        widths[g] = 0
-        return max(self.total(self.full) - self.total(widths), 1.0)
+        a, b, c = coefficients
+        return float((a * dims[0] * dims[1] + b * dims[0] + c * dims[1]).sum())
 
 
 def _rows_by_side(layers: Sequence[Layer]) -> dict[tuple[str, str], list[tuple[int, int]]]:
@@ -93,7 +108,7 @@ def _coefficients(
     groups: Sequence[Group],
     rate_of: RateOf,
     rows: Mapping[tuple[str, str], list[tuple[int, int]]],
-) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+) -> Coefficients:
     result = np.zeros((3, len(layers)))
     if rate_of == "channels":  # each group counts once, as wide as the first layer that puts it out
         for group in groups:

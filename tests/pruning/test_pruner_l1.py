@@ -580,7 +580,7 @@ def test_a_stock_network_is_counted_by_the_same_formula_when_traced(small_spec: 
     wrapped = Wrapped(model.spec)
     wrapped.net.load_state_dict(model.state_dict())
     stock, traced = L1Pruner(model, 0.5, round_to=1), L1Pruner(wrapped, 0.5, round_to=1)
-    stock.prune()
+    stock.prune(X)
     traced.prune((X,))
     assert {f"net.{name}": keep for name, keep in stock.plan.keep.items()} == traced.plan.keep
     assert sum(row.cost("params") for row in layers(model.spec, (64, 64))) == num_parameters(wrapped)
