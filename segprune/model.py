@@ -213,8 +213,9 @@ class SegFormer(nn.Module):
         self.spec = spec
         self.encoder = Encoder(spec)
         self.decode_head = DecodeHead(spec)
-        self.apply(_init_weights)
-        nn.init.normal_(self.decode_head.classifier.weight, std=0.01)  # so that training starts from even odds
+        if not self.decode_head.classifier.weight.is_meta:  # there, random numbers cost a second and come to nothing
+            self.apply(_init_weights)
+            nn.init.normal_(self.decode_head.classifier.weight, std=0.01)  # so that training starts from even odds
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x.shape)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 T = TypeVar("T")
+Gelu = Literal["none", "tanh"]  # torch's words; the exact one is "none"
+HeadDropout = Literal["2d", "plain"]
 
 WIDTHS = {"b0": (32, 64, 160, 256)} | dict.fromkeys(("b1", "b2", "b3", "b4", "b5"), (64, 128, 320, 512))
 DEPTHS = {
@@ -37,11 +39,11 @@ class Numerics:
 
     norm_eps: float = 1e-6  # LayerNorms inside blocks and at the stages' ends
     embed_norm_eps: float = 1e-5  # LayerNorms of patch embeddings and of the attention's reductions
-    gelu: Literal["none", "tanh"] = "none"  # torch's word for the exact one is "none"
+    gelu: Gelu = "none"
     bn_eps: float = 1e-5
     bn_momentum: float = 0.1
     head_dropout: float = 0.1
-    head_dropout_kind: Literal["2d", "plain"] = "2d"
+    head_dropout_kind: HeadDropout = "2d"
     align_corners: bool = False  # of the last upsampling, from a quarter of the input's size to all of it
     drop_path: float = 0.1  # stochastic depth of the last block while training; the first has 0
 
@@ -133,7 +135,7 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
-    """The inverse of `spec_to_dict`; a missing or unknown key, or a width below 1, is refused."""
+    """The inverse of `spec_to_dict`; a missing or unknown key, a width below 1, unknown numerics are refused."""
     try:
         stages = tuple(
             _record(StageSpec, stage | {"blocks": tuple(_record(BlockSpec, b) for b in stage["blocks"])})
@@ -145,6 +147,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     except (KeyError, TypeError) as error:
         raise ValueError(f"This is not a segprune spec ({error}); write the file again with segprune.save.") from error
     _check_widths(spec)
+    _check_numerics(spec.numerics)
     return spec
 
 
@@ -164,6 +167,23 @@ def _check_widths(spec: Spec) -> None:
             widths.append(1 if block.reduction_dim is None else block.reduction_dim)
     if not all(type(width) is int and width >= 1 for width in widths):
         raise ValueError("This segprune spec has a width that is not a whole number from 1 up; the file is damaged.")
+
+
+def _check_numerics(numerics: Numerics) -> None:
+    for name, value in asdict(numerics).items():
+        number = type(value) in (int, float)
+        if name == "gelu":
+            right, allowed = value in get_args(Gelu), "none or tanh"
+        elif name == "head_dropout_kind":
+            right, allowed = value in get_args(HeadDropout), "2d or plain"
+        elif name == "align_corners":
+            right, allowed = type(value) is bool, "true or false"
+        elif name.endswith("eps"):
+            right, allowed = number and 0 < value < float("inf"), "a number above 0"
+        else:  # momentum and the two dropout rates
+            right, allowed = number and 0 <= value < 1, "a number from 0 to below 1"
+        if not right:
+            raise ValueError(f"This segprune spec has {name} {value!r}, which must be {allowed}; the file is damaged.")
 
 
 def with_num_classes(spec: Spec, num_classes: int) -> Spec:

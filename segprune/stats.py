@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from segprune.model import check_input
+from segprune.model import MIN_SIZE, check_input
 from segprune.spec import BlockSpec, Spec, StageSpec
 
 Unit = Literal["params", "macs"]
+MIN_RUNS = 3  # of a latency, so that its median is none of the extremes
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,14 @@ def measure_latency(
     device: torch.device | str = "cpu",
     batch: int = 1,
     max_runs: int = 30,
-    max_seconds: float = 10.0,
+    max_seconds: float = 3.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Latency]:
     """Forward times of several networks, run in turn so that their ratios mean something on a noisy machine.
 
-    After one warm-up of each come rounds in which each runs once: at least 5, at most `max_runs`, and no new one
-    once `max_seconds` have passed. The networks are moved to `device` and put into eval mode.
+    After a warm-up of each on an image half as high and wide come rounds in which each runs once: at least
+    `MIN_RUNS`, at most `max_runs`, and no new one once `max_seconds` have passed. The networks are moved to `device`
+    and put into eval mode.
     """
     device = torch.device(device)
     x = torch.randn(batch, 3, *input_shape, device=device)
@@ -178,11 +180,12 @@ def measure_latency(
         model.to(device).eval()
     times: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
+        small = x[..., : max(input_shape[0] // 2, MIN_SIZE), : max(input_shape[1] // 2, MIN_SIZE)]
         for model in models:
-            _timed_ms(model, x)
+            _timed_ms(model, small)
         start = time.perf_counter()
         for done in range(max_runs):
-            if done >= 5 and time.perf_counter() - start > max_seconds:
+            if done >= MIN_RUNS and time.perf_counter() - start > max_seconds:
                 break
             for model, row in zip(models, times, strict=True):
                 row.append(_timed_ms(model, x))

@@ -94,6 +94,6 @@ def test_latency_names_what_it_was_measured_on_and_leaves_the_networks(small_mod
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_latency_takes_at_least_five_runs_when_time_is_up(small_model: SegFormer) -> None:
+def test_latency_takes_at_least_three_runs_when_time_is_up(small_model: SegFormer) -> None:
     (row,) = measure_latency([small_model.float()], (32, 32), max_seconds=0.0)
-    assert row.runs == 5
+    assert row.runs == 3

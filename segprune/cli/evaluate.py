@@ -10,6 +10,7 @@ from typer import Argument, Option
 from segprune import checkpoint
 from segprune.cli.common import check_data, choose_device, console, progress_bar, show_notes, show_score, show_settings
 from segprune.data import find_root, read_split
+from segprune.model import check_input
 from segprune.training.evaluate import evaluate
 
 
@@ -35,6 +36,7 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
 
     The score is that of the original pixels: logits are resized to each mask's own size.
     """
+    check_input((1, 3, *config.input_shape))
     device = choose_device(config.cuda)
     found = checkpoint.read(config.model_path, dialect=config.dialect)
     if found.backbone_only:

@@ -143,6 +143,9 @@ def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so no run can be resumed there; give the --save_dir of one.")
     record = load_record(path)
-    spec = spec_from_dict(json.loads(record["spec"]))
-    state = TrainState(**record["state"])
-    return Resumable(spec, state, record["settings"], record["epochs"]), record["extra"]
+    try:
+        spec = spec_from_dict(json.loads(record["spec"]))
+        state = TrainState(**record["state"])
+        return Resumable(spec, state, record["settings"], record["epochs"]), record["extra"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the state of a run; give the --save_dir of one, or start anew.") from error

@@ -25,7 +25,7 @@ from segprune.cli.common import (
 from segprune.cli.fitting import Fit
 from segprune.cli.train import TrainSettings, fit_with
 from segprune.data import find_root, read_split
-from segprune.model import SegFormer
+from segprune.model import SegFormer, check_input
 from segprune.report import environment, network_record, network_size, reduction_record, score_record
 from segprune.spec import spec_to_dict, standard_spec
 from segprune.stats import Latency, count, measure_latency
@@ -69,7 +69,7 @@ class PruneConfig:
     keep_decoder: Annotated[bool, Option("--keep_decoder", help="Do not fold the decode head.")] = False
     data: Annotated[str, Option("--data", help="Folder in VOC layout: score on its val list before and after.")] = ""
     epochs: Annotated[int, Option("--epochs", min=0, help="Fine-tune so many epochs on --data; 0: do not.")] = 0
-    batch_size: Annotated[int, Option("--batch_size", help="Pictures per step, of fine-tuning and scoring.")] = 8
+    batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures per step, of fine-tuning and scoring.")] = 8
     lr: Annotated[
         float | None,
         Option(
@@ -100,6 +100,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     `segprune.load` read, and pruning_results.json beside it.
     """
     _check_flags(config, given)
+    check_input((1, 3, *config.input_shape))
     device = choose_device(config.cuda)
     found = _read(config)
     config = replace(config, phi=found.spec.variant, num_classes=found.spec.num_classes)
@@ -158,7 +159,7 @@ def _read(config: PruneConfig) -> Checkpoint:
     if config.dialect is not None:
         raise ValueError("--dialect was given without --model_path; it says who wrote a checkpoint.")
     torch.manual_seed(config.seed)
-    model = SegFormer(standard_spec(config.phi or "b2", config.num_classes or 8))
+    model = SegFormer(standard_spec(config.phi or "b2", 8 if config.num_classes is None else config.num_classes))
     note = (
         "NO --model_path: THE WEIGHTS ARE RANDOM. This is a dry run: sizes and speed are true, "
         "but the pruned network has learnt nothing."
@@ -231,7 +232,7 @@ def _record(
     """What pruning_results.json holds, fine-tuning apart."""
     shape = config.input_shape
     original, after = count(found.spec, shape), count(pruned.spec, shape)
-    folded = original if config.keep_decoder else count(replace(found.spec, branch_dims=None), shape)
+    folded = count(replace(found.spec, branch_dims=None), shape) if pruned.spec.folded else original
     return {
         "model_config": {
             "phi": found.spec.variant,
@@ -256,7 +257,7 @@ def _show(record: dict[str, Any], latencies: list[Latency], config: PruneConfig,
     """The closing table."""
     dense, pruned = (latency_text(latency) for latency in latencies)
     networks = [("dense", "original_model", dense), ("pruned", "pruned_model", pruned)]
-    if not config.keep_decoder:
+    if record["folded_model"]["parameters"] < record["original_model"]["parameters"]:
         networks.insert(1, ("decode head folded", "folded_model", "–"))
     if "finetuned_model" in record:
         networks.append(("fine-tuned", "finetuned_model", pruned))

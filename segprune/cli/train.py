@@ -13,7 +13,7 @@ from segprune import checkpoint
 from segprune.checkpoint import check_writable
 from segprune.cli.common import check_data, choose_device, console, show_notes, show_score, show_settings
 from segprune.cli.fitting import BEST, LAST, Fit, Resumable, fit, load_resumable
-from segprune.model import SegFormer
+from segprune.model import SegFormer, check_input
 from segprune.spec import Spec, standard_spec
 from segprune.training.loop import TrainConfig
 
@@ -89,6 +89,7 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
         model = SegFormer(resumed.spec)
     else:
         model, notes, extra = _start(config)
+    check_input((1, 3, *config.input_shape))
     choose_device(config.cuda)
     config = replace(config, phi=model.spec.variant, num_classes=model.spec.num_classes)
     config = replace(config, lr=_learning_rate(config, extra))
@@ -121,7 +122,7 @@ def _start(config: TrainSettings) -> tuple[SegFormer, tuple[str, ...], dict[str,
     if not config.model_path:
         if config.dialect is not None:
             raise ValueError("--dialect was given without --model_path; it says who wrote a checkpoint.")
-        spec = standard_spec(config.phi or "b2", config.num_classes or 8)
+        spec = standard_spec(config.phi or "b2", 8 if config.num_classes is None else config.num_classes)
         return SegFormer(_with_drop_path(spec, config.drop_path)), (), {}
     found = checkpoint.read(
         config.model_path, dialect=config.dialect, variant=config.phi, num_classes=config.num_classes
@@ -138,9 +139,8 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
     """The old run's settings; flags given now are kept beside them, and refused by the loop if they contradict."""
     old = {name: tuple(v) if isinstance(v, list) else v for name, v in resumed.settings.items()}
     flags = {name: getattr(config, name) for name in given}
-    wrong = [
-        name for name in ("model_path", "phi", "num_classes", "dialect") if name in flags and flags[name] != old[name]
-    ]
+    fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path")
+    wrong = [name for name in fixed if name in flags and flags[name] != old[name]]
     if wrong:
         raise ValueError(
             f"The run to resume had --{wrong[0]} {old[wrong[0]]}, now it is {flags[wrong[0]]}; leave the flag out."

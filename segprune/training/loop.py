@@ -53,12 +53,16 @@ class TrainConfig:
         if self.decay not in DECAYS:
             raise ValueError(f"Decay {self.decay!r} is unknown; choose one of {', '.join(DECAYS)}.")
         for name in ("epochs", "batch_size", "lr", "eval_every"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN neither
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to below 1.")
         if self.freeze_epochs < 0:
             raise ValueError(f"freeze_epochs is {self.freeze_epochs}; it must be 0, to train all at once, or above.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or above.")
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            raise ValueError(f"Mixed precision {self.mixed_precision!r} is unknown; choose no, fp16 or bf16.")
 
 
 @dataclass
