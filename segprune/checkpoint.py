@@ -163,14 +163,19 @@ def save(model: SegFormer, path: str | os.PathLike[str], *, extra: Mapping[str, 
             f"segprune.save takes a SegFormer, got {type(model).__name__}; unwrap it first (.module, ._orig_mod), "
             "or save another network's state dict with torch.save."
         )
-    # cloned, since a tensor cut out of a larger one would take all of that into the file
-    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    state = {name: _on_its_own(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
     check_state(state, expected_state(model.spec), "its spec")
     head = {"format": FORMAT, "version": VERSION, "spec": spec_to_dict(model.spec), "extra": _plain(extra or {})}
     if path.suffix == ".safetensors":
         save_tensors(state, {k: v if k == "format" else json.dumps(v) for k, v in head.items()}, path)
     else:
         save_record(head | {"state_dict": state}, path)
+
+
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """Contiguous, and no part of something larger, all of which would go into the file."""
+    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _plain(extra: Mapping[str, Any]) -> Any:

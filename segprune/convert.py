@@ -263,7 +263,10 @@ def infer_spec(ours: Mapping[str, Tensor], dialect: str, *, num_classes: int | N
     if "decode_head.fuse.weight" in ours:
         decoder_dim, num_classes = (ours[f"decode_head.{name}.weight"].shape[0] for name in ("fuse", "classifier"))
     if num_classes is None:
-        raise ValueError("This is a backbone without decode head, so its classes are unknown; give --num_classes.")
+        raise ValueError(
+            "This is a backbone without decode head, so its classes are unknown; give --num_classes to train it, "
+            "or a whole network."
+        )
     return standard_spec(variants[0], num_classes, numerics=NUMERICS[dialect], decoder_dim=decoder_dim)
 
 

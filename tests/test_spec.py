@@ -1,8 +1,10 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
+from segprune.convert import NUMERICS
 from segprune.spec import (
     DEPTHS,
     NUM_HEADS,
@@ -96,6 +98,39 @@ def test_a_missing_or_unknown_key_is_refused(small_spec: Spec, path: tuple, valu
 def test_a_width_that_is_no_whole_number_from_1_up_is_refused(small_spec: Spec, path: tuple, value: object) -> None:
     with pytest.raises(ValueError, match="has a width that is not a whole number from 1 up; the file is damaged"):
         spec_from_dict(_changed(spec_to_dict(small_spec), path, value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("gelu", "exact", "none or tanh"),
+        ("gelu", None, "none or tanh"),
+        ("gelu", ["none"], "none or tanh"),
+        ("head_dropout_kind", "1d", "2d or plain"),
+        ("head_dropout_kind", 2, "2d or plain"),
+        ("align_corners", 1, "true or false"),
+        ("align_corners", "false", "true or false"),
+        ("norm_eps", 0, "a number above 0"),
+        ("norm_eps", float("inf"), "a number above 0"),
+        ("embed_norm_eps", -1e-5, "a number above 0"),
+        ("bn_eps", float("nan"), "a number above 0"),
+        ("bn_eps", "1e-5", "a number above 0"),
+        ("bn_eps", True, "a number above 0"),
+        ("bn_momentum", -0.1, "a number from 0 to below 1"),
+        ("head_dropout", 1.0, "a number from 0 to below 1"),
+        ("drop_path", None, "a number from 0 to below 1"),
+    ],
+)
+def test_numerics_that_no_network_has_are_refused(small_spec: Spec, name: str, value: object, allowed: str) -> None:
+    message = f"This segprune spec has {name} {value!r}, which must be {allowed}; the file is damaged."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        spec_from_dict(_changed(spec_to_dict(small_spec), ("numerics", name), value))
+
+
+def test_the_numerics_of_every_dialect_survive_json(small_spec: Spec) -> None:
+    for numerics in NUMERICS.values():
+        spec = replace(small_spec, numerics=numerics)
+        assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
 
 
 def _changed(data: dict, path: tuple, value: object) -> dict:

@@ -39,8 +39,6 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
     check_input((1, 3, *config.input_shape))
     device = choose_device(config.cuda)
     found = checkpoint.read(config.model_path, dialect=config.dialect)
-    if found.backbone_only:
-        raise ValueError(f"{config.model_path} holds only a backbone, which has no classes to score; train it first.")
     num_classes = found.spec.num_classes
     read = {"dialect": found.dialect, "variant": found.spec.variant, "num_classes": num_classes}
     show_settings("Evaluation", asdict(config) | read)

@@ -23,7 +23,7 @@ from segprune.cli.common import (
     show_table,
 )
 from segprune.cli.fitting import Fit
-from segprune.cli.train import TrainSettings, fit_with
+from segprune.cli.train import TrainSettings, fit_with, learning_rate
 from segprune.data import find_root, read_split
 from segprune.model import SegFormer, check_input
 from segprune.report import environment, network_record, network_size, reduction_record, score_record
@@ -105,6 +105,9 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     found = _read(config)
     config = replace(config, phi=found.spec.variant, num_classes=found.spec.num_classes)
     folder = Path(config.save_dir) / config.pruning_method / found.spec.variant
+    path = folder / f"{found.spec.variant}_pruned_{config.pruning_rate:g}.pth"
+    if config.epochs:
+        config = replace(config, lr=learning_rate(config.lr, str(path), found.extra))
     show_settings("Pruning", asdict(config) | {"dialect": found.dialect})
     show_notes(found.notes)
     if config.data:
@@ -114,7 +117,6 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     dense = checkpoint.build(found).to(device)
     scores = {"dense": _score(dense, config, device, "scoring dense")} if config.data else {}
     pruned = _prune(dense, config)
-    path = folder / f"{found.spec.variant}_pruned_{config.pruning_rate:g}.pth"
     extra = dict(found.extra) | {"pruning": _pruning_config(config)}
     checkpoint.save(pruned, path, extra=extra)
     if config.data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,7 +93,7 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
     check_input((1, 3, *config.input_shape))
     choose_device(config.cuda)
     config = replace(config, phi=model.spec.variant, num_classes=model.spec.num_classes)
-    config = replace(config, lr=_learning_rate(config, extra))
+    config = replace(config, lr=learning_rate(config.lr, config.model_path, extra))
     show_settings("Resumed training" if config.resume else "Training", asdict(config))
     show_notes(notes)
     check_data(config.data, model.spec.num_classes, ("train", "val"))
@@ -104,14 +105,15 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
 
 def fit_with(config: TrainSettings, model: SegFormer, extra: dict[str, Any], resumed: Resumable | None = None) -> Fit:
     """One run as the settings say; `extra` is what the checkpoint carries on from the one it started from."""
-    lr = _learning_rate(config, extra)
+    lr = learning_rate(config.lr, config.model_path, extra)
+    from_scratch = lr if not config.model_path else 10 * lr  # the rate whose tenth suits what comes next
     return fit(
         model,
         _train_config(config, model.spec.num_classes, lr),
         Path(config.save_dir),
         cuda=config.cuda,
         settings=asdict(replace(config, lr=lr)),
-        extra={"lr": lr} | extra,  # the first rate of all, so that pruning again does not divide it again
+        extra={"lr": from_scratch} | extra,
         resumed=resumed,
     )
 
@@ -148,10 +150,11 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
     return replace(config, **{**old, **flags, "resume": True})
 
 
-def _learning_rate(config: TrainSettings, extra: dict[str, Any]) -> float:
-    if config.lr is not None:
-        return config.lr
-    if not config.model_path:
+def learning_rate(lr: float | None, model_path: str, extra: Mapping[str, Any]) -> float:
+    """The rate asked for, else what suits where the network comes from; `extra` is its checkpoint's."""
+    if lr is not None:
+        return lr
+    if not model_path:
         return SCRATCH_LR
     return float(extra["lr"]) / 10 if "lr" in extra else PRETRAINED_LR
 

@@ -44,5 +44,5 @@ def _l1(module: nn.Module, member: Member) -> Scores:
     transposed = isinstance(module, TRANSPOSED_CONVS)
     dim = int((member.side == "in") != transposed)
     others = [d for d in range(weight.dim()) if d != dim]
-    result: Scores = weight.detach().abs().sum(dim=others, dtype=torch.float64).cpu().numpy()
+    result: Scores = torch.linalg.vector_norm(weight.detach(), 1, dim=others, dtype=torch.float64).cpu().numpy()
     return result

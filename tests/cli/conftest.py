@@ -1,0 +1,52 @@
+"""What the commands' tests share: generated data, a dense b0 and a small network in files, a wide console."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from segprune.checkpoint import save
+from segprune.cli.common import console
+from segprune.data import write_shapes
+from segprune.model import SegFormer
+from segprune.spec import Numerics, Spec, standard_spec
+
+
+@pytest.fixture(autouse=True)
+def _wide_console_and_fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(console, "width", 300)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 pictures to train on and 3 to score, 32×32; never changed by a test."""
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder, num_train=8, num_val=3, size=(32, 32), seed=5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A b0 that says it was trained with a learning rate of 1e-3."""
+    path = tmp_path_factory.mktemp("dense") / "b0.pth"
+    torch.manual_seed(3)
+    model = SegFormer(standard_spec("b0", 8))
+    nn.init.normal_(model.decode_head.classifier.weight)  # so that no class is everywhere the highest
+    save(model, path, extra={"lr": 1e-3})
+    return path
+
+
+@pytest.fixture
+def small(small_spec: Spec, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path) -> Path:
+    """The small network with 8 classes and all that is random in training; good for what does not prune."""
+    spec = replace(small_spec, num_classes=8, numerics=Numerics(drop_path=0.2))
+    model = trained_like(SegFormer(spec))
+    assert isinstance(model, SegFormer)
+    save(model, tmp_path / "small.pth", extra={"lr": 1e-2})
+    return tmp_path / "small.pth"

@@ -1,0 +1,84 @@
+"""`segprune` itself: its commands' help, and the doors' settings between defaults and flags."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from segprune.cli import _COMMANDS, door
+from segprune.cli.prune import PruneConfig
+from tests.commands import invoke
+
+MANUAL = {
+    "model_path": "",
+    "num_classes": None,  # 8, where no checkpoint says otherwise
+    "phi": None,  # b2, likewise
+    "input_shape": (512, 512),
+    "pruning_method": "l1",
+    "pruning_rate": 0.5,
+    "cuda": False,
+    "seed": 11,
+    "save_dir": "logs_pruning",
+}
+
+
+@pytest.mark.parametrize(("name", "config"), [(name, config) for name, config, _ in _COMMANDS])
+def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None:
+    status, out, errors = invoke(name, "--help")
+    assert (status, errors) == (0, "")
+    shown = set(re.findall(r"^│ +--(\w+)", out, re.MULTILINE))
+    names = {"json_path": "json", "as_json": "json"}
+    arguments = {"info": {"model_path"}, "eval": {"model_path"}, "shapes": {"folder"}}.get(name, set())
+    fields = {names.get(field.name, field.name) for field in dataclasses.fields(config)} - arguments
+    assert shown == fields | {"help"}
+    assert ("─ Arguments ─" in out) == bool(arguments)
+
+
+def test_the_help_lists_every_command_and_comes_without_one_too() -> None:
+    _, out, _ = invoke("--help")
+    assert all(re.search(rf"│ {name} +\w", out) for name in ("prune", "train", "eval", "info", "shapes"))
+    _, bare, errors = invoke()
+    assert out.split() in (bare.split(), errors.split())
+
+
+def test_the_manuals_flags_have_the_manuals_defaults() -> None:
+    defaults = dataclasses.asdict(PruneConfig())
+    assert {name: defaults[name] for name in MANUAL} == MANUAL
+
+
+def through_the_door(settings: dict[str, object], *flags: object) -> int:
+    """Exit status of prune_train.py with those settings, called with those flags."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prune_train.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as left:
+            door("prune", "prune_train.py", settings)
+    assert left.value.code is None or isinstance(left.value.code, int), left.value.code
+    return left.value.code or 0
+
+
+def test_settings_replace_defaults_and_flags_replace_settings(dense: Path, tmp_path: Path) -> None:
+    settings = {"model_path": str(dense), "pruning_rate": 0.0, "input_shape": [32, 64], "save_dir": str(tmp_path)}
+    assert through_the_door(settings, "--input_shape", 64, 32) == 0
+    record = json.loads((tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
+    assert (record["settings"]["pruning_rate"], record["settings"]["input_shape"]) == (0.0, [64, 32])
+    assert record["settings"]["seed"] == 11
+
+
+def test_a_setting_of_the_wrong_kind_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert through_the_door({"pruning_rate": "half"}) == 2
+    assert "Invalid value for '--pruning_rate'" in capsys.readouterr().err
+
+
+def test_a_setting_without_effect_is_refused_like_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert through_the_door({"lr": 1e-4}) == 1
+    assert capsys.readouterr().err == "Error: --lr has no effect without --epochs; give the epochs to fine-tune.\n"
+
+
+def test_a_misspelt_setting_is_refused_by_name() -> None:
+    with pytest.raises(SystemExit) as left:
+        door("prune", "prune_train.py", {"pruning_rat": 0.5})
+    message = "Error: prune_train.py has a setting 'pruning_rat', which is no flag of it; see prune_train.py --help."
+    assert left.value.code == message

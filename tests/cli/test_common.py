@@ -1,0 +1,310 @@
+"""What every command does alike: refuses bad files and bad data in one sentence, leaves no half-written file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from segprune.checkpoint import load, save
+from segprune.cli.common import command, console, measured_on, one_sentence, progress_bar, show_score, show_settings
+from segprune.cli.shapes import ShapesConfig
+from segprune.stats import Latency
+from segprune.training.evaluate import Score
+from tests.commands import HERE, SIZE, done, invoke, refused
+from tests.dialects import state_in
+
+
+def command_on(name: str, path: Path, data: Path, out: Path) -> tuple[object, ...]:
+    """A call of each command that reads a checkpoint; `out` is where it would write."""
+    here = ("--data", data, *SIZE, *HERE)
+    return {
+        "info": ("info", path),
+        "eval": ("eval", path, *here, "--json", out / "score.json"),
+        "prune": ("prune", "--model_path", path, *here, "--pruning_rate", "0", "--save_dir", out),
+        "train": ("train", "--model_path", path, *here, "--epochs", "1", "--save_dir", out),
+    }[name]
+
+
+READERS = ("info", "eval", "prune", "train")
+SCORERS = ("eval", "prune", "train")
+
+
+class RunsCode:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def resnet() -> dict[str, Tensor]:
+    return {"conv1.weight": torch.ones(64, 3, 7, 7), "layer1.0.bn1.bias": torch.ones(64), "fc.bias": torch.ones(10)}
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "missing": (lambda path, whole: path, "does not exist; give the path of a checkpoint"),
+    "empty": (lambda path, whole: path.touch(), "is empty; copy or download it again"),
+    "truncated": (
+        lambda path, whole: path.write_bytes(whole.read_bytes()[:50_000]),
+        "is not a PyTorch checkpoint, or only a part of one; copy or download it again, or give another file",
+    ),
+    "a text": (lambda path, whole: path.write_text("no checkpoint"), "is not a PyTorch checkpoint, or only a part"),
+    "a resnet": (
+        lambda path, whole: torch.save(resnet(), path),
+        "This is not a SegFormer: expected keys such as .*, found conv1.weight, layer1.0.bn1.bias, fc.bias; give a",
+    ),
+    "a number": (lambda path, whole: torch.save(3, path), "It holds a int, not a state dict; save one"),
+    "code": (
+        lambda path, whole: torch.save({"model": RunsCode(path.parent / "ran")}, path),
+        r"asks for \w+\.mkdir, and building that could run any code, so the file was not opened; save the weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("bad", BAD_FILES)
+def test_every_command_refuses_a_bad_file_and_writes_nothing(
+    bad: str, name: str, data: Path, small: Path, tmp_path: Path
+) -> None:
+    write, message = BAD_FILES[bad]
+    path = tmp_path / "bad.pth"
+    write(path, small)
+    said = refused(*command_on(name, path, data, tmp_path / "out"))
+    assert re.match(rf"{re.escape(str(path))}:? {message}", said), said
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_code_in_the_bad_file_would_have_run(tmp_path: Path) -> None:
+    torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "bad.pth")
+    torch.load(tmp_path / "bad.pth", weights_only=False)
+    assert (tmp_path / "ran").is_dir()
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_weights_with_nan_are_refused_by_name(name: str, data: Path, small: Path, tmp_path: Path) -> None:
+    model = load(small)
+    with torch.no_grad():
+        model.decode_head.norm.bias[3] = float("nan")
+    save(model, tmp_path / "nan.pth")
+    message = "decode_head.norm.bias has NaN or infinite values, so the training diverged; give an earlier checkpoint."
+    assert refused(*command_on(name, tmp_path / "nan.pth", data, tmp_path / "out")) == message
+
+
+@pytest.mark.parametrize("name", ["eval", "prune"])
+def test_a_bare_backbone_has_nothing_to_score_or_prune(
+    name: str, data: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    path = tmp_path / "mit_b0.pth"
+    torch.save({k: v for k, v in state_in("nvlabs", trained_like).items() if k.startswith("backbone.")}, path)
+    call = command_on(name, path, data, tmp_path / "out")
+    if name == "eval":
+        assert refused(*call).endswith(
+            "so its classes are unknown; give --num_classes to train it, or a whole network."
+        )
+    else:
+        advice = f"segprune train --model_path {path} --num_classes 8."
+        assert refused(*call, "--num_classes", 8) == f"{path} holds only a backbone; train it first: {advice}"
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("shape", [(31, 32), (0, 0), (-64, 64)])
+def test_an_input_shape_that_is_too_small_is_refused(
+    shape: tuple[int, int], name: str, data: Path, small: Path, tmp_path: Path
+) -> None:
+    said = refused(*command_on(name, small, data, tmp_path / "out"), "--input_shape", *shape)
+    assert said.startswith(f"The input is {shape[0]}×{shape[1]} pixels; both sides must be at least 32, since")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("name", SCORERS)
+def test_cuda_without_a_gpu_is_refused(name: str, data: Path, small: Path, tmp_path: Path) -> None:
+    message = "--cuda was given but PyTorch sees no GPU here; leave out --cuda to run on the CPU, or"
+    assert refused(*command_on(name, small, data, tmp_path / "out"), "--cuda").startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+PARTS = {
+    "eval": "segprune.cli.evaluate.evaluate",
+    "prune": "segprune.cli.prune.measure_latency",
+    "train": "segprune.cli.fitting.train",
+}
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_full_gpu_is_explained(
+    name: str, data: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(PARTS[name], too_much)
+    assert refused(*command_on(name, small, data, tmp_path / "out")) == (
+        "The GPU is out of memory; use a smaller --input_shape or --batch_size, a smaller variant (--phi), "
+        "or leave out --cuda to run on the CPU."
+    )
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_file_in_the_place_of_the_folder_is_refused(name: str, data: Path, small: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    said = refused(*command_on(name, small, data, tmp_path / "out"))
+    assert re.fullmatch(
+        rf"{tmp_path}/out/\S+ could not be written \(.*\); give another place, or see to it that {tmp_path}/out\S* is "
+        r"a folder with free space in which you may write\.",
+        said,
+    )
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_full_disk_leaves_the_old_files_whole(
+    name: str, data: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, content: Any) -> int:
+        with path.open("wb") as file:
+            file.write(bytes(content)[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out"
+    done(*command_on(name, small, data, out))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert before
+    monkeypatch.setattr(Path, "write_bytes", half)
+    said = refused(*command_on(name, small, data, out))
+    assert "could not be written (No space left on device); give another place, or see to it that" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def damaged(data: Path, folder: Path, kind: str) -> Path:
+    """A copy of the data with one mistake, which the val list holds too."""
+    shutil.copytree(data, folder)
+    masks = sorted((folder / "VOCdevkit/VOC2007/SegmentationClass").iterdir())
+    lists = folder / "VOCdevkit/VOC2007/ImageSets/Segmentation"
+    mask = folder / f"VOCdevkit/VOC2007/SegmentationClass/{(lists / 'val.txt').read_text().split()[0]}.png"
+    labels = np.zeros((32, 32), dtype=np.uint8)
+    if kind == "no lists":
+        shutil.rmtree(lists)
+    elif kind == "no mask":
+        mask.unlink()
+    elif kind == "0 and 255":
+        labels[4:20] = 255
+        for path in masks:
+            Image.fromarray(labels).save(path)
+    elif kind == "out of range":
+        labels[4:20] = 200
+        Image.fromarray(labels).save(mask)
+    else:
+        Image.new("RGB", (32, 32), (128, 0, 0)).save(mask)
+    return folder
+
+
+BAD_DATA = {
+    "no lists": r"\.txt is missing, the list of the split's images; write it with one image name per line",
+    "no mask": r"Mask \S+\.png is missing \(1 of 3 masks of val\.txt are\); add it or take its name off val\.txt\.",
+    "0 and 255": r"hold only 0 and 255, where the pixel value must be the class .*; paint the object 1 instead of 255",
+    "out of range": r"holds the label 200, where 0\.\.7 and 255 \(ignored\) are allowed with 8 classes; raise",
+    "RGB": r"Mask \S+\.png has mode RGB, where an 8-bit grey or palette PNG is allowed .*; convert its colours",
+}
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_is_refused_before_anything_is_written(
+    kind: str, name: str, data: Path, small: Path, tmp_path: Path
+) -> None:
+    folder = damaged(data, tmp_path / "bad", kind)
+    said = refused(*command_on(name, small, folder, tmp_path / "out"))
+    assert re.search(BAD_DATA[kind], said), said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_data_folder_that_is_not_there_is_refused(name: str, small: Path, tmp_path: Path) -> None:
+    said = refused(*command_on(name, small, tmp_path / "nothing", tmp_path / "out"))
+    assert said.startswith(f"{tmp_path}/nothing is not a folder; give a folder that holds JPEGImages/*.jpg,")
+
+
+def test_an_interrupt_ends_with_status_130_and_says_that_all_files_are_whole(
+    data: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("segprune.cli.prune.measure_latency", stop)
+    status, _, errors = invoke(*command_on("prune", small, data, tmp_path / "out"))
+    assert (status, errors) == (130, "Interrupted; no file was left half-written.\n")
+
+
+def test_a_mistake_of_ours_keeps_its_trace() -> None:
+    with pytest.raises(RuntimeError, match="ours"), one_sentence():
+        raise RuntimeError("ours")
+
+
+def test_a_message_is_printed_as_it_is_and_not_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"), one_sentence():
+        raise ValueError("stages [bold] and [/x] stay.")
+    assert capsys.readouterr().err == "Error: stages [bold] and [/x] stay.\n"
+
+
+@pytest.mark.parametrize("name", ["prune", "train", "eval", "info", "shapes"])
+def test_an_unknown_flag_is_a_usage_error_that_names_it(name: str) -> None:
+    status, _, errors = invoke(name, "--learning_rat", "1")
+    assert status == 2
+    assert "No such option: --learning_rat" in errors
+
+
+def test_a_commands_parameters_are_its_configs_fields() -> None:
+    seen: list[tuple[ShapesConfig, frozenset[str]]] = []
+    body = command(ShapesConfig, lambda config, given: seen.append((config, given)))
+    assert list(body.__signature__.parameters) == ["context", "folder", "num_train", "num_val", "size", "seed"]  # type: ignore[attr-defined]
+
+
+def test_settings_are_shown_with_pairs_dashes_and_short_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    show_settings("What", {"shape": (32, 64), "none": None, "empty": "", "lr": 6e-5, "flag": False})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["What"], ["shape", "32", "64"], ["none", "–"], ["empty", "–"], ["lr", "6e-05"], ["flag", "False"]]
+
+
+def test_classes_are_named_by_the_datas_list_as_far_as_it_goes(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/VOCdevkit/VOC2007/classes.txt").write_text("sky\nsea")
+    show_score("Score", Score(0.25, (0.5, None, 0.0), 0.75, 3), str(tmp_path / "data"))
+    rows = [row.split("│")[1:3] for row in capsys.readouterr().out.splitlines() if row.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["0 sky", "0.5000"],
+        ["1 sea", "absent"],
+        ["2", "0.0000"],
+        ["mIoU", "0.2500"],
+        ["pixel accuracy", "0.7500"],
+    ]
+
+
+def test_a_progress_bar_stays_out_of_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not console.is_terminal
+    with progress_bar("working") as advance:
+        advance(1, 2, "half")
+        advance(2, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_latency_says_what_it_was_measured_on() -> None:
+    latency = Latency(5.0, 4.5, 6.0, runs=30, batch=1, dtype="float32", device="cpu", threads=2)
+    assert measured_on(latency, (512, 1024)) == (
+        "Latency: median (quartiles) in ms of 30 runs after a warm-up, batch 1, 512×1024 pixels, float32, cpu, "
+        "2 threads."
+    )

@@ -1,0 +1,130 @@
+"""A run's folder: best and last epoch, results, and the state from which a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from segprune.checkpoint import read
+from segprune.cli import fitting
+from segprune.training import loop
+from segprune.training.evaluate import Score
+from tests.commands import BEST, HERE, LAST, SIZE, done, invoke, refused, results_in, same, training
+
+
+def interrupted(step: int, *flags: object) -> tuple[int, str]:
+    """Exit status and stderr of a command in which Ctrl-C comes in that step of training."""
+
+    def press(advance: object) -> Callable[..., None]:
+        return lambda done, total, loss, lr: signal.raise_signal(signal.SIGINT) if done == step else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "_shown", press)
+        status, _, errors = invoke(*flags)
+    return status, errors
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_an_interrupted_run_goes_on_to_the_same_weights(step: int, data: Path, small: Path, tmp_path: Path) -> None:
+    flags = ("--model_path", small, "--epochs", 2)  # of 2 steps each
+    done(*training(data, tmp_path / "whole", *flags))
+    out = tmp_path / "stopped"
+    status, errors = interrupted(step, *training(data, out, *flags))
+    assert status == 130
+    stopped = re.fullmatch(
+        r"Training was interrupted in epoch (\d) after (\d) batches\. Go on with: python -m segprune (.+)\n", errors
+    )
+    assert stopped, errors
+    assert 2 * (int(stopped[1]) - 1) + int(stopped[2]) == step
+    done(*stopped[3].split())
+    for name in (BEST, LAST):
+        whole, resumed = read(tmp_path / "whole" / name), read(out / name)
+        assert same(resumed.state_dict, whole.state_dict)
+        assert resumed.extra == whole.extra
+    assert results_in(out)["epochs"] == results_in(tmp_path / "whole")["epochs"]
+
+
+def test_resuming_a_run_that_ended_changes_nothing(data: Path, small: Path, tmp_path: Path) -> None:
+    done(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 1))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "Best epoch 1 on val" in done("train", "--resume", "--save_dir", tmp_path / "out")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--phi", "b1"), "The run to resume had --phi b0, now it is b1; leave the flag out."),
+        (("--num_classes", 5), "The run to resume had --num_classes 8, now it is 5; leave the flag out."),
+        (("--drop_path", 0.4), "The run to resume had --drop_path 0.1, now it is 0.4; leave the flag out."),
+        (("--epochs", 3), "The run to resume had epochs 2, now it is 3; resume with the same settings, or start"),
+        (("--lr", 1), "The run to resume had lr 0.001, now it is 1.0; resume with the same settings, or start"),
+        (("--input_shape", 64, 64), "The run to resume had input_shape (32, 32), now it is (64, 64); resume with"),
+    ],
+)
+def test_a_run_is_resumed_only_with_its_own_settings(
+    flags: tuple[object, ...], message: str, data: Path, small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupted(1, *training(data, out, "--model_path", small, "--drop_path", 0.1, "--epochs", 2))
+    assert refused("train", "--resume", "--save_dir", out, *flags).startswith(message)
+
+
+def test_only_a_folder_with_a_run_is_resumed(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "resume.pth"
+    missing = f"{path} is missing, so no run can be resumed there; give the --save_dir of one."
+    assert refused("train", "--resume", "--save_dir", tmp_path) == missing
+    path.write_bytes(small.read_bytes())
+    other = f"{path} is not the state of a run; give the --save_dir of one, or start anew."
+    assert refused("train", "--resume", "--save_dir", tmp_path) == other
+    torch.save({"weights": torch.ones(1)}, path)
+    assert refused("train", "--resume", "--save_dir", tmp_path) == other
+    path.write_bytes(b"")
+    assert refused("train", "--resume", "--save_dir", tmp_path).startswith(f"{path} is empty; copy or download")
+
+
+def test_training_that_diverges_is_stopped_with_advice(data: Path, small: Path, tmp_path: Path) -> None:
+    flags = ("--model_path", small, "--lr", 1e20, "--warmup", 0, "--epochs", 3)
+    message = r"The loss became (nan|inf) in epoch \d; lower --lr \(it was 1e\+20\) and start again\."
+    assert re.fullmatch(message, refused(*training(data, tmp_path / "out", *flags)))
+
+
+def test_the_best_epoch_is_kept_and_every_epoch_recorded(data: Path, small: Path, tmp_path: Path) -> None:
+    out = done(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 5, "--eval_every", 2))
+    results = results_in(tmp_path / "out")
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2, 3, 4, 5]
+    scored = {row["epoch"]: row["miou"] for row in results["epochs"] if "miou" in row}
+    assert list(scored) == [2, 4, 5]
+    best = max(scored, key=scored.__getitem__)
+    assert [row["epoch"] for row in results["epochs"] if row["best"]][-1] == best
+    assert f"Best epoch {best} on val (3 images)" in out
+    for name, epoch in ((BEST, best), (LAST, 5)):
+        assert read(tmp_path / "out" / name).extra["epoch"] == results["epochs"][epoch - 1]
+    score = tmp_path / "score.json"
+    done("eval", tmp_path / "out" / BEST, "--data", data, *SIZE, *HERE, "--batch_size", 4, "--json", score)
+    assert json.loads(score.read_text(encoding="utf-8"))["miou"] == scored[best]
+
+
+def test_the_best_epoch_stays_when_later_ones_are_worse(
+    data: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mious = iter([0.1, 0.5, 0.5, 0.3])
+    monkeypatch.setattr(loop, "score", lambda matrix, number: Score(next(mious), (0.5,) * 8, 0.5, number))
+    assert "Best epoch 2 on val" in done(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 4))
+    best, last = read(tmp_path / "out" / BEST), read(tmp_path / "out" / LAST)
+    assert (best.extra["epoch"]["epoch"], last.extra["epoch"]["epoch"]) == (2, 4)
+    assert not same(best.state_dict, last.state_dict)
+
+
+def test_the_settings_are_saved_beside_the_results(data: Path, small: Path, tmp_path: Path) -> None:
+    done(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 1))
+    settings = results_in(tmp_path / "out")["settings"]
+    expected = {"data": str(data), "model_path": str(small), "phi": "b0", "num_classes": 8, "input_shape": [32, 32]}
+    assert expected.items() <= settings.items()
+    assert {"epochs": 1, "batch_size": 4, "seed": 11, "save_dir": str(tmp_path / "out")}.items() <= settings.items()

@@ -1,0 +1,70 @@
+"""`segprune info`: what is in a file, as tables and as JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from segprune.checkpoint import read, save
+from segprune.cli.common import console
+from segprune.fold import fold_decoder
+from segprune.model import SegFormer
+from segprune.spec import spec_from_dict
+from segprune.stats import count
+from tests.commands import done, invoke, refused
+from tests.dialects import Fill, state_in
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_the_json_can_be_parsed_however_narrow_the_terminal(
+    width: int, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "width", width)
+    status, out, errors = invoke("info", small, "--json", "--input_shape", 64, 96)
+    assert (status, errors) == (0, "")
+    record, found = json.loads(out), read(small)
+    assert spec_from_dict(record["spec"]) == found.spec
+    assert (record["dialect"], record["notes"], record["input_shape"]) == ("segprune", [], [64, 96])
+    counts = count(found.spec, (64, 96))
+    assert (record["parameters"], record["macs"], record["flops"]) == (counts.parameters, counts.macs, 2 * counts.macs)
+
+
+def test_the_tables_show_every_blocks_widths(small: Path) -> None:
+    out = done("info", small, "--input_shape", 64, 64)
+    spec = read(small).spec
+    counts = count(spec, (64, 64))
+    assert f"parameters {counts.parameters:,} MACs {counts.macs / 1e9:.3f} G at 64×64" in out
+    assert "decode head as published, branches 32 28 36 30, width 44" in out
+    for row in (
+        "1.0 │ 16 │ 1 │ 16 │ 12 │ 16 │ 40",
+        "3.1 │ 40 │ 4 │ 8 │ 10 │ 40 │ 80",
+        "4.0 │ 48 │ 4 │ 12 │ 14 │ – │ 128",
+    ):
+        assert f"│ {row} │" in out
+
+
+def test_a_folded_head_is_said_to_be_one(small_model: SegFormer, tmp_path: Path) -> None:
+    save(fold_decoder(small_model.float()), tmp_path / "folded.pth")
+    assert "decode head folded, width 44" in done("info", tmp_path / "folded.pth")
+
+
+def test_what_was_assumed_of_a_foreign_file_is_noted_and_can_be_overruled(trained_like: Fill, tmp_path: Path) -> None:
+    torch.save(state_in("nvlabs", trained_like), tmp_path / "theirs.pth")
+    out = done("info", tmp_path / "theirs.pth")
+    assert "dialect bubbliiiing" in out
+    assert "bubbliiiing was assumed" in out
+    out = done("info", tmp_path / "theirs.pth", "--dialect", "nvlabs")
+    assert "dialect nvlabs" in out
+    assert "was assumed" not in out
+
+
+def test_a_backbone_is_shown_with_the_classes_it_would_get(trained_like: Fill, tmp_path: Path) -> None:
+    path = tmp_path / "mit_b0.pth"
+    torch.save({k: v for k, v in state_in("nvlabs", trained_like).items() if k.startswith("backbone.")}, path)
+    assert refused("info", path).endswith(
+        "its classes are unknown; give --num_classes to train it, or a whole network."
+    )
+    out = done("info", path, "--num_classes", 7)
+    assert "num_classes 7" in out
+    assert "Only a backbone was found: the decode head for 7 classes is new and untrained." in out

@@ -1,0 +1,260 @@
+"""`segprune prune`: the files and numbers it promises, against the networks themselves; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from segprune import load
+from segprune.checkpoint import read
+from segprune.cli import fitting
+from segprune.data import find_root, read_split
+from segprune.pruning import pruner_l1
+from segprune.stats import count
+from segprune.training.evaluate import evaluate
+from tests.commands import HERE, SIZE, done, invoke, refused
+
+SHAPE = (64, 32)
+
+
+def record_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
+
+
+def num_parameters(path: Path) -> int:
+    return sum(p.numel() for p in load(path).parameters())
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of a run without a checkpoint."""
+    folder = tmp_path_factory.mktemp("dry")
+    return folder, done("prune", "--phi", "b0", "--input_shape", *SHAPE, "--save_dir", folder)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, dense: Path, data: Path) -> tuple[Path, str]:
+    """The folder and the output of a run that scores and fine-tunes."""
+    folder = tmp_path_factory.mktemp("tuned")
+    here = (*SIZE, *HERE, "--data", data, "--save_dir", folder)
+    return folder, done("prune", "--model_path", dense, *here, "--epochs", 2, "--batch_size", 4)
+
+
+def test_without_a_checkpoint_it_is_said_loudly_that_the_weights_are_random(dry_run: tuple[Path, str]) -> None:
+    folder, out = dry_run
+    assert "Note: NO --model_path: THE WEIGHTS ARE RANDOM. This is a dry run:" in out
+    assert record_in(folder)["model_config"]["random_weights"] is True
+
+
+def test_the_files_lie_where_the_manual_says(dry_run: tuple[Path, str]) -> None:
+    folder, out = dry_run
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"l1/b0/b0_pruned_0.5.pth", "l1/b0/pruning_results.json"}
+    assert record_in(folder)["model_save_path"] == str(folder / "l1/b0/b0_pruned_0.5.pth")
+    assert f"Pruned network: {folder}/l1/b0/b0_pruned_0.5.pth" in out
+
+
+def test_the_json_has_the_promised_keys_with_the_promised_types(dry_run: tuple[Path, str]) -> None:
+    record = record_in(dry_run[0])
+    config = record["model_config"]
+    assert (config["phi"], config["num_classes"], config["input_shape"]) == ("b0", 8, list(SHAPE))
+    assert (record["pruning_config"]["method"], record["pruning_config"]["pruning_rate"]) == ("l1", 0.5)
+    for name in ("original_model", "pruned_model"):
+        types = {key: type(record[name][key]) for key in ("parameters", "parameters_M", "flops", "flops_G")}
+        assert types == {"parameters": int, "parameters_M": float, "flops": int, "flops_G": float}
+        assert (type(record[name]["macs"]), type(record[name]["latency_ms"])) == (int, float)
+    for key in ("parameters_reduction_percent", "flops_reduction_percent"):
+        assert type(record["reduction"][key]) is float
+    assert type(record["model_save_path"]) is str
+
+
+def test_the_numbers_are_those_of_the_networks(dry_run: tuple[Path, str]) -> None:
+    record = record_in(dry_run[0])
+    before, after = record["original_model"], record["pruned_model"]
+    pruned = load(record["model_save_path"])
+    assert before["parameters"] == 3_716_200  # b0 with 8 classes
+    assert after["parameters"] == sum(p.numel() for p in pruned.parameters())
+    assert after["flops"] == 2 * after["macs"] == 2 * count(pruned.spec, SHAPE).macs
+    assert before["flops_G"] == pytest.approx(before["flops"] / 1e9, abs=1e-6)
+    assert after["parameters_M"] == pytest.approx(after["parameters"] / 1e6, abs=1e-6)
+    removed = 100 * (1 - after["parameters"] / before["parameters"])
+    assert record["reduction"]["parameters_reduction_percent"] == pytest.approx(removed, abs=1e-3)
+    assert removed == pytest.approx(50, abs=1)
+    saved = 100 * (1 - after["flops"] / before["flops"])
+    assert record["reduction"]["flops_reduction_percent"] == pytest.approx(saved, abs=1e-3)
+    speedup = before["latency_ms"] / after["latency_ms"]
+    assert record["reduction"]["speedup"] == pytest.approx(speedup)
+
+
+def test_the_closing_table_shows_what_the_json_holds(tuned: tuple[Path, str]) -> None:
+    folder, out = tuned
+    record = record_in(folder)
+    rows = [("dense", "original_model"), ("pruned", "pruned_model"), ("fine-tuned", "finetuned_model")]
+    for name, key in rows:
+        values = record[key]
+        row = rf"{name} │ {values['parameters_M']:.3f} │ {values['macs_G']:.3f} │ \S+ \S+ │ {values['miou']:.4f} │"
+        assert re.search(row, out), row
+    assert f"Parameters −{record['reduction']['parameters_reduction_percent']:.1f} %" in out
+
+
+def test_the_scores_are_those_of_the_three_files(tuned: tuple[Path, str], dense: Path, data: Path) -> None:
+    record = record_in(tuned[0])
+    samples = read_split(find_root(data), "val")
+    files = {
+        "original_model": dense,
+        "pruned_model": record["model_save_path"],
+        "finetuned_model": record["finetuned_save_path"],
+    }
+    scores = {name: evaluate(load(path), samples, 8, (32, 32), batch_size=4) for name, path in files.items()}
+    assert len({score.miou for score in scores.values()}) == 3
+    for name, score in scores.items():
+        assert (record[name]["miou"], record[name]["pixel_accuracy"]) == (score.miou, score.pixel_accuracy)
+        assert record[name]["iou"] == list(score.iou)
+
+
+def test_fine_tuning_keeps_the_pruned_shape_and_takes_a_tenth_of_the_first_rate(tuned: tuple[Path, str]) -> None:
+    folder = tuned[0] / "l1/b0/b0_pruned_0.5_finetuned"
+    pruned, finetuned = read(tuned[0] / "l1/b0/b0_pruned_0.5.pth"), read(folder / "best_epoch_weights.pth")
+    assert finetuned.spec == pruned.spec
+    results = json.loads((folder / "training_results.json").read_text(encoding="utf-8"))
+    assert results["settings"]["lr"] == pytest.approx(1e-4)
+    assert finetuned.extra["lr"] == pruned.extra["lr"] == 1e-3  # so that pruning again does not divide it again
+    assert record_in(tuned[0])["finetuned_model"]["best_epoch"] in (1, 2)
+
+
+def test_a_pruned_file_is_pruned_again(tuned: tuple[Path, str], tmp_path: Path) -> None:
+    path = tuned[0] / "l1/b0/b0_pruned_0.5.pth"
+    out = done("prune", "--model_path", path, "--pruning_rate", 0.3, *SIZE, "--save_dir", tmp_path)
+    assert "decode head folded" not in out  # it was folded the first time
+    again = num_parameters(tmp_path / "l1/b0/b0_pruned_0.3.pth")
+    assert 1 - again / num_parameters(path) == pytest.approx(0.3, abs=0.01)
+    record = record_in(tmp_path)
+    assert record["original_model"]["parameters"] == num_parameters(path)
+    assert record["reduction"]["parameters_by_folding_percent"] == 0
+
+
+def test_hyphens_do_for_underscores(dense: Path, tmp_path: Path) -> None:
+    flags = ("--model-path", dense, "--pruning-rate", 0, "--input-shape", 32, 32, "--num-classes", 8)
+    done("prune", *flags, "--save-dir", tmp_path)
+    assert (tmp_path / "l1/b0/b0_pruned_0.pth").is_file()
+
+
+def test_rate_0_writes_a_copy(dense: Path, tmp_path: Path) -> None:
+    out = done("prune", "--model_path", dense, "--pruning_rate", 0, *SIZE, "--save_dir", tmp_path)
+    copy = load(tmp_path / "l1/b0/b0_pruned_0.pth").state_dict()
+    state = load(dense).state_dict()
+    assert copy.keys() == state.keys()
+    assert all(torch.equal(copy[name], state[name]) for name in state)
+    reduction = record_in(tmp_path)["reduction"]
+    assert {reduction[name] for name in reduction if name != "speedup"} == {0.0}
+    assert "decode head folded" not in out  # rate 0 folds nothing
+
+
+def test_macs_are_cut_by_the_rate_with_the_decode_head_kept(dense: Path, tmp_path: Path) -> None:
+    flags = ("--pruning_rate", 0.3, "--rate_of", "macs", "--keep_decoder", *SIZE, "--save_dir", tmp_path)
+    done("prune", "--model_path", dense, *flags)
+    record = record_in(tmp_path)
+    assert record["reduction"]["flops_reduction_percent"] == pytest.approx(30, abs=1)
+    assert record["reduction"]["flops_by_folding_percent"] == 0
+    assert not load(record["model_save_path"]).spec.folded
+
+
+def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def pruner(model: object, rate: float, **options: Any) -> None:
+        seen.update(options, rate=rate)
+        raise ValueError("Seen.")
+
+    monkeypatch.setattr(pruner_l1, "L1Pruner", pruner)
+    flags = ("--pruning_rate", 0.4, "--rate_of", "channels", "--scope", "local", "--round_to", 4, "--heads")
+    assert refused("prune", "--model_path", dense, *flags, "--keep_decoder", "--save_dir", tmp_path) == "Seen."
+    expected = {"rate_of": "channels", "scope": "local", "round_to": 4, "heads": True, "keep_decoder": True}
+    assert seen == expected | {"rate": 0.4}
+
+
+def test_the_seed_decides_the_random_weights(tmp_path: Path) -> None:
+    states = []
+    for i, seed in enumerate((1, 1, 2)):
+        here = ("--phi", "b0", *SIZE, "--save_dir", tmp_path / str(i))
+        done("prune", "--pruning_rate", 0, "--seed", seed, *here)
+        states.append(load(tmp_path / str(i) / "l1/b0/b0_pruned_0.pth").encoder.state_dict())
+    name = "stages.0.patch_embed.proj.weight"
+    assert torch.equal(states[0][name], states[1][name])
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+REFUSED: list[tuple[tuple[object, ...], str]] = [
+    (("--pruning_rate", 1), r"--pruning_rate is 1; it must be at least 0 and below 1\."),
+    (("--pruning_rate", -0.1), r"--pruning_rate is -0\.1; it must be"),
+    (("--pruning_rate", "nan"), r"--pruning_rate is nan; it must be"),
+    (
+        ("--pruning_rate", 0.99),
+        r"Rate 0\.99 is out of reach; the most that can be removed here is 0\.9\d+, since every",
+    ),
+    (
+        ("--pruning_rate", 0.01),
+        r"Rate 0\.01 is less than folding .* removes \(0\.071\); .*, or keep .*--keep_decoder\.",
+    ),
+    (("--pruning_method", "l2"), r"Unknown method 'l2'; --pruning_method knows l1\."),
+    (("--rate_of", "latency"), r"A rate of 'latency' is unknown; choose one of params, macs, channels\."),
+    (("--scope", "half"), r"Scope 'half' is unknown; choose global or local\."),
+    (("--round_to", 0), r"round_to is 0; widths are kept multiples of a whole number from 1 up\."),
+    (("--phi", "b9"), r".*Unknown variant 'b9'; choose one of b0, b1, b2, b3, b4, b5\."),
+    (("--phi", "b2"), r".*The file is a b0, but --phi b2 was given; leave --phi out or give b0\."),
+    (("--num_classes", 5), r".*The file has 8 classes, but --num_classes 5 was given; leave .* out or give 8\."),
+    (("--dialect", "hf"), r".*The file is segprune's own, but --dialect hf was given; leave --dialect out\."),
+    (("--epochs", 1), r"--epochs was given without --data; say which VOC folder to fine-tune on\."),
+    (("--lr", 1e-4), r"--lr has no effect without --epochs; give the epochs to fine-tune\."),
+    (("--freeze_epochs", 1), r"--freeze_epochs has no effect without --epochs"),
+    (("--scale", 1, 2), r"--scale has no effect without --epochs"),
+    (("--amp", "bf16"), r"--amp has no effect without --epochs"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[" ".join(map(str, flags)) for flags, _ in REFUSED])
+def test_a_wrong_flag_is_refused(flags: tuple[object, ...], message: str, dense: Path, tmp_path: Path) -> None:
+    said = refused("prune", "--model_path", dense, *SIZE, "--save_dir", tmp_path / "out", *flags)
+    assert re.match(message, said), said
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--phi", "b9"), "Unknown variant 'b9'; choose one of b0, b1, b2, b3, b4, b5."),
+        (("--num_classes", 0), "num_classes is 0; segmentation needs at least 2, background included."),
+        (("--dialect", "hf"), "--dialect was given without --model_path; it says who wrote a checkpoint."),
+    ],
+)
+def test_a_wrong_flag_is_refused_without_a_checkpoint_too(
+    flags: tuple[object, ...], message: str, tmp_path: Path
+) -> None:
+    assert refused("prune", *SIZE, "--save_dir", tmp_path / "out", *flags) == message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_fine_tuning_goes_on_as_the_message_says(dense: Path, data: Path, tmp_path: Path) -> None:
+    def press(advance: object) -> Callable[..., None]:
+        return lambda done, total, loss, lr: signal.raise_signal(signal.SIGINT)
+
+    here = (*SIZE, *HERE, "--data", data, "--save_dir", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "_shown", press)
+        status, _, errors = invoke("prune", "--model_path", dense, *here, "--epochs", 1)
+    folder = tmp_path / "l1/b0/b0_pruned_0.5_finetuned"
+    command = f"python -m segprune train --resume --save_dir {folder}"
+    assert (status, errors) == (
+        130,
+        f"Training was interrupted in epoch 1 after 1 batches. Go on with: {command}\n",
+    )
+    done(*command.split()[3:])
+    assert read(folder / "best_epoch_weights.pth").spec == read(folder.with_name("b0_pruned_0.5.pth")).spec
+    assert record_in(tmp_path)["pruned_model"]["miou"] > 0  # what was measured before the interrupt is kept
