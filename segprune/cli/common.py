@@ -53,7 +53,11 @@ def one_sentence() -> Iterator[None]:
             "The GPU is out of memory; use a smaller --input_shape or --batch_size, a smaller variant (--phi), "
             "or leave out --cuda to run on the CPU."
         )
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        system = error.strerror and error.filename  # not raised by us, who name the remedy
+        remedy = "give another place, or see to it that it exists, is yours and has free space"
+        _fail(f"{error.filename}: {error.strerror}; {remedy}." if system else str(error))
+    except (ValueError, ImportError) as error:
         _fail(str(error))
     except KeyboardInterrupt as interrupt:
         errors.print(str(interrupt) or "Interrupted; no file was left half-written.", markup=False)

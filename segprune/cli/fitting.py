@@ -9,6 +9,7 @@ resume.pth               all that `segprune train --resume` needs
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def fit(
     except TrainingInterrupted as interrupted:
         if accelerator.is_main_process:
             keeper.save_state(interrupted.state)
-        command = f"python -m segprune train --resume --save_dir {folder}"
+        command = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
         raise KeyboardInterrupt(f"{interrupted} Go on with: {command}") from interrupted
     return keeper.best()
 

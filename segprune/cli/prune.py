@@ -22,8 +22,7 @@ from segprune.cli.common import (
     show_settings,
     show_table,
 )
-from segprune.cli.fitting import Fit
-from segprune.cli.train import TrainSettings, fit_with, learning_rate
+from segprune.cli.train import TrainSettings, check_settings, fit_with, learning_rate
 from segprune.data import find_root, read_split
 from segprune.model import SegFormer, check_input
 from segprune.report import environment, network_record, network_size, reduction_record, score_record
@@ -91,6 +90,7 @@ class PruneConfig:
 
 
 TRAINING_FLAGS = ("lr", "freeze_epochs", "scale", "amp")
+DATA_FLAGS = ("batch_size", "num_workers")
 
 
 def run(config: PruneConfig, given: frozenset[str]) -> None:
@@ -108,6 +108,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     path = folder / f"{found.spec.variant}_pruned_{config.pruning_rate:g}.pth"
     if config.epochs:
         config = replace(config, lr=learning_rate(config.lr, str(path), found.extra))
+        check_settings(_fine_tuning(config, path))
     show_settings("Pruning", asdict(config) | {"dialect": found.dialect})
     show_notes(found.notes)
     if config.data:
@@ -127,7 +128,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     checkpoint.write_json(record, folder / RESULTS)
     if config.epochs:
         del dense
-        done = _fine_tune(pruned, config, path, extra)
+        done = fit_with(_fine_tuning(config, path), pruned, extra)
         record["finetuned_model"] = record["pruned_model"] | score_record(done.score) | {"best_epoch": done.epoch}
         record["finetuned_save_path"] = str(done.path)
         checkpoint.write_json(record, folder / RESULTS)
@@ -141,9 +142,12 @@ def _check_flags(config: PruneConfig, given: frozenset[str]) -> None:
         raise ValueError(f"--pruning_rate is {config.pruning_rate:g}; it must be at least 0 and below 1.")
     if config.epochs and not config.data:
         raise ValueError("--epochs was given without --data; say which VOC folder to fine-tune on.")
-    without_effect = [name for name in TRAINING_FLAGS if name in given and not config.epochs]
-    if without_effect:
-        raise ValueError(f"--{without_effect[0]} has no effect without --epochs; give the epochs to fine-tune.")
+    for name in TRAINING_FLAGS:
+        if name in given and not config.epochs:
+            raise ValueError(f"--{name} has no effect without --epochs; give the epochs to fine-tune.")
+    for name in DATA_FLAGS:
+        if name in given and not config.data:
+            raise ValueError(f"--{name} has no effect without --data; give the VOC folder to score on.")
 
 
 def _read(config: PruneConfig) -> Checkpoint:
@@ -202,8 +206,8 @@ def _prune(dense: SegFormer, config: PruneConfig) -> SegFormer:
     return pruned
 
 
-def _fine_tune(model: SegFormer, config: PruneConfig, path: Path, extra: dict[str, Any]) -> Fit:
-    settings = TrainSettings(
+def _fine_tuning(config: PruneConfig, path: Path) -> TrainSettings:
+    return TrainSettings(
         data=config.data,
         model_path=str(path),
         phi=config.phi,
@@ -220,7 +224,6 @@ def _fine_tune(model: SegFormer, config: PruneConfig, path: Path, extra: dict[st
         seed=config.seed,
         save_dir=str(path.with_suffix("")) + "_finetuned",
     )
-    return fit_with(settings, model, extra)
 
 
 def _pruning_config(config: PruneConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -29,7 +30,7 @@ def run(config: ShapesConfig, given: frozenset[str]) -> None:
         root = write_shapes(config.folder, config.num_train, config.num_val, config.size, config.seed, progress=advance)
     console.print(f"{config.num_train + config.num_val} pictures, {len(CLASS_NAMES)} classes, in {root}")
     console.print(
-        f"Train on them: segprune train --data {config.folder} --phi b0 --num_classes {len(CLASS_NAMES)} "
+        f"Train on them: segprune train --data {shlex.quote(config.folder)} --phi b0 --num_classes {len(CLASS_NAMES)} "
         f"--input_shape {config.size[0]} {config.size[1]}",
         soft_wrap=True,
     )

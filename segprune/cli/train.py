@@ -150,6 +150,13 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
     return replace(config, **{**old, **flags, "resume": True})
 
 
+def check_settings(config: TrainSettings) -> None:
+    """ValueError for settings that no run can have, before anything long begins."""
+    assert config.num_classes is not None
+    assert config.lr is not None
+    _train_config(config, config.num_classes, config.lr)
+
+
 def learning_rate(lr: float | None, model_path: str, extra: Mapping[str, Any]) -> float:
     """The rate asked for, else what suits where the network comes from; `extra` is its checkpoint's."""
     if lr is not None:

@@ -7,6 +7,7 @@ stopped: on one CPU to the same bits. With several processes the statistics of B
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -199,14 +200,18 @@ class _Run:
         self.optimizer.zero_grad()
         loss = cross_entropy(self.model(pixels), labels)
         value = float(loss.detach())
-        if value != value or value == float("inf"):
-            where = f"The loss became {value} in epoch {self.epoch + 1}"
-            raise ValueError(f"{where}; lower --lr (it was {self.config.lr:g}) and start again.")
+        if not math.isfinite(value):
+            raise self._diverged(f"The loss became {value}")
         self.accelerator.backward(loss)
         self.optimizer.step()
         return value
 
+    def _diverged(self, what: str) -> ValueError:
+        return ValueError(f"{what} in epoch {self.epoch + 1}; lower --lr (it was {self.config.lr:g}) and start again.")
+
     def end_epoch(self) -> EpochResult:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.bare.parameters()):
+            raise self._diverged("A weight became NaN or infinite")  # in the last step, so no loss has seen it
         mean_loss = sum(self.losses) / len(self.losses)
         self.epoch, self.step, self.losses = self.epoch + 1, 0, []
         if self.epoch % self.config.eval_every and self.epoch < self.config.epochs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ def interrupted(step: int, *flags: object) -> tuple[int, str]:
 def test_an_interrupted_run_goes_on_to_the_same_weights(step: int, data: Path, small: Path, tmp_path: Path) -> None:
     flags = ("--model_path", small, "--epochs", 2)  # of 2 steps each
     done(*training(data, tmp_path / "whole", *flags))
-    out = tmp_path / "stopped"
+    out = tmp_path / "stopped run"
     status, errors = interrupted(step, *training(data, out, *flags))
     assert status == 130
     stopped = re.fullmatch(
@@ -42,7 +43,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(step: int, data: Path, s
     )
     assert stopped, errors
     assert 2 * (int(stopped[1]) - 1) + int(stopped[2]) == step
-    done(*stopped[3].split())
+    done(*shlex.split(stopped[3]))
     for name in (BEST, LAST):
         whole, resumed = read(tmp_path / "whole" / name), read(out / name)
         assert same(resumed.state_dict, whole.state_dict)

@@ -216,6 +216,8 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--freeze_epochs", 1), r"--freeze_epochs has no effect without --epochs"),
     (("--scale", 1, 2), r"--scale has no effect without --epochs"),
     (("--amp", "bf16"), r"--amp has no effect without --epochs"),
+    (("--batch_size", 4), r"--batch_size has no effect without --data; give the VOC folder to score on\."),
+    (("--num_workers", 0), r"--num_workers has no effect without --data"),
 ]
 
 
@@ -258,3 +260,13 @@ def test_an_interrupted_fine_tuning_goes_on_as_the_message_says(dense: Path, dat
     done(*command.split()[3:])
     assert read(folder / "best_epoch_weights.pth").spec == read(folder.with_name("b0_pruned_0.5.pth")).spec
     assert record_in(tmp_path)["pruned_model"]["miou"] > 0  # what was measured before the interrupt is kept
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--amp", "fp8"), ("--lr", -1.0), ("--freeze_epochs", -1)])
+def test_a_setting_of_fine_tuning_is_refused_before_anything_long_begins(
+    flag: str, value: object, dense: Path, data: Path, tmp_path: Path
+) -> None:
+    here = (*SIZE, *HERE, "--data", data, "--epochs", 1, "--save_dir", tmp_path / "out")
+    said = refused("prune", "--model_path", dense, *here, flag, value)
+    assert str(value) in said
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """`segprune shapes`: a folder that the other commands take, and the command it suggests."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ from tests.commands import HERE, done, refused
 
 
 def test_the_suggested_command_trains_on_what_was_written(tmp_path: Path) -> None:
-    folder = tmp_path / "shapes"
+    folder = tmp_path / "my shapes"
     out = done("shapes", folder, "--num_train", 4, "--num_val", 2, "--size", 32, 32)
     assert out.startswith(f"6 pictures, 8 classes, in {folder}")
     suggested = re.search(r"Train on them: segprune (train .+)", out)
     assert suggested
     assert check_labels(folder, 8).num_images == {"train": 4, "val": 2}
-    out = done(*suggested[1].split(), "--epochs", 1, *HERE, "--save_dir", tmp_path / "logs")
+    out = done(*shlex.split(suggested[1]), "--epochs", 1, *HERE, "--save_dir", tmp_path / "logs")
     assert f"Saved: {tmp_path}/logs/best_epoch_weights.pth" in out
 
 
@@ -43,3 +44,12 @@ def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(tmp_path: Pa
         f"{tmp_path} exists and is no generated data set, where a new or empty folder is allowed; choose another name."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_file_where_the_folder_should_be_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    said = refused("shapes", tmp_path / "file" / "new", "--num_train", 1, "--num_val", 1)
+    assert said.startswith(f"{tmp_path}/file/new")
+    assert said.endswith(
+        "Not a directory; give another place, or see to it that it exists, is yours and has free space."
+    )

@@ -32,6 +32,7 @@ def test_a_bubbliiiing_file_is_fine_tuned_with_its_own_numerics(data: Path, trai
     assert found.dialect == "segprune"
     assert found.spec.numerics == NUMERICS["bubbliiiing"]
     assert results_in(tmp_path / "out")["settings"]["lr"] == 6e-5
+    assert found.extra["lr"] == pytest.approx(6e-4)  # so that fine-tuning once more takes the same rate
 
 
 def test_a_pruned_file_is_fine_tuned_at_a_tenth_of_its_learning_rate(data: Path, small: Path, tmp_path: Path) -> None:

@@ -339,6 +339,19 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Path, cpu: Accelera
         train(tiny_model(), config_of(data, lr=1e30), accelerator=cpu)
 
 
+def test_weights_that_the_last_step_ruined_are_not_saved(data: Path, cpu: Accelerator) -> None:
+    config, saved = config_of(data, epochs=1), []
+    model = tiny_model()
+
+    def ruin(done: int, total: int, loss: float, lr: float) -> None:
+        if done == total:
+            next(model.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(ValueError, match="A weight became NaN or infinite in epoch 1; lower --lr"):
+        train(model, config, accelerator=cpu, on_step=ruin, on_epoch=lambda *given: saved.append(given))
+    assert not saved
+
+
 def test_scores_come_every_so_many_epochs_and_after_the_last(data: Path, cpu: Accelerator) -> None:
     _, results, _ = recorded(Pointwise(), config_of(data, epochs=5, eval_every=2), cpu)
     assert [result.epoch for result in results] == [1, 2, 3, 4, 5]
