@@ -541,7 +541,7 @@ def test_two_processes_end_with_one_network_and_its_score(tmp_path: Path, data: 
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([*command, script, __file__, data, tmp_path], check=True, timeout=120, env=environment)
     tiny, other, pointwise = (torch.load(tmp_path / f"{name}.pt") for name in ("tiny0", "tiny1", "pointwise0"))
     assert same(tiny["weights"], other["weights"])
