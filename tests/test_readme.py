@@ -95,6 +95,11 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert left / 3714915 == pytest.approx(0.9**5, abs=0.05)
 
 
-def test_the_readme_s_make_targets_exist() -> None:
-    for target in re.findall(r"^make (\w+)", ENGLISH, flags=re.M):
-        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+def test_the_readme_s_make_targets_run_the_doors_and_the_tests() -> None:
+    targets = re.findall(r"^make (\w+)", ENGLISH, flags=re.M)
+    plans = {
+        t: subprocess.run(["make", "-n", t], cwd=ROOT, check=True, capture_output=True, text=True) for t in targets
+    }
+    assert set(plans) == {"demo", "test"}
+    assert [door in plans["demo"].stdout for door in (" train.py ", " prune_train.py ")] == [True, True]
+    assert "-m pytest" in plans["test"].stdout
