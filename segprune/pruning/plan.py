@@ -62,8 +62,10 @@ class Costs:
                     else:
                         self._per_slot[side, row, g] += len(member.positions) / group.slots
         self._coefficients = _coefficients(layers, groups, rate_of, rows)
-        units: tuple[RateOf, ...] = ("params", "macs")
-        self._priced = [_coefficients(layers, groups, unit, rows) for unit in units]
+        weights: dict[RateOf, float] = {"params": 1.0 - MACS_WEIGHT, "macs": MACS_WEIGHT}
+        if rate_of == "channels":
+            weights = {"channels": 1.0}
+        self._priced = [(weight, _coefficients(layers, groups, unit, rows)) for unit, weight in weights.items()]
 
     def total(self, widths: Widths) -> float:
         return self._cost(widths, self._coefficients) + self.rest
@@ -71,15 +73,16 @@ class Costs:
     def price(self, g: int) -> float:
         """The share of the network's cost, parameters and MACs weighed, that would go with all of group `g`; above 0.
 
-        It does not depend on the rate's unit: whoever asks for fewer parameters wants a faster network as well.
+        It is the same for rates of both: whoever asks for fewer parameters wants a faster network as well. For a rate
+        of the channels it is their share.
         """
         widths = self.full.copy()
         widths[g] = 0
-        shares = []
-        for coefficients in self._priced:
+        price = float(np.finfo(float).eps)
+        for weight, coefficients in self._priced:
             whole = max(self._cost(self.full, coefficients), 1.0)
-            shares.append(1.0 - self._cost(widths, coefficients) / whole)
-        return max((1.0 - MACS_WEIGHT) * shares[0] + MACS_WEIGHT * shares[1], np.finfo(float).eps)
+            price += weight * (1.0 - self._cost(widths, coefficients) / whole)
+        return price
 
     def _cost(self, widths: Widths, coefficients: Coefficients) -> float:
         dims = self._dims - self._per_slot @ (self.full - widths)

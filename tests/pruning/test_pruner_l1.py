@@ -584,3 +584,13 @@ def test_a_stock_network_is_counted_by_the_same_formula_when_traced(small_spec: 
     traced.prune((X,))
     assert {f"net.{name}": keep for name, keep in stock.plan.keep.items()} == traced.plan.keep
     assert sum(row.cost("params") for row in layers(model.spec, (64, 64))) == num_parameters(wrapped)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5])
+def test_a_share_of_the_channels_is_a_somewhat_larger_one_of_the_parameters(
+    rate: float, trained_like: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Most weights join two channels: were all groups cut alike, the share 1 - (1 - rate)² would go."""
+    model = trained_like(SegFormer(standard_spec("b0", 8)))
+    gone = removed(model, L1Pruner(model, rate, rate_of="channels").prune(X))
+    assert rate < gone < 1 - (1 - rate) ** 2
