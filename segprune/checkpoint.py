@@ -230,7 +230,7 @@ def _unwrap(data: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
                 break
     if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
         raise ValueError(
-            f"It holds a {type(data).__name__}, not a state dict; save one: torch.save(model.state_dict(), path)."
+            f"It holds {type(data).__name__} data, not a state dict; save one: torch.save(model.state_dict(), path)."
         )
     while data and (found := [p for p in PREFIXES if all(key.startswith(p) for key in data)]):
         data = {key.removeprefix(found[0]): value for key, value in data.items()}

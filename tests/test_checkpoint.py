@@ -233,8 +233,8 @@ def test_our_weights_without_their_spec_are_refused(model: SegFormer) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], r"It holds a list, not a state dict; save one: torch\.save\(model\.state_dict\(\), path\)"),
-        ({3: 4}, "It holds a dict, not a state dict"),
+        ([1, 2], r"It holds list data, not a state dict; save one: torch\.save\(model\.state_dict\(\), path\)"),
+        ({3: 4}, "It holds dict data, not a state dict"),
         ({"epoch": 3, "loss": 0.5}, "This is not a SegFormer: expected keys .*, found epoch, loss; give a SegFormer's"),
         ({}, "This is not a SegFormer: .* found none"),
         ({"conv1.weight": torch.ones(1), "fc.bias": torch.ones(1)}, r"found conv1\.weight, fc\.bias; give a SegF"),

@@ -27,6 +27,11 @@ console = Console(quiet=_QUIET, highlight=False, soft_wrap=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def switch(flag: str, text: str) -> Any:
+    """An option that takes no value; its help names no type, which would look as if it took one."""
+    return typer.Option(flag, metavar="", help=text)
+
+
 def command(config: type[C], run: Callable[[C, frozenset[str]], None]) -> Callable[..., None]:
     """A function whose parameters are the config's fields; `run` gets the config and the names of the flags given."""
 

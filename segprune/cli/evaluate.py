@@ -8,7 +8,16 @@ from typing import Annotated
 from typer import Argument, Option
 
 from segprune import checkpoint
-from segprune.cli.common import check_data, choose_device, console, progress_bar, show_notes, show_score, show_settings
+from segprune.cli.common import (
+    check_data,
+    choose_device,
+    console,
+    progress_bar,
+    show_notes,
+    show_score,
+    show_settings,
+    switch,
+)
 from segprune.data import find_root, read_split
 from segprune.model import check_input
 from segprune.training.evaluate import evaluate
@@ -26,7 +35,7 @@ class EvalConfig:
     ] = (512, 512)
     batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures at a time.")] = 8
     num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
-    cuda: Annotated[bool, Option("--cuda", help="Use the GPU.")] = False
+    cuda: Annotated[bool, switch("--cuda", "Use the GPU.")] = False
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
     json_path: Annotated[str, Option("--json", metavar="PATH", help="Save the score there as JSON.")] = ""
 

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
-from segprune.cli.common import console, show_notes, show_settings, show_table
+from segprune.cli.common import console, show_notes, show_settings, show_table, switch
 from segprune.report import network_size
 from segprune.spec import BlockSpec, spec_to_dict
 from segprune.stats import count
@@ -28,7 +28,7 @@ class InfoConfig:
     num_classes: Annotated[
         int | None, Option("--num_classes", help="For a backbone-only file: classes of the new head.")
     ] = None
-    as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")] = False
+    as_json: Annotated[bool, switch("--json", "Print one JSON object instead of tables.")] = False
 
 
 def run(config: InfoConfig, given: frozenset[str]) -> None:

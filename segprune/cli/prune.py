@@ -21,6 +21,7 @@ from segprune.cli.common import (
     show_notes,
     show_settings,
     show_table,
+    switch,
 )
 from segprune.cli.train import TrainSettings, check_settings, fit_with, learning_rate
 from segprune.data import find_root, read_split
@@ -64,8 +65,8 @@ class PruneConfig:
         str, Option("--scope", help="global: rank all channels together; local: every group loses the same share.")
     ] = "global"
     round_to: Annotated[int, Option("--round_to", help="Widths stay multiples of it; 1: any width.")] = 8
-    heads: Annotated[bool, Option("--heads", help="Whole attention heads may go too.")] = False
-    keep_decoder: Annotated[bool, Option("--keep_decoder", help="Do not fold the decode head.")] = False
+    heads: Annotated[bool, switch("--heads", "Whole attention heads may go too.")] = False
+    keep_decoder: Annotated[bool, switch("--keep_decoder", "Do not fold the decode head.")] = False
     data: Annotated[str, Option("--data", help="Folder in VOC layout: score on its val list before and after.")] = ""
     epochs: Annotated[int, Option("--epochs", min=0, help="Fine-tune so many epochs on --data; 0: do not.")] = 0
     batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures per step, of fine-tuning and scoring.")] = 8
@@ -83,7 +84,7 @@ class PruneConfig:
     ] = (0.5, 2.0)
     num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
     amp: Annotated[str, Option("--amp", help="Mixed precision of fine-tuning: no, fp16 or bf16.")] = "no"
-    cuda: Annotated[bool, Option("--cuda", help="Use the GPU; without it the CPU.")] = False
+    cuda: Annotated[bool, switch("--cuda", "Use the GPU; without it the CPU.")] = False
     seed: Annotated[int, Option("--seed", help="Of random weights and of fine-tuning.")] = 11
     save_dir: Annotated[str, Option("--save_dir", help="Files go to SAVE_DIR/METHOD/PHI.")] = "logs_pruning"
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None

@@ -12,7 +12,7 @@ from typer import Option
 
 from segprune import checkpoint
 from segprune.checkpoint import check_writable
-from segprune.cli.common import check_data, choose_device, console, show_notes, show_score, show_settings
+from segprune.cli.common import check_data, choose_device, console, show_notes, show_score, show_settings, switch
 from segprune.cli.fitting import BEST, LAST, Fit, Resumable, fit, load_resumable
 from segprune.model import SegFormer, check_input
 from segprune.spec import Spec, standard_spec
@@ -66,12 +66,12 @@ class TrainSettings:
     eval_every: Annotated[int, Option("--eval_every", help="Epochs between two scores on the val list.")] = 1
     num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
     amp: Annotated[str, Option("--amp", help="Mixed precision: no, fp16 or bf16.")] = "no"
-    cuda: Annotated[bool, Option("--cuda", help="Use the GPU; several GPUs by torchrun train.py …")] = False
+    cuda: Annotated[bool, switch("--cuda", "Use the GPU; several GPUs by torchrun train.py …")] = False
     seed: Annotated[int, Option("--seed", help="Of weights, order and augmentation.")] = 11
     save_dir: Annotated[str, Option("--save_dir", help="Folder for checkpoints and results.")] = "logs"
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
     resume: Annotated[
-        bool, Option("--resume", help="Go on with the run in --save_dir, with the settings it was started with.")
+        bool, switch("--resume", "Go on with the run in --save_dir, with the settings it was started with.")
     ] = False
 
 

@@ -64,7 +64,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda path, whole: torch.save(resnet(), path),
         "This is not a SegFormer: expected keys such as .*, found conv1.weight, layer1.0.bn1.bias, fc.bias; give a",
     ),
-    "a number": (lambda path, whole: torch.save(3, path), "It holds a int, not a state dict; save one"),
+    "a number": (lambda path, whole: torch.save(3, path), "It holds int data, not a state dict; save one"),
     "code": (
         lambda path, whole: torch.save({"model": RunsCode(path.parent / "ran")}, path),
         r"asks for \w+\.mkdir, and building that could run any code, so the file was not opened; save the weights",
