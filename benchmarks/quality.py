@@ -1,4 +1,4 @@
-"""mIoU straight after removing half of the parameters: ours beside torch-pruning's plain global L1.
+"""mIoU straight after removing a share of the parameters: ours beside torch-pruning's plain global L1.
 
     python -m benchmarks.quality FILE --data DIR --input_shape 128 128 [--rates 0.3 0.5]
 

@@ -188,7 +188,7 @@ class DecodeHead(nn.Module):
             for branch, x in zip(self.branches, maps, strict=True)
         ]
         if self.fuse is None:
-            fused = branched[3]  # upsampled, so that it is nobody else's and can be added to in place
+            fused = branched[3]  # fresh from a product, so that it can be added to in place
             for x in branched[2::-1]:
                 fused += x
         else:

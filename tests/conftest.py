@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.trained_like import fill
 from segprune.model import SegFormer
 from segprune.spec import BlockSpec, Numerics, Spec, StageSpec
 
@@ -31,17 +32,6 @@ def small_spec() -> Spec:
 @pytest.fixture
 def trained_like() -> Callable[[nn.Module], nn.Module]:
     """Fill every parameter and buffer, biases and BatchNorm statistics too, so that nothing hides behind a zero."""
-
-    def fill(model: nn.Module) -> nn.Module:
-        with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if name.endswith("running_var"):
-                    tensor.uniform_(0.5, 2.0)
-                elif tensor.dim() > 1:
-                    tensor.normal_(std=tensor[0].numel() ** -0.5)
-                elif tensor.dim() == 1:
-                    tensor.uniform_(0.5, 1.5) if name.endswith("weight") else tensor.normal_(std=0.3)
-        return model
 
     return fill
 
