@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from segprune.cli import evaluate, info, prune, shapes, train
-from segprune.cli.common import CONTEXT, command
+from segprune.cli.common import CONTEXT, command, keep_freed_memory
 
 app = typer.Typer(
     name="segprune",
@@ -37,6 +37,7 @@ for _name, _config, _run in _COMMANDS:
 
 
 def main() -> None:
+    keep_freed_memory()
     app()
 
 
@@ -47,4 +48,5 @@ def door(name: str, script: str, settings: Mapping[str, Any]) -> None:
     unknown = sorted(set(settings) - known)
     if unknown:
         sys.exit(f"Error: {script} has a setting {unknown[0]!r}, which is no flag of it; see {script} --help.")
+    keep_freed_memory()
     commands[name].main(prog_name=script, default_map=dict(settings))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ def command_on(name: str, path: Path, data: Path, out: Path) -> tuple[object, ..
     }[name]
 
 
+ROOT = Path(__file__).parents[2]
 READERS = ("info", "eval", "prune", "train")
 SCORERS = ("eval", "prune", "train")
 
@@ -308,3 +312,29 @@ def test_a_latency_says_what_it_was_measured_on() -> None:
         "Latency: median (quartiles) in ms of 30 runs after a warm-up, batch 1, 512×1024 pixels, float32, cpu, "
         "2 threads."
     )
+
+
+FAULTS = """
+import resource, sys, torch
+from segprune.cli.common import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_large_blocks_are_paid_for_once_when_freed_memory_is_kept() -> None:
+    bare = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
+
+    def faults(mode: str, **environment: str) -> int:
+        command = [sys.executable, "-c", FAULTS, mode]
+        return int(subprocess.run(command, check=True, capture_output=True, env=bare | environment, cwd=ROOT).stdout)
+
+    as_it_is = faults("as it is")
+    assert faults("kept") < as_it_is / 5
+    assert faults("kept", MALLOC_TRIM_THRESHOLD_="131072") > as_it_is / 2  # the environment's word counts
