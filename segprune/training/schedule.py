@@ -27,7 +27,7 @@ def lr_factor(
     """Factor for step `step` of 0 … total_steps − 1: a linear rise over the warm-up, then decay towards `min_factor`.
 
     "poly" falls like (1 − share done)^power, a line with power 1, as SegFormer was trained; "cosine" along half a
-    wave; "constant" not at all. The last `hold_steps` stay at `min_factor`.
+    wave; "constant" not at all, whatever the floor. The last `hold_steps` stay at `min_factor`.
 
     >>> [round(lr_factor(s, 10, warmup_steps=2, decay="poly"), 2) for s in (0, 1, 2, 9)]
     [0.5, 1.0, 1.0, 0.12]
