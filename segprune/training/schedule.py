@@ -1,23 +1,69 @@
-"""The learning rate over a run, as a factor on the base rate."""
+"""The learning rate over a run, as a factor on the base rate; and the base rate by the rule of the VOC scripts."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
 
-Decay = Literal["poly", "cosine"]
-DECAYS: tuple[Decay, ...] = ("poly", "cosine")
+Decay = Literal["poly", "cosine", "constant"]
+DECAYS: tuple[Decay, ...] = ("poly", "cosine", "constant")
+
+# of the SegFormer scripts for VOC folders (bubbliiiing's): rates for 16 images, and the share a run ends with
+_VOC_BATCH, _VOC_FLOOR = 16, 0.01
+_VOC_LIMITS = {"adamw": (3e-5, 1e-4), "sgd": (5e-4, 5e-2)}
+_VOC_SHARE, _VOC_WARMUP_EPOCHS = 0.05, 3.0
 
 
-def lr_factor(step: int, total_steps: int, *, warmup_steps: int, decay: Decay) -> float:
-    """Factor for step `step` of 0 … total_steps − 1: a linear rise over the warm-up, then decay towards 0.
+def lr_factor(
+    step: int,
+    total_steps: int,
+    *,
+    warmup_steps: int,
+    decay: Decay,
+    power: float = 1.0,
+    min_factor: float = 0.0,
+    hold_steps: int = 0,
+) -> float:
+    """Factor for step `step` of 0 … total_steps − 1: a linear rise over the warm-up, then decay towards `min_factor`.
 
-    "poly" falls linearly (power 1, as SegFormer was trained), "cosine" along half a wave.
+    "poly" falls like (1 − share done)^power, a line with power 1, as SegFormer was trained; "cosine" along half a
+    wave; "constant" not at all, whatever the floor. The last `hold_steps` stay at `min_factor`.
 
     >>> [round(lr_factor(s, 10, warmup_steps=2, decay="poly"), 2) for s in (0, 1, 2, 9)]
     [0.5, 1.0, 1.0, 0.12]
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return 1.0 - done if decay == "poly" else 0.5 * (1.0 + math.cos(math.pi * done))
+    if decay == "constant":
+        return 1.0
+    done = min((step - warmup_steps) / max(total_steps - hold_steps - warmup_steps, 1), 1.0)
+    left = (1.0 - done) ** power if decay == "poly" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return min_factor + (1.0 - min_factor) * left
+
+
+def voc_lr(lr: float, batch_size: int, optimizer: str) -> float:
+    """Highest rate of a run by the VOC scripts' rule: `lr` is meant for 16 images a step, all processes together.
+
+    It grows with the batch and is clipped to what the optimiser bears: 3e-5 … 1e-4 for adamw, 5e-4 … 5e-2 for sgd.
+
+    >>> voc_lr(1e-4, 8, "adamw")
+    5e-05
+    """
+    low, high = _VOC_LIMITS[optimizer]
+    return min(max(lr * batch_size / _VOC_BATCH, low), high)
+
+
+def voc_factor(step: int, total_steps: int, epochs: int) -> float:
+    """The same rule's course: warm-up over 5 % of the epochs, at most 3, a cosine to a hundredth, 5 % constant.
+
+    The scripts set it once an epoch; here it moves with every step.
+    """
+    warmup = min(_VOC_SHARE, _VOC_WARMUP_EPOCHS / epochs)
+    return lr_factor(
+        step,
+        total_steps,
+        warmup_steps=round(warmup * total_steps),
+        decay="cosine",
+        min_factor=_VOC_FLOOR,
+        hold_steps=round(_VOC_SHARE * total_steps),
+    )

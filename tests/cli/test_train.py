@@ -64,7 +64,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--lr", 0), r"lr is 0\.0; it must be above 0\."),
     (("--lr", "nan"), r"lr is nan; it must be above 0\."),
     (("--warmup", 1), r"warmup is 1\.0; it is a share of the steps, from 0 to below 1\."),
-    (("--decay", "step"), r"Decay 'step' is unknown; choose one of poly, cosine\."),
+    (("--decay", "step"), r"Decay 'step' is unknown; choose one of poly, cosine, constant\."),
     (("--freeze_epochs", -1), r"freeze_epochs is -1; it must be 0, to train all at once, or above\."),
     (("--scale", 2, 1), r"scale \(2\.0, 1\.0\) must be \(low, high\) with 0 < low <= high; give both, low first\."),
     (("--amp", "fp8"), r"Mixed precision 'fp8' is unknown; choose no, fp16 or bf16\."),

@@ -1,0 +1,146 @@
+"""Distillation: what a pruned network, the student, learns from the dense one, its teacher.
+
+Three losses, each a mean over the images of the batch, so that equal shards of it average to the whole:
+
+- per pixel, the divergence of the softened class probabilities (arXiv 1503.02531);
+- per channel, the divergence of the softened distributions over the positions (arXiv 2011.13256);
+- per stage, one minus the correlation of the two feature vectors at each position.
+
+No labels are needed: pixels that labels ignore, padding too, are learnt from the teacher like any other. Logits are
+B K h w at whatever resolution both networks give them, a quarter of the image's for the decode head as it is; the
+pixel loss hardly depends on it. All is computed in float32, under autocast too, and no gradient reaches the teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def pixel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher, student) over the classes, mean over all pixels, times temperature² so that gradients keep size."""
+    pixels = student.numel() // student.shape[1]
+    return _divergence(student, teacher, temperature, dim=1) / pixels
+
+
+def channel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher, student) over the positions of each class's map, mean over classes, times temperature²."""
+    maps = student.shape[0] * student.shape[1]
+    return _divergence(student.flatten(2), teacher.flatten(2), temperature, dim=2) / maps
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
+    log_q, log_p = (F.log_softmax(x.float() / temperature, dim) for x in (student, teacher))
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * temperature**2
+
+
+def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Maps B C h w of equal shape: mean over positions of 1 − r, r being the correlation over the channels.
+
+    That is half the squared distance of the vectors normalised without gain and bias, as arXiv 2205.14141 does for
+    the teacher's, so that one weight suits teachers and stages of any magnitude; and correlation as the measure is
+    that of arXiv 2207.02039. Ranges from 0 to 2.
+    """
+    one, other = (x.float().movedim(1, -1) for x in (student, teacher))  # B h w C
+    one, other = (F.layer_norm(x, x.shape[-1:], eps=1e-8) for x in (one, other))
+    return F.mse_loss(one, other) / 2
+
+
+class Projections(nn.Module):
+    """Learned 1×1 convolutions from the student's stage widths to the teacher's; thrown away after training.
+
+    Where the widths agree they start as the identity, else with orthogonal columns or rows.
+    """
+
+    def __init__(self, student_widths: Sequence[int], teacher_widths: Sequence[int]) -> None:
+        super().__init__()
+        if len(student_widths) != len(teacher_widths):
+            ours, theirs = len(student_widths), len(teacher_widths)
+            raise ValueError(f"The student has {ours} stages, the teacher {theirs}; their maps must come in pairs.")
+        pairs = zip(student_widths, teacher_widths, strict=True)
+        self.stages = nn.ModuleList(_projection(ours, theirs) for ours, theirs in pairs)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The student's maps, B C_s h w each, in the teacher's widths."""
+        return [convolution(x) for convolution, x in zip(self.stages, maps, strict=True)]
+
+
+def _projection(student_width: int, teacher_width: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(student_width, teacher_width, 1)
+    start = nn.init.dirac_ if student_width == teacher_width else nn.init.orthogonal_
+    start(convolution.weight)
+    assert convolution.bias is not None
+    nn.init.zeros_(convolution.bias)
+    return convolution
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Weights and temperatures of the three losses; a weight of 0 switches its loss off, and it is not computed.
+
+    Defaults: temperature 4 and weight 3 of the channels are arXiv 2011.13256's; pixels at temperature 1 and weight 1
+    stand beside a cross-entropy of weight 1 as one more label of each pixel.
+    """
+
+    pixel: float = 1.0
+    pixel_temperature: float = 1.0
+    channel: float = 3.0
+    channel_temperature: float = 4.0
+    feature: float = 1.0  # of the mean over the stages
+
+    def __post_init__(self) -> None:
+        for name in ("pixel", "channel", "feature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"The {name} weight is {getattr(self, name)}; it must be 0, to switch off, or above.")
+        if not self.pixel and not self.channel and not self.feature:
+            raise ValueError(
+                "All weights of distillation are 0; raise one of pixel, channel, feature or drop the teacher."
+            )
+        for name in ("pixel_temperature", "channel_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        student_maps: Sequence[Tensor] | None,
+        teacher_logits: Tensor,
+        teacher_maps: Sequence[Tensor] | None,
+    ) -> Tensor:
+        """Scalar float32. Logits B K h w; maps of the stages, the student's projected to the teacher's widths.
+
+        Maps may be None where the feature weight is 0. ValueError for logits or maps of different shapes.
+        """
+        _check_alike("logits", student_logits, teacher_logits)
+        loss = student_logits.new_zeros((), dtype=torch.float32)
+        with torch.autocast(student_logits.device.type, enabled=False):
+            teacher = teacher_logits.detach()
+            if self.pixel:
+                loss = loss + self.pixel * pixel_divergence(student_logits, teacher, self.pixel_temperature)
+            if self.channel:
+                loss = loss + self.channel * channel_divergence(student_logits, teacher, self.channel_temperature)
+            if self.feature:
+                loss = loss + self.feature * _mean_distance(student_maps, teacher_maps)
+        return loss
+
+
+def _mean_distance(student_maps: Sequence[Tensor] | None, teacher_maps: Sequence[Tensor] | None) -> Tensor:
+    assert student_maps is not None
+    assert teacher_maps is not None
+    distances = []
+    for stage, (ours, theirs) in enumerate(zip(student_maps, teacher_maps, strict=True), start=1):
+        _check_alike(f"maps of stage {stage}", ours, theirs)
+        distances.append(feature_distance(ours, theirs.detach()))
+    return torch.stack(distances).mean()
+
+
+def _check_alike(what: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        ours, theirs = tuple(student.shape), tuple(teacher.shape)
+        remedy = "choose a teacher of the same classes and strides"
+        raise ValueError(f"The student's {what} have shape {ours}, the teacher's {theirs}; {remedy}.")
