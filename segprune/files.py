@@ -6,11 +6,12 @@ often leave NumPy numbers in their wrappers; those are read by two stand-ins tha
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -59,6 +60,13 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 def write_json(data: Any, path: str | os.PathLike[str]) -> None:
     _write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), path)
+
+
+def write_csv(rows: Iterable[Iterable[Any]], path: str | os.PathLike[str]) -> None:
+    """UTF-8, one line per row."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    _write(text.getvalue().encode(), path)
 
 
 def save_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

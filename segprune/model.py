@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from segprune.spec import BlockSpec, Numerics, Spec, StageSpec
 
@@ -128,18 +129,26 @@ class Stage(nn.Module):
         )
         self.norm = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, checkpointed: bool = False) -> Tensor:
         tokens, height, width = self.patch_embed(x)
         for block in self.blocks:
-            tokens = block(tokens, height, width)
+            if checkpointed:
+                tokens = checkpoint(block, tokens, height, width, use_reentrant=False)
+            else:
+                tokens = block(tokens, height, width)
         return to_map(self.norm(tokens), height, width)
 
 
 class Encoder(nn.Module):
-    """Mix Transformer. Images B 3 H W to four maps B C_s H/4·2^(s-1) W/4·2^(s-1)."""
+    """Mix Transformer. Images B 3 H W to four maps B C_s H/4·2^(s-1) W/4·2^(s-1).
+
+    With `checkpointing` set, training keeps only the blocks' inputs and computes the rest a second time in the
+    backward pass (arXiv 1604.06174): less memory, about a third more time, the same gradients.
+    """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
+        self.checkpointing = False
         depth = sum(len(stage.blocks) for stage in spec.stages)
         rates = [spec.numerics.drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.stages = nn.ModuleList()
@@ -152,7 +161,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, checkpointed=self.checkpointing and self.training)
             maps.append(x)
         return maps
 
@@ -218,9 +227,17 @@ class SegFormer(nn.Module):
             nn.init.normal_(self.decode_head.classifier.weight, std=0.01)  # so that training starts from even odds
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.resize(self.parts(x)[1], x.shape[2:])
+
+    def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The encoder's four maps, and the logits B K H/4 W/4 before the last upsampling."""
         check_input(x.shape)
-        logits = self.decode_head(self.encoder(x))  # B K H/4 W/4
-        return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=self.spec.numerics.align_corners)
+        maps = self.encoder(x)
+        return maps, self.decode_head(maps)
+
+    def resize(self, logits: Tensor, size: torch.Size) -> Tensor:
+        """Logits upsampled to the input's (H, W), by the rule the weights were trained with."""
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.spec.numerics.align_corners)
 
 
 MIN_SIZE = 32

@@ -1,45 +1,26 @@
-"""One training run in a folder: bar, history, best and last checkpoint, and the state to resume from.
-
-best_epoch_weights.pth   the weights of the epoch with the highest validation mIoU
-last_epoch_weights.pth   the weights after the last epoch
-training_results.json    settings, every epoch's loss and score
-resume.pth               all that `segprune train --resume` needs
-"""
+"""One training run from the command line: watched, written down, and left resumable however it ends."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from segprune.checkpoint import load_record, save, save_record, write_json
-from segprune.cli.common import console, progress_bar
+from segprune.cli.journal import RESUME, Fit, Journal
+from segprune.cli.view import training_view
+from segprune.data import Source
+from segprune.files import load_record
 from segprune.model import SegFormer
-from segprune.report import environment
-from segprune.spec import Spec, spec_from_dict, spec_to_dict
-from segprune.training.evaluate import Score
-from segprune.training.loop import EpochResult, TrainConfig, TrainingInterrupted, TrainState, train
-
-BEST, LAST, RESULTS, RESUME = (
-    "best_epoch_weights.pth",
-    "last_epoch_weights.pth",
-    "training_results.json",
-    "resume.pth",
-)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What came of a run: the best epoch's number and score, and the file that holds its weights."""
-
-    epoch: int
-    score: Score
-    path: Path
+from segprune.spec import Spec, spec_from_dict
+from segprune.training.config import TrainConfig
+from segprune.training.evaluate import EvalMode
+from segprune.training.loop import train
+from segprune.training.state import Splits, TrainingDiverged, TrainingInterrupted, TrainState
 
 
 @dataclass(frozen=True)
@@ -55,87 +36,74 @@ class Resumable:
 def fit(
     model: SegFormer,
     config: TrainConfig,
+    source: Source,
     folder: Path,
     *,
     cuda: bool,
     settings: Mapping[str, Any],
     extra: Mapping[str, Any],
+    teacher: SegFormer | None = None,
     resumed: Resumable | None = None,
+    keep: int = 0,
+    tensorboard: bool = False,
 ) -> Fit:
-    """Train `model` and keep the folder's files up to date after every epoch.
+    """Train `model` on the source's train and val, and keep the folder's files up to date after every epoch.
 
     `settings` is saved for --resume and with the results, `extra` inside the checkpoints. Ctrl-C leaves
     resume.pth and raises KeyboardInterrupt with the command that goes on.
     """
     accelerator = Accelerator(cpu=not cuda, mixed_precision=config.mixed_precision)
-    keeper = _Keeper(model, folder, settings, extra, [] if resumed is None else resumed.epochs)
+    splits = Splits(source.split("train"), source.split("val"))
+    state, epochs = (None, []) if resumed is None else (resumed.state, resumed.epochs)
+    journal = Journal(
+        model,
+        folder,
+        settings=settings,
+        extra=extra,
+        epochs=epochs,
+        step=0 if state is None else state.steps_done,
+        keep=keep,
+        tensorboard=tensorboard and accelerator.is_main_process,
+    )
+    resume = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
     try:
-        with progress_bar("training") as advance:
+        with training_view() as view:
             train(
                 model,
                 config,
+                splits,
                 accelerator=accelerator,
-                state=None if resumed is None else resumed.state,
-                on_step=_shown(advance),
-                on_epoch=keeper.epoch_done,
+                teacher=teacher,
+                state=state,
+                on_step=_both(view.step, journal.step_done),
+                on_epoch=_both(journal.epoch_done, lambda result, state: view.epoch(result)),
+                on_state=journal.save_state,
             )
+        if accelerator.is_main_process:
+            how = EvalMode(input_shape=config.input_shape)
+            journal.draw(splits.val, how, source.class_names, source.palette, accelerator.device)
     except TrainingInterrupted as interrupted:
         if accelerator.is_main_process:
-            keeper.save_state(interrupted.state)
-        command = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
-        raise KeyboardInterrupt(f"{interrupted} Go on with: {command}") from interrupted
-    return keeper.best()
+            journal.save_state(interrupted.state)
+        raise KeyboardInterrupt(f"{interrupted} Go on with: {resume}") from interrupted
+    except TrainingDiverged as diverged:
+        raise ValueError(f"{str(diverged).removesuffix('.')}; {journal.last_good()}.") from diverged
+    except OSError as error:
+        raise OSError(f"{str(error).removesuffix('.')}; {journal.last_good()}, and this goes on: {resume}") from error
+    else:
+        accelerator.wait_for_everyone()
+        return journal.best()
+    finally:
+        journal.close()
+        accelerator.end_training()
 
 
-def _shown(advance: Callable[..., None]) -> Callable[[int, int, float, float], None]:
-    def on_step(done: int, total: int, loss: float, lr: float) -> None:
-        advance(done, total, f"loss {loss:.3f}  lr {lr:.1e}")
+def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
+    def call(*values: Any) -> None:
+        first(*values)
+        second(*values)
 
-    return on_step
-
-
-class _Keeper:
-    """The folder's files, written anew after each epoch."""
-
-    def __init__(
-        self,
-        model: SegFormer,
-        folder: Path,
-        settings: Mapping[str, Any],
-        extra: Mapping[str, Any],
-        epochs: list[dict[str, Any]],
-    ) -> None:
-        self.model = model
-        self.folder = folder
-        self.settings = dict(settings)
-        self.extra = dict(extra)
-        self.epochs = epochs
-
-    def epoch_done(self, result: EpochResult, state: TrainState) -> None:
-        row: dict[str, Any] = {"epoch": result.epoch, "loss": result.loss, "best": result.best}
-        line = f"epoch {result.epoch}: loss {result.loss:.4f}"
-        if result.score is not None:
-            row |= asdict(result.score)
-            line += f", val mIoU {result.score.miou:.4f}" + (" (best so far)" if result.best else "")
-        self.epochs.append(row)
-        extra = self.extra | {"epoch": row}
-        if result.best:
-            save(self.model, self.folder / BEST, extra=extra)
-        save(self.model, self.folder / LAST, extra=extra)
-        record = {"settings": self.settings, "epochs": self.epochs, "environment": environment()}
-        write_json(record, self.folder / RESULTS)
-        self.save_state(state)
-        console.print(line)
-
-    def save_state(self, state: TrainState) -> None:
-        spec = json.dumps(spec_to_dict(self.model.spec))
-        record = {"spec": spec, "settings": self.settings, "extra": self.extra, "epochs": self.epochs}
-        save_record(record | {"state": vars(state)}, self.folder / RESUME)
-
-    def best(self) -> Fit:
-        row = [row for row in self.epochs if row["best"]][-1]
-        score = Score(row["miou"], tuple(row["iou"]), row["pixel_accuracy"], row["num_images"])
-        return Fit(row["epoch"], score, self.folder / BEST)
+    return call
 
 
 def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:

@@ -13,17 +13,32 @@ from typer import Option
 from segprune import checkpoint
 from segprune.checkpoint import check_writable
 from segprune.cli.common import check_data, choose_device, console, show_notes, show_score, show_settings, switch
-from segprune.cli.fitting import BEST, LAST, Fit, Resumable, fit, load_resumable
+from segprune.cli.fitting import Resumable, fit, load_resumable
+from segprune.cli.journal import BEST, LAST, Fit
+from segprune.data import LAYOUTS, Source
+from segprune.fold import fold_decoder
 from segprune.model import SegFormer, check_input
 from segprune.spec import Spec, standard_spec
-from segprune.training.loop import TrainConfig
+from segprune.training.config import TrainConfig
+from segprune.training.distill import Distillation
+from segprune.training.losses import LOSSES, WEIGHT_RULES, SegmentationLoss, class_weights_from_counts, parse_loss
+from segprune.training.schedule import voc_lr, voc_schedule
 
 SCRATCH_LR, PRETRAINED_LR = 1e-3, 6e-5  # the first as measured on the generated data, the second the paper's
+VOC_LR = 1e-4  # what the VOC scripts start from
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    data: Annotated[str, Option("--data", help="Folder in VOC layout, as `segprune shapes` writes one.")] = "VOCdevkit"
+    data: Annotated[
+        str, Option("--data", help="Data set: a folder, a list file or a Hugging Face name; see docs/data.md.")
+    ] = "VOCdevkit"
+    layout: Annotated[
+        str | None, Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
+    ] = None
+    skip_bad: Annotated[
+        bool, switch("--skip_bad", "Go on without pictures that cannot be read; all are tried before training.")
+    ] = False
     model_path: Annotated[
         str, Option("--model_path", help="Checkpoint to start from, pruned or not; empty: from scratch.")
     ] = ""
@@ -38,7 +53,31 @@ class TrainSettings:
         tuple[int, int], Option("--input_shape", metavar="H W", help="Size of the crops trained on, and of scoring.")
     ] = (512, 512)
     epochs: Annotated[int, Option("--epochs", help="Passes over the training pictures.")] = 50
-    batch_size: Annotated[int, Option("--batch_size", help="Pictures per step and process.")] = 8
+    batch_size: Annotated[int, Option("--batch_size", help="Pictures per step, over all processes.")] = 8
+    accumulate: Annotated[
+        int, Option("--accumulate", help="Take each batch in so many pieces, one after another, to save memory.")
+    ] = 1
+    teacher: Annotated[
+        str, Option("--teacher", help="Dense checkpoint to learn from beside the labels (distillation).")
+    ] = ""
+    distill_pixel: Annotated[
+        float, Option("--distill_pixel", help="Weight of the classes' probabilities at each pixel; 0: off.")
+    ] = Distillation.pixel
+    distill_channel: Annotated[
+        float, Option("--distill_channel", help="Weight of where each class is seen; 0: off.")
+    ] = Distillation.channel
+    distill_feature: Annotated[
+        float, Option("--distill_feature", help="Weight of the four stages' features; 0: off.")
+    ] = Distillation.feature
+    loss: Annotated[
+        str, Option("--loss", help=f"Sum of {', '.join(LOSSES)}, for example ce+0.5*dice.")
+    ] = "ce"
+    class_weights: Annotated[
+        str,
+        Option("--class_weights", help="One number per class, or from the data: enet (1/ln) or median (frequency)."),
+    ] = ""
+    label_smoothing: Annotated[float, Option("--label_smoothing", help="Share of each label spread over all.")] = 0.0
+    optimizer: Annotated[str, Option("--optimizer", help="adamw or sgd.")] = "adamw"
     lr: Annotated[
         float | None,
         Option(
@@ -47,9 +86,29 @@ class TrainSettings:
             "and a tenth of the rate that a file of ours was trained with.",
         ),
     ] = None
-    weight_decay: Annotated[float, Option("--weight_decay", help="Of AdamW; biases and norms have none.")] = 0.01
-    decay: Annotated[str, Option("--decay", help="How the learning rate falls: poly or cosine.")] = "poly"
+    lr_rule: Annotated[
+        str,
+        Option(
+            "--lr_rule",
+            help="voc: as the VOC scripts do, --lr (1e-4 if not given) times batch size / 16, clipped; cosine decay.",
+        ),
+    ] = ""
+    head_lr: Annotated[
+        float | None,
+        Option(
+            "--head_lr", help="Rate of the decode head in rates of the encoder; 10 on a bare backbone, as published."
+        ),
+    ] = None
+    weight_decay: Annotated[float, Option("--weight_decay", help="Biases and norms have none.")] = 0.01
+    momentum: Annotated[float, Option("--momentum", help="Of SGD; AdamW's first beta.")] = 0.9
+    decay: Annotated[
+        str, Option("--decay", help="How the learning rate falls: poly, cosine or constant.")
+    ] = "poly"
     warmup: Annotated[float, Option("--warmup", help="Share of all steps in which the learning rate rises.")] = 0.05
+    clip_norm: Annotated[float, Option("--clip_norm", help="Clip the gradients' norm to it; 0: do not.")] = 0.0
+    ema: Annotated[
+        float, Option("--ema", help="Score and save a moving average of the weights with this decay; 0: none.")
+    ] = 0.0
     freeze_epochs: Annotated[int, Option("--freeze_epochs", help="First so many epochs: only the decode head.")] = 0
     scale: Annotated[
         tuple[float, float], Option("--scale", metavar="LOW HIGH", help="Random resizing before the crop.")
@@ -63,23 +122,38 @@ class TrainSettings:
             help="Stochastic depth of the last block; read off the checkpoint if there is one, else 0.1.",
         ),
     ] = None
-    eval_every: Annotated[int, Option("--eval_every", help="Epochs between two scores on the val list.")] = 1
-    num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
+    checkpointing: Annotated[
+        bool, switch("--checkpointing", "Compute the blocks twice to keep less in memory.")
+    ] = False
+    compile: Annotated[bool, switch("--compile", "Compile the network first (torch.compile).")] = False
     amp: Annotated[str, Option("--amp", help="Mixed precision: no, fp16 or bf16.")] = "no"
+    eval_every: Annotated[int, Option("--eval_every", help="Epochs between two scores on the val list.")] = 1
+    save_steps: Annotated[
+        int, Option("--save_steps", help="Also save the state for --resume every so many steps.")
+    ] = 0
+    keep: Annotated[int, Option("--keep", min=0, help="Keep the weights of so many latest epochs as files.")] = 0
+    tensorboard: Annotated[bool, switch("--tensorboard", "Write logs for TensorBoard too.")] = False
+    num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
     cuda: Annotated[bool, switch("--cuda", "Use the GPU; several GPUs by torchrun train.py …")] = False
     seed: Annotated[int, Option("--seed", help="Of weights, order and augmentation.")] = 11
     save_dir: Annotated[str, Option("--save_dir", help="Folder for checkpoints and results.")] = "logs"
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
+    teacher_dialect: Annotated[
+        str | None, Option("--teacher_dialect", help="The same for the --teacher.")
+    ] = None
     resume: Annotated[
         bool, switch("--resume", "Go on with the run in --save_dir, with the settings it was started with.")
     ] = False
 
 
-def run(config: TrainSettings, given: frozenset[str]) -> None:
-    """Train or fine-tune a SegFormer on a VOC folder, and score it after every epoch.
+TEACHER_FLAGS = ("distill_pixel", "distill_channel", "distill_feature", "teacher_dialect")
 
-    Fine-tuning a pruned network, as a rule: a tenth of the original learning rate, 50 to 100 epochs, optionally
-    with --freeze_epochs first. Several GPUs: torchrun --nproc_per_node N train.py --cuda …
+
+def run(config: TrainSettings, given: frozenset[str]) -> None:
+    """Train or fine-tune a SegFormer, and score it after every epoch.
+
+    Fine-tuning a pruned network, as a rule: a tenth of the original learning rate, 50 to 100 epochs, --teacher with
+    the dense network, optionally --freeze_epochs first. Several GPUs: torchrun --nproc_per_node N train.py --cuda …
     """
     folder = Path(config.save_dir)
     resumed = None
@@ -89,48 +163,101 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
         config = _resumed_config(config, given, resumed)
         model = SegFormer(resumed.spec)
     else:
-        model, notes, extra = _start(config)
+        _check_flags(config, given)
+        model, notes, extra, config = _start(config)
     check_input((1, 3, *config.input_shape))
     choose_device(config.cuda)
-    config = replace(config, phi=model.spec.variant, num_classes=model.spec.num_classes)
-    config = replace(config, lr=learning_rate(config.lr, config.model_path, extra))
+    config, reason = with_rates(config, extra)
     show_settings("Resumed training" if config.resume else "Training", asdict(config))
-    show_notes(notes)
-    check_data(config.data, model.spec.num_classes, ("train", "val"))
+    show_notes((*notes, reason))
+    source, pixels = check_data(config.data, config.layout, model.spec.num_classes, ("train", "val"), config.skip_bad, config.num_workers)
     check_writable(folder)
-    done = fit_with(config, model, extra, resumed)
-    show_score(f"Best epoch {done.epoch} on val", done.score, config.data)
+    done = fit_with(config, model, source, pixels, extra, resumed)
+    show_score(f"Best epoch {done.epoch} on val", done.score, source.class_names)
     console.print(f"Saved: {folder / BEST}\n       {folder / LAST}", soft_wrap=True)
 
 
-def fit_with(config: TrainSettings, model: SegFormer, extra: dict[str, Any], resumed: Resumable | None = None) -> Fit:
-    """One run as the settings say; `extra` is what the checkpoint carries on from the one it started from."""
-    lr = learning_rate(config.lr, config.model_path, extra)
-    from_scratch = lr if not config.model_path else 10 * lr  # the rate whose tenth suits what comes next
+def fit_with(
+    config: TrainSettings,
+    model: SegFormer,
+    source: Source,
+    pixels: tuple[int, ...],
+    extra: dict[str, Any],
+    resumed: Resumable | None = None,
+) -> Fit:
+    """One run as the settings say, their rates chosen; `pixels` of each class are what the label check counted.
+
+    `extra` is what the checkpoint carries on from the one it started from.
+    """
+    assert config.lr is not None
+    from_scratch = config.lr if not config.model_path else 10 * config.lr  # the rate whose tenth suits what comes next
+    classes = {"class_names": list(source.class_names), "palette": list(source.palette)} if source.class_names else {}
+    model.encoder.checkpointing = config.checkpointing
     return fit(
         model,
-        _train_config(config, model.spec.num_classes, lr),
+        train_config(config, model.spec.num_classes, pixels),
+        source,
         Path(config.save_dir),
         cuda=config.cuda,
-        settings=asdict(replace(config, lr=lr)),
-        extra={"lr": from_scratch} | extra,
+        settings=asdict(config),
+        extra={"lr": from_scratch} | extra | classes,
+        teacher=_teacher(config, model, source.class_names) if config.teacher else None,
         resumed=resumed,
+        keep=config.keep,
+        tensorboard=config.tensorboard,
     )
 
 
-def _start(config: TrainSettings) -> tuple[SegFormer, tuple[str, ...], dict[str, Any]]:
-    """Network, notes to show, and the extra to carry on."""
+def _teacher(config: TrainSettings, student: SegFormer, names: tuple[str, ...]) -> SegFormer:
+    """The dense network with its head folded; refused if it knows other classes than the student."""
+    found = checkpoint.read(config.teacher, dialect=config.teacher_dialect)
+    if found.backbone_only:
+        raise ValueError(f"--teacher {config.teacher} holds only a backbone; give the trained network.")
+    if found.spec.num_classes != student.spec.num_classes:
+        raise ValueError(
+            f"--teacher {config.teacher} has {found.spec.num_classes} classes and the network to train "
+            f"{student.spec.num_classes}; give a teacher that was trained for the same classes (another number often "
+            "means another rule of which label is ignored)."
+        )
+    theirs = tuple(found.extra.get("class_names", ()))
+    if theirs and names and theirs != names:
+        first = next(k for k, pair in enumerate(zip(theirs, names, strict=True)) if pair[0] != pair[1])
+        raise ValueError(
+            f"--teacher {config.teacher} calls class {first} {theirs[first]!r} and the data {names[first]!r}; "
+            "give a teacher that was trained for the same classes."
+        )
+    return fold_decoder(checkpoint.build(found))
+
+
+def _check_flags(config: TrainSettings, given: frozenset[str]) -> None:
+    for name in TEACHER_FLAGS:
+        if name in given and not config.teacher:
+            raise ValueError(f"--{name} has no effect without --teacher; give the dense checkpoint to learn from.")
+    for name in ("decay", "warmup"):
+        if name in given and config.lr_rule:
+            raise ValueError(f"--{name} has no effect with --lr_rule {config.lr_rule}, which sets it; leave one out.")
+    if config.lr_rule not in ("", "voc"):
+        raise ValueError(f"--lr_rule {config.lr_rule!r} is unknown; it knows voc.")
+
+
+def _start(config: TrainSettings) -> tuple[SegFormer, tuple[str, ...], dict[str, Any], TrainSettings]:
+    """Network, notes to show, the extra to carry on, and the settings with what was read off the file."""
     torch.manual_seed(config.seed)
     if not config.model_path:
         if config.dialect is not None:
             raise ValueError("--dialect was given without --model_path; it says who wrote a checkpoint.")
         spec = standard_spec(config.phi or "b2", 8 if config.num_classes is None else config.num_classes)
-        return SegFormer(_with_drop_path(spec, config.drop_path)), (), {}
-    found = checkpoint.read(
-        config.model_path, dialect=config.dialect, variant=config.phi, num_classes=config.num_classes
-    )
-    found = replace(found, spec=_with_drop_path(found.spec, config.drop_path))
-    return checkpoint.build(found).train(), found.notes, dict(found.extra)
+        model, notes, extra, backbone_only = SegFormer(_with_drop_path(spec, config.drop_path)), (), {}, False
+    else:
+        found = checkpoint.read(
+            config.model_path, dialect=config.dialect, variant=config.phi, num_classes=config.num_classes
+        )
+        found = replace(found, spec=_with_drop_path(found.spec, config.drop_path))
+        model, notes, extra = checkpoint.build(found).train(), found.notes, dict(found.extra)
+        backbone_only = found.backbone_only
+    head_lr = config.head_lr or (10.0 if backbone_only else 1.0)
+    read = replace(config, phi=model.spec.variant, num_classes=model.spec.num_classes, head_lr=head_lr)
+    return model, notes, extra, read
 
 
 def _with_drop_path(spec: Spec, rate: float | None) -> Spec:
@@ -141,7 +268,7 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
     """The old run's settings; flags given now are kept beside them, and refused by the loop if they contradict."""
     old = {name: tuple(v) if isinstance(v, list) else v for name, v in resumed.settings.items()}
     flags = {name: getattr(config, name) for name in given}
-    fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path")
+    fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path", "teacher", "lr_rule")
     wrong = [name for name in fixed if name in flags and flags[name] != old[name]]
     if wrong:
         raise ValueError(
@@ -153,34 +280,68 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
 def check_settings(config: TrainSettings) -> None:
     """ValueError for settings that no run can have, before anything long begins."""
     assert config.num_classes is not None
-    assert config.lr is not None
-    _train_config(config, config.num_classes, config.lr)
+    train_config(config, config.num_classes, (1,) * config.num_classes)
 
 
-def learning_rate(lr: float | None, model_path: str, extra: Mapping[str, Any]) -> float:
-    """The rate asked for, else what suits where the network comes from; `extra` is its checkpoint's."""
-    if lr is not None:
-        return lr
-    if not model_path:
-        return SCRATCH_LR
-    return float(extra["lr"]) / 10 if "lr" in extra else PRETRAINED_LR
-
-
-def _train_config(config: TrainSettings, num_classes: int, lr: float) -> TrainConfig:
-    return TrainConfig(
-        data=config.data,
-        num_classes=num_classes,
-        input_shape=config.input_shape,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=lr,
-        weight_decay=config.weight_decay,
-        decay=config.decay,  # type: ignore[arg-type]
-        warmup=config.warmup,
-        freeze_epochs=config.freeze_epochs,
-        scale=config.scale,
-        eval_every=config.eval_every,
-        num_workers=config.num_workers,
-        seed=config.seed,
-        mixed_precision=config.amp,
+def with_rates(config: TrainSettings, extra: Mapping[str, Any]) -> tuple[TrainSettings, str]:
+    """The settings with a learning rate, and why it is that; `extra` is the checkpoint's that training starts from."""
+    if config.resume:
+        return config, f"Learning rate {config.lr:g}, as the run was started with."
+    if config.lr_rule == "voc":
+        asked = VOC_LR if config.lr is None else config.lr
+        lr = voc_lr(asked, config.batch_size, config.optimizer)
+        return replace(config, lr=lr), (
+            f"Learning rate {lr:g}: {asked:g} for 16 pictures a step, times {config.batch_size} / 16, within the limits "
+            f"of the VOC scripts for {config.optimizer}."
+        )
+    if config.lr is not None:
+        return config, f"Learning rate {config.lr:g}, as asked for."
+    if not config.model_path:
+        return replace(config, lr=SCRATCH_LR), f"Learning rate {SCRATCH_LR:g}: from scratch, no --lr was given."
+    if "lr" in extra:
+        lr = float(extra["lr"]) / 10
+        return replace(config, lr=lr), f"Learning rate {lr:g}: a tenth of what the network was trained with."
+    return replace(config, lr=PRETRAINED_LR), (
+        f"Learning rate {PRETRAINED_LR:g}: the paper's, since the file does not say what it was trained with."
     )
+
+
+def train_config(config: TrainSettings, num_classes: int, pixels: tuple[int, ...]) -> TrainConfig:
+    """What the loop is told; `pixels` per class are for weights that come from the data."""
+    assert config.lr is not None
+    schedule: dict[str, Any] = {"decay": config.decay, "warmup": config.warmup}
+    if config.lr_rule == "voc":
+        schedule = voc_schedule(config.epochs)
+    weights = class_weights(config.class_weights, num_classes, pixels)
+    distillation = None
+    if config.teacher:
+        distillation = Distillation(
+            pixel=config.distill_pixel, channel=config.distill_channel, feature=config.distill_feature
+        )
+    same = ("input_shape", "epochs", "batch_size", "accumulate", "optimizer", "lr", "weight_decay", "momentum")
+    same += ("clip_norm", "ema", "freeze_epochs", "scale", "eval_every", "save_steps", "num_workers", "seed", "compile")
+    return TrainConfig(
+        num_classes=num_classes,
+        head_lr_factor=config.head_lr or 1.0,
+        loss=SegmentationLoss(parse_loss(config.loss), weights, config.label_smoothing),
+        distillation=distillation,
+        mixed_precision=config.amp,
+        **schedule,
+        **{name: getattr(config, name) for name in same},
+    )
+
+
+def class_weights(text: str, num_classes: int, pixels: tuple[int, ...]) -> tuple[float, ...] | None:
+    """--class_weights: nothing, a rule for the pixels counted, or one number per class."""
+    if not text:
+        return None
+    if text in WEIGHT_RULES:
+        return class_weights_from_counts(pixels, text)  # type: ignore[arg-type]
+    try:
+        weights = tuple(float(word) for word in text.replace(",", " ").split())
+    except ValueError as error:
+        rules = ", ".join(WEIGHT_RULES)
+        raise ValueError(f"--class_weights is {text!r}; give {rules}, or one number per class: 1,2,0.5.") from error
+    if len(weights) != num_classes:
+        raise ValueError(f"--class_weights has {len(weights)} numbers for {num_classes} classes; give one per class.")
+    return weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 Decay = Literal["poly", "cosine", "constant"]
 DECAYS: tuple[Decay, ...] = ("poly", "cosine", "constant")
@@ -53,17 +53,11 @@ def voc_lr(lr: float, batch_size: int, optimizer: str) -> float:
     return min(max(lr * batch_size / _VOC_BATCH, low), high)
 
 
-def voc_factor(step: int, total_steps: int, epochs: int) -> float:
-    """The same rule's course: warm-up over 5 % of the epochs, at most 3, a cosine to a hundredth, 5 % constant.
+def voc_schedule(epochs: int) -> dict[str, Any]:
+    """The same rule's course, in words of `TrainConfig`.
 
-    The scripts set it once an epoch; here it moves with every step.
+    Warm-up over 5 % of the epochs, at most 3; a cosine to a hundredth; the last 5 % constant. The scripts set the rate
+    once an epoch; here it moves with every step.
     """
     warmup = min(_VOC_SHARE, _VOC_WARMUP_EPOCHS / epochs)
-    return lr_factor(
-        step,
-        total_steps,
-        warmup_steps=round(warmup * total_steps),
-        decay="cosine",
-        min_factor=_VOC_FLOOR,
-        hold_steps=round(_VOC_SHARE * total_steps),
-    )
+    return {"decay": "cosine", "warmup": warmup, "min_factor": _VOC_FLOOR, "hold": _VOC_SHARE}

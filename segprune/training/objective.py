@@ -1,0 +1,82 @@
+"""What a step minimises: the loss on the labels and, with a teacher, how far the student is from it.
+
+The student is wrapped in one module that returns all the loss needs, so that whatever distributes a module over
+processes sees every parameter in its forward pass, the projections' too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segprune.training.distill import Distillation, Projections
+from segprune.training.losses import SegmentationLoss
+
+Parts = tuple[Tensor, Tensor | None, list[Tensor] | None]  # logits; logits before the last upsampling; projected maps
+
+
+class Student(nn.Module):
+    """Pixels B 3 H W to logits B K H W, and to what distillation compares if there is a `projections`."""
+
+    def __init__(self, model: nn.Module, projections: Projections | None, *, distilled: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.projections = projections
+        self.distilled = distilled
+
+    def forward(self, pixels: Tensor) -> Parts:
+        if not self.distilled:
+            return self.model(pixels), None, None
+        maps, small = self.model.parts(pixels)  # type: ignore[operator]
+        logits = self.model.resize(small, pixels.shape[2:])  # type: ignore[operator]
+        return logits, small, None if self.projections is None else self.projections(maps)
+
+
+class Objective:
+    """The loss of one piece of a batch; `teacher` runs without gradients, in the same autocast as the student."""
+
+    def __init__(
+        self,
+        loss: SegmentationLoss,
+        distillation: Distillation | None,
+        teacher: nn.Module | None,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.loss = loss
+        self.distillation = distillation
+        self.teacher = teacher
+        self.autocast = autocast
+
+    def __call__(self, student: nn.Module, pixels: Tensor, labels: Tensor, num_labelled: Tensor) -> Tensor:
+        logits, small, maps = student(pixels)
+        value = self.loss(logits, labels, num_labelled)
+        if self.distillation is None:
+            return value
+        assert self.teacher is not None
+        assert small is not None
+        with torch.no_grad(), self.autocast():
+            teacher_maps, teacher_small = self.teacher.parts(pixels)  # type: ignore[operator]
+        return value + self.distillation(small, maps, teacher_small, teacher_maps)
+
+
+def check_teacher(distillation: Distillation | None, teacher: nn.Module | None, student: nn.Module) -> None:
+    """ValueError for a teacher without distillation or the reverse, or with other classes than the student."""
+    if (distillation is None) != (teacher is None):
+        raise ValueError("Distillation takes a teacher and its weights together; give both or neither.")
+    if teacher is None:
+        return
+    for role, network in (("student", student), ("teacher", teacher)):
+        if not hasattr(network, "parts"):
+            raise ValueError(
+                f"The {role} is a {type(network).__name__}; distillation compares the maps of two SegFormers."
+            )
+    classes = [network.spec.num_classes for network in (teacher, student)]  # type: ignore[union-attr]
+    if classes[0] != classes[1]:
+        raise ValueError(
+            f"The teacher has {classes[0]} classes and the student {classes[1]}; "
+            "give a teacher that was trained for the same classes."
+        )
