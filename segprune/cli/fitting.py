@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from segprune.checkpoint import load_record, save, save_record, write_json
 from segprune.cli.common import console, progress_bar
 from segprune.model import SegFormer
-from segprune.report import environment
+from segprune.report import environment, score_from_record, score_record
 from segprune.spec import Spec, spec_from_dict, spec_to_dict
 from segprune.training.evaluate import Score
 from segprune.training.loop import EpochResult, TrainConfig, TrainingInterrupted, TrainState, train
@@ -115,7 +115,7 @@ class _Keeper:
         row: dict[str, Any] = {"epoch": result.epoch, "loss": result.loss, "best": result.best}
         line = f"epoch {result.epoch}: loss {result.loss:.4f}"
         if result.score is not None:
-            row |= asdict(result.score)
+            row |= score_record(result.score)
             line += f", val mIoU {result.score.miou:.4f}" + (" (best so far)" if result.best else "")
         self.epochs.append(row)
         extra = self.extra | {"epoch": row}
@@ -134,8 +134,7 @@ class _Keeper:
 
     def best(self) -> Fit:
         row = [row for row in self.epochs if row["best"]][-1]
-        score = Score(row["miou"], tuple(row["iou"]), row["pixel_accuracy"], row["num_images"])
-        return Fit(row["epoch"], score, self.folder / BEST)
+        return Fit(row["epoch"], score_from_record(row), self.folder / BEST)
 
 
 def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:

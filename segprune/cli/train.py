@@ -12,7 +12,16 @@ from typer import Option
 
 from segprune import checkpoint
 from segprune.checkpoint import check_writable
-from segprune.cli.common import check_data, choose_device, console, show_notes, show_score, show_settings, switch
+from segprune.cli.common import (
+    check_data,
+    choose_device,
+    class_names,
+    console,
+    show_notes,
+    show_score,
+    show_settings,
+    switch,
+)
 from segprune.cli.fitting import BEST, LAST, Fit, Resumable, fit, load_resumable
 from segprune.model import SegFormer, check_input
 from segprune.spec import Spec, standard_spec
@@ -99,7 +108,7 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
     check_data(config.data, model.spec.num_classes, ("train", "val"))
     check_writable(folder)
     done = fit_with(config, model, extra, resumed)
-    show_score(f"Best epoch {done.epoch} on val", done.score, config.data)
+    show_score(f"Best epoch {done.epoch} on val", done.score, class_names(config.data))
     console.print(f"Saved: {folder / BEST}\n       {folder / LAST}", soft_wrap=True)
 
 
