@@ -15,7 +15,7 @@ from torch import nn
 import segprune
 from benchmarks.plain_l1 import prune_parameters
 from segprune.data import find_root, read_split
-from segprune.training.evaluate import evaluate
+from segprune.training.evaluate import EvalMode, evaluate
 
 
 def main() -> None:
@@ -27,12 +27,13 @@ def main() -> None:
     flags = parser.parse_args()
     dense = segprune.load(flags.file)
     shape = (flags.input_shape[0], flags.input_shape[1])
+    how = EvalMode(input_shape=shape)
     samples = read_split(find_root(flags.data), "val")
     whole = sum(p.numel() for p in dense.parameters())
 
     def row(name: str, model: nn.Module) -> None:
         left = sum(p.numel() for p in model.parameters())
-        miou = evaluate(model, samples, dense.spec.num_classes, shape).miou
+        miou = evaluate(model, samples, dense.spec.num_classes, how).miou
         print(f"| {name} | {left / 1e6:.3f} | {1 - left / whole:.1%} | {miou:.4f} |", flush=True)
 
     print("| network | params (M) | removed | mIoU, not fine-tuned |")

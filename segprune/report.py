@@ -7,7 +7,8 @@ of millions, latency is in ms, percentages are of the network as loaded, mIoU an
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -40,7 +41,16 @@ def network_record(counts: Counts, latency: Latency | None = None, score: Score 
 
 
 def score_record(score: Score) -> dict[str, Any]:
-    return {"miou": score.miou, "iou": list(score.iou), "pixel_accuracy": score.pixel_accuracy}
+    """All of a score but the confusion matrix, which has a file of its own; what was not measured is not in it."""
+    values = {name: value for name, value in vars(score).items() if name != "confusion" and value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def score_from_record(record: Mapping[str, Any]) -> Score:
+    """What `score_record` wrote, whatever else the record holds; without the confusion matrix."""
+    found = [(field.name, record[field.name]) for field in fields(Score) if field.name in record]
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found}
+    return Score(**values)
 
 
 def reduction_record(original: Counts, folded: Counts, pruned: Counts) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 import json
 import platform
+from dataclasses import replace
 
 import torch
 
 import segprune
-from segprune.report import environment, network_record, network_size, reduction_record, score_record
+from segprune.report import environment, network_record, network_size, reduction_record, score_from_record, score_record
 from segprune.stats import Counts, Latency
 from segprune.training.evaluate import Score
 
@@ -20,7 +21,16 @@ SIZE = {
     "flops_G": 5.0,
 }
 LATENCY = Latency(5.5, 5.0, 6.25, runs=30, batch=1, dtype="float32", device="cpu", threads=2)
-SCORE = Score(miou=0.25, iou=(0.5, None, 0.0), pixel_accuracy=0.75, num_images=3)
+SCORE = Score(0.25, 0.5, 0.75, (0.5, None, 0.0), (0.5, None, None), (1.0, None, 0.0), 3, confusion=((1, 0), (0, 1)))
+SCORE_RECORD = {
+    "miou": 0.25,
+    "mean_accuracy": 0.5,
+    "pixel_accuracy": 0.75,
+    "iou": [0.5, None, 0.0],
+    "recall": [0.5, None, None],
+    "precision": [1.0, None, 0.0],
+    "num_images": 3,
+}
 
 
 def test_a_size_counts_flops_as_two_macs_and_says_the_units_in_its_keys() -> None:
@@ -39,14 +49,20 @@ def test_what_was_not_measured_is_not_in_the_record() -> None:
 def test_latency_and_score_stand_beside_the_size() -> None:
     latency = {"median_ms": 5.5, "low_ms": 5.0, "high_ms": 6.25}
     latency |= {"runs": 30, "batch": 1, "dtype": "float32", "device": "cpu", "threads": 2}
-    score = {"miou": 0.25, "iou": [0.5, None, 0.0], "pixel_accuracy": 0.75}
-    assert network_record(COUNTS, LATENCY, SCORE) == SIZE | {"latency_ms": 5.5, "latency": latency} | score
+    assert network_record(COUNTS, LATENCY, SCORE) == SIZE | {"latency_ms": 5.5, "latency": latency} | SCORE_RECORD
 
 
 def test_a_score_is_plain_data_with_null_for_an_absent_class() -> None:
     record = score_record(SCORE)
-    assert record == {"miou": 0.25, "iou": [0.5, None, 0.0], "pixel_accuracy": 0.75}
+    assert record == SCORE_RECORD
     assert json.loads(json.dumps(record)) == record
+
+
+def test_a_score_comes_back_from_its_record_but_for_the_matrix() -> None:
+    with_boundary = replace(SCORE, boundary_miou=0.5, boundary_iou=(0.5, None, 0.5))
+    for score in (SCORE, with_boundary):
+        record = json.loads(json.dumps(score_record(score))) | {"epoch": 3}
+        assert score_from_record(record) == replace(score, confusion=())
 
 
 def test_reductions_are_percentages_of_the_original_and_folding_stands_apart() -> None:

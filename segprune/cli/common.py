@@ -166,17 +166,25 @@ def check_data(folder: str, num_classes: int, splits: tuple[str, ...]) -> None:
     show_notes(report.notes)
 
 
-def show_score(title: str, score: Score, data: str) -> None:
-    """IoU per class and the means; classes are named by the data's classes.txt, one name per line, if it has one."""
+def class_names(data: str) -> tuple[str, ...]:
+    """The lines of the data's classes.txt; empty if it has none."""
     listed = find_root(data) / "classes.txt"
-    names = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+    return tuple(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else ()
+
+
+def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:
+    """Per class and the means; classes are numbered, and named as far as the names go."""
+    columns = {"IoU": score.iou, "recall": score.recall, "precision": score.precision}
+    means = {"mIoU": score.miou, "mPA": score.mean_accuracy, "pixel accuracy": score.pixel_accuracy}
+    if score.boundary_iou is not None and score.boundary_miou is not None:
+        columns["boundary IoU"] = score.boundary_iou
+        means["boundary mIoU"] = score.boundary_miou
     rows = [
-        [f"{k} {names[k] if k < len(names) else ''}", "absent" if iou is None else f"{iou:.4f}"]
-        for k, iou in enumerate(score.iou)
+        [f"{k} {names[k] if k < len(names) else ''}".strip(), *("–" if v is None else f"{v:.4f}" for v in values)]
+        for k, values in enumerate(zip(*columns.values(), strict=True))
     ]
-    rows.append(["mIoU", f"{score.miou:.4f}"])
-    rows.append(["pixel accuracy", f"{score.pixel_accuracy:.4f}"])
-    show_table(f"{title} ({score.num_images} images)", ["class", "IoU"], rows)
+    show_table(f"{title} ({score.num_images} images)", ["class", *columns], rows)
+    console.print(", ".join(f"{name} {value:.4f}" for name, value in means.items()), soft_wrap=True)
 
 
 def latency_text(latency: Latency) -> str:

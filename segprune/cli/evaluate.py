@@ -1,9 +1,20 @@
-"""`segprune eval FILE`: mIoU of any checkpoint on a VOC folder."""
+"""`segprune eval FILE`: the scores of any checkpoint on a VOC folder, as a table, files and plots.
+
+scores.json           all numbers and the settings, the confusion matrix too
+scores.csv            a row per class: IoU, recall, precision, boundary IoU, labelled pixels
+confusion_matrix.csv  pixel counts, rows are labels; confusion_matrix.png has them as shares of each row
+mIoU.png, mPA.png, mRecall.png, mPrecision.png   bars per class, the mean in the title
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -11,6 +22,7 @@ from segprune import checkpoint
 from segprune.cli.common import (
     check_data,
     choose_device,
+    class_names,
     console,
     progress_bar,
     show_notes,
@@ -19,8 +31,12 @@ from segprune.cli.common import (
     switch,
 )
 from segprune.data import find_root, read_split
+from segprune.files import atomic_path, check_writable, write_json
 from segprune.model import check_input
-from segprune.training.evaluate import evaluate
+from segprune.report import environment, score_record
+from segprune.training.evaluate import EvalMode, Score, evaluate
+
+SCORES, TABLE, MATRIX = "scores.json", "scores.csv", "confusion_matrix.csv"
 
 
 @dataclass(frozen=True)
@@ -30,22 +46,38 @@ class EvalConfig:
     ]
     data: Annotated[str, Option("--data", help="Folder in VOC layout.")] = "VOCdevkit"
     split: Annotated[str, Option("--split", help="Name of a list in ImageSets/Segmentation.")] = "val"
+    mode: Annotated[
+        str,
+        Option(
+            "--mode",
+            help="letterbox: each picture fitted whole into --input_shape; whole: at its own size; "
+            "slide: in windows of --input_shape.",
+        ),
+    ] = "letterbox"
     input_shape: Annotated[
-        tuple[int, int], Option("--input_shape", metavar="H W", help="Pictures are letterboxed to this size.")
+        tuple[int, int], Option("--input_shape", metavar="H W", help="Size of the letterbox or of the window.")
     ] = (512, 512)
-    batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures at a time.")] = 8
+    stride: Annotated[
+        tuple[int, int] | None,
+        Option("--stride", metavar="H W", help="From window to window; if not given, two thirds of the window."),
+    ] = None
+    scales: Annotated[str, Option("--scales", help="Average over these sizes, as in 0.5,0.75,1 or '0.5 0.75 1'.")] = "1"
+    flip: Annotated[bool, switch("--flip", "Average with the mirrored picture.")] = False
+    no_boundary: Annotated[bool, switch("--no_boundary", "Leave out boundary IoU, which takes some time.")] = False
+    batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures, or windows, at a time.")] = 8
     num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
     cuda: Annotated[bool, switch("--cuda", "Use the GPU.")] = False
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
     json_path: Annotated[str, Option("--json", metavar="PATH", help="Save the score there as JSON.")] = ""
+    save_dir: Annotated[str, Option("--save_dir", help="Save scores as JSON and CSV there, and the plots.")] = ""
 
 
 def run(config: EvalConfig, given: frozenset[str]) -> None:
-    """Score a checkpoint on a VOC folder: IoU per class, mIoU, pixel accuracy.
+    """Score a checkpoint on a VOC folder: per class IoU, recall, precision and boundary IoU, and their means.
 
-    The score is that of the original pixels: logits are resized to each mask's own size.
+    The score is that of the original pixels: logits are resized to each mask's own size. Every picture counts once.
     """
-    check_input((1, 3, *config.input_shape))
+    how = _eval_mode(config, given)
     device = choose_device(config.cuda)
     found = checkpoint.read(config.model_path, dialect=config.dialect)
     num_classes = found.spec.num_classes
@@ -53,21 +85,82 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
     show_settings("Evaluation", asdict(config) | read)
     show_notes(found.notes)
     check_data(config.data, num_classes, (config.split,))
-    samples = read_split(find_root(config.data), config.split)
+    if config.save_dir:
+        check_writable(config.save_dir)
+    samples, names = read_split(find_root(config.data), config.split), class_names(config.data)
     model = checkpoint.build(found).to(device)
     with progress_bar("scoring") as advance:
         score = evaluate(
             model,
             samples,
             num_classes,
-            config.input_shape,
+            how,
             device=device,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             progress=advance,
         )
-    show_score(f"{config.model_path} on {config.split}", score, config.data)
+    show_score(f"{config.model_path} on {config.split}", score, names)
+    record = score_record(score) | {"confusion": [list(row) for row in score.confusion], "class_names": list(names)}
+    record |= {"settings": asdict(config), "num_classes": num_classes, "environment": environment()}
     if config.json_path:
-        record = asdict(score) | {"settings": asdict(config), "num_classes": num_classes}
-        checkpoint.write_json(record, config.json_path)
+        write_json(record, config.json_path)
         console.print(f"Saved: {config.json_path}", soft_wrap=True)
+    if config.save_dir:
+        _save(record, score, names, Path(config.save_dir))
+        console.print(f"Saved: {SCORES}, {TABLE}, {MATRIX} and plots in {config.save_dir}", soft_wrap=True)
+
+
+def _eval_mode(config: EvalConfig, given: frozenset[str]) -> EvalMode:
+    """What the flags say; ValueError where they contradict each other."""
+    words = re.split(r"[,\s]+", config.scales.strip(", "))
+    try:
+        scales = tuple(map(float, words))
+    except ValueError as error:
+        raise ValueError(f"--scales is {config.scales!r}; give numbers such as 0.75,1,1.25.") from error
+    if config.mode == "whole" and "input_shape" in given:
+        raise ValueError(
+            "--input_shape has no effect with --mode whole, which takes every picture's own size; leave it out."
+        )
+    check_input((1, 3, *config.input_shape))
+    return EvalMode(
+        mode=config.mode,  # type: ignore[arg-type]
+        input_shape=config.input_shape,
+        stride=config.stride,
+        scales=scales,
+        flip=config.flip,
+        boundary=not config.no_boundary,
+    )
+
+
+def _save(record: dict[str, Any], score: Score, names: tuple[str, ...], folder: Path) -> None:
+    from segprune import plots  # here, since drawing takes a second to import and most commands draw nothing
+
+    write_json(record, folder / SCORES)
+    numbers = range(len(score.iou))
+    named = [names[k] if k < len(names) else "" for k in numbers]
+    columns: dict[str, Iterable[Any]] = {"class": numbers, "name": named, "iou": score.iou, "recall": score.recall}
+    columns["precision"] = score.precision
+    if score.boundary_iou is not None:
+        columns["boundary_iou"] = score.boundary_iou
+    columns["pixels"] = [sum(row) for row in score.confusion]
+    _write_csv([list(columns), *zip(*columns.values(), strict=True)], folder / TABLE)
+    titles = [name or str(k) for k, name in zip(numbers, named, strict=True)]
+    matrix = [[title, *row] for title, row in zip(titles, score.confusion, strict=True)]
+    _write_csv([["label \\ predicted", *titles], *matrix], folder / MATRIX)
+    for name, values in (
+        ("mIoU", score.iou),
+        ("mPA", score.recall),
+        ("mRecall", score.recall),
+        ("mPrecision", score.precision),
+    ):
+        known = [value for value in values if value is not None]
+        plots.bars(values, names, f"{name} {sum(known) / len(known):.4f}", folder / f"{name}.png")
+    plots.confusion(score.confusion, names, folder / "confusion_matrix.png")
+
+
+def _write_csv(rows: Iterable[Iterable[Any]], path: Path) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.getvalue().encode())

@@ -29,7 +29,7 @@ from segprune.model import SegFormer, check_input
 from segprune.report import environment, network_record, network_size, reduction_record, score_record
 from segprune.spec import spec_to_dict, standard_spec
 from segprune.stats import Latency, count, measure_latency
-from segprune.training.evaluate import Score, evaluate
+from segprune.training.evaluate import EvalMode, Score, evaluate
 
 METHODS = ("l1",)
 RESULTS = "pruning_results.json"
@@ -181,7 +181,7 @@ def _score(model: SegFormer, config: PruneConfig, device: torch.device, text: st
             model,
             samples,
             model.spec.num_classes,
-            config.input_shape,
+            EvalMode(input_shape=config.input_shape),
             device=device,
             batch_size=config.batch_size,
             num_workers=config.num_workers,

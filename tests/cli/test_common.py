@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from segprune.checkpoint import load, save
-from segprune.cli.common import command, console, measured_on, one_sentence, progress_bar, show_score, show_settings
+from segprune.cli.common import (
+    class_names,
+    command,
+    console,
+    measured_on,
+    one_sentence,
+    progress_bar,
+    show_score,
+    show_settings,
+)
 from segprune.cli.shapes import ShapesConfig
 from segprune.stats import Latency
 from segprune.training.evaluate import Score
@@ -282,19 +292,36 @@ def test_settings_are_shown_with_pairs_dashes_and_short_numbers(capsys: pytest.C
     assert lines == [["What"], ["shape", "32", "64"], ["none", "–"], ["empty", "–"], ["lr", "6e-05"], ["flag", "False"]]
 
 
-def test_classes_are_named_by_the_datas_list_as_far_as_it_goes(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classes_are_named_by_the_datas_list(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data/VOCdevkit/VOC2007/classes.txt").write_text("sky\nsea")
-    show_score("Score", Score(0.25, (0.5, None, 0.0), 0.75, 3), str(tmp_path / "data"))
-    rows = [row.split("│")[1:3] for row in capsys.readouterr().out.splitlines() if row.startswith("│")]
-    assert [[cell.strip() for cell in row] for row in rows] == [
-        ["0 sky", "0.5000"],
-        ["1 sea", "absent"],
-        ["2", "0.0000"],
-        ["mIoU", "0.2500"],
-        ["pixel accuracy", "0.7500"],
+    listed = tmp_path / "data/VOCdevkit/VOC2007/classes.txt"
+    listed.write_text("天空\nsea", encoding="utf-8")
+    assert class_names(str(tmp_path / "data")) == ("天空", "sea")
+    listed.unlink()
+    assert class_names(str(tmp_path / "data")) == ()
+
+
+@pytest.mark.parametrize("boundary", [False, True])
+def test_a_score_is_shown_by_class_as_far_as_the_names_go(boundary: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    score = Score(0.25, 0.6, 0.75, (0.5, None, 0.0), (0.6, None, None), (0.7, None, 0.0), 3)
+    if boundary:
+        score = replace(score, boundary_miou=0.2, boundary_iou=(0.4, None, 0.0))
+    show_score("Score", score, ("sky", "sea"))
+    title, *_, means = capsys.readouterr().out.strip().splitlines()
+    assert title == "Score (3 images)"
+    assert means == "mIoU 0.2500, mPA 0.6000, pixel accuracy 0.7500" + ", boundary mIoU 0.2000" * boundary
+
+
+def test_a_scores_table_has_a_dash_where_there_is_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = ((0.5, None, 0.0), (0.6, None, None), (0.7, None, 0.0))
+    show_score("Score", Score(0.25, 0.6, 0.75, *ratios, 3, 0.2, (0.4, None, 0.0)), ("sky", "sea"))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if re.match("[│┃]", line)]
+    assert rows == [
+        ["class", "IoU", "recall", "precision", "boundary IoU"],
+        ["0 sky", "0.5000", "0.6000", "0.7000", "0.4000"],
+        ["1 sea", "–", "–", "–", "–"],
+        ["2", "0.0000", "–", "0.0000", "0.0000"],
     ]
 
 

@@ -116,7 +116,8 @@ def test_the_best_epoch_stays_when_later_ones_are_worse(
     data: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mious = iter([0.1, 0.5, 0.5, 0.3])
-    monkeypatch.setattr(loop, "score", lambda matrix, number: Score(next(mious), (0.5,) * 8, 0.5, number))
+    half = (0.5,) * 8
+    monkeypatch.setattr(loop, "score", lambda counts, k, number: Score(next(mious), 0.5, 0.5, half, half, half, number))
     assert "Best epoch 2 on val" in done(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 4))
     best, last = read(tmp_path / "out" / BEST), read(tmp_path / "out" / LAST)
     assert (best.extra["epoch"]["epoch"], last.extra["epoch"]["epoch"]) == (2, 4)

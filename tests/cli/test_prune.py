@@ -18,7 +18,7 @@ from segprune.cli import fitting
 from segprune.data import find_root, read_split
 from segprune.pruning import pruner_l1
 from segprune.stats import count
-from segprune.training.evaluate import evaluate
+from segprune.training.evaluate import EvalMode, evaluate
 from tests.commands import HERE, SIZE, done, invoke, refused
 
 SHAPE = (64, 32)
@@ -112,7 +112,10 @@ def test_the_scores_are_those_of_the_three_files(tuned: tuple[Path, str], dense:
         "pruned_model": record["model_save_path"],
         "finetuned_model": record["finetuned_save_path"],
     }
-    scores = {name: evaluate(load(path), samples, 8, (32, 32), batch_size=4) for name, path in files.items()}
+    scores = {
+        name: evaluate(load(path), samples, 8, EvalMode(input_shape=(32, 32)), batch_size=4)
+        for name, path in files.items()
+    }
     assert len({score.miou for score in scores.values()}) == 3
     for name, score in scores.items():
         assert (record[name]["miou"], record[name]["pixel_accuracy"]) == (score.miou, score.pixel_accuracy)

@@ -1,4 +1,4 @@
-"""The score, against torchmetrics, and the way back from the network's input to the picture's own pixels."""
+"""A data set scored: every picture once, in its own pixels, by a network or by any function."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import Accuracy, JaccardIndex
 
 from segprune.data import MEAN, STD, Sample
-from segprune.training.evaluate import confusion_matrix, evaluate, score
+from segprune.training.evaluate import EvalMode, Tally, evaluate, score, shard, tallies
+from segprune.training.inference import Mode
 
 COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)], dtype=np.uint8)
 
@@ -46,77 +46,45 @@ def write_sample(folder: Path, labels: np.ndarray, image: np.ndarray | None = No
     return sample
 
 
-@pytest.mark.parametrize("present", [range(6), (0, 2, 5), (3,)])
-def test_confusion_matrix_and_score_are_torchmetrics_even_with_absent_classes(present: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.tensor([*present, 255])
-    labels = values[torch.randint(len(values), (3, 40, 50), generator=generator)]
-    predicted = values[torch.randint(len(present), (3, 40, 50), generator=generator)]
-    mine = score(sum((confusion_matrix(p, t, 6) for p, t in zip(predicted, labels, strict=True))), 3)
-    each = JaccardIndex(task="multiclass", num_classes=6, ignore_index=255, average="none")(predicted, labels)
-    mean = JaccardIndex(task="multiclass", num_classes=6, ignore_index=255)(predicted, labels)
-    share = Accuracy(task="multiclass", num_classes=6, ignore_index=255, average="micro")(predicted, labels)
-    assert [iou is not None for iou in mine.iou] == [k in present for k in range(6)]
-    assert [iou or 0.0 for iou in mine.iou] == pytest.approx(each.tolist(), abs=1e-6)
-    assert mine.miou == pytest.approx(float(mean), abs=1e-6)
-    assert mine.pixel_accuracy == pytest.approx(float(share), abs=1e-6)
-    assert mine.num_images == 3
-
-
-def test_a_class_that_is_only_predicted_has_the_iou_zero() -> None:
-    mine = score(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 0]), 3), 1)
-    assert mine.iou == (0.5, 0.0, None)
-    assert mine.miou == 0.25
-
-
-def test_rows_are_labels_and_labels_from_num_classes_up_are_ignored() -> None:
-    matrix = confusion_matrix(torch.tensor([1, 1, 0, 1]), torch.tensor([0, 1, 2, 255]), 2)
-    assert matrix.tolist() == [[0, 1], [0, 1]]
-
-
-def test_nothing_labelled_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"No labelled pixel was found, so there is nothing to score; check the masks"):
-        score(torch.zeros(3, 3, dtype=torch.int64), 1)
-
-
 def test_masks_without_a_labelled_pixel_are_refused(tmp_path: Path) -> None:
     sample = write_sample(tmp_path, np.full((32, 32), 255, dtype=np.uint8))
     with pytest.raises(ValueError, match="No labelled pixel was found"):
-        evaluate(ColourModel(), [sample], 4, (32, 32))
+        evaluate(ColourModel(), [sample], 4, EvalMode(input_shape=(32, 32)))
 
 
 @pytest.mark.parametrize("size", [(32, 64), (64, 32), (64, 128), (128, 64), (16, 32), (64, 64), (24, 64)])
 def test_perfect_predictions_score_one_on_pictures_of_any_shape(tmp_path: Path, size: tuple[int, int]) -> None:
     samples = [write_sample(tmp_path, blocks(*size))]
-    perfect = evaluate(ColourModel(), samples, 4, (64, 64))
+    perfect = evaluate(ColourModel(), samples, 4, EvalMode(input_shape=(64, 64)))
     assert (perfect.miou, perfect.pixel_accuracy) == (1.0, 1.0)
 
 
 def test_pictures_of_different_shapes_share_a_batch_and_the_matrix_is_summed_over_them(tmp_path: Path) -> None:
     right, wrong = blocks(32, 64), np.full((64, 48), 1, dtype=np.uint8)
     samples = [write_sample(tmp_path, right), write_sample(tmp_path, wrong, COLOURS[np.zeros_like(wrong)])]
-    predicted = torch.cat([torch.from_numpy(right).flatten(), torch.zeros(wrong.size, dtype=torch.int64)])
-    labels = torch.cat([torch.from_numpy(right).flatten(), torch.ones(wrong.size, dtype=torch.int64)])
-    expected = score(confusion_matrix(predicted, labels, 4), 2)
+    tally = Tally(4)
+    tally.update(torch.from_numpy(right), torch.from_numpy(right))
+    tally.update(torch.zeros(wrong.shape), torch.ones(wrong.shape))
+    expected = score(tally.counts, 4, 2)
     assert 0 < expected.miou < 1
     for batch_size in (1, 2, 8):
-        assert evaluate(ColourModel(), samples, 4, (64, 64), batch_size=batch_size) == expected
+        assert evaluate(ColourModel(), samples, 4, EvalMode(input_shape=(64, 64)), batch_size=batch_size) == expected
 
 
 def test_ignored_pixels_count_nowhere(tmp_path: Path) -> None:
     labels = blocks(32, 64)
     image = COLOURS[labels]
     image[:, :8] = COLOURS[(labels[:, :8] + 1) % 4]  # predicted wrongly
-    assert evaluate(ColourModel(), [write_sample(tmp_path, labels, image)], 4, (64, 64)).miou < 1
+    assert evaluate(ColourModel(), [write_sample(tmp_path, labels, image)], 4, EvalMode(input_shape=(64, 64))).miou < 1
     labels[:, :8] = 255
-    perfect = evaluate(ColourModel(), [write_sample(tmp_path, labels, image)], 4, (64, 64))
+    perfect = evaluate(ColourModel(), [write_sample(tmp_path, labels, image)], 4, EvalMode(input_shape=(64, 64)))
     assert (perfect.miou, perfect.pixel_accuracy) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_scored_in_eval_mode_and_comes_back_in_its_own(tmp_path: Path, training: bool) -> None:
     model = ColourModel().train(training)
-    evaluate(model, [write_sample(tmp_path, blocks(32, 32))], 4, (32, 32))
+    evaluate(model, [write_sample(tmp_path, blocks(32, 32))], 4, EvalMode(input_shape=(32, 32)))
     assert model.modes == [False]
     assert model.training is training
 
@@ -126,7 +94,7 @@ def test_the_mode_comes_back_after_an_error_too(tmp_path: Path) -> None:
     sample.mask.unlink()
     model = ColourModel().train()
     with pytest.raises(FileNotFoundError, match=r"_mask\.png is missing"):
-        evaluate(model, [sample], 4, (32, 32))
+        evaluate(model, [sample], 4, EvalMode(input_shape=(32, 32)))
     assert model.training
 
 
@@ -134,5 +102,53 @@ def test_progress_counts_pictures_batch_by_batch(tmp_path: Path) -> None:
     samples = [write_sample(tmp_path, blocks(32, 32)) for _ in range(5)]
     seen: list[tuple[int, int]] = []
 
-    evaluate(ColourModel(), samples, 4, (32, 32), batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    evaluate(
+        ColourModel(),
+        samples,
+        4,
+        EvalMode(input_shape=(32, 32)),
+        batch_size=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_a_function_is_scored_like_the_network_it_calls(tmp_path: Path) -> None:
+    samples, how = [write_sample(tmp_path, blocks(32, 64))], EvalMode(input_shape=(40, 40), boundary=True)
+    model = ColourModel()
+    assert evaluate(lambda pixels: model(pixels), samples, 4, how) == evaluate(model, samples, 4, how)
+
+
+@pytest.mark.parametrize("mode", ["letterbox", "whole", "slide"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_processes_that_share_the_pictures_count_what_one_does(tmp_path: Path, mode: Mode, num_workers: int) -> None:
+    rng = np.random.default_rng(0)
+    samples = []
+    for size in ((32, 64), (64, 32), (48, 48), (40, 96), (16, 16)):
+        labels = blocks(*size)
+        samples.append(write_sample(tmp_path, labels, COLOURS[np.where(rng.random(size) < 0.4, 0, labels)]))
+    how = EvalMode(mode, (40, 48), boundary=True)
+    whole = evaluate(ColourModel(), samples, 4, how, batch_size=2)
+    assert 0 < whole.miou < 1
+    total, seen = Tally(4, boundary=True).counts, 0
+    for process in range(2):
+        mine = shard(samples, process, 2)
+        for number, counts in tallies(ColourModel(), mine, 4, how, device="cpu", batch_size=2, num_workers=num_workers):
+            assert counts.dtype == torch.int64
+            total += counts  # as it is, outside of inference mode
+            seen += number
+    assert score(total, 4, seen) == whole
+
+
+def test_nothing_is_drawn_from_the_global_generator(tmp_path: Path) -> None:
+    samples = [write_sample(tmp_path, blocks(32, 32))]
+    before = torch.get_rng_state()
+    evaluate(ColourModel(), samples, 4, EvalMode(input_shape=(32, 32)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_boundaries_are_scored_where_asked_for(tmp_path: Path) -> None:
+    samples = [write_sample(tmp_path, blocks(32, 64))]
+    without = evaluate(ColourModel(), samples, 4, EvalMode(input_shape=(64, 64)))
+    assert without.boundary_iou is None
+    assert evaluate(ColourModel(), samples, 4, EvalMode(input_shape=(64, 64), boundary=True)).boundary_miou == 1.0

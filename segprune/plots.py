@@ -1,0 +1,162 @@
+"""Plots as PNG files: bars per class, the confusion matrix, the curves of a training run.
+
+Drawn by matplotlib's Agg on figures of their own: no window, no global state. Shares in [0, 1] are shown as they are.
+A file is written whole or not at all. Class names in scripts that matplotlib's own font lacks take a font of the
+system that has them; where there is none, the class's number stands for its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, findSystemFonts
+from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import MaxNLocator
+
+from segprune.files import atomic_path
+
+CJK_FONTS = (  # beginnings of file names tried first; then whatever has the characters
+    "notosanscjk-regular",
+    "notosanssc-regular",
+    "sourcehansanssc-regular",
+    "msyh.",
+    "pingfang.",
+    "simhei.",
+    "wqy-",
+)
+BLUE, ORANGE, GREY = "#2a6fb0", "#d9822b", "#9a9a9a"
+LONGEST_NAME = 24  # characters
+FEW_CLASSES = 24  # up to so many, the matrix has its numbers written in
+DPI = 120
+
+
+def bars(values: Sequence[float | None], names: Sequence[str], title: str, path: Path) -> None:
+    """One horizontal bar per class, the first on top; a class without a value is `absent`. Shares in [0, 1]."""
+    number = len(values)
+    figure = Figure(figsize=(7.5, 1.1 + 0.27 * number))
+    axes = figure.subplots()
+    axes.barh(range(number), [value or 0.0 for value in values], height=0.7, color=BLUE)
+    for k, value in enumerate(values):
+        text = "absent" if value is None else f"{value:.3f}"
+        axes.text((value or 0.0) + 0.01, k, text, va="center", fontsize=8, color=GREY if value is None else "black")
+    axes.set_title(title)
+    axes.set_xlim(0, 1.1)
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.set_ylim(number - 0.4, -0.6)
+    axes.xaxis.grid(True, color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    labels, font = _labels(names, number)
+    axes.set_yticks(range(number), labels, fontproperties=font)
+    _save(figure, path)
+
+
+def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
+    """K×K pixel counts, rows labels, as shares of each row; a class without a label has an empty row."""
+    number = len(matrix)
+    shares = [[count / (sum(row) or 1) for count in row] for row in matrix]
+    cell = 0.5 if number <= FEW_CLASSES else max(0.13, 12 / number)  # inches
+    figure = Figure(figsize=(2.6 + cell * number, 1.9 + cell * number))
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    if number <= FEW_CLASSES:
+        for i, row in enumerate(shares):
+            for j, share in enumerate(row):
+                if share >= 0.005:
+                    colour = "white" if share > 0.55 else "black"
+                    axes.text(j, i, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_title("Share of each class's labelled pixels")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("labelled")
+    labels, font = _labels(names, number)
+    font.set_size(9 if number <= FEW_CLASSES else min(9, cell * 60))
+    axes.set_xticks(range(number), labels, rotation=90, fontproperties=font)
+    axes.set_yticks(range(number), labels, fontproperties=font)
+    _save(figure, path)
+
+
+def curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """epoch_loss.png and, where any epoch was scored, epoch_miou.png; returns what was written.
+
+    Rows have `epoch` and `loss`, some of them `miou`, and all or none of them `lr`, drawn below the loss.
+    """
+    epochs = [row["epoch"] for row in history]
+    with_lr = all("lr" in row for row in history)
+    figure = Figure(figsize=(7.5, 5.6 if with_lr else 4.2))
+    panels = figure.subplots(1 + with_lr, sharex=True, squeeze=False, height_ratios=(3, 1)[: 1 + with_lr])[:, 0]
+    _curve(panels[0], epochs, [row["loss"] for row in history], "training loss", BLUE)
+    if with_lr:
+        _curve(panels[1], epochs, [row["lr"] for row in history], "learning rate", GREY)
+    panels[-1].set_xlabel("epoch")
+    written = [folder / "epoch_loss.png"]
+    _save(figure, written[0])
+    scored = [row for row in history if "miou" in row]
+    if scored:
+        figure = Figure(figsize=(7.5, 4.2))
+        axes = figure.subplots()
+        _curve(axes, [row["epoch"] for row in scored], [row["miou"] for row in scored], "validation mIoU", ORANGE)
+        best = max(scored, key=lambda row: row["miou"])
+        axes.set_title(f"best {best['miou']:.4f} in epoch {best['epoch']}", fontsize=10)
+        axes.plot(best["epoch"], best["miou"], "o", markersize=9, markerfacecolor="none", color="black")
+        axes.set_xlabel("epoch")
+        written.append(folder / "epoch_miou.png")
+        _save(figure, written[1])
+    return written
+
+
+def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, colour: str) -> None:
+    axes.plot(x, y, color=colour, marker="o" if len(x) < 30 else None, markersize=3.5)
+    axes.set_ylabel(name)
+    axes.grid(True, color="#dddddd")
+    axes.set_xlim(min(x) - 0.5, max(x) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1)
+
+
+def _labels(names: Sequence[str], number: int) -> tuple[list[str], FontProperties]:
+    """What stands beside each class, and the font to write it in."""
+    known = [" ".join(names[k].split()) if k < len(names) else "" for k in range(number)]
+    short = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in known]
+    font, characters = _font_for(frozenset("".join(short)))
+    labels = [name if name and characters.issuperset(name) else str(k) for k, name in enumerate(short)]
+    escaped = [label.replace("$", r"\$") for label in labels]  # matplotlib takes $…$ for a formula
+    return escaped, FontProperties(fname=font, size=9)
+
+
+@cache
+def _font_for(characters: frozenset[str]) -> tuple[str, frozenset[str]]:
+    """The file of a font and which of the characters it has: all, or where no font has, those of matplotlib's own."""
+    own = findfont(FontProperties(family="DejaVu Sans"))
+    if characters == (had := _had(own, characters)):
+        return own, had
+    for path in sorted(findSystemFonts(), key=_rank):
+        if characters == _had(path, characters):
+            return path, characters
+    return own, had
+
+
+def _had(path: str, characters: frozenset[str]) -> frozenset[str]:
+    try:
+        codes = FT2Font(path).get_charmap().keys()
+    except (OSError, RuntimeError):  # not a font that can be drawn with
+        return frozenset()
+    return frozenset(character for character in characters if ord(character) in codes)
+
+
+def _rank(path: str) -> tuple[int, bool, str]:
+    """Those known to be good first, then upright ones of normal weight."""
+    name = Path(path).name.lower()
+    known = [i for i, part in enumerate(CJK_FONTS) if name.startswith(part)]
+    return min(known, default=len(CJK_FONTS)), "regular" not in name, name
