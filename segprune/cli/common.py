@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from segprune.data import check_labels, find_root
+from segprune.data import check_labels, open_source
 from segprune.stats import Latency
 from segprune.training.evaluate import Score
 
@@ -142,16 +142,15 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
 def check_data(folder: str, num_classes: int, splits: tuple[str, ...]) -> None:
     """The label check, with a bar and its notes printed."""
     with progress_bar("checking labels") as advance:
-        report = check_labels(folder, num_classes, splits, progress=advance)
+        report = check_labels(open_source(folder), num_classes, splits, progress=advance)
     found = ", ".join(f"{number} in {split}" for split, number in report.num_images.items())
     console.print(f"Labels checked: {found}; {report.ignored} ignored pixels.")
     show_notes(report.notes)
 
 
 def show_score(title: str, score: Score, data: str) -> None:
-    """IoU per class and the means; classes are named by the data's classes.txt, one name per line, if it has one."""
-    listed = find_root(data) / "classes.txt"
-    names = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+    """IoU per class and the means; classes are named as far as the data set names them."""
+    names = open_source(data).class_names
     rows = [
         [f"{k} {names[k] if k < len(names) else ''}", "absent" if iou is None else f"{iou:.4f}"]
         for k, iou in enumerate(score.iou)

@@ -18,7 +18,7 @@ from segprune.cli.common import (
     show_settings,
     switch,
 )
-from segprune.data import find_root, read_split
+from segprune.data import open_source
 from segprune.model import check_input
 from segprune.training.evaluate import evaluate
 
@@ -53,7 +53,7 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
     show_settings("Evaluation", asdict(config) | read)
     show_notes(found.notes)
     check_data(config.data, num_classes, (config.split,))
-    samples = read_split(find_root(config.data), config.split)
+    samples = open_source(config.data).split(config.split)
     model = checkpoint.build(found).to(device)
     with progress_bar("scoring") as advance:
         score = evaluate(

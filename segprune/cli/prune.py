@@ -24,7 +24,7 @@ from segprune.cli.common import (
     switch,
 )
 from segprune.cli.train import TrainSettings, check_settings, fit_with, learning_rate
-from segprune.data import find_root, read_split
+from segprune.data import open_source
 from segprune.model import SegFormer, check_input
 from segprune.report import environment, network_record, network_size, reduction_record, score_record
 from segprune.spec import spec_to_dict, standard_spec
@@ -175,7 +175,7 @@ def _read(config: PruneConfig) -> Checkpoint:
 
 
 def _score(model: SegFormer, config: PruneConfig, device: torch.device, text: str) -> Score:
-    samples = read_split(find_root(config.data), "val")
+    samples = open_source(config.data).split("val")
     with progress_bar(text) as advance:
         return evaluate(
             model,

@@ -1,4 +1,4 @@
-"""Mean intersection over union on a VOC folder.
+"""Mean intersection over union on a data set.
 
 Each picture is letterboxed to the network's input size; its logits are cut out of the letterbox and resized to the
 mask's own size before the highest class is taken, so the score is that of the original pixels. One confusion
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from segprune.data import Sample, letterbox, load_pair, normalise
+from segprune.data import Sample, letterbox, normalise
 
 Progress = Callable[[int, int], None]
 
@@ -98,7 +98,7 @@ def _load_batch(
 ) -> tuple[Tensor, list[np.ndarray[Any, Any]], list[tuple[int, int, int, int]]]:
     pixels, masks, boxes = [], [], []
     for sample in samples:
-        image, mask = load_pair(sample)
+        image, mask = sample.load()
         boxed, _, box = letterbox(image, None, input_shape)
         pixels.append(normalise(boxed))
         masks.append(mask)

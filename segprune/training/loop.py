@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from segprune.data import IGNORE_INDEX, TrainTransform, VocDataset, find_root, read_split
+from segprune.data import IGNORE_INDEX, SegmentationData, TrainTransform, open_source
 from segprune.training.evaluate import Score, confusion_matrices, score
 from segprune.training.schedule import DECAYS, Decay, lr_factor
 
@@ -143,8 +143,9 @@ class _Run:
         self.config = config
         self.accelerator = accelerator
         transform = TrainTransform(config.input_shape, scale=config.scale)
-        self.data = VocDataset(config.data, "train", config.num_classes, transform, seed=config.seed)
-        self.val = read_split(find_root(config.data), "val")
+        source = open_source(config.data)
+        self.data = SegmentationData(source.split("train"), config.num_classes, transform, seed=config.seed)
+        self.val = source.split("val")
         _check_processes(config, accelerator, len(self.data))
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
         self.settings = asdict(config) | {"num_processes": self.processes, "num_images": len(self.data)}

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from segprune.checkpoint import load, save
-from segprune.data import find_root, read_split
+from segprune.data import open_source
 from segprune.model import SegFormer
 from segprune.training.evaluate import evaluate
 from tests.commands import HERE, SIZE, done, refused
@@ -19,7 +19,7 @@ from tests.commands import HERE, SIZE, done, refused
 def test_the_score_is_the_librarys_and_is_saved_as_json(split: str, data: Path, dense: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "score.json"
     out = done("eval", dense, "--data", data, "--split", split, *SIZE, *HERE, "--json", path)
-    samples = read_split(find_root(data), split)
+    samples = open_source(data).split(split)
     score = evaluate(load(dense), samples, 8, (32, 32))
     record = json.loads(path.read_text(encoding="utf-8"))
     assert (record["miou"], record["pixel_accuracy"]) == (score.miou, score.pixel_accuracy)
@@ -45,7 +45,7 @@ def test_a_split_that_is_not_listed_is_refused(data: Path, dense: Path) -> None:
 
 def test_only_the_masks_that_are_scored_are_checked(data: Path, dense: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    mask = read_split(find_root(tmp_path / "data"), "train")[2].mask
+    mask = open_source(tmp_path / "data").split("train")[2].mask
     Image.fromarray(np.full((32, 32), 200, dtype=np.uint8)).save(mask)
     done("eval", dense, "--data", tmp_path / "data", *SIZE, *HERE)
     said = refused("eval", dense, "--data", tmp_path / "data", "--split", "train", *SIZE, *HERE)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import Accuracy, JaccardIndex
 
-from segprune.data import MEAN, STD, Sample
+from segprune.data import MEAN, STD, Pair
 from segprune.training.evaluate import confusion_matrix, evaluate, score
 
 COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)], dtype=np.uint8)
@@ -37,10 +37,10 @@ def blocks(height: int, width: int, side: int = 8) -> np.ndarray:
     return labels.repeat(side, 0).repeat(side, 1)
 
 
-def write_sample(folder: Path, labels: np.ndarray, image: np.ndarray | None = None) -> Sample:
+def write_sample(folder: Path, labels: np.ndarray, image: np.ndarray | None = None) -> Pair:
     """A picture in its labels' colours, if no other is given."""
     number = len(list(folder.iterdir()))
-    sample = Sample(f"{number}", folder / f"{number}_image.png", folder / f"{number}_mask.png")
+    sample = Pair(f"{number}", folder / f"{number}_image.png", folder / f"{number}_mask.png")
     Image.fromarray(COLOURS[labels % 4] if image is None else image).save(sample.image)
     Image.fromarray(labels).save(sample.mask)
     return sample

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segprune.data import VocDataset, find_root, read_split, write_shapes
+from segprune.data import SegmentationData, open_source, write_shapes
 from segprune.model import SegFormer
 from segprune.spec import BlockSpec, standard_spec
 from segprune.training.evaluate import Score, evaluate
@@ -199,7 +199,7 @@ def test_a_run_that_was_complete_is_scored_again_and_not_trained(data: Path, cpu
 def test_the_score_is_that_of_evaluate_and_the_last_one_is_returned(data: Path, cpu: Accelerator) -> None:
     model = tiny_model()
     score, results, _ = recorded(model, config_of(data), cpu)
-    assert score == results[-1].score == evaluate(model, read_split(find_root(data), "val"), NUM_CLASSES, (32, 32))
+    assert score == results[-1].score == evaluate(model, open_source(data).split("val"), NUM_CLASSES, (32, 32))
 
 
 @pytest.mark.parametrize(
@@ -395,14 +395,14 @@ def test_an_epoch_shows_every_picture_at_most_once_in_an_order_of_its_own(
     data: Path, cpu: Accelerator, monkeypatch: pytest.MonkeyPatch, batch_size: int, steps: int
 ) -> None:
     shown: list[list[int]] = []
-    load = VocDataset.__getitem__
+    load = SegmentationData.__getitem__
 
-    def noted(self: VocDataset, index: int) -> tuple[Tensor, Tensor]:
+    def noted(self: SegmentationData, index: int) -> tuple[Tensor, Tensor]:
         shown[-1].append(index)
         return load(self, index)
 
-    monkeypatch.setattr(VocDataset, "__getitem__", noted)
-    monkeypatch.setattr(VocDataset, "set_epoch", lambda self, epoch: shown.append([]))
+    monkeypatch.setattr(SegmentationData, "__getitem__", noted)
+    monkeypatch.setattr(SegmentationData, "set_epoch", lambda self, epoch: shown.append([]))
     train(tiny_model(), config_of(data, batch_size=batch_size), accelerator=cpu)
     assert [len(indices) for indices in shown] == [batch_size * steps] * 3
     assert all(len(set(indices)) == len(indices) for indices in shown)
@@ -550,7 +550,7 @@ def test_two_processes_end_with_one_network_and_its_score(tmp_path: Path, data: 
 
     model = tiny_model()
     model.load_state_dict(tiny["weights"])
-    score = evaluate(model, read_split(find_root(data), "val"), NUM_CLASSES, (32, 48))
+    score = evaluate(model, open_source(data).split("val"), NUM_CLASSES, (32, 48))
     assert (tiny["miou"], tiny["iou"]) == (score.miou, score.iou)
 
     # without padding, statistics and dropout two processes are one with twice the batch
