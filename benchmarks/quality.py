@@ -14,7 +14,7 @@ from torch import nn
 
 import segprune
 from benchmarks.plain_l1 import prune_parameters
-from segprune.data import find_root, read_split
+from segprune.data import open_source
 from segprune.training.evaluate import EvalMode, evaluate
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     dense = segprune.load(flags.file)
     shape = (flags.input_shape[0], flags.input_shape[1])
     how = EvalMode(input_shape=shape)
-    samples = read_split(find_root(flags.data), "val")
+    samples = open_source(flags.data).split("val")
     whole = sum(p.numel() for p in dense.parameters())
 
     def row(name: str, model: nn.Module) -> None:

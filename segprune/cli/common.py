@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from segprune.data import check_labels, find_root
+from segprune.data import LabelReport, Source, check_labels, open_source, readable
 from segprune.stats import Latency
 from segprune.training.evaluate import Score
 
@@ -136,9 +136,8 @@ def show_notes(notes: tuple[str, ...]) -> None:
         console.print(f"Note: {note}", style="yellow", markup=False)
 
 
-@contextmanager
-def progress_bar(description: str) -> Iterator[Callable[..., None]]:
-    """Yields `advance(done, total, text="")`, which moves the bar."""
+def new_progress(*, transient: bool) -> Progress:
+    """A bar with counts, times and a text, which `add_task(…, text="")` needs; silent where there is no terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -148,7 +147,13 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[text]}"),
     )
     silent = not console.is_terminal  # in a log it would be blank lines
-    with Progress(*columns, console=console, refresh_per_second=4, transient=True, disable=silent) as progress:
+    return Progress(*columns, console=console, refresh_per_second=4, transient=transient, disable=silent)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[..., None]]:
+    """Yields `advance(done, total, text="")`, which moves the bar."""
+    with new_progress(transient=True) as progress:
         task = progress.add_task(description, total=None, text="")
 
         def advance(done: int, total: int, text: str = "") -> None:
@@ -157,19 +162,33 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-def check_data(folder: str, num_classes: int, splits: tuple[str, ...]) -> None:
-    """The label check, with a bar and its notes printed."""
+def open_data(
+    data: str,
+    layout: str | None,
+    num_classes: int,
+    splits: tuple[str, ...],
+    *,
+    skip_bad: bool = False,
+    num_workers: int = 0,
+) -> tuple[Source, LabelReport]:
+    """A data set whose labels were checked, with bars and the check's notes printed.
+
+    With `skip_bad` every picture of the splits is read once, and those that cannot be are left out, counted and named.
+    """
+    source = open_source(data, layout)
+    if skip_bad:
+        for split in splits:
+            with progress_bar(f"reading {split}") as advance:
+                good, bad = readable(source.split(split), num_workers, advance)
+            source = source.with_split(split, good)
+            if bad:
+                show_notes((f"--skip_bad left out {len(bad)} of {len(good) + len(bad)} in {split}: {bad[0]}",))
     with progress_bar("checking labels") as advance:
-        report = check_labels(folder, num_classes, splits, progress=advance)
+        report = check_labels(source, num_classes, splits, progress=advance)
     found = ", ".join(f"{number} in {split}" for split, number in report.num_images.items())
-    console.print(f"Labels checked: {found}; {report.ignored} ignored pixels.")
+    console.print(f"Labels checked ({source.layout}): {found}; {report.ignored} ignored pixels.")
     show_notes(report.notes)
-
-
-def class_names(data: str) -> tuple[str, ...]:
-    """The lines of the data's classes.txt; empty if it has none."""
-    listed = find_root(data) / "classes.txt"
-    return tuple(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else ()
+    return source, report
 
 
 def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:

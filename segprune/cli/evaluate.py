@@ -1,4 +1,4 @@
-"""`segprune eval FILE`: the scores of any checkpoint on a VOC folder, as a table, files and plots.
+"""`segprune eval FILE`: the scores of any checkpoint on a data set, as a table, files and plots.
 
 scores.json           all numbers and the settings, the confusion matrix too
 scores.csv            a row per class: IoU, recall, precision, boundary IoU, labelled pixels
@@ -8,8 +8,6 @@ mIoU.png, mPA.png, mRecall.png, mPrecision.png   bars per class, the mean in the
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,18 +18,17 @@ from typer import Argument, Option
 
 from segprune import checkpoint
 from segprune.cli.common import (
-    check_data,
     choose_device,
-    class_names,
     console,
+    open_data,
     progress_bar,
     show_notes,
     show_score,
     show_settings,
     switch,
 )
-from segprune.data import find_root, read_split
-from segprune.files import atomic_path, check_writable, write_json
+from segprune.data import LAYOUTS
+from segprune.files import check_writable, write_csv, write_json
 from segprune.model import check_input
 from segprune.report import environment, score_record
 from segprune.training.evaluate import EvalMode, Score, evaluate
@@ -44,8 +41,14 @@ class EvalConfig:
     model_path: Annotated[
         str, Argument(metavar="FILE", help=".pth, .pt, .safetensors, a Hugging Face folder or hub name.")
     ]
-    data: Annotated[str, Option("--data", help="Folder in VOC layout.")] = "VOCdevkit"
-    split: Annotated[str, Option("--split", help="Name of a list in ImageSets/Segmentation.")] = "val"
+    data: Annotated[str, Option("--data", help="Data set: a folder, a list file or a Hugging Face name.")] = "VOCdevkit"
+    layout: Annotated[
+        str | None, Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
+    ] = None
+    split: Annotated[str, Option("--split", help="The part to score: val, train or what else the data has.")] = "val"
+    skip_bad: Annotated[
+        bool, switch("--skip_bad", "Go on without pictures that cannot be read; all are tried first.")
+    ] = False
     mode: Annotated[
         str,
         Option(
@@ -73,7 +76,7 @@ class EvalConfig:
 
 
 def run(config: EvalConfig, given: frozenset[str]) -> None:
-    """Score a checkpoint on a VOC folder: per class IoU, recall, precision and boundary IoU, and their means.
+    """Score a checkpoint on a data set: per class IoU, recall, precision and boundary IoU, and their means.
 
     The score is that of the original pixels: logits are resized to each mask's own size. Every picture counts once.
     """
@@ -84,10 +87,17 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
     read = {"dialect": found.dialect, "variant": found.spec.variant, "num_classes": num_classes}
     show_settings("Evaluation", asdict(config) | read)
     show_notes(found.notes)
-    check_data(config.data, num_classes, (config.split,))
     if config.save_dir:
         check_writable(config.save_dir)
-    samples, names = read_split(find_root(config.data), config.split), class_names(config.data)
+    source, _ = open_data(
+        config.data,
+        config.layout,
+        num_classes,
+        (config.split,),
+        skip_bad=config.skip_bad,
+        num_workers=config.num_workers,
+    )
+    samples, names = source.split(config.split), source.class_names
     model = checkpoint.build(found).to(device)
     with progress_bar("scoring") as advance:
         score = evaluate(
@@ -144,10 +154,10 @@ def _save(record: dict[str, Any], score: Score, names: tuple[str, ...], folder: 
     if score.boundary_iou is not None:
         columns["boundary_iou"] = score.boundary_iou
     columns["pixels"] = [sum(row) for row in score.confusion]
-    _write_csv([list(columns), *zip(*columns.values(), strict=True)], folder / TABLE)
+    write_csv([list(columns), *zip(*columns.values(), strict=True)], folder / TABLE)
     titles = [name or str(k) for k, name in zip(numbers, named, strict=True)]
     matrix = [[title, *row] for title, row in zip(titles, score.confusion, strict=True)]
-    _write_csv([["label \\ predicted", *titles], *matrix], folder / MATRIX)
+    write_csv([["label \\ predicted", *titles], *matrix], folder / MATRIX)
     for name, values in (
         ("mIoU", score.iou),
         ("mPA", score.recall),
@@ -157,10 +167,3 @@ def _save(record: dict[str, Any], score: Score, names: tuple[str, ...], folder: 
         known = [value for value in values if value is not None]
         plots.bars(values, names, f"{name} {sum(known) / len(known):.4f}", folder / f"{name}.png")
     plots.confusion(score.confusion, names, folder / "confusion_matrix.png")
-
-
-def _write_csv(rows: Iterable[Iterable[Any]], path: Path) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(text.getvalue().encode())

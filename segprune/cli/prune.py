@@ -12,19 +12,19 @@ from typer import Option
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
 from segprune.cli.common import (
-    check_data,
     choose_device,
     console,
     latency_text,
     measured_on,
+    open_data,
     progress_bar,
     show_notes,
     show_settings,
     show_table,
     switch,
 )
-from segprune.cli.train import TrainSettings, check_settings, fit_with, learning_rate
-from segprune.data import find_root, read_split
+from segprune.cli.train import TrainSettings, check_settings, fit_with, with_rates
+from segprune.data import LAYOUTS, Source
 from segprune.model import SegFormer, check_input
 from segprune.report import environment, network_record, network_size, reduction_record, score_record
 from segprune.spec import spec_to_dict, standard_spec
@@ -67,7 +67,15 @@ class PruneConfig:
     round_to: Annotated[int, Option("--round_to", help="Widths stay multiples of it; 1: any width.")] = 8
     heads: Annotated[bool, switch("--heads", "Whole attention heads may go too.")] = False
     keep_decoder: Annotated[bool, switch("--keep_decoder", "Do not fold the decode head.")] = False
-    data: Annotated[str, Option("--data", help="Folder in VOC layout: score on its val list before and after.")] = ""
+    data: Annotated[
+        str, Option("--data", help="Data set, in any layout of docs/data.md: score on its val part before and after.")
+    ] = ""
+    layout: Annotated[
+        str | None, Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
+    ] = None
+    skip_bad: Annotated[
+        bool, switch("--skip_bad", "Go on without pictures that cannot be read; all are tried first.")
+    ] = False
     epochs: Annotated[int, Option("--epochs", min=0, help="Fine-tune so many epochs on --data; 0: do not.")] = 0
     batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures per step, of fine-tuning and scoring.")] = 8
     lr: Annotated[
@@ -76,6 +84,9 @@ class PruneConfig:
             "--lr", help="Of fine-tuning. If not given: a tenth of what a file of ours was trained with, else 6e-5."
         ),
     ] = None
+    no_distill: Annotated[
+        bool, switch("--no_distill", "Fine-tune on the labels alone; else the dense network is the teacher.")
+    ] = False
     freeze_epochs: Annotated[
         int, Option("--freeze_epochs", help="Fine-tune only the decode head in the first so many epochs.")
     ] = 0
@@ -90,8 +101,8 @@ class PruneConfig:
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
 
 
-TRAINING_FLAGS = ("lr", "freeze_epochs", "scale", "amp")
-DATA_FLAGS = ("batch_size", "num_workers")
+TRAINING_FLAGS = ("lr", "no_distill", "freeze_epochs", "scale", "amp")
+DATA_FLAGS = ("layout", "skip_bad", "batch_size", "num_workers")
 
 
 def run(config: PruneConfig, given: frozenset[str]) -> None:
@@ -107,29 +118,29 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     config = replace(config, phi=found.spec.variant, num_classes=found.spec.num_classes)
     folder = Path(config.save_dir) / config.pruning_method / found.spec.variant
     path = folder / f"{found.spec.variant}_pruned_{config.pruning_rate:g}.pth"
+    fine_tuning, reason = with_rates(_fine_tuning(config, path), found.extra)
     if config.epochs:
-        config = replace(config, lr=learning_rate(config.lr, str(path), found.extra))
-        check_settings(_fine_tuning(config, path))
+        config = replace(config, lr=fine_tuning.lr)
+        check_settings(fine_tuning)
     show_settings("Pruning", asdict(config) | {"dialect": found.dialect})
-    show_notes(found.notes)
-    if config.data:
-        check_data(config.data, found.spec.num_classes, ("train", "val") if config.epochs else ("val",))
+    show_notes((*found.notes, reason) if config.epochs else found.notes)
+    source, pixels = _open(config) if config.data else (None, ())
     checkpoint.check_writable(folder)
 
     dense = checkpoint.build(found).to(device)
-    scores = {"dense": _score(dense, config, device, "scoring dense")} if config.data else {}
+    scores = {} if source is None else {"dense": _score(dense, source, config, device, "scoring dense")}
     pruned = _prune(dense, config)
     extra = dict(found.extra) | {"pruning": _pruning_config(config)}
     checkpoint.save(pruned, path, extra=extra)
-    if config.data:
-        scores["pruned"] = _score(pruned, config, device, "scoring pruned")
+    if source is not None:
+        scores["pruned"] = _score(pruned, source, config, device, "scoring pruned")
     with progress_bar("timing dense and pruned") as advance:
         latencies = measure_latency([dense, pruned], config.input_shape, device=device, progress=advance)
     record = _record(config, found, pruned, latencies, scores) | {"model_save_path": str(path)}
     checkpoint.write_json(record, folder / RESULTS)
-    if config.epochs:
+    if config.epochs and source is not None:
         del dense
-        done = fit_with(_fine_tuning(config, path), pruned, extra)
+        done = fit_with(fine_tuning, pruned, source, pixels, extra)
         record["finetuned_model"] = record["pruned_model"] | score_record(done.score) | {"best_epoch": done.epoch}
         record["finetuned_save_path"] = str(done.path)
         checkpoint.write_json(record, folder / RESULTS)
@@ -142,13 +153,13 @@ def _check_flags(config: PruneConfig, given: frozenset[str]) -> None:
     if not 0.0 <= config.pruning_rate < 1.0:
         raise ValueError(f"--pruning_rate is {config.pruning_rate:g}; it must be at least 0 and below 1.")
     if config.epochs and not config.data:
-        raise ValueError("--epochs was given without --data; say which VOC folder to fine-tune on.")
+        raise ValueError("--epochs was given without --data; say what to fine-tune on.")
     for name in TRAINING_FLAGS:
         if name in given and not config.epochs:
             raise ValueError(f"--{name} has no effect without --epochs; give the epochs to fine-tune.")
     for name in DATA_FLAGS:
         if name in given and not config.data:
-            raise ValueError(f"--{name} has no effect without --data; give the VOC folder to score on.")
+            raise ValueError(f"--{name} has no effect without --data; give the data set to score on.")
 
 
 def _read(config: PruneConfig) -> Checkpoint:
@@ -174,12 +185,26 @@ def _read(config: PruneConfig) -> Checkpoint:
     return Checkpoint(model.spec, model.state_dict(), "segprune", (note,), backbone_only=False, extra={})
 
 
-def _score(model: SegFormer, config: PruneConfig, device: torch.device, text: str) -> Score:
-    samples = read_split(find_root(config.data), "val")
+def _open(config: PruneConfig) -> tuple[Source, tuple[int, ...]]:
+    """The data set, its labels checked, and the labelled pixels of each class."""
+    assert config.num_classes is not None
+    splits = ("train", "val") if config.epochs else ("val",)
+    source, labels = open_data(
+        config.data,
+        config.layout,
+        config.num_classes,
+        splits,
+        skip_bad=config.skip_bad,
+        num_workers=config.num_workers,
+    )
+    return source, labels.pixels
+
+
+def _score(model: SegFormer, source: Source, config: PruneConfig, device: torch.device, text: str) -> Score:
     with progress_bar(text) as advance:
         return evaluate(
             model,
-            samples,
+            source.split("val"),
             model.spec.num_classes,
             EvalMode(input_shape=config.input_shape),
             device=device,
@@ -210,6 +235,10 @@ def _prune(dense: SegFormer, config: PruneConfig) -> SegFormer:
 def _fine_tuning(config: PruneConfig, path: Path) -> TrainSettings:
     return TrainSettings(
         data=config.data,
+        layout=config.layout,
+        skip_bad=config.skip_bad,
+        teacher="" if config.no_distill else config.model_path,
+        teacher_dialect=None if config.no_distill else config.dialect,
         model_path=str(path),
         phi=config.phi,
         num_classes=config.num_classes,

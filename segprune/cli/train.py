@@ -12,7 +12,7 @@ from typer import Option
 
 from segprune import checkpoint
 from segprune.checkpoint import check_writable
-from segprune.cli.common import check_data, choose_device, console, show_notes, show_score, show_settings, switch
+from segprune.cli.common import choose_device, console, open_data, show_notes, show_score, show_settings, switch
 from segprune.cli.fitting import Resumable, fit, load_resumable
 from segprune.cli.journal import BEST, LAST, Fit
 from segprune.data import LAYOUTS, Source
@@ -170,9 +170,16 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
     config, reason = with_rates(config, extra)
     show_settings("Resumed training" if config.resume else "Training", asdict(config))
     show_notes((*notes, reason))
-    source, pixels = check_data(config.data, config.layout, model.spec.num_classes, ("train", "val"), config.skip_bad, config.num_workers)
+    source, labels = open_data(
+        config.data,
+        config.layout,
+        model.spec.num_classes,
+        ("train", "val"),
+        skip_bad=config.skip_bad,
+        num_workers=config.num_workers,
+    )
     check_writable(folder)
-    done = fit_with(config, model, source, pixels, extra, resumed)
+    done = fit_with(config, model, source, labels.pixels, extra, resumed)
     show_score(f"Best epoch {done.epoch} on val", done.score, source.class_names)
     console.print(f"Saved: {folder / BEST}\n       {folder / LAST}", soft_wrap=True)
 

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from segprune.cli.common import console, progress_columns
+from segprune.cli.common import console, new_progress
 from segprune.training.state import EpochResult
 
 SHOWN = 12  # latest epochs in the live table
@@ -20,7 +20,7 @@ class TrainingView:
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, ...]] = []
-        self.bar = progress_columns()
+        self.bar = new_progress(transient=False)
         self.task = self.bar.add_task("training", total=None, text="")
 
     def step(self, done: int, total: int, loss: float, lr: float) -> None:

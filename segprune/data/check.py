@@ -1,4 +1,4 @@
-"""The label check before training: mistakes in a VOC folder found before they cost hours.
+"""The label check before training: mistakes in a data set found before they cost hours.
 
 Every mask is read whole; of an image only the header is, for its size. Counts are pixels.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from segprune.data.pixels import Place, size_message
+from segprune.data.samples import Pair, Source
 from segprune.data.transforms import IGNORE_INDEX
-from segprune.data.voc import Sample, find_root, load_mask, opened, read_split, size_message
-
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5..8 swap height and width
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class _Findings:
     num_bad: dict[str, int] = field(default_factory=dict)
     counts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)  # [256] per split
     num_masks_at_limit: int = 0  # masks that hold the label num_classes
-    turned: list[Path] = field(default_factory=list)  # images with an EXIF orientation
+    turned: list[Place] = field(default_factory=list)  # images with an EXIF orientation
 
     def add(self, kind: str, message: str) -> None:
         self.first.setdefault(kind, message)
@@ -46,7 +44,7 @@ class _Findings:
 
 
 def check_labels(
-    folder: str | Path,
+    source: Source,
     num_classes: int,
     splits: Sequence[str] = ("train", "val"),
     limit: int | None = None,
@@ -63,76 +61,75 @@ def check_labels(
         raise ValueError(f"num_classes is {num_classes}, where 1..{IGNORE_INDEX} is allowed; label 255 is ignored.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, where at least 1 is allowed; leave it out to read every mask.")
-    root = find_root(folder)
-    samples = {split: read_split(root, split)[:limit] for split in splits}
+    samples = {split: source.split(split)[:limit] for split in splits}
     findings = _Findings(num_classes)
     total, done = sum(map(len, samples.values())), 0
     for split, chosen in samples.items():
         findings.counts[split] = np.zeros(256, dtype=np.int64)
         for sample in chosen:
-            _inspect(sample, split, findings)
+            _inspect(sample, split, findings, source)
             done += 1
             if progress is not None:
                 progress(done, total)
     if findings.first:
         kind, message = next(iter(findings.first.items()))
         raise ValueError(f"{message.removesuffix('.')} ({findings.num_bad[kind]} of {total} files {kind}).")
-    _check_binary(samples[splits[0]], findings.counts[splits[0]], num_classes)
+    if source.own_numbering:
+        _check_binary(samples[splits[0]], findings.counts[splits[0]], num_classes)
     return _report(samples, findings, splits[0], limit)
 
 
-def _inspect(sample: Sample, split: str, findings: _Findings) -> None:
+def _inspect(sample: Pair, split: str, findings: _Findings, source: Source) -> None:
     try:
-        mask = load_mask(sample.mask)
+        mask = sample.labels()
     except ValueError as error:
         findings.add("have a mask that cannot be used", str(error))
         return
     try:
-        with opened(sample.image) as image:
-            size = (image.height, image.width)
-            orientation = image.getexif().get(_ORIENTATION, 1)
+        size, orientation = sample.header()
     except ValueError as error:
         findings.add("have an image that cannot be read", str(error))
         return
     if orientation != 1:
         findings.turned.append(sample.image)
     if size != mask.shape and not (orientation in (5, 6, 7, 8) and size[::-1] == mask.shape):
-        findings.add("have a mask of another size", size_message(sample, size, mask.shape))
+        findings.add("have a mask of another size", size_message(sample.image, sample.mask, size, mask.shape))
     counts = np.bincount(mask.reshape(-1), minlength=256)
     findings.counts[split] += counts
     findings.num_masks_at_limit += bool(findings.num_classes != IGNORE_INDEX and counts[findings.num_classes])
     wrong = [int(value) for value in np.flatnonzero(counts) if findings.num_classes < value < IGNORE_INDEX]
     if wrong:
-        findings.add("have such labels", _range_message(sample.mask, wrong, findings.num_classes))
+        findings.add("have such labels", _range_message(sample.mask, wrong, findings.num_classes, source))
 
 
-def _range_message(path: Path, wrong: list[int], num_classes: int) -> str:
+def _range_message(mask: Place, wrong: list[int], num_classes: int, source: Source) -> str:
     values = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
+    counted = "" if source.own_numbering else f" (as the layout {source.layout} numbers them)"
     return (
-        f"Mask {path} holds the label{'s' * (len(wrong) > 1)} {values}, where 0..{num_classes - 1} and "
+        f"Mask {mask} holds the label{'s' * (len(wrong) > 1)} {values}{counted}, where 0..{num_classes - 1} and "
         f"{IGNORE_INDEX} (ignored) are allowed with {num_classes} classes; raise --num_classes or relabel the masks."
     )
 
 
-def _check_binary(samples: tuple[Sample, ...], counts: npt.NDArray[np.int64], num_classes: int) -> None:
+def _check_binary(samples: tuple[Pair, ...], counts: npt.NDArray[np.int64], num_classes: int) -> None:
     """Many a mask rightly holds 255, to be ignored; a split with nothing but 0 beside it was painted wrong."""
     if num_classes < 2 or not counts[IGNORE_INDEX] or counts[1:IGNORE_INDEX].any():
         return
-    holders = [sample.mask for sample in samples if (load_mask(sample.mask) == IGNORE_INDEX).any()]
+    holders = [sample.mask for sample in samples if (sample.labels() == IGNORE_INDEX).any()]
     raise ValueError(
         f"Mask {holders[0]} and all others hold only 0 and 255, where the pixel value must be the class and "
         f"255 is ignored; paint the object 1 instead of 255 ({len(holders)} of {len(samples)} masks hold 255)."
     )
 
 
-def _report(samples: dict[str, tuple[Sample, ...]], findings: _Findings, first: str, limit: int | None) -> LabelReport:
+def _report(samples: dict[str, tuple[Pair, ...]], findings: _Findings, first: str, limit: int | None) -> LabelReport:
     num_classes = findings.num_classes
     counts = np.sum(list(findings.counts.values()), axis=0)
     absent = tuple(int(c) for c in np.flatnonzero(findings.counts[first][:num_classes] == 0))
     notes = []
     if absent:
         names = ", ".join(map(str, absent))
-        notes.append(f"Without a pixel in {first}.txt's masks, so never learnt: class {names}.")
+        notes.append(f"Without a pixel in the masks of {first}, so never learnt: class {names}.")
     if findings.num_masks_at_limit:
         share = 100 * counts[num_classes] / counts.sum()
         notes.append(

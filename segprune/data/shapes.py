@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from segprune.data.pixels import voc_palette
 from segprune.data.transforms import Bytes, Floats
-from segprune.data.voc import voc_palette
 
 Bools = npt.NDArray[np.bool_]
 Window = tuple[slice, slice]

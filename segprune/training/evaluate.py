@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from segprune.data import Sample, load_pair
+from segprune.data import Sample
 from segprune.training.inference import EvalMode, Network, Picture, Predict, label_maps, prepare
 from segprune.training.metrics import Score, Tally, score, shard
 
@@ -87,7 +87,7 @@ def tallies(
 def _load_batch(samples: Sequence[Sample], how: EvalMode) -> tuple[list[Picture], list[Tensor]]:
     pictures, labels = [], []
     for sample in samples:
-        image, mask = load_pair(sample)
+        image, mask = sample.load()
         pictures.append(prepare(image, how))
         labels.append(torch.tensor(mask))
     return pictures, labels

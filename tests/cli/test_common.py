@@ -248,7 +248,7 @@ def test_bad_data_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("name", SCORERS)
 def test_a_data_folder_that_is_not_there_is_refused(name: str, small: Path, tmp_path: Path) -> None:
     said = refused(*command_on(name, small, tmp_path / "nothing", tmp_path / "out"))
-    assert said.startswith(f"{tmp_path}/nothing is not a folder; give a folder that holds JPEGImages/*.jpg,")
+    assert said.startswith(f"{tmp_path}/nothing does not exist; give a folder in one of the layouts voc, ")
 
 
 def test_an_interrupt_ends_with_status_130_and_says_that_all_files_are_whole(

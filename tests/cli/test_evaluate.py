@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from segprune.checkpoint import load, save
-from segprune.data import find_root, read_split
+from segprune.data import open_source
 from segprune.model import SegFormer
 from segprune.training.evaluate import EvalMode, Score, evaluate
 from tests.commands import HERE, SIZE, done, refused
@@ -20,7 +20,7 @@ PLOTS = {"mIoU.png", "mPA.png", "mRecall.png", "mPrecision.png", "confusion_matr
 
 
 def score_of(dense: Path, data: Path, how: EvalMode, split: str = "val") -> Score:
-    return evaluate(load(dense), read_split(find_root(data), split), 8, how)
+    return evaluate(load(dense), open_source(data).split(split), 8, how)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -15,7 +15,7 @@ import torch
 from segprune import load
 from segprune.checkpoint import read
 from segprune.cli import fitting
-from segprune.data import find_root, read_split
+from segprune.data import open_source
 from segprune.pruning import pruner_l1
 from segprune.stats import count
 from segprune.training.evaluate import EvalMode, evaluate
@@ -106,7 +106,7 @@ def test_the_closing_table_shows_what_the_json_holds(tuned: tuple[Path, str]) ->
 
 def test_the_scores_are_those_of_the_three_files(tuned: tuple[Path, str], dense: Path, data: Path) -> None:
     record = record_in(tuned[0])
-    samples = read_split(find_root(data), "val")
+    samples = open_source(data).split("val")
     files = {
         "original_model": dense,
         "pruned_model": record["model_save_path"],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from segprune.data import check_labels
+from segprune.data import check_labels, open_source
 from tests.commands import HERE, done, refused
 
 
@@ -16,7 +16,7 @@ def test_the_suggested_command_trains_on_what_was_written(tmp_path: Path) -> Non
     assert out.startswith(f"6 pictures, 8 classes, in {folder}")
     suggested = re.search(r"Train on them: segprune (train .+)", out)
     assert suggested
-    assert check_labels(folder, 8).num_images == {"train": 4, "val": 2}
+    assert check_labels(open_source(folder), 8).num_images == {"train": 4, "val": 2}
     out = done(*shlex.split(suggested[1]), "--epochs", 1, *HERE, "--save_dir", tmp_path / "logs")
     assert f"Saved: {tmp_path}/logs/best_epoch_weights.pth" in out
 
