@@ -111,9 +111,7 @@ def test_a_mask_with_values_below_zero_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "LA", "RGBA"])
 def test_a_coloured_mask_is_refused(tmp_path: Path, mode: str) -> None:
     Image.fromarray(noise(20, 30, 3)).convert(mode).save(tmp_path / "x.png")
-    with pytest.raises(
-        SampleError, match=rf"x\.png has mode {mode}, where a grey or palette .* convert its colours to"
-    ):
+    with pytest.raises(SampleError, match=rf"x\.png has mode {mode}, where an 8-bit grey .* convert its colours to"):
         load_mask(tmp_path / "x.png")
 
 

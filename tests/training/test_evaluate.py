@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import Accuracy, JaccardIndex
 
-from segprune.data import MEAN, STD, Pair
+from segprune.data import MEAN, STD, Pair, SampleError
 from segprune.training.evaluate import confusion_matrix, evaluate, score
 
 COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)], dtype=np.uint8)
@@ -125,7 +125,7 @@ def test_the_mode_comes_back_after_an_error_too(tmp_path: Path) -> None:
     sample = write_sample(tmp_path, blocks(32, 32))
     sample.mask.unlink()
     model = ColourModel().train()
-    with pytest.raises(FileNotFoundError, match=r"_mask\.png is missing"):
+    with pytest.raises(SampleError, match=r"_mask\.png is missing"):
         evaluate(model, [sample], 4, (32, 32))
     assert model.training
 
