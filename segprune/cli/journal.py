@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,5 +162,7 @@ def _board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("--tensorboard needs TensorBoard, which is not installed; run: pip install tensorboard") from error
+        raise ImportError(
+            "--tensorboard needs TensorBoard, which is not installed; run: pip install tensorboard"
+        ) from error
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

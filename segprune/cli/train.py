@@ -69,9 +69,7 @@ class TrainSettings:
     distill_feature: Annotated[
         float, Option("--distill_feature", help="Weight of the four stages' features; 0: off.")
     ] = Distillation.feature
-    loss: Annotated[
-        str, Option("--loss", help=f"Sum of {', '.join(LOSSES)}, for example ce+0.5*dice.")
-    ] = "ce"
+    loss: Annotated[str, Option("--loss", help=f"Sum of {', '.join(LOSSES)}, for example ce+0.5*dice.")] = "ce"
     class_weights: Annotated[
         str,
         Option("--class_weights", help="One number per class, or from the data: enet (1/ln) or median (frequency)."),
@@ -101,9 +99,7 @@ class TrainSettings:
     ] = None
     weight_decay: Annotated[float, Option("--weight_decay", help="Biases and norms have none.")] = 0.01
     momentum: Annotated[float, Option("--momentum", help="Of SGD; AdamW's first beta.")] = 0.9
-    decay: Annotated[
-        str, Option("--decay", help="How the learning rate falls: poly, cosine or constant.")
-    ] = "poly"
+    decay: Annotated[str, Option("--decay", help="How the learning rate falls: poly, cosine or constant.")] = "poly"
     warmup: Annotated[float, Option("--warmup", help="Share of all steps in which the learning rate rises.")] = 0.05
     clip_norm: Annotated[float, Option("--clip_norm", help="Clip the gradients' norm to it; 0: do not.")] = 0.0
     ema: Annotated[
@@ -122,15 +118,13 @@ class TrainSettings:
             help="Stochastic depth of the last block; read off the checkpoint if there is one, else 0.1.",
         ),
     ] = None
-    checkpointing: Annotated[
-        bool, switch("--checkpointing", "Compute the blocks twice to keep less in memory.")
-    ] = False
+    checkpointing: Annotated[bool, switch("--checkpointing", "Compute the blocks twice to keep less in memory.")] = (
+        False
+    )
     compile: Annotated[bool, switch("--compile", "Compile the network first (torch.compile).")] = False
     amp: Annotated[str, Option("--amp", help="Mixed precision: no, fp16 or bf16.")] = "no"
     eval_every: Annotated[int, Option("--eval_every", help="Epochs between two scores on the val list.")] = 1
-    save_steps: Annotated[
-        int, Option("--save_steps", help="Also save the state for --resume every so many steps.")
-    ] = 0
+    save_steps: Annotated[int, Option("--save_steps", help="Also save the state for --resume every so many steps.")] = 0
     keep: Annotated[int, Option("--keep", min=0, help="Keep the weights of so many latest epochs as files.")] = 0
     tensorboard: Annotated[bool, switch("--tensorboard", "Write logs for TensorBoard too.")] = False
     num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
@@ -138,9 +132,7 @@ class TrainSettings:
     seed: Annotated[int, Option("--seed", help="Of weights, order and augmentation.")] = 11
     save_dir: Annotated[str, Option("--save_dir", help="Folder for checkpoints and results.")] = "logs"
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
-    teacher_dialect: Annotated[
-        str | None, Option("--teacher_dialect", help="The same for the --teacher.")
-    ] = None
+    teacher_dialect: Annotated[str | None, Option("--teacher_dialect", help="The same for the --teacher.")] = None
     resume: Annotated[
         bool, switch("--resume", "Go on with the run in --save_dir, with the settings it was started with.")
     ] = False
@@ -298,8 +290,8 @@ def with_rates(config: TrainSettings, extra: Mapping[str, Any]) -> tuple[TrainSe
         asked = VOC_LR if config.lr is None else config.lr
         lr = voc_lr(asked, config.batch_size, config.optimizer)
         return replace(config, lr=lr), (
-            f"Learning rate {lr:g}: {asked:g} for 16 pictures a step, times {config.batch_size} / 16, within the limits "
-            f"of the VOC scripts for {config.optimizer}."
+            f"Learning rate {lr:g}: {asked:g} for 16 pictures a step, times {config.batch_size} / 16, within the "
+            f"limits of the VOC scripts for {config.optimizer}."
         )
     if config.lr is not None:
         return config, f"Learning rate {config.lr:g}, as asked for."

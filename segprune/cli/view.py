@@ -1,4 +1,4 @@
-"""A training run as it is watched: on a terminal a live table of epochs over a progress bar, in a log a line an epoch."""
+"""A training run as it is watched: on a terminal a live table of epochs over a bar, in a log a line per epoch."""
 
 from __future__ import annotations
 

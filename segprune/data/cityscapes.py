@@ -74,8 +74,9 @@ def _split(root: Path, split: str) -> tuple[Pair, ...]:
         raise FileNotFoundError(
             f"{mask_folder} holds no CITY/*{_MASK}labelIds.png; unpack gtFine_trainvaltest.zip into {root}."
         )
-    check_present(list(images), masks, str(mask_folder / f"{{}}{_MASK}{kind}.png"), "mask", "")
-    return tuple(Pair(key.rpartition("/")[2], images[key], masks[key], table) for key in images)
+    keys = sorted(images)
+    check_present(keys, masks, str(mask_folder / f"{{}}{_MASK}{kind}.png"), "mask", "")
+    return tuple(Pair(key.rpartition("/")[2], images[key], masks[key], table) for key in keys)
 
 
 def _by_key(folder: Path, ending: str) -> dict[str, str]:

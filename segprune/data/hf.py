@@ -69,7 +69,7 @@ def find(folder: Path) -> Path | None:
 def source(place: Path | str) -> Source:
     """An opened folder, or what the hub name "owner/name" or "owner/name:config" stands for."""
     splits = _load(place)
-    first = next(iter(splits))
+    first = "train" if "train" in splits else next(iter(splits))
     (sample,) = _split(place, splits, first, 1)
     names = _names(Path(place)) if os.path.isdir(place) else ()
     return Source("hf", str(place), names, palette_of(sample.mask), partial(_split, place, splits))
@@ -111,12 +111,9 @@ def _split(place: Path | str, splits: Mapping[str, Any], split: str, limit: int 
     if not len(table):
         raise ValueError(f"{name} of {place} has no row; give a split with pictures.")
     images, labels = (_encoded(table, column) for column in (image, label))
+    of_image, of_label = (f"column {column} of {name} in {place}" for column in (image, label))
     return tuple(
-        Pair(
-            f"{name}_{row:06d}",
-            HfCell(images, row, f"column {image} of {name} in {place}"),
-            HfCell(labels, row, f"column {label} of {name} in {place}"),
-        )
+        Pair(f"{name}_{row:06d}", HfCell(images, row, of_image), HfCell(labels, row, of_label))
         for row in range(len(table) if limit is None else min(limit, len(table)))
     )
 

@@ -52,20 +52,23 @@ def class_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def by_stem(folder: str | os.PathLike[str], extensions: Sequence[str], deep: bool = False) -> dict[str, str]:
-    """The folder's files by name without extension, in order of the names; hidden files are left out.
+    """The folder's files by name without extension, in no order; hidden files are left out.
 
     Where several share a name, the earliest extension's is taken. `deep` goes into the folders inside: keys are then
     relative paths with slashes.
     """
-    found: dict[str, tuple[int, str]] = {}
+    rank = {extension.removeprefix("."): number for number, extension in enumerate(extensions)}
+    found: dict[str, str] = {}
+    ranks: dict[str, int] = {}
     for parent, names, prefix in _folders(os.fspath(folder), deep):
-        for name in names:
-            stem, extension = os.path.splitext(name)
-            extension = extension.lower()
-            if extension in extensions and not name.startswith("."):
-                ranked = (extensions.index(extension), os.path.join(parent, name))
-                found[prefix + stem] = min(ranked, found.get(prefix + stem, ranked))
-    return {stem: found[stem][1] for stem in sorted(found)}
+        start = os.path.join(parent, "")
+        for name in sorted(names):
+            stem, _, extension = name.rpartition(".")
+            mine = rank.get(extension.lower())
+            key = prefix + stem
+            if mine is not None and not name.startswith(".") and mine < ranks.get(key, len(rank)):
+                found[key], ranks[key] = start + name, mine
+    return found
 
 
 def _folders(top: str, deep: bool) -> Iterable[tuple[str, list[str], str]]:
@@ -121,7 +124,7 @@ def pairs(
         )
     if not masks and by_stem(mask_folder, (".jpg", ".jpeg"), deep=True):
         raise ValueError(f"{mask_folder} holds JPEG masks, and JPEG changes the labels; save the masks as PNG.")
-    chosen = list(images) if names is None else list(names)
+    chosen = sorted(images) if names is None else list(names)
     partner = {name: _mask_name(name, masks) for name in chosen}
     check_present(chosen, images, os.path.join(image_folder, "{}.jpg"), "image", listed_in)
     check_present(chosen, partner, os.path.join(mask_folder, "{}.png"), "mask", listed_in)

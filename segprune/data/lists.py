@@ -8,9 +8,9 @@ train) beside it, or the folder that holds both.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from segprune.data.listing import ALIASES, aliases, class_names, read_lines, unique
 from segprune.data.pixels import IMAGE_EXTENSIONS, palette_of
@@ -34,7 +34,7 @@ def find(path: Path) -> Path | None:
 
 def source(path: Path) -> Source:
     try:
-        first = next(iter(_rows(path)), None)
+        first = next(_rows(path), None)
     except ValueError:  # told of where the split is read
         first = None
     palette = palette_of(os.path.join(path.parent, first[1]) if first else None)
@@ -43,11 +43,13 @@ def source(path: Path) -> Source:
 
 def _split(path: Path, split: str) -> tuple[Pair, ...]:
     listed = _list_of(path, split)
-    rows = _rows(listed)
+    rows = list(_rows(listed))
     if not rows:
         raise ValueError(f"{listed} lists no picture; write an image and its mask on each line.")
-    images = [os.path.join(listed.parent, image) for image, _ in rows]
-    masks = [os.path.join(listed.parent, mask) for _, mask in rows]
+    folder = os.path.join(listed.parent, "")
+    images, masks = (
+        [path if os.path.isabs(path) else folder + path for path in column] for column in zip(*rows, strict=True)
+    )
     _check_present([*images, *masks], listed)
     names = _names([image for image, _ in rows])
     return tuple(Pair(*row) for row in zip(names, images, masks, strict=True))
@@ -69,9 +71,8 @@ def _list_of(path: Path, split: str) -> Path:
     return found
 
 
-def _rows(path: Path) -> list[tuple[str, str]]:
+def _rows(path: Path) -> Iterator[tuple[str, str]]:
     """The two columns of each line; a heading as in CSV files is left out. ValueError names a line that has not two."""
-    rows = []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -83,8 +84,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
                 f"Line {number} of {path} has {len(columns)} column{'s' * (len(columns) != 1)}, where an image and its "
                 "mask are allowed; separate them by a blank, or by a tab or comma where names hold blanks."
             )
-        rows.append((columns[0], columns[1]))
-    return rows
+        yield columns[0], columns[1]
 
 
 def _columns(line: str) -> list[str]:
@@ -114,7 +114,8 @@ def _check_present(paths: Sequence[str], listed: Path) -> None:
 
 def _names(images: Sequence[str]) -> list[str]:
     """The files' names without extension where all differ, else with their folders; never a way out of a folder."""
-    paths = [PurePath(image.replace("\\", "/")).with_suffix("") for image in images]
-    if len({path.name for path in paths}) == len(paths):
-        return [path.name for path in paths]
-    return unique("/".join(part for part in path.parts if part not in ("..", path.anchor)) for path in paths)
+    stems = [os.path.splitext(image.replace("\\", "/"))[0] for image in images]
+    names = [stem.rpartition("/")[2] for stem in stems]
+    if len(set(names)) == len(names):
+        return names
+    return unique("/".join(part for part in stem.split("/") if part not in ("", ".", "..")) for stem in stems)

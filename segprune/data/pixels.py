@@ -95,7 +95,7 @@ def load_mask(place: Place) -> Bytes:
         mask.load()
         if mask.mode not in _MASK_MODES:
             raise SampleError(
-                f"Mask {place} has mode {mask.mode}, where a grey or palette PNG is allowed whose pixel "
+                f"Mask {place} has mode {mask.mode}, where an 8-bit grey or palette PNG is allowed whose pixel "
                 "value is the class; convert its colours to class indices."
             )
         values = np.asarray(mask)

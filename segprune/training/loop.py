@@ -64,10 +64,10 @@ def train(
 
     `teacher` is a SegFormer to learn from, as `config.distillation` weighs it. `state` continues an earlier run with
     the same settings and pictures. On the main process `on_epoch` is called after every epoch, while `model` has the
-    weights that were scored (their average, with `config.ema`), and `on_state` before the first step and every `config.save_steps` within
-    epochs; both get a state to save. Seeds torch's global generator before every step. Raises TrainingInterrupted on Ctrl-C and SIGTERM, after
-    the running step; TrainingDiverged when loss or weights are no longer finite; ValueError for settings that do not
-    fit model, pictures, processes or `state`.
+    weights that were scored (their average, with `config.ema`), and `on_state` before the first step and every
+    `config.save_steps` within epochs; both get a state to save. Seeds torch's global generator before every step.
+    Raises TrainingInterrupted on Ctrl-C and SIGTERM, after the running step; TrainingDiverged when loss or weights
+    are no longer finite; ValueError for settings that do not fit model, pictures, processes or `state`.
     """
     check_teacher(config.distillation, teacher, model)
     run = _Run(model, config, splits, accelerator, teacher, state)
@@ -116,7 +116,9 @@ class _Run:
         self.settings = asdict(config) | {"pictures": splits.fingerprint()}
         self.bare = model.to(accelerator.device)
         self.encoder = _encoder_parameters(model) if config.freeze_epochs else []
-        self.objective = Objective(config.loss, config.distillation, _frozen(teacher, accelerator), accelerator.autocast)
+        self.objective = Objective(
+            config.loss, config.distillation, _frozen(teacher, accelerator), accelerator.autocast
+        )
         self.projections = _projections(model, teacher, config)
         groups = parameter_groups(model, config.weight_decay, config.head_lr_factor)
         if self.projections is not None:
@@ -176,7 +178,7 @@ class _Run:
             return
         for parameter in self.encoder:
             parameter.requires_grad_(not frozen)
-        self.accelerator.free_memory()
+        self._release()
         student = Student(self.bare, self.projections, distilled=self.config.distillation is not None)
         if self.config.compile:
             student.compile()
@@ -188,7 +190,15 @@ class _Run:
         for parameter in self.encoder:
             parameter.requires_grad_(True)
         self.student = self.optimizer = None
-        self.accelerator.free_memory()
+        self._release()
+
+    def _release(self) -> None:
+        """Take back from accelerate what it holds on to; collecting garbage takes most of a second, so only if need be."""
+        if self.processes > 1:
+            self.accelerator.free_memory()
+        else:
+            self.accelerator._models.clear()
+            self.accelerator._optimizers.clear()
 
     def _batches(self) -> list[list[int]]:
         """This process's share of the running epoch's batches; an incomplete last one is left for other epochs."""
@@ -375,7 +385,7 @@ def _check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
 
 @contextmanager
 def _stop_flag() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM sets the flag, so that a step is never cut in half; the second Ctrl-C ends at once."""
+    """The first Ctrl-C or SIGTERM sets the flag, so that a step is never cut in half; a second Ctrl-C ends at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag

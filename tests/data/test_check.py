@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from segprune.data import LabelReport, check_labels
+from segprune.data import LabelReport, open_source
+from segprune.data import check_labels as check_source
 
 SIZE = (20, 30)
+
+
+def check_labels(root: Path, num_classes: int, **options: Any) -> LabelReport:
+    return check_source(open_source(root), num_classes, **options)
 
 
 def write_pair(root: Path, name: str, labels: np.ndarray, orientation: int = 1) -> None:
@@ -125,7 +131,7 @@ def test_a_class_without_a_pixel_in_the_first_split_is_noted(root: Path) -> None
     report = check_labels(root, 6)
     assert report.absent == (4, 5)
     assert report.pixels[4] == 600
-    assert report.notes == ("Without a pixel in train.txt's masks, so never learnt: class 4, 5.",)
+    assert report.notes == ("Without a pixel in the masks of train, so never learnt: class 4, 5.",)
 
 
 def test_masks_painted_with_255_are_refused(root: Path) -> None:

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segprune.data import CLASS_NAMES, check_labels, draw_shapes, find_root, read_split, voc_palette, write_shapes
+from segprune.data import CLASS_NAMES, check_labels, draw_shapes, open_source, voc_palette, write_shapes
 from segprune.data.shapes import JPEG_QUALITY, inside_shape
-from segprune.data.voc import load_pair
 
 SMALL = {"num_train": 3, "num_val": 2, "size": (32, 48)}
 
@@ -55,22 +54,24 @@ def test_training_and_validation_pictures_differ(tmp_path: Path) -> None:
 
 def test_the_set_is_in_voc_layout_with_jpegs_and_palette_masks(tmp_path: Path) -> None:
     root = write_shapes(tmp_path / "deep" / "set", **SMALL)
-    assert root == tmp_path / "deep" / "set" / "VOCdevkit" / "VOC2007" == find_root(tmp_path / "deep" / "set")
+    source = open_source(tmp_path / "deep" / "set")
+    assert root == tmp_path / "deep" / "set" / "VOCdevkit" / "VOC2007" == Path(source.root)
+    assert (source.layout, source.class_names, source.palette) == ("voc", CLASS_NAMES, voc_palette())
     assert (root / "classes.txt").read_text().split() == list(CLASS_NAMES)
-    names = {split: [sample.name for sample in read_split(root, split)] for split in ("train", "val")}
+    names = {split: [sample.name for sample in source.split(split)] for split in ("train", "val")}
     assert names == {"train": ["train_00000", "train_00001", "train_00002"], "val": ["val_00000", "val_00001"]}
-    for sample in read_split(root, "train"):
+    for sample in source.split("train"):
         with Image.open(sample.image) as image, Image.open(sample.mask) as mask:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (48, 32))
             assert (mask.format, mask.mode, mask.size) == ("PNG", "P", (48, 32))
             palette = mask.getpalette()
         assert palette is not None
-        assert palette[:24] == voc_palette()[:24]
+        assert tuple(palette[:24]) == voc_palette()[:24]
 
 
 def test_what_is_read_back_is_what_was_drawn(tmp_path: Path) -> None:
     root = write_shapes(tmp_path, seed=3, **SMALL)
-    image, mask = load_pair(read_split(root, "val")[1])
+    image, mask = open_source(root).split("val")[1].load()
     drawn, drawn_mask = draw_shapes(3, "val", 1, (32, 48))
     lossy = io.BytesIO()
     Image.fromarray(drawn).save(lossy, "jpeg", quality=JPEG_QUALITY)
@@ -80,7 +81,7 @@ def test_what_is_read_back_is_what_was_drawn(tmp_path: Path) -> None:
 
 def test_all_eight_classes_occur_and_the_check_has_nothing_to_say(tmp_path: Path) -> None:
     write_shapes(tmp_path, num_train=14, num_val=7, size=(64, 64))
-    report = check_labels(tmp_path, len(CLASS_NAMES))
+    report = check_labels(open_source(tmp_path), len(CLASS_NAMES))
     assert len(CLASS_NAMES) == 8
     assert min(report.pixels) > 0
     assert report.ignored == 0
@@ -142,8 +143,8 @@ def test_a_foreign_data_set_and_a_file_are_left_as_they_are(tmp_path: Path) -> N
 def test_an_empty_folder_and_an_earlier_set_are_written_over(tmp_path: Path) -> None:
     write_shapes(tmp_path, num_train=4, num_val=2, size=(48, 32), seed=1)
     root = write_shapes(tmp_path, seed=2, **SMALL)
-    assert len(read_split(root, "train")) == 3
-    np.testing.assert_array_equal(load_pair(read_split(root, "val")[0])[1], draw_shapes(2, "val", 0, (32, 48))[1])
+    assert len(open_source(root).split("train")) == 3
+    np.testing.assert_array_equal(open_source(root).split("val")[0].load()[1], draw_shapes(2, "val", 0, (32, 48))[1])
 
 
 def test_an_interrupted_run_leaves_no_lists_and_can_be_run_again(tmp_path: Path) -> None:
