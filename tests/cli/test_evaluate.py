@@ -59,8 +59,8 @@ def test_the_flags_say_how_pictures_go_through_the_network(
     flags: tuple[object, ...], how: EvalMode, data: Path, dense: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
-    root = find_root(tmp_path / "data")
-    name = read_split(root, "val")[0].name
+    root = tmp_path / "data" / "VOC2007"
+    name = open_source(root).split("val")[0].name
     big = Image.open(root / "JPEGImages" / f"{name}.jpg").resize((75, 50))
     big.save(root / "JPEGImages" / f"{name}.jpg")
     Image.open(root / "SegmentationClass" / f"{name}.png").resize((75, 50), Image.Resampling.NEAREST).save(
@@ -140,7 +140,7 @@ def test_the_bars_titles_are_the_means(
 
 def test_classes_without_names_are_numbered_in_the_tables(data: Path, dense: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    (find_root(tmp_path / "data") / "classes.txt").write_text("背景\nsea, deep", encoding="utf-8")
+    (tmp_path / "data" / "VOC2007" / "classes.txt").write_text("背景\nsea, deep", encoding="utf-8")
     done("eval", dense, "--data", tmp_path / "data", *SIZE, *HERE, "--no_boundary", "--save_dir", tmp_path / "out")
     head, *rows = rows_in(tmp_path / "out" / "scores.csv")
     assert "boundary_iou" not in head
@@ -170,7 +170,7 @@ def test_a_split_that_is_not_listed_is_refused(data: Path, dense: Path) -> None:
 
 def test_only_the_masks_that_are_scored_are_checked(data: Path, dense: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    mask = read_split(find_root(tmp_path / "data"), "train")[2].mask
+    mask = open_source(tmp_path / "data").split("train")[2].mask
     Image.fromarray(np.full((32, 32), 200, dtype=np.uint8)).save(mask)
     done("eval", dense, "--data", tmp_path / "data", *SIZE, *HERE)
     said = refused("eval", dense, "--data", tmp_path / "data", "--split", "train", *SIZE, *HERE)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 <<<<<<< HEAD
-from segprune.data import MEAN, STD, Sample
+from segprune.data import MEAN, STD, Pair, SampleError
 from segprune.training.evaluate import EvalMode, Tally, evaluate, score, shard, tallies
 from segprune.training.inference import Mode
 =======
@@ -42,10 +42,10 @@ def blocks(height: int, width: int, side: int = 8) -> np.ndarray:
     return labels.repeat(side, 0).repeat(side, 1)
 
 
-def write_sample(folder: Path, labels: np.ndarray, image: np.ndarray | None = None) -> Sample:
+def write_sample(folder: Path, labels: np.ndarray, image: np.ndarray | None = None) -> Pair:
     """A picture in its labels' colours, if no other is given."""
     number = len(list(folder.iterdir()))
-    sample = Sample(f"{number}", folder / f"{number}_image.png", folder / f"{number}_mask.png")
+    sample = Pair(f"{number}", folder / f"{number}_image.png", folder / f"{number}_mask.png")
     Image.fromarray(COLOURS[labels % 4] if image is None else image).save(sample.image)
     Image.fromarray(labels).save(sample.mask)
     return sample
@@ -99,7 +99,7 @@ def test_the_mode_comes_back_after_an_error_too(tmp_path: Path) -> None:
     sample.mask.unlink()
     model = ColourModel().train()
 <<<<<<< HEAD
-    with pytest.raises(FileNotFoundError, match=r"_mask\.png is missing"):
+    with pytest.raises(SampleError, match=r"_mask\.png is missing"):
         evaluate(model, [sample], 4, EvalMode(input_shape=(32, 32)))
 =======
     with pytest.raises(SampleError, match=r"_mask\.png is missing"):
