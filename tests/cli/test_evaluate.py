@@ -59,7 +59,7 @@ def test_the_flags_say_how_pictures_go_through_the_network(
     flags: tuple[object, ...], how: EvalMode, data: Path, dense: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
-    root = tmp_path / "data" / "VOC2007"
+    root = tmp_path / "data" / "VOCdevkit" / "VOC2007"
     name = open_source(root).split("val")[0].name
     big = Image.open(root / "JPEGImages" / f"{name}.jpg").resize((75, 50))
     big.save(root / "JPEGImages" / f"{name}.jpg")
@@ -140,7 +140,7 @@ def test_the_bars_titles_are_the_means(
 
 def test_classes_without_names_are_numbered_in_the_tables(data: Path, dense: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data" / "VOC2007" / "classes.txt").write_text("背景\nsea, deep", encoding="utf-8")
+    (tmp_path / "data" / "VOCdevkit" / "VOC2007" / "classes.txt").write_text("背景\nsea, deep", encoding="utf-8")
     done("eval", dense, "--data", tmp_path / "data", *SIZE, *HERE, "--no_boundary", "--save_dir", tmp_path / "out")
     head, *rows = rows_in(tmp_path / "out" / "scores.csv")
     assert "boundary_iou" not in head
