@@ -19,7 +19,7 @@ ROWS = (
     ("model",),
     ("convert", "huggingface", "stats", "fold", "data", "training"),
     ("checkpoint", "pruning"),
-    ("report",),
+    ("report", "pictures"),
     ("cli",),
     ("doors",),
 )
