@@ -321,6 +321,18 @@ def test_logits_that_are_no_numbers_are_refused(photos: Path, small: Path, tmp_p
     assert said == expected
 
 
+def test_a_full_disk_is_told_and_leaves_no_half_picture(photos: Path, small: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # no file may grow beyond it
+    try:
+        said = refused(*predicting_on(photos / "a.png", small, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert said.startswith(f"{tmp_path}/out/overlay/a.png could not be written (File too large); give another place")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
 def interrupted_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C comes while the network runs for the so-manieth time."""
     calls = iter(range(1, 1000))
