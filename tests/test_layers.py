@@ -19,7 +19,7 @@ ROWS = (
     ("model",),
     ("convert", "huggingface", "stats", "fold", "data", "training"),
     ("checkpoint", "pruning"),
-    ("report", "plots"),
+    ("report", "plots", "pictures"),
     ("cli",),
     ("doors",),
 )

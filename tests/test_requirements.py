@@ -92,3 +92,8 @@ def test_an_uninstalled_clone_has_the_projects_version() -> None:
 def test_the_pip_command_for_torch_pruning_names_the_exact_version() -> None:
     source = (ROOT / "segprune/pruning/groups.py").read_text(encoding="utf-8")
     assert re.findall(r"pip install torch-pruning==([\d.]+\d)", source) == [pin(PINS["torch-pruning"])]
+
+
+def test_the_pip_command_for_opencv_names_the_version_that_is_tested() -> None:
+    source = (ROOT / "segprune/cli/video.py").read_text(encoding="utf-8")
+    assert re.findall(r"pip install opencv-python-headless==([\d.]+\d)", source) == [pin(DEV["opencv-python-headless"])]

@@ -1,4 +1,4 @@
-"""The command line: `segprune prune | train | eval | info | shapes`, one file per command.
+"""The command line: `segprune prune | train | eval | predict | info | shapes`, one file per command.
 
 A command's flags are the fields of its frozen config. Only here is anything printed, and only here are devices and
 paths chosen.
@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from segprune.cli import evaluate, info, prune, shapes, train
+from segprune.cli import evaluate, info, predict, prune, shapes, train
 from segprune.cli.common import CONTEXT, command, keep_freed_memory
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ _COMMANDS: tuple[tuple[str, type[Any], Callable[[Any, frozenset[str]], None]], .
     ("prune", prune.PruneConfig, prune.run),
     ("train", train.TrainSettings, train.run),
     ("eval", evaluate.EvalConfig, evaluate.run),
+    ("predict", predict.PredictConfig, predict.run),
     ("info", info.InfoConfig, info.run),
     ("shapes", shapes.ShapesConfig, shapes.run),
 )

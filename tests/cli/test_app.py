@@ -29,9 +29,9 @@ MANUAL = {
 def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None:
     status, out, errors = invoke(name, "--help")
     assert (status, errors) == (0, "")
-    shown = set(re.findall(r"^│ +--(\w+)", out, re.MULTILINE))
+    shown = set(re.findall(r"^│ +(?:\* +)?--(\w+)", out, re.MULTILINE))
     names = {"json_path": "json", "as_json": "json"}
-    arguments = {"info": {"model_path"}, "eval": {"model_path"}, "shapes": {"folder"}}.get(name, set())
+    arguments = {"shapes": {"folder"}}.get(name, {"model_path"} if name in ("info", "eval", "predict") else set())
     fields = {names.get(field.name, field.name) for field in dataclasses.fields(config)} - arguments
     assert shown == fields | {"help"}
     assert ("─ Arguments ─" in out) == bool(arguments)
@@ -39,7 +39,7 @@ def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None
 
 def test_the_help_lists_every_command_and_comes_without_one_too() -> None:
     _, out, _ = invoke("--help")
-    assert all(re.search(rf"│ {name} +\w", out) for name in ("prune", "train", "eval", "info", "shapes"))
+    assert all(re.search(rf"│ {name} +\w", out) for name in ("prune", "train", "eval", "predict", "info", "shapes"))
     _, bare, errors = invoke()
     assert out.split() in (bare.split(), errors.split())
 

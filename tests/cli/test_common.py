@@ -41,7 +41,9 @@ from tests.dialects import state_in
 def command_on(name: str, path: Path, data: Path, out: Path) -> tuple[object, ...]:
     """A call of each command that reads a checkpoint; `out` is where it would write."""
     here = ("--data", data, *SIZE, *HERE)
+    pictures = data / "VOCdevkit/VOC2007/JPEGImages"
     return {
+        "predict": ("predict", path, "--input", pictures, *SIZE, "--save_dir", out),
         "info": ("info", path),
         "eval": ("eval", path, *here, "--json", out / "score.json"),
         "prune": ("prune", "--model_path", path, *here, "--pruning_rate", "0", "--save_dir", out),
@@ -50,8 +52,9 @@ def command_on(name: str, path: Path, data: Path, out: Path) -> tuple[object, ..
 
 
 ROOT = Path(__file__).parents[2]
-READERS = ("info", "eval", "prune", "train")
+READERS = ("info", "eval", "predict", "prune", "train")
 SCORERS = ("eval", "prune", "train")
+RUNNERS = (*SCORERS, "predict")
 
 
 class RunsCode:
@@ -106,7 +109,7 @@ def test_the_code_in_the_bad_file_would_have_run(tmp_path: Path) -> None:
     assert (tmp_path / "ran").is_dir()
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", RUNNERS)
 def test_weights_with_nan_are_refused_by_name(name: str, data: Path, small: Path, tmp_path: Path) -> None:
     model = load(small)
     with torch.no_grad():
@@ -116,14 +119,14 @@ def test_weights_with_nan_are_refused_by_name(name: str, data: Path, small: Path
     assert refused(*command_on(name, tmp_path / "nan.pth", data, tmp_path / "out")) == message
 
 
-@pytest.mark.parametrize("name", ["eval", "prune"])
+@pytest.mark.parametrize("name", ["eval", "predict", "prune"])
 def test_a_bare_backbone_has_nothing_to_score_or_prune(
     name: str, data: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:
     path = tmp_path / "mit_b0.pth"
     torch.save({k: v for k, v in state_in("nvlabs", trained_like).items() if k.startswith("backbone.")}, path)
     call = command_on(name, path, data, tmp_path / "out")
-    if name == "eval":
+    if name in ("eval", "predict"):
         assert refused(*call).endswith(
             "so its classes are unknown; give --num_classes to train it, or a whole network."
         )
@@ -143,7 +146,7 @@ def test_an_input_shape_that_is_too_small_is_refused(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", RUNNERS)
 def test_cuda_without_a_gpu_is_refused(name: str, data: Path, small: Path, tmp_path: Path) -> None:
     message = "--cuda was given but PyTorch sees no GPU here; leave out --cuda to run on the CPU, or"
     assert refused(*command_on(name, small, data, tmp_path / "out"), "--cuda").startswith(message)
@@ -151,13 +154,14 @@ def test_cuda_without_a_gpu_is_refused(name: str, data: Path, small: Path, tmp_p
 
 
 PARTS = {
+    "predict": "segprune.cli.predict.predict_pictures",
     "eval": "segprune.cli.evaluate.evaluate",
     "prune": "segprune.cli.prune.measure_latency",
     "train": "segprune.cli.fitting.train",
 }
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", RUNNERS)
 def test_a_full_gpu_is_explained(
     name: str, data: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +175,7 @@ def test_a_full_gpu_is_explained(
     )
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", RUNNERS)
 def test_a_file_in_the_place_of_the_folder_is_refused(name: str, data: Path, small: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     said = refused(*command_on(name, small, data, tmp_path / "out"))
@@ -273,7 +277,7 @@ def test_a_message_is_printed_as_it_is_and_not_as_markup(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "Error: stages [bold] and [/x] stay.\n"
 
 
-@pytest.mark.parametrize("name", ["prune", "train", "eval", "info", "shapes"])
+@pytest.mark.parametrize("name", ["prune", "train", "eval", "predict", "info", "shapes"])
 def test_an_unknown_flag_is_a_usage_error_that_names_it(name: str) -> None:
     status, _, errors = invoke(name, "--learning_rat", "1")
     assert status == 2

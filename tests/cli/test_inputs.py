@@ -1,0 +1,175 @@
+"""What --input may be: kinds told apart, pictures found and read whatever they are called and however stored."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segprune.cli.inputs import find_pictures, kind_of, load_picture, made_ready
+from segprune.data import normalise
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+
+
+def put(path: Path, array: np.ndarray = RGB, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def test_folders_videos_pictures_and_cameras_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.MP4", "b.jpg", "c"):
+        Path(name).touch()
+    assert [kind_of(x) for x in (".", "a.MP4", "b.jpg", "c", "0", "12")] == [
+        "folder",
+        "video",
+        "picture",
+        "picture",
+        "camera",
+        "camera",
+    ]
+    Path("0").touch()
+    assert kind_of("0") == "picture"  # a file goes before a number
+
+
+@pytest.mark.parametrize("source", ["nothing.jpg", "-1", "1.5", "²"])
+def test_what_is_not_there_is_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist; give a picture, a folder of pictures, a video or the"):
+        kind_of(source)
+
+
+def test_pictures_are_found_below_the_folder_in_order_and_others_counted(tmp_path: Path) -> None:
+    root = tmp_path / "Bilder"
+    for name in ("b.JPG", "猫/ü.png", "猫/z/deep.bmp", "a.webp"):
+        put(root / name)
+    for name in ("notes.txt", "猫/film.mp4", ".DS_Store", "._b.jpg", ".hidden/c.jpg"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    pictures, others = find_pictures(str(root), str(tmp_path / "out"))
+    assert [picture.name for picture in pictures] == ["a.webp", "b.JPG", "猫/ü.png", "猫/z/deep.bmp"]
+    assert [Path(picture.target) for picture in pictures] == list(
+        map(Path, ["a.png", "b.png", "猫/ü.png", "猫/z/deep.png"])
+    )
+    assert others == 2
+
+
+def test_pictures_that_differ_in_their_ending_alone_keep_it(tmp_path: Path) -> None:
+    for name in ("a.jpg", "A.png", "b.jpg", "sub/a.jpg"):
+        put(tmp_path / "in" / name)
+    pictures, _ = find_pictures(str(tmp_path / "in"), str(tmp_path / "out"))
+    targets = {picture.name: picture.target for picture in pictures}
+    assert targets == {"a.jpg": "a.jpg.png", "A.png": "A.png.png", "b.jpg": "b.png", "sub/a.jpg": "sub/a.png"}
+
+
+def test_what_an_earlier_run_wrote_is_not_read_again(tmp_path: Path) -> None:
+    put(tmp_path / "a.jpg")
+    put(tmp_path / "out/overlay/a.png")
+    pictures, others = find_pictures(str(tmp_path), str(tmp_path / "out"))
+    assert ([picture.name for picture in pictures], others) == (["a.jpg"], 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names there are text")
+def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff.png"
+    try:
+        Path(os.fsdecode(path)).write_bytes(put(tmp_path / "x.bmp").read_bytes())
+    except OSError:
+        pytest.skip("this disk takes no such name")
+    pictures, _ = find_pictures(str(tmp_path), str(tmp_path / "out"))
+    assert [picture.name for picture in pictures] == ["x.bmp", "?.png"]
+    assert load_picture(pictures[1].path, None).image.shape == RGB.shape
+
+
+def stored(kind: str, path: Path) -> tuple[Path, np.ndarray]:
+    """A picture stored that way, and the RGB it means."""
+    three = np.stack([GREY] * 3, axis=2)
+    match kind:
+        case "RGB":
+            return put(path.with_suffix(".png")), RGB
+        case "grey":
+            return put(path.with_suffix(".png"), GREY), three
+        case "RGBA":
+            alpha = np.full((40, 60, 1), 7, dtype=np.uint8)
+            return put(path.with_suffix(".png"), np.concatenate([RGB, alpha], axis=2)), RGB
+        case "16-bit PNG":
+            return put(path.with_suffix(".png"), GREY.astype(np.uint16) * 256 + 99), three
+        case "16-bit TIFF":
+            return put(path.with_suffix(".tif"), GREY.astype(np.uint16) * 256), three
+        case "32-bit TIFF":
+            return put(path.with_suffix(".tif"), GREY.astype(np.int32) * 256 + 255), three
+        case "black and white":
+            return put(path.with_suffix(".png"), GREY > 127), np.where(three > 127, 255, 0).astype(np.uint8)
+        case "turned":
+            exif = Image.Exif()
+            exif[0x0112] = 6  # to be turned by a quarter, clockwise
+            return put(path.with_suffix(".png"), RGB, exif=exif), np.rot90(RGB, -1)
+        case _:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            deep = GREY.astype(np.uint16) * 256
+            return put(path.with_suffix(".png"), deep, exif=exif), np.rot90(three, -1)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "RGB", "grey", "RGBA", "16-bit PNG", "16-bit TIFF", "32-bit TIFF", "black and white", "turned", "turned 16-bit",
+    ],
+)  # fmt: skip
+def test_a_picture_is_read_upright_in_8_bits_however_it_is_stored(kind: str, tmp_path: Path) -> None:
+    path, meant = stored(kind, tmp_path / "x")
+    assert np.array_equal(load_picture(path, None).image, meant)
+
+
+def test_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
+    path = put(tmp_path / "x.tif", np.full((4, 4), 70000, dtype=np.int32))
+    with pytest.raises(ValueError, match=r"x\.tif holds values outside 0..65535, where at most 16 bits are read; save"):
+        load_picture(path, None)
+
+
+def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
+    path = put(tmp_path / "x.tif", np.zeros((4, 4), dtype=np.float32))
+    with pytest.raises(ValueError, match=r"x\.tif has mode F, where 8 bits per channel are allowed; save it as 8-bit"):
+        load_picture(path, None)
+
+
+@pytest.mark.parametrize("damage", ["empty", "a text", "half"])
+def test_a_damaged_picture_is_refused_by_name(damage: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "x.jpg")
+    content = {"empty": b"", "a text": b"no picture", "half": path.read_bytes()[: path.stat().st_size // 2]}
+    path.write_bytes(content[damage])
+    with pytest.raises(ValueError, match=r"x\.jpg cannot be read as an image \(.+\); replace or remove the file\.$"):
+        load_picture(path, None)
+
+
+def test_whatever_a_decoder_stumbles_over_names_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*args: object, **kwargs: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("segprune.cli.inputs.load_image", stumble)
+    with pytest.raises(ValueError, match=r"x\.png cannot be read as an image \(list index out of range\); replace"):
+        load_picture(put(tmp_path / "x.png"), None)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 60), (33, 100)])
+def test_in_its_own_size_a_picture_is_not_resampled(size: tuple[int, int]) -> None:
+    image = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
+    ready = made_ready(image, None)
+    assert torch.equal(ready.pixels, normalise(image))
+    assert ready.box == (0, 0, *size)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10, 60), (60, 31)])
+def test_a_picture_smaller_than_the_network_takes_is_padded(size: tuple[int, int]) -> None:
+    ready = made_ready(RNG.integers(0, 256, (*size, 3), dtype=np.uint8), None)
+    assert ready.pixels.shape == (3, max(32, size[0]), max(32, size[1]))
+    assert ready.image.shape[:2] == size
