@@ -489,8 +489,16 @@ def test_processes_that_accelerate_did_not_join_are_refused(
     ("processes", "changes", "said"),
     [
         (9, {"batch_size": 9}, "8 training pictures came for 9 processes and 1 pieces; start fewer, so that each gets"),
-        (2, {"batch_size": 3}, "batch_size is 3, which 2 processes and 1 pieces do not share evenly; make it a multiple of 2"),
-        (2, {"accumulate": 2}, "batch_size is 2, which 2 processes and 2 pieces do not share evenly; make it a multiple of 4"),
+        (
+            2,
+            {"batch_size": 3},
+            "batch_size is 3, which 2 processes and 1 pieces do not share evenly; make it a multiple of 2",
+        ),
+        (
+            2,
+            {"accumulate": 2},
+            "batch_size is 2, which 2 processes and 2 pieces do not share evenly; make it a multiple of 4",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(
@@ -516,7 +524,9 @@ def taught(data: Path, **changes: Any) -> Setup:
     return config_of(data, loss=loss, distillation=Distillation(), **changes)
 
 
-def losses_of(model: nn.Module, setup: Setup, accelerator: Accelerator, teacher: SegFormer) -> tuple[list[float], Score]:
+def losses_of(
+    model: nn.Module, setup: Setup, accelerator: Accelerator, teacher: SegFormer
+) -> tuple[list[float], Score]:
     losses: list[float] = []
     on_step = lambda done, total, loss, lr: losses.append(loss)  # noqa: E731
     return losses, train(model, *setup, accelerator=accelerator, teacher=teacher, on_step=on_step)
