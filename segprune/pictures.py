@@ -85,7 +85,7 @@ def error_map(labels: Bytes, predicted: Bytes) -> Bytes:
 def legend(
     class_names: Sequence[str], palette: Sequence[int], present: Iterable[int] | None = None, width: int = 640
 ) -> Image.Image:
-    """The classes' colours, numbers and names in as many columns as `width` pixels hold.
+    """The classes' colours, numbers and names in as many columns as `width` pixels hold, no wider than needed.
 
     `present` picks labels, all classes if None; 255 among them stands as "ignored".
     """
@@ -95,6 +95,7 @@ def legend(
     room = width - 3 * GAP - swatch
     column = swatch + 3 * GAP + min(room, max((_width(text) for text in texts), default=0))
     columns = max(1, min(width // column, len(texts)))
+    width = min(width, GAP + columns * column)
     sheet = Image.new("RGB", (width, GAP + line * max(1, -(-len(texts) // columns))), PAPER)
     draw = ImageDraw.Draw(sheet)
     for place, (label, text) in enumerate(zip(shown, texts, strict=True)):

@@ -182,7 +182,7 @@ def _write(job: Job, picture: Picture, image: Bytes, labels: Bytes) -> tuple[dic
         # the mask's values are the classes, so it is no RGB
         drawn = mask_image(labels, job.palette) if kind == "mask" else Image.fromarray(draw(job, kind, image, labels))
         with atomic_path(job.folder / kind / picture.target) as temporary:
-            drawn.save(temporary, format="PNG")
+            drawn.save(temporary, format="PNG", compress_level=3)  # twice as fast as 6, a tenth larger
     record = {"name": picture.name, "file": picture.target, "size": list(labels.shape)}
     return record, np.bincount(labels.ravel(), minlength=job.num_classes)
 
