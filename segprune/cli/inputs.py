@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from segprune.data import letterbox, load_image, normalise
+from segprune.data.pixels import opened
 from segprune.data.transforms import Box, Bytes
-from segprune.data.voc import opened
 from segprune.model import MIN_SIZE
 
 # fmt: off

@@ -142,7 +142,7 @@ def _lines(path: Path) -> list[str]:
 def _palette(config: PredictConfig, found: Checkpoint) -> list[int]:
     palette = found.extra.get("palette")
     if palette is None:
-        return voc_palette()
+        return list(voc_palette())
     numbers = palette if isinstance(palette, list) else []
     if len(numbers) != 768 or not all(isinstance(number, int) and 0 <= number <= 255 for number in numbers):
         raise ValueError(

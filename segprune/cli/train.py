@@ -242,11 +242,14 @@ def _check_flags(config: TrainSettings, given: frozenset[str]) -> None:
 def _start(config: TrainSettings) -> tuple[SegFormer, tuple[str, ...], dict[str, Any], TrainSettings]:
     """Network, notes to show, the extra to carry on, and the settings with what was read off the file."""
     torch.manual_seed(config.seed)
+    notes: tuple[str, ...] = ()
+    extra: dict[str, Any] = {}
+    backbone_only = False
     if not config.model_path:
         if config.dialect is not None:
             raise ValueError("--dialect was given without --model_path; it says who wrote a checkpoint.")
         spec = standard_spec(config.phi or "b2", 8 if config.num_classes is None else config.num_classes)
-        model, notes, extra, backbone_only = SegFormer(_with_drop_path(spec, config.drop_path)), (), {}, False
+        model = SegFormer(_with_drop_path(spec, config.drop_path))
     else:
         found = checkpoint.read(
             config.model_path, dialect=config.dialect, variant=config.phi, num_classes=config.num_classes
@@ -317,8 +320,18 @@ def train_config(config: TrainSettings, num_classes: int, pixels: tuple[int, ...
         distillation = Distillation(
             pixel=config.distill_pixel, channel=config.distill_channel, feature=config.distill_feature
         )
-    same = ("input_shape", "epochs", "batch_size", "accumulate", "optimizer", "lr", "weight_decay", "momentum")
-    same += ("clip_norm", "ema", "freeze_epochs", "scale", "eval_every", "save_steps", "num_workers", "seed", "compile")
+    same = (
+        "input_shape",
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "optimizer",
+        "lr",
+        "weight_decay",
+        "momentum",
+        "clip_norm",
+    )
+    also = ("ema", "freeze_epochs", "scale", "eval_every", "save_steps", "num_workers", "seed", "compile")
     return TrainConfig(
         num_classes=num_classes,
         head_lr_factor=config.head_lr or 1.0,
@@ -326,7 +339,7 @@ def train_config(config: TrainSettings, num_classes: int, pixels: tuple[int, ...
         distillation=distillation,
         mixed_precision=config.amp,
         **schedule,
-        **{name: getattr(config, name) for name in same},
+        **{name: getattr(config, name) for name in same + also},
     )
 
 
@@ -335,7 +348,7 @@ def class_weights(text: str, num_classes: int, pixels: tuple[int, ...]) -> tuple
     if not text:
         return None
     if text in WEIGHT_RULES:
-        return class_weights_from_counts(pixels, text)  # type: ignore[arg-type]
+        return class_weights_from_counts(pixels, text)
     try:
         weights = tuple(float(word) for word in text.replace(",", " ").split())
     except ValueError as error:

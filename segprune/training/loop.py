@@ -193,7 +193,7 @@ class _Run:
         self._release()
 
     def _release(self) -> None:
-        """Take back from accelerate what it holds on to; collecting garbage takes most of a second, so only if need be."""
+        """Take back what accelerate holds on to; collecting garbage takes most of a second, so only if need be."""
         if self.processes > 1:
             self.accelerator.free_memory()
         else:

@@ -10,14 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from segprune.data import MEAN, STD, Pair, SampleError
 from segprune.training.evaluate import EvalMode, Tally, evaluate, score, shard, tallies
 from segprune.training.inference import Mode
-=======
-from segprune.data import MEAN, STD, Pair, SampleError
-from segprune.training.evaluate import confusion_matrix, evaluate, score
->>>>>>> wt-data
 
 COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)], dtype=np.uint8)
 
@@ -98,13 +93,8 @@ def test_the_mode_comes_back_after_an_error_too(tmp_path: Path) -> None:
     sample = write_sample(tmp_path, blocks(32, 32))
     sample.mask.unlink()
     model = ColourModel().train()
-<<<<<<< HEAD
     with pytest.raises(SampleError, match=r"_mask\.png is missing"):
         evaluate(model, [sample], 4, EvalMode(input_shape=(32, 32)))
-=======
-    with pytest.raises(SampleError, match=r"_mask\.png is missing"):
-        evaluate(model, [sample], 4, (32, 32))
->>>>>>> wt-data
     assert model.training
 
 
