@@ -119,7 +119,7 @@ def test_strips_change_nothing(
 ) -> None:
     how = EvalMode(mode, (48, 64), scales=scales, flip=flip)
     (whole,) = labelled(predict, [picture(*size)], how)
-    monkeypatch.setattr(inference, "STRIP_NUMBERS", K * size[1] * 7)
+    monkeypatch.setattr(inference, "CPU_STRIP_NUMBERS", K * size[1] * 7)
     (found,) = labelled(predict, [picture(*size)], how)
     same(found, whole)
 
@@ -175,7 +175,7 @@ def test_sliding_keeps_only_the_rows_that_are_still_needed(predict: Predict, mon
         return read(self, a, b)
 
     monkeypatch.setattr(inference._Sliding, "read", watched)
-    monkeypatch.setattr(inference, "STRIP_NUMBERS", K * 40 * 8)
+    monkeypatch.setattr(inference, "CPU_STRIP_NUMBERS", K * 40 * 8)
     labelled(predict, [picture(1000, 40)], EvalMode("slide", (32, 40)))
     assert 32 <= most <= 64
 
