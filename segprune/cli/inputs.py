@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from segprune.data import letterbox, load_image, normalise
-from segprune.data.pixels import opened
 from segprune.data.transforms import Box, Bytes
 from segprune.model import MIN_SIZE
 
@@ -25,7 +22,6 @@ VIDEOS = (
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm", ".wmv",
 )
 # fmt: on
-_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of grey pictures with 16 bits
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def check_not_overwritten(sources: list[Path], folder: Path, kinds: tuple[str, .
 def load_picture(path: Path, shape: tuple[int, int] | None) -> Loaded:
     """A picture read upright and letterboxed; ValueError if it cannot be read. See `made_ready`."""
     try:
-        image = _read_deep(path) if _is_deep(path) else load_image(path, upright=True)
+        image = load_image(path, upright=True)
     except (ValueError, FileNotFoundError):
         raise
     except Exception as error:  # damaged files fail in every way there is
@@ -127,19 +123,3 @@ def _stem(root: Path, path: Path) -> str:
 
 def _printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode()  # names on disk need not be text
-
-
-def _is_deep(path: Path) -> bool:
-    with opened(path) as image:
-        return image.mode in _DEEP
-
-
-def _read_deep(path: Path) -> Bytes:
-    """A grey picture of 16 bits: the upper 8 of them, as Pillow itself reads 16-bit RGB."""
-    with opened(path) as image:
-        image.load()
-        values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"{path} holds values outside 0..65535, where at most 16 bits are read; save it as 8-bit RGB.")
-    grey = Image.fromarray((values >> 8).astype(np.uint8))
-    return np.asarray(grey.convert("RGB"))

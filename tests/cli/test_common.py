@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from segprune.checkpoint import load, save
 from segprune.cli.common import (
-    class_names,
     command,
     console,
     measured_on,
@@ -294,15 +293,6 @@ def test_settings_are_shown_with_pairs_dashes_and_short_numbers(capsys: pytest.C
     show_settings("What", {"shape": (32, 64), "none": None, "empty": "", "lr": 6e-5, "flag": False})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [["What"], ["shape", "32", "64"], ["none", "–"], ["empty", "–"], ["lr", "6e-05"], ["flag", "False"]]
-
-
-def test_classes_are_named_by_the_datas_list(data: Path, tmp_path: Path) -> None:
-    shutil.copytree(data, tmp_path / "data")
-    listed = tmp_path / "data/VOCdevkit/VOC2007/classes.txt"
-    listed.write_text("天空\nsea", encoding="utf-8")
-    assert class_names(str(tmp_path / "data")) == ("天空", "sea")
-    listed.unlink()
-    assert class_names(str(tmp_path / "data")) == ()
 
 
 @pytest.mark.parametrize("boundary", [False, True])

@@ -6,14 +6,13 @@ import json
 import re
 import shlex
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from segprune.checkpoint import read
-from segprune.cli import fitting
+from segprune.cli.journal import Journal
 from segprune.training import loop
 from segprune.training.evaluate import Score
 from tests.commands import BEST, HERE, LAST, SIZE, done, invoke, refused, results_in, same, training
@@ -22,11 +21,12 @@ from tests.commands import BEST, HERE, LAST, SIZE, done, invoke, refused, result
 def interrupted(step: int, *flags: object) -> tuple[int, str]:
     """Exit status and stderr of a command in which Ctrl-C comes in that step of training."""
 
-    def press(advance: object) -> Callable[..., None]:
-        return lambda done, total, loss, lr: signal.raise_signal(signal.SIGINT) if done == step else None
+    def press(self: Journal, done: int, total: int, loss: float, lr: float) -> None:
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "_shown", press)
+        patch.setattr(Journal, "step_done", press)
         status, _, errors = invoke(*flags)
     return status, errors
 

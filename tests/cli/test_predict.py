@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from segprune.checkpoint import load, save
 from segprune.cli import predicting
 from segprune.cli.predicting import _highest
-from segprune.data import find_root, load_image, load_mask, normalise, read_split, voc_palette
+from segprune.data import load_image, load_mask, normalise, open_source, voc_palette
 from segprune.model import SegFormer
 from segprune.pictures import overlay, paint, side_by_side
 from segprune.spec import Spec, standard_spec
@@ -31,7 +31,7 @@ def photos(data: Path, tmp_path: Path) -> Path:
     """The three pictures to score, in folders and of unequal sizes."""
     folder = tmp_path / "photos"
     for sample, name, size in zip(
-        read_split(find_root(data), "val"), ("a", "sub/b", "sub/猫"), ((32, 32), (50, 40), (33, 70)), strict=True
+        open_source(data).split("val"), ("a", "sub/b", "sub/猫"), ((32, 32), (50, 40), (33, 70)), strict=True
     ):
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +48,8 @@ def record_in(out: Path) -> dict[str, Any]:
 
 
 def test_the_masks_score_as_eval_does(data: Path, dense: Path, tmp_path: Path) -> None:
-    root = find_root(data)
     done(*predicting_on(root / "JPEGImages", dense, tmp_path, "--kind", "mask"))
-    samples = read_split(root, "val")
+    samples = open_source(data).split("val")
     matrix = torch.zeros(8, 8, dtype=torch.int64)
     for sample in samples:
         predicted, labels = (torch.tensor(load_mask(p)) for p in (tmp_path / f"mask/{sample.name}.png", sample.mask))

@@ -518,8 +518,16 @@ def quiet_model(seed: int = 0) -> SegFormer:
 
 def taught(data: Path, **changes: Any) -> Setup:
     """Settings in which everything takes part that several processes or pieces must share: padding without labels,
-    statistics, a frozen start, a teacher, clipping, an average."""
-    changes = {"freeze_epochs": 1, "clip_norm": 1.0, "ema": 0.9, "batch_size": 4, "lr": 1e-3} | changes
+    statistics, a frozen start, a teacher, clipping, an average. SGD, since AdamW makes steps of rounding errors where
+    gradients are 0, as those of the keys' biases are."""
+    changes = {
+        "freeze_epochs": 1,
+        "clip_norm": 1.0,
+        "ema": 0.9,
+        "batch_size": 4,
+        "lr": 0.05,
+        "optimizer": "sgd",
+    } | changes
     loss = SegmentationLoss(parse_loss("ce+0.5*dice"), label_smoothing=0.1)
     return config_of(data, loss=loss, distillation=Distillation(), **changes)
 
