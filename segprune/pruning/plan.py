@@ -54,6 +54,7 @@ class Costs:
         self._per_slot = np.zeros((2, len(layers), len(groups)))
         self._heads: list[tuple[int, int, int]] = []  # side, layer, group
         rows = _rows_by_side(layers)
+        self._reach = [_reach(group, layers, rows) for group in groups]
         for g, group in enumerate(groups):
             for member in group.members:
                 for side, row in rows.get((member.layer, member.side), ()):
@@ -84,6 +85,13 @@ class Costs:
             price += weight * (1.0 - self._cost(widths, coefficients) / whole)
         return price
 
+    def loss_per_saving(self, g: int) -> float:
+        """What losing a given share of group `g` weighs: once for each product that reads or writes it, per price.
+
+        Counted so, a stage's width that thirty products share is not given away like one block's hidden width.
+        """
+        return self._reach[g] / self.price(g)
+
     def _cost(self, widths: Widths, coefficients: Coefficients) -> float:
         dims = self._dims - self._per_slot @ (self.full - widths)
         for side, row, g in self._heads:
@@ -104,6 +112,12 @@ def _rows_by_side(layers: Sequence[Layer]) -> dict[tuple[str, str], list[tuple[i
             if layer.kind == "product":
                 rows.setdefault((layer.name, "in"), []).append((0, i))
     return rows
+
+
+def _reach(group: Group, layers: Sequence[Layer], rows: Mapping[tuple[str, str], list[tuple[int, int]]]) -> int:
+    """The number of products one of whose sides the group is; at least 1."""
+    sides = {found for m in group.members for found in rows.get((m.layer, m.side), ())}
+    return max(1, sum(layers[row].kind == "product" for _, row in sides))
 
 
 def _coefficients(
@@ -150,7 +164,7 @@ def solve(
     if local:
         ranked = [_slot_ranks(group) for group in groups]
     else:
-        ranked = [_slot_losses(scores[group.name], group, costs.price(g)) for g, group in enumerate(groups)]
+        ranked = [_slot_losses(scores[group.name], group, costs.loss_per_saving(g)) for g, group in enumerate(groups)]
     floors = np.array([widths[0] for widths in allowed], dtype=np.int64)
     _check_reach(costs, floors, rate, whole)
     target = whole * (1.0 - rate)
@@ -193,14 +207,14 @@ def _allowed(group: Group, round_to: int) -> list[int]:
     return [*multiples, group.slots]
 
 
-def _slot_losses(scores: Scores, group: Group, price: float) -> Scores:
-    """Ascending: what the k-th lowest slot loses of the logarithm of the group's score, per unit of its price.
+def _slot_losses(scores: Scores, group: Group, weight: float) -> Scores:
+    """Ascending: what the k-th lowest slot loses of the logarithm of the group's score, times the group's weight.
 
     Slot k is each part's k-th lowest channel, so that all parts (heads) lose equally many.
     """
     ranked = np.sort(scores.reshape(group.parts, group.slots), axis=1).mean(axis=0)
     left = np.cumsum(ranked[::-1])[::-1]  # the score of slot k and all above
-    losses: Scores = group.slots * ranked / np.maximum(left, np.finfo(float).tiny) / price
+    losses: Scores = group.slots * ranked / np.maximum(left, np.finfo(float).tiny) * weight
     return losses
 
 

@@ -1,0 +1,167 @@
+"""What fine-tuning after pruning recovers, and with which settings: dense b0s, pruned, fine-tuned in several ways.
+
+    python -m benchmarks.recovery DIR [--seeds 1 2 3] [--studies teacher head freeze rate]
+
+For each seed a data set is drawn into DIR (2000 pictures to learn from, 200 to score, 64×64), a b0 is trained from
+scratch on it and pruned, and the pruned network is fine-tuned for a share of the dense network's steps, once for each
+setting of a study; all settings of a study start from the same file and see the same pictures. The mIoU is that of the
+last step, not of the best epoch, as a share of the dense one's. What DIR already has is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import segprune
+from segprune import L1Pruner, SegFormer
+from segprune.data import open_source, write_shapes
+from segprune.fold import fold_decoder
+from segprune.spec import standard_spec
+from segprune.training.config import TrainConfig
+from segprune.training.distill import Distillation
+from segprune.training.evaluate import EvalMode, evaluate
+from segprune.training.loop import train
+from segprune.training.state import Splits
+
+SIZE, NUM_CLASSES, NUM_TRAIN, NUM_VAL = (64, 64), 8, 2000, 200
+DENSE = TrainConfig(
+    NUM_CLASSES, input_shape=SIZE, epochs=8, batch_size=16, lr=1e-3, scale=(0.75, 1.5), num_workers=1, eval_every=99
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to prune and fine-tune; `share` is of the dense network's steps, `lr` of its rate."""
+
+    name: str
+    rate: float = 0.5
+    share: float = 0.1
+    lr: float = 0.5
+    epochs: int = 1
+    keep_decoder: bool = False
+    changes: tuple[tuple[str, Any], ...] = ()
+    distillation: Distillation | None = None
+
+
+TAUGHT = Distillation()
+STUDIES: dict[str, tuple[Setting, ...]] = {
+    "teacher": (
+        Setting("labels alone"),
+        Setting("with the teacher", distillation=TAUGHT),
+        Setting("labels alone, rate 0.7", rate=0.7, share=0.25, epochs=2),
+        Setting("with the teacher, rate 0.7", rate=0.7, share=0.25, epochs=2, distillation=TAUGHT),
+    ),
+    "rate": tuple(Setting(f"learning rate × {lr:g}", lr=lr, distillation=TAUGHT) for lr in (0.1, 0.25, 0.5, 1.0)),
+    "parts": (
+        Setting("pixels alone", distillation=Distillation(channel=0, feature=0)),
+        Setting("channels alone", distillation=Distillation(pixel=0, feature=0)),
+        Setting("features alone", distillation=Distillation(pixel=0, channel=0)),
+    ),
+    "head": (
+        Setting("folded head", distillation=TAUGHT),
+        Setting("original head", keep_decoder=True, distillation=TAUGHT),
+    ),
+    "freeze": (
+        Setting("trained all at once", epochs=4, distillation=TAUGHT),
+        Setting("frozen first", epochs=4, changes=(("freeze_epochs", 1),), distillation=TAUGHT),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--studies", nargs="*", default=list(STUDIES), choices=list(STUDIES))
+    flags = parser.parse_args()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    rows: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for seed in flags.seeds:
+        bench = Bench(flags.folder / str(seed), seed, accelerator)
+        for study in flags.studies:
+            for setting in STUDIES[study]:
+                before, after = bench.recovered(setting)
+                rows.setdefault((study, setting.name), []).append((bench.dense_miou, before, after))
+                print(
+                    f"seed {seed}, {setting.name}: dense {bench.dense_miou:.4f}, {before:.4f} -> {after:.4f}",
+                    flush=True,
+                )
+    print(f"\nMeans over seeds {flags.seeds} (lowest and highest):\n")
+    print("| study | setting | dense | pruned | fine-tuned | of dense |")
+    print("|---|---|---|---|---|---|")
+    for (study, name), values in rows.items():
+        dense, before, after = zip(*values, strict=True)
+        shares = [100 * a / d for d, _, a in values]
+        cells = [_spread(column, ".3f") for column in (dense, before, after)] + [_spread(shares, ".1f") + " %"]
+        print(f"| {study} | {name} | {' | '.join(cells)} |")
+
+
+def _spread(values: Any, form: str) -> str:
+    return f"{statistics.mean(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+class Bench:
+    """One seed's data, dense network and results."""
+
+    def __init__(self, folder: Path, seed: int, accelerator: Accelerator) -> None:
+        self.folder, self.seed, self.accelerator = folder, seed, accelerator
+        if not (folder / "shapes").is_dir():
+            write_shapes(folder / "shapes", num_train=NUM_TRAIN, num_val=NUM_VAL, size=SIZE, seed=seed)
+        source = open_source(folder / "shapes")
+        self.splits = Splits(source.split("train"), source.split("val"))
+        path = folder / "dense.pth"
+        if not path.is_file():
+            torch.manual_seed(seed)
+            spec = standard_spec("b0", NUM_CLASSES)
+            model = SegFormer(replace(spec, numerics=replace(spec.numerics, drop_path=0.0)))
+            train(model, replace(DENSE, seed=seed), self.splits, accelerator=accelerator)
+            segprune.save(model, path)
+        self.dense = segprune.load(path)
+        self.dense_miou = self._cached("dense", lambda: [self.score(self.dense)])[0]
+
+    def score(self, model: torch.nn.Module) -> float:
+        model.to(self.accelerator.device)
+        how = EvalMode(input_shape=SIZE)
+        device = self.accelerator.device
+        return evaluate(model, self.splits.val, NUM_CLASSES, how, device=device, batch_size=20).miou
+
+    def _cached(self, name: str, compute: Any) -> list[float]:
+        path = self.folder / "results.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if name not in known:
+            known[name] = compute()
+            path.write_text(json.dumps(known, indent=1))
+        return known[name]
+
+    def recovered(self, setting: Setting) -> tuple[float, float]:
+        """mIoU after pruning and after fine-tuning."""
+        before, after = self._cached(repr(setting), lambda: list(self._fine_tuned(setting)))
+        return before, after
+
+    def _fine_tuned(self, setting: Setting) -> Iterator[float]:
+        pruner = L1Pruner(self.dense, setting.rate, keep_decoder=setting.keep_decoder)
+        model = pruner.prune(torch.empty(1, 3, *SIZE, device="meta"))
+        yield self.score(model)
+        epochs = 4  # of a part of the pictures, so that an encoder can be frozen for one of them
+        steps = round(setting.share * DENSE.epochs * (NUM_TRAIN // DENSE.batch_size) / epochs)
+        part = Splits(self.splits.train[: steps * DENSE.batch_size], self.splits.val)
+        config = replace(
+            DENSE, epochs=epochs, lr=setting.lr * DENSE.lr, seed=self.seed, distillation=setting.distillation
+        )
+        config = replace(config, **dict(setting.changes))
+        teacher = None if setting.distillation is None else fold_decoder(self.dense)
+        train(model, config, part, accelerator=self.accelerator, teacher=teacher)
+        yield self.score(model)
+
+
+if __name__ == "__main__":
+    main()
