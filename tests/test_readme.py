@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from segprune.cli import app
 from segprune.cli.prune import PruneConfig
+from segprune.cli.train import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
+MANUALS = ("docs/training.md", "docs/training.zh-CN.md")
+MANUAL, CHINESE_MANUAL = ((ROOT / name).read_text(encoding="utf-8") for name in MANUALS)
+PAGES = (*READMES, *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+DOORS = {"train.py": "train", "prune_train.py": "prune"}
+OTHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "logdir", "extra-index-url", "rates", "help"}
 TREE = "prune_train.py, train.py "  # how its block begins
 
 
@@ -32,13 +43,64 @@ def tables(text: str) -> list[list[list[str]]]:
     return [[line.strip("|\n").split("|") for line in table.splitlines()] for table in found]
 
 
-def test_both_languages_have_the_same_sections_and_blocks() -> None:
-    levels = [re.findall(r"^#+", re.sub(r"(?ms)^```.*?^```", "", text), flags=re.M) for text in (ENGLISH, CHINESE)]
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Every line that runs segprune, train.py or prune_train.py, as the command's name and its arguments."""
+    for block in commands(text):
+        for words in map(str.split, block.replace("\\\n", " ").splitlines()):
+            doors = [i for i, word in enumerate(words) if word in DOORS]
+            if words[:1] == ["segprune"]:
+                yield words[1:]
+            elif words and words[0] in ("python", "torchrun") and doors:
+                yield [DOORS[words[doors[0]]], *words[doors[0] + 1 :]]
+
+
+def shown_default(field: Field[Any]) -> str | None:
+    """A flag's default as tables write it; None where they say in words what is done without the flag."""
+    value = field.default
+    if value in (None, "") or isinstance(value, bool):
+        return None
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in (value if type(value) is tuple else (value,)))
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"), [(ENGLISH, CHINESE), (MANUAL, CHINESE_MANUAL)], ids=["readme", "training"]
+)
+def test_both_languages_have_the_same_sections_and_blocks(english: str, chinese: str) -> None:
+    levels = [re.findall(r"^#+", re.sub(r"(?ms)^```.*?^```", "", text), flags=re.M) for text in (english, chinese)]
     assert levels[0] == levels[1]
     assert len(levels[0]) > 8
-    assert commands(ENGLISH) == commands(CHINESE)
-    assert len(commands(ENGLISH)) > 4
-    assert [len(table) for table in tables(ENGLISH)] == [len(table) for table in tables(CHINESE)]
+    assert commands(english) == commands(chinese)
+    assert len(commands(english)) > 4
+    assert [len(table) for table in tables(english)] == [len(table) for table in tables(chinese)]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_that_is_shown_is_one_that_its_parser_takes(name: str) -> None:
+    for command, *arguments in command_lines((ROOT / name).read_text(encoding="utf-8")):
+        COMMANDS[command].make_context(command, arguments)  # raises for unknown flags and for values of a wrong kind
+
+
+def test_there_are_commands_to_check() -> None:
+    shown = [line for name in PAGES for line in command_lines((ROOT / name).read_text(encoding="utf-8"))]
+    assert {line[0] for line in shown} == set(COMMANDS)
+    assert sum("--teacher" in line for line in shown) > 4
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_flag_that_is_named_exists(name: str) -> None:
+    known = {parameter.name for command in COMMANDS.values() for parameter in command.params} | OTHERS
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", (ROOT / name).read_text(encoding="utf-8")))
+    assert sorted(named - known) == []
+
+
+@pytest.mark.parametrize("text", [MANUAL, CHINESE_MANUAL], ids=MANUALS)
+def test_the_manual_s_table_names_all_flags_of_train_py_with_their_defaults(text: str) -> None:
+    listed = {row[0].strip().strip("`").split()[0]: row[1].strip() for row in tables(text)[-1][2:]}
+    assert list(listed) == [f"--{field.name}" for field in fields(TrainSettings)]
+    for field in fields(TrainSettings):
+        cell, default = listed[f"--{field.name}"], shown_default(field)
+        assert cell.strip("`") == default if default is not None else cell, field.name
+        assert (cell in ("off", "关")) == isinstance(field.default, bool)
 
 
 def test_both_languages_show_the_same_results() -> None:
@@ -74,7 +136,7 @@ def test_the_tree_names_what_is_there_and_all_modules(text: str) -> None:
     assert there <= listed
 
 
-@pytest.mark.parametrize("name", [*READMES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)]+)\)", text) if not t.startswith("http")]

@@ -14,6 +14,7 @@ resume.pth                      all that `segprune train --resume` needs
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ BEST, LAST, RESULTS, LOG, RESUME, SHEET = (
     "resume.pth",
     "contact_sheet.png",
 )
+KEPT = re.compile(r"ep(\d{3,})-loss[^-]*(-miou\d\.\d{4})?\.pth")  # not the VOC scripts' ep001-loss0.1-val_loss0.2.pth
 SHEET_PICTURES = 8
 LOGGED = ("epoch", "loss", "lr", "miou", "mean_accuracy", "pixel_accuracy", "images_per_second", "best")
 
@@ -107,9 +109,9 @@ class Journal:
         score = "" if result.score is None else f"-miou{result.score.miou:.4f}"
         path = self.folder / f"ep{result.epoch:03d}-loss{result.loss:.3f}{score}.pth"
         save(self.model, path, extra=extra)
-        for other in self.folder.glob("ep???-loss*.pth"):
-            age = result.epoch - int(other.name[2:5])
-            if other != path and not 0 < age < self.keep:
+        for other in self.folder.glob("ep*.pth"):
+            name = KEPT.fullmatch(other.name)
+            if name and other != path and not 0 < result.epoch - int(name[1]) < self.keep:
                 other.unlink()
 
     def save_state(self, state: TrainState) -> None:
@@ -155,6 +157,14 @@ class Journal:
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+
+
+def check_not_overwritten(folder: Path, *inputs: str) -> None:
+    """ValueError where a checkpoint that a run reads is one that it will write; an empty name is none."""
+    written = {(folder / name).resolve() for name in (BEST, LAST)}
+    for name in inputs:
+        if name and Path(name).resolve() in written:
+            raise ValueError(f"{name} would be written over by this run; give another --save_dir than {folder}.")
 
 
 def _board(folder: Path, step: int) -> Any:

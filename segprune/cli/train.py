@@ -14,7 +14,7 @@ from segprune import checkpoint
 from segprune.checkpoint import check_writable
 from segprune.cli.common import choose_device, console, open_data, show_notes, show_score, show_settings, switch
 from segprune.cli.fitting import Resumable, fit, load_resumable
-from segprune.cli.journal import BEST, LAST, Fit
+from segprune.cli.journal import BEST, LAST, Fit, check_not_overwritten
 from segprune.data import LAYOUTS, Source
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer, check_input
@@ -156,6 +156,7 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
         model = SegFormer(resumed.spec)
     else:
         _check_flags(config, given)
+        check_not_overwritten(folder, config.model_path, config.teacher)
         model, notes, extra, config = _start(config)
     check_input((1, 3, *config.input_shape))
     choose_device(config.cuda)
@@ -282,6 +283,7 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
 def check_settings(config: TrainSettings) -> None:
     """ValueError for settings that no run can have, before anything long begins."""
     assert config.num_classes is not None
+    check_not_overwritten(Path(config.save_dir), config.model_path, config.teacher)
     train_config(config, config.num_classes, (1,) * config.num_classes)
 
 

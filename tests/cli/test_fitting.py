@@ -130,3 +130,19 @@ def test_the_settings_are_saved_beside_the_results(data: Path, small: Path, tmp_
     expected = {"data": str(data), "model_path": str(small), "phi": "b0", "num_classes": 8, "input_shape": [32, 32]}
     assert expected.items() <= settings.items()
     assert {"epochs": 1, "batch_size": 4, "seed": 11, "save_dir": str(tmp_path / "out")}.items() <= settings.items()
+
+
+def test_of_kept_epochs_the_latest_stay_and_other_scripts_files_are_left_alone(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
+    theirs, old = "ep001-loss0.512-val_loss0.498.pth", "ep009-loss0.512-miou0.4980.pth"
+    (tmp_path / "out").mkdir()
+    for name in (theirs, old):
+        (tmp_path / "out" / name).touch()
+    done(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 3, "--keep", 2))
+    kept = sorted(path.name for path in (tmp_path / "out").glob("ep*.pth"))
+    assert [re.sub(r"\d+\.\d+", "X", name) for name in kept if name != theirs] == [
+        "ep002-lossX-miouX.pth",
+        "ep003-lossX-miouX.pth",
+    ]
+    assert theirs in kept

@@ -102,3 +102,17 @@ def test_a_networks_file_without_a_rate_of_its_own_gets_the_papers(data: Path, s
     save(model, tmp_path / "bare.pth")
     done(*training(data, tmp_path / "out", "--model_path", tmp_path / "bare.pth", "--epochs", 1))
     assert results_in(tmp_path / "out")["settings"]["lr"] == 6e-5
+
+
+@pytest.mark.parametrize("flag", ["--model_path", "--teacher"])
+@pytest.mark.parametrize("name", [BEST, LAST])
+def test_a_checkpoint_that_the_run_reads_is_not_written_over(
+    flag: str, name: str, data: Path, small: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "logs").mkdir()
+    path = small.rename(tmp_path / "logs" / name)
+    before = path.read_bytes()
+    said = refused(*training(data, tmp_path / "logs", "--epochs", 1, flag, path))
+    assert said == f"{path} would be written over by this run; give another --save_dir than {path.parent}."
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
