@@ -2,14 +2,17 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
 from segprune.cli import app
+from segprune.cli.journal import Journal
 
 SIZE = ("--input_shape", "32", "32")
 HERE = ("--num_workers", "0")  # pictures are loaded in this process
@@ -41,12 +44,34 @@ def refused(*flags: object) -> str:
     return sentence[1]
 
 
+def interrupted(step: int, *flags: object, by: signal.Signals = signal.SIGINT) -> tuple[int, str]:
+    """Exit status and stderr of a command in which Ctrl-C comes in that step of training."""
+    step_done = Journal.step_done
+
+    def press(self: Journal, done: int, total: int, loss: float, lr: float) -> None:
+        step_done(self, done, total, loss, lr)
+        if done == step:
+            signal.raise_signal(by)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "step_done", press)
+        status, _, errors = invoke(*flags)
+    return status, errors
+
+
 def training(data: Path, out: Path, *flags: object) -> tuple[object, ...]:
     return ("train", "--data", data, *SIZE, *HERE, "--batch_size", 4, "--save_dir", out, *flags)
 
 
 def results_in(out: Path) -> dict[str, Any]:
     return json.loads((out / "training_results.json").read_text(encoding="utf-8"))
+
+
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    """What is known of every epoch, without its speed, which no two runs share."""
+    return [
+        {name: row[name] for name in row if name != "images_per_second"} for row in results_in(out)["epochs"]
+    ]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

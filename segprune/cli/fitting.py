@@ -62,6 +62,7 @@ def fit(
         extra=extra,
         epochs=epochs,
         step=0 if state is None else state.steps_done,
+        resumable=state is not None,
         keep=keep,
         tensorboard=tensorboard and accelerator.is_main_process,
     )
@@ -89,7 +90,9 @@ def fit(
     except TrainingDiverged as diverged:
         raise ValueError(f"{str(diverged).removesuffix('.')}; {journal.last_good()}.") from diverged
     except OSError as error:
-        raise OSError(f"{str(error).removesuffix('.')}; {journal.last_good()}, and this goes on: {resume}") from error
+        if not journal.resumable:
+            raise
+        raise OSError(f"{str(error).removesuffix('.')}; then {resume} goes on, and {journal.last_good()}.") from error
     else:
         accelerator.wait_for_everyone()
         return journal.best()

@@ -96,10 +96,10 @@ def load_picture(path: Path, shape: tuple[int, int] | None) -> Loaded:
     """A picture read upright and letterboxed; ValueError if it cannot be read. See `made_ready`."""
     try:
         image = load_image(path, upright=True)
-    except (ValueError, FileNotFoundError):
-        raise
+    except ValueError as error:
+        raise ValueError(str(error).replace(", or leave it out with --skip_bad", "")) from error  # no way for one alone
     except Exception as error:  # damaged files fail in every way there is
-        raise ValueError(f"{path} cannot be read as an image ({error}); replace or remove the file.") from error
+        raise ValueError(f"{path} cannot be read as an image ({error}); replace it.") from error
     return made_ready(image, shape)
 
 

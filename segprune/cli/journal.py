@@ -56,7 +56,10 @@ class Fit:
 
 
 class Journal:
-    """Writes the files above; `epochs` are the rows of an earlier part of the run, `step` is how far that came."""
+    """Writes the files above; `epochs` are the rows of an earlier part of the run, `step` is how far that came.
+
+    `resumable` says whether the state in the folder is this run's.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Journal:
         extra: Mapping[str, Any],
         epochs: list[dict[str, Any]],
         step: int,
+        resumable: bool = False,
         keep: int = 0,
         tensorboard: bool = False,
     ) -> None:
@@ -76,6 +80,7 @@ class Journal:
         self.extra = dict(extra)
         self.epochs = epochs
         self.step = step
+        self.resumable = resumable
         self.keep = keep
         self.board = _board(folder / "tensorboard", step) if tensorboard else None
 
@@ -118,6 +123,7 @@ class Journal:
         spec = json.dumps(spec_to_dict(self.model.spec))
         record = {"spec": spec, "settings": self.settings, "extra": self.extra, "epochs": self.epochs}
         save_record(record | {"state": vars(state)}, self.folder / RESUME)
+        self.resumable = True
 
     def best(self) -> Fit:
         """Read off the results, which only the main process has written."""
@@ -168,11 +174,11 @@ def check_not_overwritten(folder: Path, *inputs: str) -> None:
 
 
 def _board(folder: Path, step: int) -> Any:
-    """TensorBoard's writer; what an interrupted run wrote beyond `step` is hidden."""
+    """TensorBoard's writer; what an earlier run wrote beyond `step` is hidden."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
             "--tensorboard needs TensorBoard, which is not installed; run: pip install tensorboard"
         ) from error
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(folder), purge_step=step + 1)

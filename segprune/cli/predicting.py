@@ -125,7 +125,7 @@ def predict_pictures(job: Job, pictures: Sequence[Picture], skip_bad: bool) -> D
             for seen, batch in _loaded(job, pictures, pool):
                 bad = [(picture, reason) for picture, reason in batch if isinstance(reason, str)]
                 if bad and not skip_bad:
-                    advice = ", or go on without such pictures with --skip_bad." if len(pictures) > 1 else "."
+                    advice = ", or leave it out with --skip_bad." if len(pictures) > 1 else "."
                     raise ValueError(bad[0][1].removesuffix(".") + advice)
                 done.skipped += [{"name": picture.name, "reason": reason} for picture, reason in bad]
                 whole = [(picture, one) for picture, one in batch if isinstance(one, Loaded)]

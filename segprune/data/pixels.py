@@ -13,9 +13,10 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from segprune.data.transforms import Bytes
@@ -73,9 +74,8 @@ def load_image(place: Place, upright: bool = False) -> Bytes:
     with opened(place) as image:
         image.load()
         turned = ImageOps.exif_transpose(image) if upright else image
-        if turned.mode in _SIXTEEN_BITS:
-            grey = np.rint(np.asarray(turned) * (255 / 65535)).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
+        if turned.mode in (*_SIXTEEN_BITS, "I"):  # Pillow reads many a 16-bit file as I, which has 32
+            return _eight_bits(np.asarray(turned), place)
         if turned.mode not in _EIGHT_BITS:
             raise SampleError(
                 f"Image {place} has mode {turned.mode}, where 8 or 16 bits per channel are allowed; "
@@ -84,6 +84,16 @@ def load_image(place: Place, upright: bool = False) -> Bytes:
         if turned.mode in ("P", "PA"):
             turned = turned.convert("RGBA")  # a transparent palette colour keeps its colour and warns of nothing
         return np.asarray(turned if turned.mode == "RGB" else turned.convert("RGB"))
+
+
+def _eight_bits(grey: npt.NDArray[Any], place: Place) -> Bytes:
+    """[H, W] of 0..65535 as [H, W, 3] of 0..255."""
+    low, high = int(grey.min()), int(grey.max())
+    if low < 0 or high > 65535:
+        raise SampleError(
+            f"Image {place} holds values from {low} to {high}, where 0..65535 is allowed; save it as 8-bit RGB."
+        )
+    return np.repeat(np.rint(grey * (255 / 65535)).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def load_mask(place: Place) -> Bytes:

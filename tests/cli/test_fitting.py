@@ -5,30 +5,27 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from segprune.checkpoint import read
-from segprune.cli.journal import Journal
 from segprune.training import loop
 from segprune.training.evaluate import Score
-from tests.commands import BEST, HERE, LAST, SIZE, done, invoke, refused, results_in, same, training
-
-
-def interrupted(step: int, *flags: object) -> tuple[int, str]:
-    """Exit status and stderr of a command in which Ctrl-C comes in that step of training."""
-
-    def press(self: Journal, done: int, total: int, loss: float, lr: float) -> None:
-        if done == step:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "step_done", press)
-        status, _, errors = invoke(*flags)
-    return status, errors
+from tests.commands import (
+    BEST,
+    HERE,
+    LAST,
+    SIZE,
+    done,
+    interrupted,
+    refused,
+    results_in,
+    rows_in,
+    same,
+    training,
+)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -48,7 +45,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(step: int, data: Path, s
         whole, resumed = read(tmp_path / "whole" / name), read(out / name)
         assert same(resumed.state_dict, whole.state_dict)
         assert resumed.extra == whole.extra
-    assert results_in(out)["epochs"] == results_in(tmp_path / "whole")["epochs"]
+    assert rows_in(out) == rows_in(tmp_path / "whole")
 
 
 def test_resuming_a_run_that_ended_changes_nothing(data: Path, small: Path, tmp_path: Path) -> None:
@@ -92,7 +89,10 @@ def test_only_a_folder_with_a_run_is_resumed(small: Path, tmp_path: Path) -> Non
 
 def test_training_that_diverges_is_stopped_with_advice(data: Path, small: Path, tmp_path: Path) -> None:
     flags = ("--model_path", small, "--lr", 1e20, "--warmup", 0, "--epochs", 3)
-    message = r"The loss became (nan|inf) in epoch \d; lower --lr \(it was 1e\+20\) and start again\."
+    message = (
+        r"The loss became (nan|inf) in epoch 1, batch \d \(step \d of 6\); lower --lr \(it was 1e\+20\) and start "
+        r"again; no epoch had been completed\."
+    )
     assert re.fullmatch(message, refused(*training(data, tmp_path / "out", *flags)))
 
 
@@ -106,7 +106,7 @@ def test_the_best_epoch_is_kept_and_every_epoch_recorded(data: Path, small: Path
     assert [row["epoch"] for row in results["epochs"] if row["best"]][-1] == best
     assert f"Best epoch {best} on val (3 images)" in out
     for name, epoch in ((BEST, best), (LAST, 5)):
-        assert read(tmp_path / "out" / name).extra["epoch"] == results["epochs"][epoch - 1]
+        assert read(tmp_path / "out" / name).extra["epoch"] == rows_in(tmp_path / "out")[epoch - 1]
     score = tmp_path / "score.json"
     done("eval", tmp_path / "out" / BEST, "--data", data, *SIZE, *HERE, "--batch_size", 4, "--json", score)
     assert json.loads(score.read_text(encoding="utf-8"))["miou"] == scored[best]

@@ -20,7 +20,8 @@ from segprune.data import load_image, load_mask, normalise, open_source, voc_pal
 from segprune.model import SegFormer
 from segprune.pictures import overlay, paint, side_by_side
 from segprune.spec import Spec, standard_spec
-from segprune.training.evaluate import confusion_matrix, evaluate, score
+from segprune.training.evaluate import EvalMode, evaluate
+from segprune.training.metrics import Tally, score
 from tests.commands import SIZE, done, invoke, refused
 
 PALETTE = voc_palette()
@@ -48,13 +49,12 @@ def record_in(out: Path) -> dict[str, Any]:
 
 
 def test_the_masks_score_as_eval_does(data: Path, dense: Path, tmp_path: Path) -> None:
-    done(*predicting_on(root / "JPEGImages", dense, tmp_path, "--kind", "mask"))
+    done(*predicting_on(data / "VOCdevkit/VOC2007/JPEGImages", dense, tmp_path, "--kind", "mask"))
     samples = open_source(data).split("val")
-    matrix = torch.zeros(8, 8, dtype=torch.int64)
+    tally = Tally(8)
     for sample in samples:
-        predicted, labels = (torch.tensor(load_mask(p)) for p in (tmp_path / f"mask/{sample.name}.png", sample.mask))
-        matrix += confusion_matrix(predicted, labels, 8)
-    assert score(matrix, 3) == evaluate(load(dense), samples, 8, (32, 32))
+        tally.update(*(torch.tensor(load_mask(p)) for p in (tmp_path / f"mask/{sample.name}.png", sample.mask)))
+    assert score(tally.counts, 8, 3) == evaluate(load(dense), samples, 8, EvalMode(input_shape=(32, 32)))
 
 
 def test_all_kinds_are_drawn_from_the_mask_and_folders_are_kept(photos: Path, small: Path, tmp_path: Path) -> None:
@@ -227,12 +227,12 @@ def with_bad(photos: Path) -> Path:
 def test_a_bad_picture_is_named_and_refused(with_bad: Path, small: Path, tmp_path: Path) -> None:
     said = refused(*predicting_on(with_bad, small, tmp_path / "out"))
     assert said.startswith(f"{with_bad}/aa.jpg cannot be read as an image (")
-    assert said.endswith("); replace or remove the file, or go on without such pictures with --skip_bad.")
+    assert said.endswith("); replace it, or leave it out with --skip_bad.")
 
 
 def test_a_bad_picture_alone_has_nothing_to_go_on_with(with_bad: Path, small: Path, tmp_path: Path) -> None:
     said = refused(*predicting_on(with_bad / "aa.jpg", small, tmp_path / "out"))
-    assert said.endswith("); replace or remove the file.")
+    assert said.endswith("); replace it.")
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -245,7 +245,7 @@ def test_bad_pictures_are_skipped_on_demand_named_and_counted(
     record = record_in(tmp_path / "out")
     assert [one["name"] for one in record["results"]] == ["a.png", "sub/b.png", "sub/猫.png"]
     assert [bad["name"] for bad in record["skipped"]] == ["aa.jpg"]
-    assert "cannot be read as an image" in record["skipped"][0]["reason"]
+    assert record["skipped"][0]["reason"].endswith("); replace it.")
     for name in ("ab", "ac", "ad"):
         (with_bad / f"{name}.jpg").touch()
     assert "4 pictures could not be read and were skipped: aa.jpg, ab.jpg, ac.jpg, …" in done(

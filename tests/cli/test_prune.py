@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,11 @@ import torch
 
 from segprune import load
 from segprune.checkpoint import read
-from segprune.cli import fitting
 from segprune.data import open_source
 from segprune.pruning import pruner_l1
 from segprune.stats import count
 from segprune.training.evaluate import EvalMode, evaluate
-from tests.commands import HERE, SIZE, done, invoke, refused
+from tests.commands import HERE, SIZE, done, interrupted, refused
 
 SHAPE = (64, 32)
 
@@ -214,12 +211,12 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--phi", "b2"), r".*The file is a b0, but --phi b2 was given; leave --phi out or give b0\."),
     (("--num_classes", 5), r".*The file has 8 classes, but --num_classes 5 was given; leave .* out or give 8\."),
     (("--dialect", "hf"), r".*The file is segprune's own, but --dialect hf was given; leave --dialect out\."),
-    (("--epochs", 1), r"--epochs was given without --data; say which VOC folder to fine-tune on\."),
+    (("--epochs", 1), r"--epochs was given without --data; say what to fine-tune on\."),
     (("--lr", 1e-4), r"--lr has no effect without --epochs; give the epochs to fine-tune\."),
     (("--freeze_epochs", 1), r"--freeze_epochs has no effect without --epochs"),
     (("--scale", 1, 2), r"--scale has no effect without --epochs"),
     (("--amp", "bf16"), r"--amp has no effect without --epochs"),
-    (("--batch_size", 4), r"--batch_size has no effect without --data; give the VOC folder to score on\."),
+    (("--batch_size", 4), r"--batch_size has no effect without --data; give the data set to score on\."),
     (("--num_workers", 0), r"--num_workers has no effect without --data"),
 ]
 
@@ -247,13 +244,8 @@ def test_a_wrong_flag_is_refused_without_a_checkpoint_too(
 
 
 def test_an_interrupted_fine_tuning_goes_on_as_the_message_says(dense: Path, data: Path, tmp_path: Path) -> None:
-    def press(advance: object) -> Callable[..., None]:
-        return lambda done, total, loss, lr: signal.raise_signal(signal.SIGINT)
-
     here = (*SIZE, *HERE, "--data", data, "--save_dir", tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "_shown", press)
-        status, _, errors = invoke("prune", "--model_path", dense, *here, "--epochs", 1)
+    status, errors = interrupted(1, "prune", "--model_path", dense, *here, "--epochs", 1)
     folder = tmp_path / "l1/b0/b0_pruned_0.5_finetuned"
     command = f"python -m segprune train --resume --save_dir {folder}"
     assert (status, errors) == (

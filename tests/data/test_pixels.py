@@ -73,11 +73,27 @@ def test_a_grey_picture_of_eight_bits_saved_with_sixteen_is_read_alike(tmp_path:
     np.testing.assert_array_equal(load_image(tmp_path / "16.png"), load_image(tmp_path / "8.png"))
 
 
-def test_an_image_of_more_than_sixteen_bits_is_refused(tmp_path: Path) -> None:
-    for mode in ("F", "I"):
-        Image.fromarray(noise(20, 30)).convert(mode).save(tmp_path / "x.tif")
-        with pytest.raises(SampleError, match=rf"Image .*x\.tif has mode {mode}, where 8 or 16 bits .*; save it as 8"):
-            load_image(tmp_path / "x.tif")
+def test_sixteen_bits_in_a_file_of_thirty_two_are_read_alike(tmp_path: Path) -> None:
+    values = noise(20, 30).astype(np.uint16) * 257
+    values[0, :2] = (0, 65535)
+    Image.fromarray(values).save(tmp_path / "16.tif")
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "32.tif")
+    np.testing.assert_array_equal(load_image(tmp_path / "32.tif"), load_image(tmp_path / "16.tif"))
+
+
+@pytest.mark.parametrize(("value", "said"), [(-1, "from -1 to 0"), (65536, "from 0 to 65536")])
+def test_an_image_of_more_than_sixteen_bits_is_refused(value: int, said: str, tmp_path: Path) -> None:
+    values = np.zeros((20, 30), dtype=np.int32)
+    values[3, 4] = value
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(SampleError, match=rf"x\.tif holds values {said}, where 0\.\.65535 is allowed; save it as 8-bit"):
+        load_image(tmp_path / "x.tif")
+
+
+def test_an_image_of_floating_point_numbers_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(noise(20, 30)).convert("F").save(tmp_path / "x.tif")
+    with pytest.raises(SampleError, match=r"Image .*x\.tif has mode F, where 8 or 16 bits .*; save it as 8-bit RGB\."):
+        load_image(tmp_path / "x.tif")
 
 
 def test_a_mask_is_its_grey_value_or_palette_index(tmp_path: Path) -> None:
