@@ -69,9 +69,7 @@ def results_in(out: Path) -> dict[str, Any]:
 
 def rows_in(out: Path) -> list[dict[str, Any]]:
     """What is known of every epoch, without its speed, which no two runs share."""
-    return [
-        {name: row[name] for name in row if name != "images_per_second"} for row in results_in(out)["epochs"]
-    ]
+    return [{name: row[name] for name in row if name != "images_per_second"} for row in results_in(out)["epochs"]]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

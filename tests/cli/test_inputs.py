@@ -132,7 +132,9 @@ def test_a_picture_is_read_upright_in_8_bits_however_it_is_stored(kind: str, tmp
 
 def test_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
     path = put(tmp_path / "x.tif", np.full((4, 4), 70000, dtype=np.int32))
-    with pytest.raises(ValueError, match=r"x\.tif holds values from 70000 to 70000, where 0\.\.65535 is allowed; save it"):
+    with pytest.raises(
+        ValueError, match=r"x\.tif holds values from 70000 to 70000, where 0\.\.65535 is allowed; save it"
+    ):
         load_picture(path, None)
 
 

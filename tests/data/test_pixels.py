@@ -86,7 +86,9 @@ def test_an_image_of_more_than_sixteen_bits_is_refused(value: int, said: str, tm
     values = np.zeros((20, 30), dtype=np.int32)
     values[3, 4] = value
     Image.fromarray(values).save(tmp_path / "x.tif")
-    with pytest.raises(SampleError, match=rf"x\.tif holds values {said}, where 0\.\.65535 is allowed; save it as 8-bit"):
+    with pytest.raises(
+        SampleError, match=rf"x\.tif holds values {said}, where 0\.\.65535 is allowed; save it as 8-bit"
+    ):
         load_image(tmp_path / "x.tif")
 
 
