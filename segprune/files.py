@@ -55,7 +55,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     """Make the folder and try a file in it, so that hours of work do not end in an OSError."""
     with atomic_path(Path(folder) / ".writable") as temporary:
         temporary.touch()
-    (Path(folder) / ".writable").unlink()
+    (Path(folder) / ".writable").unlink(missing_ok=True)  # of several processes another may have been first
 
 
 def write_json(data: Any, path: str | os.PathLike[str]) -> None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from segprune.cli.journal import RESUME, Fit, Journal
 from segprune.cli.view import training_view
+from segprune.convert import check_state, expected_state
 from segprune.data import Source
 from segprune.files import load_record
 from segprune.model import SegFormer
@@ -118,6 +119,7 @@ def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:
     try:
         spec = spec_from_dict(json.loads(record["spec"]))
         state = TrainState(**record["state"])
+        check_state(state.model, expected_state(spec), "its spec")
         return Resumable(spec, state, record["settings"], record["epochs"]), record["extra"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the state of a run; give the --save_dir of one, or start anew.") from error

@@ -258,7 +258,9 @@ def _start(config: TrainSettings) -> tuple[SegFormer, tuple[str, ...], dict[str,
         found = replace(found, spec=_with_drop_path(found.spec, config.drop_path))
         model, notes, extra = checkpoint.build(found).train(), found.notes, dict(found.extra)
         backbone_only = found.backbone_only
-    head_lr = config.head_lr or (10.0 if backbone_only else 1.0)
+    head_lr = config.head_lr
+    if head_lr is None:
+        head_lr = 10.0 if backbone_only else 1.0
     read = replace(config, phi=model.spec.variant, num_classes=model.spec.num_classes, head_lr=head_lr)
     return model, notes, extra, read
 
@@ -277,7 +279,9 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
         raise ValueError(
             f"The run to resume had --{wrong[0]} {old[wrong[0]]}, now it is {flags[wrong[0]]}; leave the flag out."
         )
-    return replace(config, **{**old, **flags, "resume": True})
+    resumed_config = replace(config, **{**old, **flags, "resume": True})
+    _check_flags(resumed_config, given)
+    return resumed_config
 
 
 def check_settings(config: TrainSettings) -> None:
@@ -336,7 +340,7 @@ def train_config(config: TrainSettings, num_classes: int, pixels: tuple[int, ...
     also = ("ema", "freeze_epochs", "scale", "eval_every", "save_steps", "num_workers", "seed", "compile")
     return TrainConfig(
         num_classes=num_classes,
-        head_lr_factor=config.head_lr or 1.0,
+        head_lr_factor=1.0 if config.head_lr is None else config.head_lr,
         loss=SegmentationLoss(parse_loss(config.loss), weights, config.label_smoothing),
         distillation=distillation,
         mixed_precision=config.amp,

@@ -81,11 +81,22 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
                 "The run to resume had other pictures (names, number or order of the train and val lists); "
                 "give it the same data, or start anew without --resume."
             )
-        change = f"The run to resume had {name} {before}, now it is {value}"
-        raise ValueError(f"{change}; resume with the same settings, or start anew without --resume.")
+        words, before, value = _first_difference(name, before, value)
+        raise ValueError(
+            f"The run to resume had {words} {before}, now it is {value}; resume with the same settings, or start anew "
+            "without --resume."
+        )
 
 
 _MAY_CHANGE = {"num_workers", "eval_every", "save_steps"}
+
+
+def _first_difference(words: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """What differs, in words, and both values; inside of groups of settings the first one that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        name = next(name for name in now if _plain(before.get(name)) != _plain(now[name]))
+        return _first_difference(f"{words} {name}", before.get(name), now[name])
+    return words, before, now
 
 
 def _plain(value: Any) -> Any:
