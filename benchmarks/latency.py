@@ -18,6 +18,7 @@ from transformers import SegformerForSemanticSegmentation
 
 from benchmarks.trained_like import fill
 from segprune import L1Pruner, SegFormer, count
+from segprune.cli.common import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.spec import standard_spec
 from segprune.stats import measure_latency
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--cuda", action="store_true")
     flags = parser.parse_args()
+    keep_freed_memory()  # as the commands do
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {SHAPE[0]}×{SHAPE[1]}, batch {flags.batch}")
     print("| network | params (M) | MACs (G) | latency (ms), quartiles | × faster than dense | logits off by |")
     print("|---|---|---|---|---|---|")
