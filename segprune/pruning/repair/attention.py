@@ -50,7 +50,7 @@ def repair_attention(
     moments = Moments()
     for x, y, target in zip(inputs.pruned, source.pruned, targets, strict=True):
         moments.add(flat(_attend(pruned, x, y, value)), flat(target))
-    columns = out.rows(dense.proj.weight, dense.proj.bias)[0].double()[:, rows["v"]]
+    columns = out.rows(dense.proj.weight).double()[:, rows["v"]]
     if len(value[0]) > pruned.v.out_features:
         from_short, to_short = _shorten_values(columns, moments, pruned)
         moments, columns = moments.through(to_short), columns @ from_short
@@ -75,13 +75,14 @@ def _repair_reduction(
     """What keys and values read, dense and pruned (B M C), and how; the reduction's two layers are re-solved."""
     if dense.sr is None or pruned.sr is None:
         return inputs, into
-    assert dense.norm is not None and pruned.norm is not None
+    assert dense.norm is not None
+    assert pruned.norm is not None
     maps = inputs.as_maps()
     reduced = [to_tokens(dense.sr(x)) for x in maps.dense]
     basis = Basis()
     if pruned.sr.out_channels < dense.sr.out_channels:
-        basis = principal(sum(second_moment(normalised(dense.norm, x)) for x in reduced), pruned.sr.out_channels)
-    weight, _ = basis.rows(into.columns(dense.sr.weight), dense.sr.bias)
+        basis = principal(second_moment(normalised(dense.norm, x) for x in reduced), pruned.sr.out_channels)
+    weight = basis.rows(into.columns(dense.sr.weight))
     targets = [basis.project(x) for x in reduced]
     fit_layer(pruned.sr, conv_rows(pruned.sr, maps.pruned, targets), weight, damping)
     source = Pairs(reduced, [to_tokens(pruned.sr(x)) for x in maps.pruned], [])
@@ -100,9 +101,8 @@ def _shorten_products(
 ) -> tuple[Affine, Affine]:
     """Queries and keys of as many dimensions as the pruned layers have, their products as near as can be."""
     heads = pruned.num_heads
-    queries = sum(second_moment(_split(_affine(x, query), heads)) for x in inputs.pruned)
-    keys = sum(second_moment(_from_mean(_split(_affine(y, key), heads))) for y in source.pruned)
-    assert isinstance(queries, Tensor) and isinstance(keys, Tensor)
+    queries = second_moment(_split(_affine(x, query), heads) for x in inputs.pruned)
+    keys = second_moment(_from_mean(_split(_affine(y, key), heads)) for y in source.pruned)
     first, second = _truncate(queries, keys, pruned.q.out_features // heads)
     for_query, for_key = torch.block_diag(*first.mT), torch.block_diag(*second.mT)
     return (for_query @ query[0], for_query @ query[1]), (for_key @ key[0], for_key @ key[1])

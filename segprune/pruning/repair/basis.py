@@ -25,11 +25,9 @@ class Basis:
         """Channels last."""
         return x if self.matrix is None else (x.double() @ self.matrix.T).to(x.dtype)
 
-    def rows(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer that writes D channels (first in its weight), made to write the coordinates."""
-        if self.matrix is None:
-            return weight, bias
-        return torch.tensordot(self.matrix, weight.double(), 1), self.matrix @ bias.double()
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight of a layer that writes D channels, D in [kernel], made to write the coordinates."""
+        return weight if self.matrix is None else torch.tensordot(self.matrix, weight.double(), 1)
 
 
 class Reads:
@@ -55,10 +53,13 @@ def principal(second_moment: Tensor, width: int) -> Basis:
     return Basis(_sum_to_zero(width).to(directions) @ directions.T)
 
 
-def second_moment(x: Tensor) -> Tensor:
-    """Sum of outer products over images and tokens: B … N C to … C C, in float64."""
-    x = x.double()
-    return (x.mT @ x).sum(0)
+def second_moment(batches: Iterable[Tensor]) -> Tensor:
+    """Sum of outer products over images and tokens: batches B … N C to … C C, in float64."""
+    moments = ((x.double().mT @ x.double()).sum(0) for x in batches)
+    total = next(moments)
+    for moment in moments:
+        total += moment
+    return total
 
 
 def _sum_to_zero(width: int) -> Tensor:

@@ -6,9 +6,8 @@ takes back what the layers before it got wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from segprune.model import Block, Mlp, Stage, to_map, to_tokens
@@ -36,27 +35,28 @@ def repair_stage(
     basis = Basis()
     if pruned.norm.normalized_shape < dense.norm.normalized_shape:
         starts = [dense.patch_embed.norm(x) for x in embedded]
-        basis = principal(_stream_moment(dense, starts, sizes), pruned.norm.normalized_shape[0])
+        basis = principal(second_moment(_normalised_stream(dense, starts, sizes)), pruned.norm.normalized_shape[0])
     tokens = _repair_embedding(dense, pruned, into, basis, maps.pruned, embedded, sizes, damping)
-    for j, (old, new) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
-        assert isinstance(old, Block) and isinstance(new, Block)
+    for j, (old, new) in enumerate(zip(_blocks(dense), _blocks(pruned), strict=True)):
         tokens = _repair_block(f"{name}.blocks.{j}", old, new, basis, removed, tokens, damping)
         step()
     reads = fit_norm(dense.norm, pruned.norm, basis, tokens, damping)
     return tokens.through(dense.norm, pruned.norm).as_maps(), reads
 
 
-def _stream_moment(dense: Stage, tokens: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
-    """Second moment D D of the dense stream as its LayerNorms see it, all of them together."""
-    total = torch.zeros(tokens[0].shape[2], tokens[0].shape[2], dtype=torch.float64, device=tokens[0].device)
+def _blocks(stage: Stage) -> list[Block]:
+    return [block for block in stage.blocks if isinstance(block, Block)]
+
+
+def _normalised_stream(dense: Stage, tokens: list[Tensor], sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+    """The dense stream B N D as each of its LayerNorms sees it."""
     for x, size in zip(tokens, sizes, strict=True):
-        for block in dense.blocks:
-            total += second_moment(normalised(block.norm1, x))
+        for block in _blocks(dense):
+            yield normalised(block.norm1, x)
             x = x + block.attn(block.norm1(x), *size)
-            total += second_moment(normalised(block.norm2, x))
+            yield normalised(block.norm2, x)
             x = x + block.mlp(block.norm2(x), *size)
-        total += second_moment(normalised(dense.norm, x))
-    return total
+        yield normalised(dense.norm, x)
 
 
 def _repair_embedding(
@@ -75,10 +75,9 @@ def _repair_embedding(
     prior: Tensor | None = gain
     if basis.matrix is not None:
         # the stream is gain · normalised, so the coordinates are taken of gain · (x − its mean)
-        turn = basis.matrix * gain
-        turn = Basis(turn - turn.mean(1, keepdim=True))
-        weight, _ = turn.rows(weight, proj.bias)
-        targets, prior = [turn.project(x) for x in embedded], None
+        scaled = basis.matrix * gain
+        turn = Basis(scaled - scaled.mean(1, keepdim=True))
+        weight, targets, prior = turn.rows(weight), [turn.project(x) for x in embedded], None
     fit_layer(pruned.patch_embed.proj, conv_rows(pruned.patch_embed.proj, maps, targets), weight, damping)
     written = [to_tokens(pruned.patch_embed.proj(x)) for x in maps]
     starts = [norm(x) for x in embedded]
@@ -104,7 +103,9 @@ def _repair_block(
     return Pairs(after, _add(pruned.mlp, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
 
 
-def _aim(branch: Callable[..., Tensor], basis: Basis, inputs: Pairs, tokens: Pairs) -> tuple[list[Tensor], list[Tensor]]:
+def _aim(
+    branch: Callable[..., Tensor], basis: Basis, inputs: Pairs, tokens: Pairs
+) -> tuple[list[Tensor], list[Tensor]]:
     """The dense stream behind the branch, and what the pruned stream lacks of it."""
     after = _add(branch, inputs.dense, tokens.dense, tokens.sizes)
     return after, [basis.project(x) - old for x, old in zip(after, tokens.pruned, strict=True)]
@@ -130,7 +131,7 @@ def _repair_mlp(
     hidden = kept(removed, f"{name}.fc1", "out", dense.fc1)
     rows = ((flat(x), flat(dense.fc1(x_dense)[..., hidden])) for x_dense, x in inputs)
     fit_layer(pruned.fc1, rows, into.columns(dense.fc1.weight)[hidden], damping)
-    columns, _ = out.rows(dense.fc2.weight, dense.fc2.bias)
+    columns = out.rows(dense.fc2.weight)
     rows = (
         (flat(pruned.act(to_tokens(pruned.dwconv(to_map(pruned.fc1(x), *size))))), flat(target))
         for x, target, size in zip(inputs.pruned, targets, inputs.sizes, strict=True)
