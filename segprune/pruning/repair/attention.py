@@ -44,14 +44,17 @@ def repair_attention(
     key = _fit_full(dense.k, rows["k"], from_source, source, damping)
     value = _fit_full(dense.v, rows["v"], from_source, source, damping)
     if len(query[0]) > pruned.q.out_features:
-        query, key = _shorten_products(query, key, inputs, source, pruned)
+        query, key = _shorten_products(query, _centred(key, source), inputs, source, pruned)
     assign(pruned.q, *query)
     assign(pruned.k, *key)
+    shorten = len(value[0]) > pruned.v.out_features
+    if shorten:
+        value = _centred(value, source)
     moments = Moments()
     for x, y, target in zip(inputs.pruned, source.pruned, targets, strict=True):
         moments.add(flat(_attend(pruned, x, y, value)), flat(target))
     columns = out.rows(dense.proj.weight).double()[:, rows["v"]]
-    if len(value[0]) > pruned.v.out_features:
+    if shorten:
         from_short, to_short = _shorten_values(columns, moments, pruned)
         moments, columns = moments.through(to_short), columns @ from_short
         value = to_short @ value[0], to_short @ value[1]
@@ -96,6 +99,16 @@ def _fit_full(layer: nn.Linear, rows: Tensor, into: Reads, inputs: Pairs, dampin
     return fit(pairs, into.columns(layer.weight)[rows], damping)
 
 
+def _centred(layer: Affine, source: Pairs) -> Affine:
+    """With mean zero: of keys softmax sees no constant, that of values goes into the output product's bias.
+
+    Otherwise directions with hardly any variance, once scaled up, would have enormous biases.
+    """
+    total = sum(len(flat(y)) for y in source.pruned)
+    mean = torch.stack([flat(y).double().sum(0) for y in source.pruned]).sum(0) / total
+    return layer[0], -layer[0] @ mean
+
+
 def _shorten_products(
     query: Affine, key: Affine, inputs: Pairs, source: Pairs, pruned: Attention
 ) -> tuple[Affine, Affine]:
@@ -124,7 +137,9 @@ def _truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     a, b = _root(left), _root(right)
     u, s, vh = torch.linalg.svd(a.mT @ b)
     u, s, v = u[..., :rank], s[..., :rank], vh.mT[..., :rank]
-    inverse = torch.where(s > s.amax(-1, keepdim=True) * 1e-12, s.clamp_min(1e-300).rsqrt(), 0.0)[..., None, :]
+    sign = v.gather(-2, v.abs().argmax(-2, keepdim=True)).sign()  # else rounding would choose it
+    u, v = u * sign, v * sign
+    inverse = torch.where(s > s.amax(-1, keepdim=True) * 1e-10, s.clamp_min(1e-300).rsqrt(), 0.0)[..., None, :]
     return b @ v * inverse, a @ u * inverse
 
 

@@ -3,7 +3,7 @@
 Whatever passes a LayerNorm before it is read may be turned by any orthogonal matrix, if the gain moves into the
 readers ("SliceGPT", arXiv 2401.15024, for RMSNorm). LayerNorm also takes the mean off, so of D' channels D' − 1 are
 free: the leading principal directions of the normalised stream, laid into the subspace of D' channels that sum to
-zero. There LayerNorm finds the same norm as in the wide network, up to what the directions left out had.
+zero. Scaled by sqrt(D' / D) LayerNorm finds the same variance as in the wide network, less that of what is left out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ class Basis:
         """Channels last."""
         return x if self.matrix is None else (x.double() @ self.matrix.T).to(x.dtype)
 
+    @property
+    def back(self) -> Tensor | None:
+        """D' D; x is about project(x) @ back."""
+        return None if self.matrix is None else self.matrix * (self.matrix.shape[1] / self.matrix.shape[0])
+
     def rows(self, weight: Tensor) -> Tensor:
         """The weight of a layer that writes D channels, D in [kernel], made to write the coordinates."""
         return weight if self.matrix is None else torch.tensordot(self.matrix, weight.double(), 1)
@@ -33,24 +38,24 @@ class Basis:
 class Reads:
     """How layers behind a LayerNorm read it: their dense weights, put into the coordinates of its new output.
 
-    The dense output is about scale · (matrix^T @ new output), up to what a bias takes; without a matrix it is the
-    new output.
+    The dense output is about the new output @ matrix (D' D), up to what a bias takes; without a matrix it is that.
     """
 
-    def __init__(self, matrix: Tensor | None = None, scale: Tensor | None = None) -> None:
-        self.matrix, self.scale = matrix, scale
+    def __init__(self, matrix: Tensor | None = None) -> None:
+        self.matrix = matrix
 
     def columns(self, weight: Tensor) -> Tensor:
         """Weight out D [kernel] to out D' [kernel]."""
-        if self.matrix is None or self.scale is None:
-            return weight
-        return torch.einsum("oc...,c,dc->od...", weight.double(), self.scale, self.matrix)
+        return weight if self.matrix is None else torch.einsum("oc...,dc->od...", weight.double(), self.matrix)
 
 
 def principal(second_moment: Tensor, width: int) -> Basis:
     """The best `width` coordinates for a normalised stream with that second moment (D D, about zero)."""
+    # what is the same in all channels never reaches a LayerNorm's output, so it comes last however few directions count
+    second_moment = second_moment - second_moment.trace() / len(second_moment)
     directions = torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, : width - 1]  # D k
-    return Basis(_sum_to_zero(width).to(directions) @ directions.T)
+    scale = (width / len(second_moment)) ** 0.5
+    return Basis(scale * _sum_to_zero(width).to(directions) @ directions.T)
 
 
 def second_moment(batches: Iterable[Tensor]) -> Tensor:
@@ -84,15 +89,15 @@ def fit_norm(
     `inputs` are pairs (dense, pruned), channels last. The dense gain moves into the readers, which get to know by the
     `Reads` that come back.
     """
-    if basis.matrix is None:
+    if basis.back is None:
         fit_lines(pruned, ((x, dense(x_dense)) for x_dense, x in inputs), dense.weight.double(), damping)
         return Reads()
-    gain, bias = dense.weight.double(), dense.bias.double()
+    reads = basis.back * dense.weight.double()
     # so that zero, with which convolutions pad, means zero as before, as nearly as can be
-    offset = torch.linalg.lstsq(gain[:, None] * basis.matrix.T, bias[:, None]).solution[:, 0]
+    offset = torch.linalg.lstsq(reads.T, dense.bias.double()[:, None]).solution[:, 0]
     pairs = ((x, basis.project(normalised(dense, x_dense)).double() + offset) for x_dense, x in inputs)
     fit_lines(pruned, pairs, None, damping)
-    return Reads(basis.matrix, gain)
+    return Reads(reads)
 
 
 @torch.no_grad()

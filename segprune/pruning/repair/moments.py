@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-12
 Rows = Iterable[tuple[Tensor, Tensor]]  # inputs n p and targets n q, piece by piece
 
 
@@ -52,7 +53,8 @@ class Moments:
         weight = weight.double()
         xx, xy = self.covariances
         left = xy - xx @ weight.T  # what `weight` does not explain
-        ridge = damping * float(xx.diagonal().mean())
+        # the second term is above what rounding leaves where all rows are the same
+        ridge = damping * float(xx.diagonal().mean()) + ROUNDING * float(self._sums[2].diagonal().mean()) / self.count
         if ridge > 0.0:
             damped = xx.clone()
             damped.diagonal().add_(ridge)
