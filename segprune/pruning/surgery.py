@@ -18,6 +18,18 @@ from segprune.spec import BlockSpec, Spec
 
 def cut(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     """Remove from `model`, in place, every channel that the plan does not keep."""
+    groups = list(groups)
+    for group in groups:
+        if group.kind == "head":
+            attention = model.get_submodule(group.name.removesuffix(".heads"))
+            assert isinstance(attention, Attention)
+            attention.num_heads = len(plan.keep[group.name])
+    for (layer, side), positions in removed_positions(groups, plan).items():
+        _slice(model.get_submodule(layer), side, positions)
+
+
+def removed_positions(groups: Iterable[Group], plan: Plan) -> dict[tuple[str, Side], set[int]]:
+    """What the plan takes from each side of each layer that it touches."""
     gone: dict[tuple[str, Side], set[int]] = {}
     for group in groups:
         kept = np.zeros(group.num_channels, dtype=bool)
@@ -27,12 +39,7 @@ def cut(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
         for member in group.members:
             lost = member.positions[~kept[member.channels]].tolist()
             gone.setdefault((member.layer, member.side), set()).update(lost)
-        if group.kind == "head":
-            attention = model.get_submodule(group.name.removesuffix(".heads"))
-            assert isinstance(attention, Attention)
-            attention.num_heads = int(kept.sum())
-    for (layer, side), positions in gone.items():
-        _slice(model.get_submodule(layer), side, positions)
+    return gone
 
 
 def _slice(module: nn.Module, side: Side, gone: set[int]) -> None:

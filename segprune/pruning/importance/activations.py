@@ -1,0 +1,71 @@
+"""The criterion that weighs weights by what they are multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segprune.pruning.groups import Group, Member
+from segprune.pruning.importance.settings import Scores, Settings, layer_average, per_channel, weighted
+from segprune.pruning.trace import TRANSPOSED_CONVS, eval_mode, is_depthwise, run
+
+
+def wanda(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[str, Scores]:
+    """Sums of |weight| · norm of the input channel that it multiplies, per layer, rows and columns alike.
+
+    "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695), summed over channels.
+    """
+    layers = {member.layer: module for group in groups for member, module in weighted(model, group)}
+    norms = _input_norms(model, layers, settings.data)
+    return {
+        group.name: layer_average(
+            group,
+            (
+                per_channel(group, member, _sums(module, member, norms[member.layer]))
+                for member, module in weighted(model, group)
+            ),
+        )
+        for group in groups
+    }
+
+
+def _sums(module: nn.Module, member: Member, norms: Tensor) -> Tensor:
+    """At each of the member's positions."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach().double().abs()
+    if isinstance(module, TRANSPOSED_CONVS):
+        weight = weight.transpose(0, 1)
+    if is_depthwise(module):
+        products = weight.flatten(1).sum(1) * norms
+    else:
+        products = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) * norms  # out in
+        products = products.sum(int(member.side == "out"))
+    return products[torch.from_numpy(member.positions).to(products.device)]
+
+
+def _input_norms(model: nn.Module, layers: dict[str, nn.Module], data: list[Any]) -> dict[str, Tensor]:
+    """Per input channel of each layer the Euclidean norm over all images and positions."""
+    squares: dict[str, Tensor] = {}
+
+    def watcher(name: str) -> Callable[..., None]:
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().double()
+            x = x if isinstance(module, nn.Linear) else x.movedim(1, -1)
+            new = x.square().flatten(0, -2).sum(0)
+            squares[name] = squares[name] + new if name in squares else new
+
+        return watch
+
+    hooks = [module.register_forward_pre_hook(watcher(name)) for name, module in layers.items()]
+    try:
+        with eval_mode(model), torch.no_grad():
+            for batch in data:
+                run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: values.sqrt() for name, values in squares.items()}

@@ -1,0 +1,126 @@
+"""Repair: the layers that read what was cut, re-solved from a few unlabelled images, without any training.
+
+Layer by layer in order of execution, each layer reads what the repaired network so far puts out and is solved, by
+regularised least squares in closed form, for what the dense network says at that place ("Channel Pruning for
+Accelerating Very Deep Neural Networks", arXiv 1707.06168). Where a plan only counts, what stays is chosen anew:
+queries with keys, values with the output product, and normalised streams (stage widths, reductions) keep their
+leading directions and not the planned channels (attention.py, basis.py).
+
+Memory: the activations of one stage's residual stream in both networks, a few times over, and the stages' maps;
+everything else is streamed. The same inputs give the same weights, to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from segprune.model import SegFormer, Stage, check_input
+from segprune.pruning.groups import Group
+from segprune.pruning.plan import Plan
+from segprune.pruning.repair.basis import Reads
+from segprune.pruning.repair.head import repair_head
+from segprune.pruning.repair.layers import Pairs, Removed
+from segprune.pruning.repair.stages import repair_stage
+from segprune.pruning.surgery import cut, read_spec, removed_positions
+from segprune.pruning.trace import eval_mode
+
+DAMPING = 3e-3  # of the mean variance of what a layer reads; 1e-4 to 1e-2 make little difference
+
+
+@torch.no_grad()
+def repair(
+    pruned: SegFormer,
+    dense: SegFormer,
+    groups: Iterable[Group],
+    plan: Plan,
+    batches: Iterable[Tensor],
+    *,
+    damping: float = DAMPING,
+    progress: Callable[[int, int], None] | None = None,
+) -> SegFormer:
+    """A new network with the widths of `pruned` and logits nearer those of `dense`; both are left as they were.
+
+    `dense` is what was cut with `groups` and `plan` to become `pruned`: for a folded head the folded network.
+    `batches` are normalised images B 3 H W, without labels; they are kept in memory. Solved in float64. `progress`
+    is called with the steps done (blocks, and the head) and their number. Refused: no image, images of another
+    shape, values that are not finite, networks that do not belong together, damping not above 0.
+    """
+    groups = list(groups)
+    if not damping > 0.0:
+        raise ValueError(f"The repair's damping is {damping:g}; it must be above 0.")
+    _check_networks(pruned, dense, groups, plan)
+    half = dense.decode_head.classifier.weight.dtype not in (torch.float32, torch.float64)
+    result, reference = copy.deepcopy(pruned), copy.deepcopy(dense).float() if half else dense
+    if half:
+        result.float()
+    images = _images(batches, reference)
+    with eval_mode(reference), eval_mode(result):
+        _repair(result, reference, removed_positions(groups, plan), images, damping, progress)
+    return result.to(pruned.decode_head.classifier.weight.dtype)
+
+
+def _repair(
+    result: SegFormer,
+    reference: SegFormer,
+    removed: Removed,
+    images: list[Tensor],
+    damping: float,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    stages = list(zip(_stages(reference), _stages(result), strict=True))
+    total = sum(len(stage.blocks) for stage in reference.spec.stages) + 1
+    steps = count(1)
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(steps), total)
+
+    maps, into = Pairs(images, images, []), Reads()
+    every, ways = [], []
+    for i, (old, new) in enumerate(stages):
+        maps, into = repair_stage(f"encoder.stages.{i}", old, new, into, removed, maps, damping, step)
+        every.append(maps)
+        ways.append(into)
+    repair_head(reference.decode_head, result.decode_head, ways, removed, every, damping)
+    step()
+
+
+def _stages(model: SegFormer) -> list[Stage]:
+    return [stage for stage in model.encoder.stages if isinstance(stage, Stage)]
+
+
+def _images(batches: Iterable[Tensor], model: SegFormer) -> list[Tensor]:
+    parameter = model.decode_head.classifier.weight
+    images = []
+    for batch in batches:
+        check_input(tuple(batch.shape))
+        if not bool(batch.isfinite().all()):
+            raise ValueError(
+                "An image for the repair holds values that are not finite; check how the images are normalised."
+            )
+        if len(batch):
+            images.append(batch.to(parameter.device, parameter.dtype))
+    if not images:
+        raise ValueError("Repair needs images, and there are none; give a few dozen, labels are not needed.")
+    return images
+
+
+def _check_networks(pruned: SegFormer, dense: SegFormer, groups: list[Group], plan: Plan) -> None:
+    with torch.device("meta"):
+        expected = SegFormer(dense.spec)
+    if {group.name for group in groups} == plan.keep.keys():
+        with suppress(AttributeError, IndexError):  # groups of another network: no such layer, no such channel
+            cut(expected, groups, plan)
+            if read_spec(expected) == replace(read_spec(pruned), numerics=dense.spec.numerics):
+                return
+    raise ValueError(
+        "The pruned network is not what the plan makes of the dense one; give the network that was cut (folded, if the "
+        "pruned one is) with its own groups and plan."
+    )

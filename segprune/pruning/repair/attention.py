@@ -1,0 +1,167 @@
+"""Attention re-solved: reduction, queries with keys, values with the output product.
+
+Queries and keys matter only through their products, values only through what the output product makes of them. So
+instead of dropping dimensions, each head's queries and keys (values and output product) are fitted at full width
+and then replaced by the narrower pair whose product is nearest for the activations that came: a singular value
+decomposition in the metric of their second moments, truncated. For one layer this is "SVD-LLM" (arXiv 2403.07378);
+for the product of two, balanced truncation (Moore 1981). Softmax does not see what it adds to all keys of a query
+alike, so keys count from their image's mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segprune.model import Attention, to_tokens
+from segprune.pruning.repair.basis import Basis, Reads, fit_norm, normalised, principal, second_moment
+from segprune.pruning.repair.layers import Pairs, Removed, assign, conv_rows, fit_layer, flat, kept
+from segprune.pruning.repair.moments import Moments, fit
+
+Affine = tuple[Tensor, Tensor]  # weight out in, bias out; float64
+
+
+def repair_attention(
+    name: str,
+    dense: Attention,
+    pruned: Attention,
+    into: Reads,
+    out: Basis,
+    removed: Removed,
+    inputs: Pairs,
+    targets: list[Tensor],
+    damping: float,
+) -> None:
+    """In place, for attention called `name`.
+
+    `inputs` are what both read (B N C, behind a LayerNorm that is read by `into`); `targets` are what the pruned one
+    should say, B N D' in the coordinates `out`.
+    """
+    rows = {inner: _head_rows(name, dense, removed, inner) for inner in ("q", "k", "v")}
+    source, from_source = _repair_reduction(dense, pruned, into, inputs, damping)
+    query = _fit_full(dense.q, rows["q"], into, inputs, damping)
+    key = _fit_full(dense.k, rows["k"], from_source, source, damping)
+    value = _fit_full(dense.v, rows["v"], from_source, source, damping)
+    if len(query[0]) > pruned.q.out_features:
+        query, key = _shorten_products(query, _centred(key, source), inputs, source, pruned)
+    assign(pruned.q, *query)
+    assign(pruned.k, *key)
+    shorten = len(value[0]) > pruned.v.out_features
+    if shorten:
+        value = _centred(value, source)
+    moments = Moments()
+    for x, y, target in zip(inputs.pruned, source.pruned, targets, strict=True):
+        moments.add(flat(_attend(pruned, x, y, value)), flat(target))
+    columns = out.rows(dense.proj.weight).double()[:, rows["v"]]
+    if shorten:
+        from_short, to_short = _shorten_values(columns, moments, pruned)
+        moments, columns = moments.through(to_short), columns @ from_short
+        value = to_short @ value[0], to_short @ value[1]
+    assign(pruned.v, *value)
+    assign(pruned.proj, *moments.solve(columns, damping))
+
+
+def _head_rows(name: str, dense: Attention, removed: Removed, inner: str) -> Tensor:
+    """Rows of the dense layer `inner` (q, k or v) that belong to heads of which something stays."""
+    layer = dense.get_submodule(inner)
+    assert isinstance(layer, nn.Linear)
+    stays = torch.zeros(layer.out_features, dtype=torch.bool, device=layer.weight.device)
+    stays[kept(removed, f"{name}.{inner}", "out", layer)] = True
+    by_head = stays.view(dense.num_heads, -1)
+    return by_head.any(1, keepdim=True).expand_as(by_head).flatten().nonzero().flatten()
+
+
+def _repair_reduction(
+    dense: Attention, pruned: Attention, into: Reads, inputs: Pairs, damping: float
+) -> tuple[Pairs, Reads]:
+    """What keys and values read, dense and pruned (B M C), and how; the reduction's two layers are re-solved."""
+    if dense.sr is None or pruned.sr is None:
+        return inputs, into
+    assert dense.norm is not None
+    assert pruned.norm is not None
+    maps = inputs.as_maps()
+    reduced = [to_tokens(dense.sr(x)) for x in maps.dense]
+    basis = Basis()
+    if pruned.sr.out_channels < dense.sr.out_channels:
+        basis = principal(second_moment(normalised(dense.norm, x) for x in reduced), pruned.sr.out_channels)
+    weight = basis.rows(into.columns(dense.sr.weight))
+    targets = [basis.project(x) for x in reduced]
+    fit_layer(pruned.sr, conv_rows(pruned.sr, maps.pruned, targets), weight, damping)
+    source = Pairs(reduced, [to_tokens(pruned.sr(x)) for x in maps.pruned], [])
+    how = fit_norm(dense.norm, pruned.norm, basis, source, damping)
+    return source.through(dense.norm, pruned.norm), how
+
+
+def _fit_full(layer: nn.Linear, rows: Tensor, into: Reads, inputs: Pairs, damping: float) -> Affine:
+    """The dense layer's `rows`, fitted to what the pruned network gives to read; none is dropped."""
+    pairs = ((flat(x), flat(layer(x_dense)[..., rows])) for x_dense, x in inputs)
+    return fit(pairs, into.columns(layer.weight)[rows], damping)
+
+
+def _centred(layer: Affine, source: Pairs) -> Affine:
+    """With mean zero: of keys softmax sees no constant, that of values goes into the output product's bias.
+
+    Otherwise directions with hardly any variance, once scaled up, would have enormous biases.
+    """
+    total = sum(len(flat(y)) for y in source.pruned)
+    mean = torch.stack([flat(y).double().sum(0) for y in source.pruned]).sum(0) / total
+    return layer[0], -layer[0] @ mean
+
+
+def _shorten_products(
+    query: Affine, key: Affine, inputs: Pairs, source: Pairs, pruned: Attention
+) -> tuple[Affine, Affine]:
+    """Queries and keys of as many dimensions as the pruned layers have, their products as near as can be."""
+    heads = pruned.num_heads
+    queries = second_moment(_split(_affine(x, query), heads) for x in inputs.pruned)
+    keys = second_moment(_from_mean(_split(_affine(y, key), heads)) for y in source.pruned)
+    first, second = _truncate(queries, keys, pruned.q.out_features // heads)
+    for_query, for_key = torch.block_diag(*first.mT), torch.block_diag(*second.mT)
+    return (for_query @ query[0], for_query @ query[1]), (for_key @ key[0], for_key @ key[1])
+
+
+def _shorten_values(columns: Tensor, moments: Moments, pruned: Attention) -> Affine:
+    """From short to full values and back (h·d h·r and h·r h·d), best for what `columns` (D' h·d) make of them."""
+    heads = pruned.num_heads
+    dim = columns.shape[1] // heads
+    covariance = moments.covariances[0].unflatten(0, (heads, dim)).unflatten(2, (heads, dim))  # h d h d
+    covariance = covariance.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # h d d
+    products = columns.unflatten(1, (heads, dim)).transpose(0, 1)  # h D' d
+    first, second = _truncate(products.mT @ products, covariance, pruned.v.out_features // heads)
+    return torch.block_diag(*first), torch.block_diag(*second.mT)
+
+
+def _truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B (h d r) such that a^T A B^T b is nearest to a^T b, for a, b with second moments left, right (h d d)."""
+    a, b = _root(left), _root(right)
+    u, s, vh = torch.linalg.svd(a.mT @ b)
+    u, s, v = u[..., :rank], s[..., :rank], vh.mT[..., :rank]
+    sign = v.gather(-2, v.abs().argmax(-2, keepdim=True)).sign()  # else rounding would choose it
+    u, v = u * sign, v * sign
+    inverse = torch.where(s > s.amax(-1, keepdim=True) * 1e-10, s.clamp_min(1e-300).rsqrt(), 0.0)[..., None, :]
+    return b @ v * inverse, a @ u * inverse
+
+
+def _root(moment: Tensor) -> Tensor:
+    """L with L L^T = moment."""
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+
+
+def _affine(x: Tensor, layer: Affine) -> Tensor:
+    return F.linear(x, layer[0].to(x.dtype), layer[1].to(x.dtype))
+
+
+def _split(tokens: Tensor, heads: int) -> Tensor:
+    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)  # B N h·d -> B h N d
+
+
+def _from_mean(x: Tensor) -> Tensor:
+    return x - x.mean(-2, keepdim=True)
+
+
+def _attend(pruned: Attention, x: Tensor, source: Tensor, value: Affine) -> Tensor:
+    """The heads' outputs B N h·d before the output product, with these values in place of the layer's."""
+    q, k, v = (_split(t, pruned.num_heads) for t in (pruned.q(x), pruned.k(source), _affine(source, value)))
+    return F.scaled_dot_product_attention(q, k, v, scale=pruned.qk_scale).transpose(1, 2).flatten(2)

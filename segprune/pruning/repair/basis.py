@@ -1,0 +1,139 @@
+"""Coordinates of a normalised stream that became narrower: a rotation keeps more of it than a choice of channels.
+
+Whatever passes a LayerNorm before it is read may be turned by any orthogonal matrix, if the gain moves into the
+readers ("SliceGPT", arXiv 2401.15024, for RMSNorm). LayerNorm also takes the mean off, so of D' channels D' − 1 are
+free: the leading principal directions of the normalised stream, laid into the subspace of D' channels that sum to
+zero. Scaled by sqrt(D' / D) LayerNorm finds the same variance as in the wide network, less that of what is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Basis:
+    """D' coordinates of a stream D wide; without a matrix (D' D) the stream is as wide as it was."""
+
+    def __init__(self, matrix: Tensor | None = None) -> None:
+        self.matrix = matrix
+
+    def project(self, x: Tensor) -> Tensor:
+        """Channels last."""
+        return x if self.matrix is None else (x.double() @ self.matrix.T).to(x.dtype)
+
+    @property
+    def back(self) -> Tensor | None:
+        """D' D; x is about project(x) @ back."""
+        return None if self.matrix is None else self.matrix * (self.matrix.shape[1] / self.matrix.shape[0])
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight of a layer that writes D channels, D in [kernel], made to write the coordinates."""
+        return weight if self.matrix is None else torch.tensordot(self.matrix, weight.double(), 1)
+
+
+class Reads:
+    """How layers behind a LayerNorm read it: their dense weights, put into the coordinates of its new output.
+
+    The dense output is about the new output @ matrix (D' D), up to what a bias takes; without a matrix it is that.
+    """
+
+    def __init__(self, matrix: Tensor | None = None) -> None:
+        self.matrix = matrix
+
+    def columns(self, weight: Tensor) -> Tensor:
+        """Weight out D [kernel] to out D' [kernel]."""
+        return weight if self.matrix is None else torch.einsum("oc...,dc->od...", weight.double(), self.matrix)
+
+
+def principal(second_moment: Tensor, width: int) -> Basis:
+    """The best `width` coordinates for a normalised stream with that second moment (D D, about zero)."""
+    # what is the same in all channels never reaches a LayerNorm's output, so it comes last however few directions count
+    second_moment = second_moment - second_moment.trace() / len(second_moment)
+    directions = torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, : width - 1]  # D k
+    scale = (width / len(second_moment)) ** 0.5
+    return Basis(scale * _sum_to_zero(width).to(directions) @ directions.T)
+
+
+def second_moment(batches: Iterable[Tensor]) -> Tensor:
+    """Sum of outer products over images and tokens: batches B … N C to … C C, in float64."""
+    moments = ((x.double().mT @ x.double()).sum(0) for x in batches)
+    total = next(moments)
+    for moment in moments:
+        total += moment
+    return total
+
+
+def _sum_to_zero(width: int) -> Tensor:
+    """Orthonormal columns (Helmert's) that span the vectors of `width` numbers whose sum is zero."""
+    columns = torch.zeros(width, width - 1, dtype=torch.float64)
+    for k in range(1, width):
+        columns[:k, k - 1] = 1.0
+        columns[k, k - 1] = -k
+    return columns / torch.linalg.vector_norm(columns, dim=0)
+
+
+def normalised(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """What the LayerNorm makes of x before gain and bias."""
+    return F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+
+
+def fit_norm(
+    dense: nn.LayerNorm, pruned: nn.LayerNorm, basis: Basis, inputs: Iterable[tuple[Tensor, Tensor]], damping: float
+) -> Reads:
+    """Gain and bias of the pruned LayerNorm so that it says what the dense one does, in the basis's coordinates.
+
+    `inputs` are pairs (dense, pruned), channels last. The dense gain moves into the readers, which get to know by the
+    `Reads` that come back.
+    """
+    if basis.back is None:
+        fit_lines(pruned, ((x, dense(x_dense)) for x_dense, x in inputs), dense.weight.double(), damping)
+        return Reads()
+    reads = basis.back * dense.weight.double()
+    # so that zero, with which convolutions pad, means zero as before, as nearly as can be
+    offset = torch.linalg.lstsq(reads.T, dense.bias.double()[:, None]).solution[:, 0]
+    pairs = ((x, basis.project(normalised(dense, x_dense)).double() + offset) for x_dense, x in inputs)
+    fit_lines(pruned, pairs, None, damping)
+    return Reads(reads)
+
+
+@torch.no_grad()
+def fit_lines(norm: nn.LayerNorm, pairs: Iterable[tuple[Tensor, Tensor]], gain: Tensor | None, damping: float) -> None:
+    """Gain and bias by least squares, each channel by itself, from (inputs, wanted outputs), channels last.
+
+    The ridge pulls towards `gain`, by default the one number that fits all channels together.
+    """
+    lines = _Lines()
+    for x, wanted in pairs:
+        lines.add(normalised(norm, x), wanted)
+    slope, start = lines.solve(gain, damping)
+    norm.weight.copy_(slope)
+    norm.bias.copy_(start)
+
+
+class _Lines:
+    """Streamed least squares of y on x, each channel by itself."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[Tensor] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)
+        new = [x.sum(0), y.sum(0), (x * x).sum(0), (x * y).sum(0)]
+        self.sums = [old + more for old, more in zip(self.sums, new, strict=True)] if self.count else new
+        self.count += len(x)
+
+    def solve(self, slope: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
+        """Slopes and intercepts, near `slope`, by default the one that fits all channels together."""
+        x, y, xx, xy = (total / self.count for total in self.sums)
+        variance, covariance = xx - x * x, xy - x * y
+        tiny = torch.finfo(torch.float64).tiny
+        if slope is None:
+            slope = covariance.sum() / variance.sum().clamp_min(tiny)
+        ridge = damping * variance.mean() + tiny
+        slope = slope + (covariance - variance * slope) / (variance + ridge)
+        return slope, y - slope * x

@@ -1,0 +1,79 @@
+"""What repairs share: pairs of activations, dense and pruned, and layers re-solved from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segprune.model import to_map
+from segprune.pruning.groups import Side
+from segprune.pruning.repair.moments import Rows, fit
+from segprune.pruning.trace import width_of
+
+CHUNK = 2**24  # numbers in an unfolded piece of activations
+Removed = Mapping[tuple[str, Side], set[int]]
+
+
+@dataclass
+class Pairs:
+    """The same activations in the dense and in the pruned network, one tensor per batch.
+
+    `sizes` are heights and widths of the maps that tokens (B N C) come from.
+    """
+
+    dense: list[Tensor]
+    pruned: list[Tensor]
+    sizes: list[tuple[int, int]]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(self.dense, self.pruned, strict=True))
+
+    def through(self, dense: Callable[[Tensor], Tensor], pruned: Callable[[Tensor], Tensor]) -> Pairs:
+        return Pairs([dense(x) for x in self.dense], [pruned(x) for x in self.pruned], self.sizes)
+
+    def as_maps(self) -> Pairs:
+        dense, pruned = (
+            [to_map(x, *size) for x, size in zip(tokens, self.sizes, strict=True)]
+            for tokens in (self.dense, self.pruned)
+        )
+        return Pairs(dense, pruned, self.sizes)
+
+
+def kept(removed: Removed, name: str, side: Side, layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """Positions of the dense layer's side that stay, ascending."""
+    gone = removed.get((name, side), set())
+    positions = [i for i in range(width_of(layer, side)) if i not in gone]
+    return torch.tensor(positions, dtype=torch.long, device=layer.weight.device)
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)  # B N C -> B·N C
+
+
+@torch.no_grad()
+def assign(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    layer.weight.copy_(weight.view_as(layer.weight))
+    assert layer.bias is not None
+    layer.bias.copy_(bias)
+
+
+def fit_layer(layer: nn.Linear | nn.Conv2d, rows: Rows, weight: Tensor, damping: float) -> None:
+    """Re-solve the layer from rows of what it reads and should say; `weight` (out in [kernel]) is the prior."""
+    assign(layer, *fit(rows, weight.flatten(1), damping))
+
+
+def conv_rows(layer: nn.Conv2d, maps: list[Tensor], targets: list[Tensor]) -> Rows:
+    """What the convolution reads in each map (B C H W), as rows, beside the targets (B N D).
+
+    Image by image where the patches of a whole batch would be large.
+    """
+    for x, y in zip(maps, targets, strict=True):
+        patches = y.shape[1] * x.shape[1] * layer.kernel_size[0] * layer.kernel_size[1]
+        step = max(1, CHUNK // patches)
+        for some, wanted in zip(x.split(step), y.split(step), strict=True):
+            unfolded = F.unfold(some, layer.kernel_size, padding=layer.padding, stride=layer.stride)  # type: ignore[arg-type]
+            yield flat(unfolded.transpose(1, 2)), flat(wanted)

@@ -1,0 +1,74 @@
+"""Least squares from streamed moments: what an affine layer should be, given what it reads and what it should say.
+
+Only sums, X^T X and X^T Y are kept, in float64, however many rows come. The ridge pulls towards given weights and
+not towards zero, so that directions the few images do not show keep the weights they have; the bias is free.
+Reconstructing a layer's outputs after its inputs were cut: "Channel Pruning for Accelerating Very Deep Neural
+Networks" (arXiv 1707.06168); from second moments alone: "Optimal Brain Compression" (arXiv 2208.11580).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+ROUNDING = 1e-12
+Rows = Iterable[tuple[Tensor, Tensor]]  # inputs n p and targets n q, piece by piece
+
+
+class Moments:
+    """Of rows x (n p) and y (n q): counts, sums and products."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: tuple[Tensor, ...] = ()
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = x.double(), y.double()
+        new = (x.sum(0), y.sum(0), x.T @ x, x.T @ y)
+        self._sums = tuple(old.add_(more) for old, more in zip(self._sums, new, strict=True)) if self.count else new
+        self.count += len(x)
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        return self._sums[0] / self.count, self._sums[1] / self.count
+
+    @property
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Of x with itself (p p) and with y (p q)."""
+        x, y = self.means
+        return self._sums[2] / self.count - torch.outer(x, x), self._sums[3] / self.count - torch.outer(x, y)
+
+    def through(self, matrix: Tensor) -> Moments:
+        """The moments as they would be with inputs x @ matrix.T."""
+        result = Moments()
+        result.count = self.count
+        x, y, xx, xy = self._sums
+        result._sums = (matrix @ x, y, matrix @ xx @ matrix.T, matrix @ xy)
+        return result
+
+    def solve(self, weight: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+        """Weight (q p) and bias (q) of the affine map from x to y, near `weight` where the rows leave it open."""
+        weight = weight.double()
+        xx, xy = self.covariances
+        left = xy - xx @ weight.T  # what `weight` does not explain
+        # the second term is above what rounding leaves where all rows are the same
+        ridge = damping * float(xx.diagonal().mean()) + ROUNDING * float(self._sums[2].diagonal().mean()) / self.count
+        if ridge > 0.0:
+            damped = xx.clone()
+            damped.diagonal().add_(ridge)
+            weight = weight + torch.cholesky_solve(left, torch.linalg.cholesky(damped)).T
+        x, y = self.means
+        return weight, y - weight @ x
+
+
+def moments_of(rows: Rows) -> Moments:
+    moments = Moments()
+    for x, y in rows:
+        moments.add(x, y)
+    return moments
+
+
+def fit(rows: Rows, weight: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    return moments_of(rows).solve(weight, damping)
