@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, PolynomialLR
 
-from segprune.training.schedule import DECAYS, Decay, lr_factor, voc_factor, voc_lr
+from segprune.training.schedule import DECAYS, Decay, lr_factor, voc_lr, voc_schedule
 
 
 def torch_factors(decay: Decay, steps: int, power: float = 1.0, eta_min: float = 0.0) -> list[float]:
@@ -90,6 +90,13 @@ def test_the_voc_rate_is_scaled_by_the_batch_and_clipped(
     lr: float, batch_size: int, optimizer: str, expected: float
 ) -> None:
     assert voc_lr(lr, batch_size, optimizer) == pytest.approx(expected)
+
+
+def voc_factor(step: int, total_steps: int, epochs: int) -> float:
+    """The course as the loop takes it from a config's words."""
+    course = voc_schedule(epochs)
+    warmup, hold = (round(course.pop(name) * total_steps) for name in ("warmup", "hold"))
+    return lr_factor(step, total_steps, warmup_steps=warmup, hold_steps=hold, **course)
 
 
 @pytest.mark.parametrize(("epochs", "warmup", "hold"), [(20, 1, 1), (60, 3, 3), (100, 3, 5)])
