@@ -3,16 +3,21 @@
 import json
 import re
 import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from typer.testing import CliRunner
 
 from segprune.cli import app
 from segprune.cli.journal import Journal
+from segprune.model import SegFormer
+from segprune.training.config import TrainConfig
+from segprune.training.state import Splits
 
 SIZE = ("--input_shape", "32", "32")
 HERE = ("--num_workers", "0")  # pictures are loaded in this process
@@ -57,6 +62,33 @@ def interrupted(step: int, *flags: object, by: signal.Signals = signal.SIGINT) -
         patch.setattr(Journal, "step_done", press)
         status, _, errors = invoke(*flags)
     return status, errors
+
+
+@dataclass
+class Told:
+    """What a command printed until it came to train, and what the loop would have got."""
+
+    out: str
+    model: SegFormer
+    config: TrainConfig
+    splits: Splits
+    options: dict[str, Any]
+
+
+def told(*flags: object) -> Told:
+    """A command that trains, stopped before the first step."""
+    caught: list[Told] = []
+
+    def stop(model: SegFormer, config: TrainConfig, splits: Splits, **options: Any) -> None:
+        caught.append(Told("", model, config, splits, options))
+        raise ValueError("Seen.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("segprune.cli.fitting.train", stop)
+        status, out, errors = invoke(*flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert (status, errors) == (1, "Error: Seen.\n")
+    return replace(caught[0], out=" ".join(out.split()))
 
 
 def training(data: Path, out: Path, *flags: object) -> tuple[object, ...]:

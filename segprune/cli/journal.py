@@ -81,6 +81,7 @@ class Journal:
         self.epochs = epochs
         self.step = step
         self.resumable = resumable
+        self.last_epoch = epochs[-1]["epoch"] if epochs else 0  # whose weights LAST holds
         self.keep = keep
         self.board = _board(folder / "tensorboard", step) if tensorboard else None
 
@@ -99,6 +100,7 @@ class Journal:
         if result.best:
             save(self.model, self.folder / BEST, extra=extra)
         save(self.model, self.folder / LAST, extra=extra)
+        self.last_epoch = result.epoch
         if self.keep:
             self._keep(result, extra)
         record = {"settings": self.settings, "epochs": self.epochs, "environment": environment()}
@@ -133,9 +135,9 @@ class Journal:
 
     def last_good(self) -> str:
         """Where to go back to after a failure, as a sentence's end."""
-        if not self.epochs:
+        if not self.last_epoch:
             return "no epoch had been completed"
-        return f"the last good checkpoint is {self.folder / LAST} of epoch {self.epochs[-1]['epoch']}"
+        return f"the last good checkpoint is {self.folder / LAST} of epoch {self.last_epoch}"
 
     def draw(
         self, val: Sequence[Sample], how: EvalMode, names: Sequence[str], palette: Sequence[int], device: torch.device

@@ -161,6 +161,7 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
     check_input((1, 3, *config.input_shape))
     choose_device(config.cuda)
     config, reason = with_rates(config, extra)
+    check_settings(config)
     show_settings("Resumed training" if config.resume else "Training", asdict(config))
     show_notes((*notes, reason))
     source, labels = open_data(
@@ -210,22 +211,19 @@ def fit_with(
 
 def _teacher(config: TrainSettings, student: SegFormer, names: tuple[str, ...]) -> SegFormer:
     """The dense network with its head folded; refused if it knows other classes than the student."""
-    found = checkpoint.read(config.teacher, dialect=config.teacher_dialect)
-    if found.backbone_only:
-        raise ValueError(f"--teacher {config.teacher} holds only a backbone; give the trained network.")
+    found = checkpoint.read(config.teacher, dialect=config.teacher_dialect)  # which refuses a bare backbone
     if found.spec.num_classes != student.spec.num_classes:
         raise ValueError(
             f"--teacher {config.teacher} has {found.spec.num_classes} classes and the network to train "
             f"{student.spec.num_classes}; give a teacher that was trained for the same classes (another number often "
             "means another rule of which label is ignored)."
         )
-    theirs = tuple(found.extra.get("class_names", ()))
-    if theirs and names and theirs != names:
-        first = next(k for k, pair in enumerate(zip(theirs, names, strict=True)) if pair[0] != pair[1])
-        raise ValueError(
-            f"--teacher {config.teacher} calls class {first} {theirs[first]!r} and the data {names[first]!r}; "
-            "give a teacher that was trained for the same classes."
-        )
+    for number, (theirs, ours) in enumerate(zip(found.extra.get("class_names", ()), names, strict=False)):
+        if theirs != ours:
+            raise ValueError(
+                f"--teacher {config.teacher} calls class {number} {theirs!r} and the data {ours!r}; "
+                "give a teacher that was trained for the same classes."
+            )
     return fold_decoder(checkpoint.build(found))
 
 
@@ -277,7 +275,8 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
     wrong = [name for name in fixed if name in flags and flags[name] != old[name]]
     if wrong:
         raise ValueError(
-            f"The run to resume had --{wrong[0]} {old[wrong[0]]}, now it is {flags[wrong[0]]}; leave the flag out."
+            f"The run to resume had --{wrong[0]} {old[wrong[0]] or 'none'}, now it is {flags[wrong[0]] or 'none'}; "
+            "leave the flag out."
         )
     resumed_config = replace(config, **{**old, **flags, "resume": True})
     _check_flags(resumed_config, given)

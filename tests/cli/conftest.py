@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from segprune.checkpoint import save
+from segprune.checkpoint import read, save
 from segprune.cli.common import console
 from segprune.data import write_shapes
 from segprune.model import SegFormer
@@ -50,3 +50,12 @@ def small(small_spec: Spec, trained_like: Callable[[nn.Module], nn.Module], tmp_
     assert isinstance(model, SegFormer)
     save(model, tmp_path / "small.pth", extra={"lr": 1e-2})
     return tmp_path / "small.pth"
+
+
+@pytest.fixture
+def teacher(small: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path) -> Path:
+    """Another network of the small one's shape, without a word on its training."""
+    model = trained_like(SegFormer(read(small).spec))
+    assert isinstance(model, SegFormer)
+    save(model, tmp_path / "teacher.pth")
+    return tmp_path / "teacher.pth"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from segprune.checkpoint import read
+from segprune.checkpoint import load_record, read, save_record
+from segprune.cli.journal import Journal
+from segprune.data import write_shapes
 from segprune.training import loop
 from segprune.training.evaluate import Score
 from tests.commands import (
@@ -28,24 +31,24 @@ from tests.commands import (
 )
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_an_interrupted_run_goes_on_to_the_same_weights(step: int, data: Path, small: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_told_to_stop_goes_on_to_the_same_weights(data: Path, small: Path, tmp_path: Path) -> None:
     flags = ("--model_path", small, "--epochs", 2)  # of 2 steps each
     done(*training(data, tmp_path / "whole", *flags))
-    out = tmp_path / "stopped run"
-    status, errors = interrupted(step, *training(data, out, *flags))
-    assert status == 130
-    stopped = re.fullmatch(
-        r"Training was interrupted in epoch (\d) after (\d) batches\. Go on with: python -m segprune (.+)\n", errors
-    )
-    assert stopped, errors
-    assert 2 * (int(stopped[1]) - 1) + int(stopped[2]) == step
-    done(*shlex.split(stopped[3]))
-    for name in (BEST, LAST):
-        whole, resumed = read(tmp_path / "whole" / name), read(out / name)
-        assert same(resumed.state_dict, whole.state_dict)
-        assert resumed.extra == whole.extra
-    assert rows_in(out) == rows_in(tmp_path / "whole")
+    for step, by in ((1, signal.SIGINT), (2, signal.SIGTERM), (3, signal.SIGINT)):
+        out = tmp_path / f"stopped in {step}"
+        status, errors = interrupted(step, *training(data, out, *flags), by=by)
+        assert status == 130
+        stopped = re.fullmatch(
+            r"Training was interrupted in epoch (\d) after (\d) batches\. Go on with: python -m segprune (.+)\n", errors
+        )
+        assert stopped, errors
+        assert 2 * (int(stopped[1]) - 1) + int(stopped[2]) == step
+        done(*shlex.split(stopped[3]))
+        for name in (BEST, LAST):
+            whole, resumed = read(tmp_path / "whole" / name), read(out / name)
+            assert same(resumed.state_dict, whole.state_dict)
+            assert resumed.extra == whole.extra
+        assert rows_in(out) == rows_in(tmp_path / "whole")
 
 
 def test_resuming_a_run_that_ended_changes_nothing(data: Path, small: Path, tmp_path: Path) -> None:
@@ -55,23 +58,62 @@ def test_resuming_a_run_that_ended_changes_nothing(data: Path, small: Path, tmp_
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--phi", "b1"), "The run to resume had --phi b0, now it is b1; leave the flag out."),
-        (("--num_classes", 5), "The run to resume had --num_classes 8, now it is 5; leave the flag out."),
-        (("--drop_path", 0.4), "The run to resume had --drop_path 0.1, now it is 0.4; leave the flag out."),
-        (("--epochs", 3), "The run to resume had epochs 2, now it is 3; resume with the same settings, or start"),
-        (("--lr", 1), "The run to resume had lr 0.001, now it is 1.0; resume with the same settings, or start"),
-        (("--input_shape", 64, 64), "The run to resume had input_shape (32, 32), now it is (64, 64); resume with"),
-    ],
-)
-def test_a_run_is_resumed_only_with_its_own_settings(
-    flags: tuple[object, ...], message: str, data: Path, small: Path, tmp_path: Path
+OTHER_SETTINGS: list[tuple[tuple[object, ...], str]] = [
+    (("--phi", "b1"), "The run to resume had --phi b0, now it is b1; leave the flag out."),
+    (("--num_classes", 5), "The run to resume had --num_classes 8, now it is 5; leave the flag out."),
+    (("--drop_path", 0.4), "The run to resume had --drop_path 0.1, now it is 0.4; leave the flag out."),
+    (("--lr_rule", "voc"), "The run to resume had --lr_rule none, now it is voc; leave the flag out."),
+    (("--epochs", 3), "The run to resume had epochs 2, now it is 3; resume with the same settings, or start"),
+    (("--lr", 1), "The run to resume had lr 0.001, now it is 1.0; resume with the same settings, or start"),
+    (("--input_shape", 64, 64), "The run to resume had input_shape (32, 32), now it is (64, 64); resume with"),
+    (("--ema", 0.5), "The run to resume had ema 0.0, now it is 0.5; resume with"),
+    (("--label_smoothing", 0.1), "The run to resume had loss label_smoothing 0.0, now it is 0.1; resume with"),
+]
+
+
+def test_a_run_is_resumed_only_with_its_own_settings_network_and_pictures(
+    data: Path, small: Path, teacher: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     interrupted(1, *training(data, out, "--model_path", small, "--drop_path", 0.1, "--epochs", 2))
-    assert refused("train", "--resume", "--save_dir", out, *flags).startswith(message)
+    call = ("train", "--resume", "--save_dir", out)
+    for flags, message in OTHER_SETTINGS:
+        assert refused(*call, *flags).startswith(message)
+    said = refused(*call, "--model_path", teacher)
+    assert said == f"The run to resume had --model_path {small}, now it is {teacher}; leave the flag out."
+    write_shapes(tmp_path / "others", num_train=7, num_val=3, size=(32, 32))
+    assert refused(*call, "--data", tmp_path / "others") == (
+        "The run to resume had other pictures (names, number or order of the train and val lists); give it the same "
+        "data, or start anew without --resume."
+    )
+
+
+def test_a_state_that_is_not_of_its_network_is_refused(data: Path, small: Path, tmp_path: Path) -> None:
+    interrupted(1, *training(data, tmp_path / "out", "--model_path", small))
+    path = tmp_path / "out/resume.pth"
+    record = load_record(path)
+    name = "decode_head.classifier.weight"
+    record["state"]["model"][name] = record["state"]["model"][name][:5].clone()
+    save_record(record, path)
+    said = refused("train", "--resume", "--save_dir", path.parent)
+    assert said.startswith(f"{name} has the shape 5 44 1 1 where its spec has 8 44 1 1; give a checkpoint of an")
+
+
+def test_the_averaged_weights_are_saved_and_scored_and_a_run_goes_on_from_its_own(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
+    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
+    flags = ("--model_path", small, "--epochs", 2)
+    done(*training(data, plain, *flags))
+    done(*training(data, averaged, *flags, "--ema", 0.5))
+    state = load_record(averaged / "resume.pth")["state"]
+    saved = read(averaged / LAST).state_dict
+    assert same(state["model"], read(plain / LAST).state_dict)  # averaging does not change the course
+    assert same(saved, state["ema"]["averages"])
+    assert not same(saved, state["model"])
+    score = tmp_path / "score.json"
+    done("eval", averaged / LAST, "--data", data, *SIZE, *HERE, "--batch_size", 4, "--json", score)
+    assert json.loads(score.read_text(encoding="utf-8"))["miou"] == rows_in(averaged)[-1]["miou"]
 
 
 def test_only_a_folder_with_a_run_is_resumed(small: Path, tmp_path: Path) -> None:
@@ -94,6 +136,22 @@ def test_training_that_diverges_is_stopped_with_advice(data: Path, small: Path, 
         r"again; no epoch had been completed\."
     )
     assert re.fullmatch(message, refused(*training(data, tmp_path / "out", *flags)))
+
+
+def test_training_that_diverges_later_names_the_last_good_checkpoint(
+    data: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ruin(self: Journal, done: int, total: int, loss: float, lr: float) -> None:
+        if done == 3:  # of two per epoch
+            next(self.model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(Journal, "step_done", ruin)
+    out = tmp_path / "out"
+    assert refused(*training(data, out, "--model_path", small, "--epochs", 3)) == (
+        "The loss became nan in epoch 2, batch 2 (step 4 of 6); lower --lr (it was 0.001) and start again; the last "
+        f"good checkpoint is {out / LAST} of epoch 1."
+    )
+    assert read(out / LAST).extra["epoch"]["epoch"] == 1
 
 
 def test_the_best_epoch_is_kept_and_every_epoch_recorded(data: Path, small: Path, tmp_path: Path) -> None:

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from segprune.checkpoint import load, read, save
-from segprune.model import SegFormer
+from segprune.checkpoint import load, read
 from tests.commands import BEST, HERE, LAST, SIZE, done, rows_in, same, training
-from tests.dialects import Fill
 
 ROOT = Path(__file__).parents[2]
 KILLS = 5
@@ -73,15 +71,6 @@ def process(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
-
-
-@pytest.fixture
-def teacher(small: Path, trained_like: Fill, tmp_path: Path) -> Path:
-    """Another network of the small one's shape, without a word on its training."""
-    model = trained_like(SegFormer(read(small).spec))
-    assert isinstance(model, SegFormer)
-    save(model, tmp_path / "teacher.pth")
-    return tmp_path / "teacher.pth"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")

@@ -13,10 +13,12 @@ import torch
 from segprune import load
 from segprune.checkpoint import read
 from segprune.data import open_source
+from segprune.fold import fold_decoder
 from segprune.pruning import pruner_l1
 from segprune.stats import count
+from segprune.training.distill import Distillation
 from segprune.training.evaluate import EvalMode, evaluate
-from tests.commands import HERE, SIZE, done, interrupted, refused
+from tests.commands import HERE, SIZE, done, interrupted, refused, told
 
 SHAPE = (64, 32)
 
@@ -129,6 +131,22 @@ def test_fine_tuning_keeps_the_pruned_shape_and_takes_a_tenth_of_the_first_rate(
     assert record_in(tuned[0])["finetuned_model"]["best_epoch"] in (1, 2)
 
 
+def test_fine_tuning_learns_from_the_dense_network_unless_told_otherwise(
+    tuned: tuple[Path, str], dense: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = tuned[0] / "l1/b0/b0_pruned_0.5_finetuned"
+    settings = json.loads((folder / "training_results.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["teacher"] == record_in(tuned[0])["settings"]["model_path"] == str(dense)
+    assert record_in(tuned[0])["settings"]["no_distill"] is False
+    here = ("prune", "--model_path", dense, *SIZE, *HERE, "--data", data, "--epochs", 1)
+    taught = told(*here, "--save_dir", tmp_path / "taught")
+    assert taught.config.distillation == Distillation()
+    assert taught.options["teacher"].spec == fold_decoder(load(dense)).spec
+    alone = told(*here, "--save_dir", tmp_path / "alone", "--no_distill")
+    assert (alone.config.distillation, alone.options["teacher"]) == (None, None)
+    assert record_in(tmp_path / "alone")["settings"]["no_distill"] is True
+
+
 def test_a_pruned_file_is_pruned_again(tuned: tuple[Path, str], tmp_path: Path) -> None:
     path = tuned[0] / "l1/b0/b0_pruned_0.5.pth"
     out = done("prune", "--model_path", path, "--pruning_rate", 0.3, *SIZE, "--save_dir", tmp_path)
@@ -214,10 +232,13 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--epochs", 1), r"--epochs was given without --data; say what to fine-tune on\."),
     (("--lr", 1e-4), r"--lr has no effect without --epochs; give the epochs to fine-tune\."),
     (("--freeze_epochs", 1), r"--freeze_epochs has no effect without --epochs"),
+    (("--no_distill",), r"--no_distill has no effect without --epochs"),
     (("--scale", 1, 2), r"--scale has no effect without --epochs"),
     (("--amp", "bf16"), r"--amp has no effect without --epochs"),
     (("--batch_size", 4), r"--batch_size has no effect without --data; give the data set to score on\."),
     (("--num_workers", 0), r"--num_workers has no effect without --data"),
+    (("--layout", "voc"), r"--layout has no effect without --data"),
+    (("--skip_bad",), r"--skip_bad has no effect without --data"),
 ]
 
 

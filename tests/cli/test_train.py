@@ -1,19 +1,20 @@
-"""`segprune train`: from scratch and from any file; and what it refuses."""
+"""`segprune train`: from scratch and from any file, and what its flags tell the loop."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from segprune.checkpoint import read, save
+from segprune.checkpoint import read
 from segprune.convert import NUMERICS
-from segprune.model import SegFormer
+from segprune.data import load_mask
 from segprune.spec import standard_spec
-from tests.commands import BEST, LAST, done, refused, results_in, same, training
+from segprune.training.losses import SegmentationLoss, class_weights_from_counts
+from tests.commands import BEST, LAST, done, results_in, same, told, training
 from tests.dialects import Fill, reference
 
 
@@ -55,64 +56,50 @@ def test_flags_overrule_what_is_read_off_the_file(data: Path, small: Path, tmp_p
     assert not same(after.state_dict, before.state_dict)
 
 
-REFUSED: list[tuple[tuple[object, ...], str]] = [
-    (("--phi", "b2"), r".*The file is a b0, but --phi b2 was given; leave --phi out or give b0\."),
-    (("--num_classes", 5), r".*The file has 8 classes, but --num_classes 5 was given; leave .* out or give 8\."),
-    (("--dialect", "hf"), r".*The file is segprune's own, but --dialect hf was given; leave --dialect out\."),
-    (("--epochs", 0), r"epochs is 0; it must be above 0\."),
-    (("--batch_size", 0), r"batch_size is 0; it must be above 0\."),
-    (("--lr", 0), r"lr is 0\.0; it must be above 0\."),
-    (("--lr", "nan"), r"lr is nan; it must be above 0\."),
-    (("--warmup", 1), r"warmup is 1\.0; it is a share, from 0 to below 1\."),
-    (("--decay", "step"), r"Decay 'step' is unknown; choose one of poly, cosine, constant\."),
-    (("--freeze_epochs", -1), r"freeze_epochs is -1; it must be 0 or above\."),
-    (("--scale", 2, 1), r"scale \(2\.0, 1\.0\) must be \(low, high\) with 0 < low <= high; give both, low first\."),
-    (("--amp", "fp8"), r"Mixed precision 'fp8' is unknown; choose no, fp16 or bf16\."),
-    (("--seed", -1), r"seed is -1; it must be 0 or above\."),
+ONE_EACH = ",".join(map(str, range(1, 9)))
+REACHED: list[tuple[tuple[object, ...], dict[str, object]]] = [
+    (("--epochs", 3), {"epochs": 3}),
+    (("--batch_size", 2), {"batch_size": 2}),
+    (("--accumulate", 2), {"accumulate": 2}),
+    (("--optimizer", "sgd", "--momentum", 0.8), {"optimizer": "sgd", "momentum": 0.8}),
+    (("--weight_decay", 0.1), {"weight_decay": 0.1}),
+    (("--decay", "cosine", "--warmup", 0.2), {"decay": "cosine", "warmup": 0.2, "hold": 0.0, "min_factor": 0.0}),
+    (("--head_lr", 4), {"head_lr_factor": 4.0}),
+    (("--clip_norm", 2), {"clip_norm": 2.0}),
+    (("--ema", 0.9), {"ema": 0.9}),
+    (("--freeze_epochs", 2), {"freeze_epochs": 2}),
+    (("--scale", 1, 2), {"scale": (1.0, 2.0)}),
+    (("--eval_every", 2, "--save_steps", 3), {"eval_every": 2, "save_steps": 3}),
+    (("--seed", 7), {"seed": 7}),
+    (("--amp", "bf16"), {"mixed_precision": "bf16"}),
+    (("--compile",), {"compile": True}),
+    (("--input_shape", 32, 64), {"input_shape": (32, 64)}),
+    (
+        ("--loss", "ce + 0.5*dice", "--label_smoothing", 0.1, "--class_weights", ONE_EACH),
+        {"loss": SegmentationLoss((("ce", 1.0), ("dice", 0.5)), tuple(map(float, range(1, 9))), 0.1)},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[" ".join(map(str, flags)) for flags, _ in REFUSED])
-def test_a_wrong_flag_is_refused(
-    flags: tuple[object, ...], message: str, data: Path, small: Path, tmp_path: Path
+@pytest.mark.parametrize(("flags", "expected"), REACHED, ids=[str(flags[0]) for flags, _ in REACHED])
+def test_a_flag_reaches_the_loop(
+    flags: tuple[object, ...], expected: dict[str, object], data: Path, small: Path, tmp_path: Path
 ) -> None:
-    said = refused(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 1, *flags))
-    assert re.match(message, said), said
-    assert not any((tmp_path / "out").rglob("*"))
+    plain = told(*training(data, tmp_path, "--model_path", small)).config
+    config = told(*training(data, tmp_path, "--model_path", small, *flags)).config
+    assert config == replace(plain, **expected)  # and nothing else changes
+    assert any(getattr(plain, name) != value for name, value in expected.items())
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--phi", "b9"), "Unknown variant 'b9'; choose one of b0, b1, b2, b3, b4, b5."),
-        (("--num_classes", 0), "num_classes is 0; segmentation needs at least 2, background included."),
-        (("--dialect", "hf"), "--dialect was given without --model_path; it says who wrote a checkpoint."),
-    ],
-)
-def test_a_wrong_flag_is_refused_from_scratch_too(
-    flags: tuple[object, ...], message: str, data: Path, tmp_path: Path
-) -> None:
-    assert refused(*training(data, tmp_path / "out", *flags)) == message
+def test_checkpointing_is_told_to_the_encoder(data: Path, small: Path, tmp_path: Path) -> None:
+    for flags in ((), ("--checkpointing",)):
+        seen = told(*training(data, tmp_path, "--model_path", small, *flags))
+        assert seen.model.encoder.checkpointing is bool(flags)
 
 
-def test_a_networks_file_without_a_rate_of_its_own_gets_the_papers(data: Path, small: Path, tmp_path: Path) -> None:
-    found = read(small)
-    model = SegFormer(found.spec)
-    model.load_state_dict(found.state_dict)
-    save(model, tmp_path / "bare.pth")
-    done(*training(data, tmp_path / "out", "--model_path", tmp_path / "bare.pth", "--epochs", 1))
-    assert results_in(tmp_path / "out")["settings"]["lr"] == 6e-5
-
-
-@pytest.mark.parametrize("flag", ["--model_path", "--teacher"])
-@pytest.mark.parametrize("name", [BEST, LAST])
-def test_a_checkpoint_that_the_run_reads_is_not_written_over(
-    flag: str, name: str, data: Path, small: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "logs").mkdir()
-    path = small.rename(tmp_path / "logs" / name)
-    before = path.read_bytes()
-    said = refused(*training(data, tmp_path / "logs", "--epochs", 1, flag, path))
-    assert said == f"{path} would be written over by this run; give another --save_dir than {path.parent}."
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
+@pytest.mark.parametrize("rule", ["enet", "median"])
+def test_class_weights_come_from_the_pixels_of_the_data(rule: str, data: Path, small: Path, tmp_path: Path) -> None:
+    masks = (data / "VOCdevkit/VOC2007/SegmentationClass").glob("*.png")
+    pixels = sum(np.bincount(load_mask(path).ravel(), minlength=8) for path in masks)
+    seen = told(*training(data, tmp_path, "--model_path", small, "--class_weights", rule)).config
+    assert seen.loss.class_weights == pytest.approx(class_weights_from_counts(list(pixels), rule))

@@ -1,0 +1,77 @@
+"""Where `segprune train` takes its learning rates from, and that it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.commands import interrupted, told, training
+from tests.dialects import state_in
+
+
+def test_from_scratch_the_rate_is_that_of_our_own_trials(data: Path, tmp_path: Path) -> None:
+    seen = told(*training(data, tmp_path, "--phi", "b0"))
+    assert (seen.config.lr, seen.config.head_lr_factor) == (1e-3, 1.0)
+    assert "Note: Learning rate 0.001: from scratch, no --lr was given." in seen.out
+
+
+def test_of_a_file_of_ours_it_is_a_tenth(data: Path, small: Path, tmp_path: Path) -> None:
+    seen = told(*training(data, tmp_path, "--model_path", small))
+    assert (seen.config.lr, seen.config.head_lr_factor) == (pytest.approx(1e-3), 1.0)
+    assert "Note: Learning rate 0.001: a tenth of what the network was trained with." in seen.out
+
+
+def test_of_another_file_it_is_the_papers(data: Path, teacher: Path, tmp_path: Path) -> None:
+    seen = told(*training(data, tmp_path, "--model_path", teacher))
+    assert seen.config.lr == 6e-5
+    expected = "Note: Learning rate 6e-05: the paper's, since the file does not say what it was trained with."
+    assert expected in seen.out
+
+
+def test_a_rate_that_is_given_is_taken(data: Path, small: Path, tmp_path: Path) -> None:
+    seen = told(*training(data, tmp_path, "--model_path", small, "--lr", 5e-4))
+    assert seen.config.lr == 5e-4
+    assert "Note: Learning rate 0.0005, as asked for." in seen.out
+
+
+def test_a_resumed_run_says_that_the_rate_is_its_own(data: Path, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(1, *training(data, out, "--model_path", small, "--epochs", 2))
+    seen = told("train", "--resume", "--save_dir", out)
+    assert seen.config.lr == pytest.approx(1e-3)
+    assert "Note: Learning rate 0.001, as the run was started with." in seen.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr", "reason"),
+    [
+        (("--batch_size", 8), 5e-5, "5e-05: 0.0001 for 16 pictures a step, times 8 / 16"),
+        (("--batch_size", 4), 3e-5, "3e-05: 0.0001 for 16 pictures a step, times 4 / 16"),  # the lowest allowed
+        (("--optimizer", "sgd", "--lr", 0.02), 5e-3, "0.005: 0.02 for 16 pictures a step, times 4 / 16"),
+    ],
+)
+def test_the_rule_of_the_voc_scripts_sets_rate_and_course(
+    flags: tuple[object, ...], lr: float, reason: str, data: Path, small: Path, tmp_path: Path
+) -> None:
+    seen = told(*training(data, tmp_path, "--model_path", small, "--lr_rule", "voc", "--epochs", 100, *flags))
+    assert seen.config.lr == pytest.approx(lr)
+    optimizer = "sgd" if "sgd" in flags else "adamw"
+    assert f"Note: Learning rate {reason}, within the limits of the VOC scripts for {optimizer}." in seen.out
+    course = (seen.config.decay, seen.config.warmup, seen.config.min_factor, seen.config.hold)
+    assert course == ("cosine", 0.03, 0.01, 0.05)
+
+
+def test_a_new_head_on_a_bare_backbone_learns_ten_times_as_fast(
+    data: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    path = tmp_path / "mit_b0.pth"
+    torch.save({k: v for k, v in state_in("nvlabs", trained_like).items() if k.startswith("backbone.")}, path)
+    flags = training(data, tmp_path / "out", "--model_path", path, "--num_classes", 8)
+    seen = told(*flags)
+    assert seen.config.head_lr_factor == 10
+    assert "Only a backbone was found: the decode head for 8 classes is new and untrained." in seen.out
+    assert told(*flags, "--head_lr", 3).config.head_lr_factor == 3
