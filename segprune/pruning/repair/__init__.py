@@ -49,21 +49,23 @@ def repair(
 
     `dense` is what was cut with `groups` and `plan` to become `pruned`: for a folded head the folded network.
     `batches` are normalised images B 3 H W, without labels; they are kept in memory. Solved in float64. `progress`
-    is called with the steps done (blocks, and the head) and their number. Refused: no image, images of another
+    is called with the steps done (blocks, and the head) and their number. Every layer but depth-wise convolutions is
+    re-solved, whether or not it was cut itself. Refused: no image, images of another
     shape, values that are not finite, networks that do not belong together, damping not above 0.
     """
     groups = list(groups)
     if not damping > 0.0:
         raise ValueError(f"The repair's damping is {damping:g}; it must be above 0.")
     _check_networks(pruned, dense, groups, plan)
-    half = dense.decode_head.classifier.weight.dtype not in (torch.float32, torch.float64)
-    result, reference = copy.deepcopy(pruned), copy.deepcopy(dense).float() if half else dense
-    if half:
-        result.float()
+    dtype = dense.decode_head.classifier.weight.dtype
+    result, reference = copy.deepcopy(pruned), dense
+    if dtype not in (torch.float32, torch.float64):  # activations in half precision would be too coarse to solve from
+        result, reference = result.float(), copy.deepcopy(dense).float()
+    result.spec = read_spec(pruned)
     images = _images(batches, reference)
     with eval_mode(reference), eval_mode(result):
         _repair(result, reference, removed_positions(groups, plan), images, damping, progress)
-    return result.to(pruned.decode_head.classifier.weight.dtype)
+    return result.to(dtype)
 
 
 def _repair(
