@@ -22,10 +22,11 @@ from segprune.spec import Spec, standard_spec
 from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation
 from segprune.training.losses import LOSSES, WEIGHT_RULES, SegmentationLoss, class_weights_from_counts, parse_loss
+from segprune.training.optim import check_optimizer
 from segprune.training.schedule import voc_lr, voc_schedule
 
 SCRATCH_LR, PRETRAINED_LR = 1e-3, 6e-5  # the first as measured on the generated data, the second the paper's
-VOC_LR = 1e-4  # what the VOC scripts start from
+VOC_LR = {"adamw": 1e-4, "sgd": 1e-2}  # what the VOC scripts start from
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class TrainSettings:
         str,
         Option(
             "--lr_rule",
-            help="voc: as the VOC scripts do, --lr (1e-4 if not given) times batch size / 16, clipped; cosine decay.",
+            help="voc: as the VOC scripts do, --lr (1e-4 if not given, 1e-2 for sgd) times batch size / 16, clipped; cosine decay.",
         ),
     ] = ""
     head_lr: Annotated[
@@ -97,6 +98,10 @@ class TrainSettings:
             "--head_lr", help="Rate of the decode head in rates of the encoder; 10 on a bare backbone, as published."
         ),
     ] = None
+    layer_decay: Annotated[
+        float,
+        Option("--layer_decay", help="The encoder's rate times it with every block further from the head; 1: no decay."),
+    ] = 1.0
     weight_decay: Annotated[float, Option("--weight_decay", help="Biases and norms have none.")] = 0.01
     momentum: Annotated[float, Option("--momentum", help="Of SGD; AdamW's first beta.")] = 0.9
     decay: Annotated[str, Option("--decay", help="How the learning rate falls: poly, cosine or constant.")] = "poly"
@@ -275,12 +280,16 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
     wrong = [name for name in fixed if name in flags and flags[name] != old[name]]
     if wrong:
         raise ValueError(
-            f"The run to resume had --{wrong[0]} {old[wrong[0]] or 'none'}, now it is {flags[wrong[0]] or 'none'}; "
+            f"The run to resume had --{wrong[0]} {_word(old[wrong[0]])}, now it is {_word(flags[wrong[0]])}; "
             "leave the flag out."
         )
     resumed_config = replace(config, **{**old, **flags, "resume": True})
     _check_flags(resumed_config, given)
     return resumed_config
+
+
+def _word(value: Any) -> str:
+    return "none" if value in (None, "") else str(value)
 
 
 def check_settings(config: TrainSettings) -> None:
@@ -295,7 +304,8 @@ def with_rates(config: TrainSettings, extra: Mapping[str, Any]) -> tuple[TrainSe
     if config.resume:
         return config, f"Learning rate {config.lr:g}, as the run was started with."
     if config.lr_rule == "voc":
-        asked = VOC_LR if config.lr is None else config.lr
+        check_optimizer(config.optimizer)
+        asked = VOC_LR[config.optimizer] if config.lr is None else config.lr
         lr = voc_lr(asked, config.batch_size, config.optimizer)
         return replace(config, lr=lr), (
             f"Learning rate {lr:g}: {asked:g} for 16 pictures a step, times {config.batch_size} / 16, within the "
@@ -333,6 +343,7 @@ def train_config(config: TrainSettings, num_classes: int, pixels: tuple[int, ...
         "optimizer",
         "lr",
         "weight_decay",
+        "layer_decay",
         "momentum",
         "clip_norm",
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from segprune.training.distill import Distillation
 from segprune.training.losses import SegmentationLoss
-from segprune.training.optim import OPTIMIZERS
+from segprune.training.optim import check_optimizer
 from segprune.training.schedule import DECAYS, Decay
 
 MIXED_PRECISION = ("no", "fp16", "bf16")  # accelerate's words
@@ -27,6 +27,7 @@ class TrainConfig:
     accumulate: int = 1
     optimizer: str = "adamw"
     lr: float = 6e-5
+    layer_decay: float = 1.0  # of the encoder's rate with every block further from the decode head
     head_lr_factor: float = 1.0  # the decode head's rate, in rates of the encoder
     weight_decay: float = 0.01
     momentum: float = 0.9  # of SGD
@@ -50,8 +51,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
             raise ValueError(f"Decay {self.decay!r} is unknown; choose one of {', '.join(DECAYS)}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"Optimizer {self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}.")
+        check_optimizer(self.optimizer)
         if self.mixed_precision not in MIXED_PRECISION:
             raise ValueError(f"Mixed precision {self.mixed_precision!r} is unknown; choose no, fp16 or bf16.")
         for name in ("epochs", "batch_size", "accumulate", "lr", "head_lr_factor", "eval_every"):

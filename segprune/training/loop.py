@@ -120,7 +120,7 @@ class _Run:
             config.loss, config.distillation, _frozen(teacher, accelerator), accelerator.autocast
         )
         self.projections = _projections(model, teacher, config)
-        groups = parameter_groups(model, config.weight_decay, config.head_lr_factor)
+        groups = parameter_groups(model, config.weight_decay, config.head_lr_factor, config.layer_decay)
         if self.projections is not None:
             self.projections.to(accelerator.device)
             groups += parameter_groups(self.projections, config.weight_decay)

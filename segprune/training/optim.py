@@ -14,7 +14,7 @@ OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "sgd")
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, head_lr_factor: float = 1.0, layer_decay: float | None = None
+    model: nn.Module, weight_decay: float, head_lr_factor: float = 1.0, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """Every parameter of `model` once, frozen ones too, in groups of keys params, weight_decay and lr_scale.
 
@@ -27,10 +27,10 @@ def parameter_groups(
     """
     if not 0 < head_lr_factor < math.inf:
         raise ValueError(f"head_lr_factor is {head_lr_factor}; it must be above 0, and 1 treats all layers alike.")
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1.")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay is {layer_decay}; it must be above 0, and at most 1, which decays nothing.")
     scales: dict[nn.Parameter, float] = {}
-    if layer_decay is not None:
+    if layer_decay != 1:
         depths = list(_depths(model))
         last = max((depth for _, depth in depths), default=0)
         scales.update((parameter, layer_decay ** (last + 1 - depth)) for parameter, depth in depths)
@@ -56,10 +56,10 @@ def _submodule(model: nn.Module, name: str, option: str, without: str) -> nn.Mod
 
 def _depths(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
     """The encoder's parameters and their depth; the blocks of all stages count on from 1."""
-    stages = getattr(_submodule(model, "encoder", "layer_decay", "None"), "stages", None)
+    stages = getattr(_submodule(model, "encoder", "layer_decay", "1"), "stages", None)
     if not isinstance(stages, nn.ModuleList) or not all(hasattr(stage, "blocks") for stage in stages):
         name = type(model).__name__
-        raise ValueError(f"layer_decay needs `encoder.stages` with `blocks`, which {name} lacks; set it to None.")
+        raise ValueError(f"layer_decay needs `encoder.stages` with `blocks`, which {name} lacks; set it to 1.")
     depth = 0
     for stage in stages:
         depth += 1  # of the stage's first block, and so on
@@ -69,12 +69,16 @@ def _depths(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
                 yield from ((parameter, depth) for parameter in layer.parameters())
 
 
+def check_optimizer(name: str) -> None:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"Optimizer {name!r} is unknown; choose one of {', '.join(OPTIMIZERS)}.")
+
+
 def make_optimizer(
     name: OptimizerName, groups: Sequence[dict[str, Any]], lr: float, momentum: float = 0.9
 ) -> torch.optim.Optimizer:
     """AdamW with `momentum` as its first beta, or SGD; each group starts at `lr` times its `lr_scale`."""
-    if name not in OPTIMIZERS:
-        raise ValueError(f"Optimizer {name!r} is unknown; choose one of {', '.join(OPTIMIZERS)}.")
+    check_optimizer(name)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; it must be from 0 to below 1.")
     scaled = [group | {"lr": lr * group["lr_scale"]} for group in groups]

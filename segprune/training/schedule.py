@@ -20,13 +20,12 @@ def lr_factor(
     *,
     warmup_steps: int,
     decay: Decay,
-    power: float = 1.0,
     min_factor: float = 0.0,
     hold_steps: int = 0,
 ) -> float:
     """Factor for step `step` of 0 … total_steps − 1: a linear rise over the warm-up, then decay towards `min_factor`.
 
-    "poly" falls like (1 − share done)^power, a line with power 1, as SegFormer was trained; "cosine" along half a
+    "poly" falls along a line (power 1), as SegFormer was trained; "cosine" along half a
     wave; "constant" not at all, whatever the floor. The last `hold_steps` stay at `min_factor`.
 
     >>> [round(lr_factor(s, 10, warmup_steps=2, decay="poly"), 2) for s in (0, 1, 2, 9)]
@@ -37,7 +36,7 @@ def lr_factor(
     if decay == "constant":
         return 1.0
     done = min((step - warmup_steps) / max(total_steps - hold_steps - warmup_steps, 1), 1.0)
-    left = (1.0 - done) ** power if decay == "poly" else 0.5 * (1.0 + math.cos(math.pi * done))
+    left = 1.0 - done if decay == "poly" else 0.5 * (1.0 + math.cos(math.pi * done))
     return min_factor + (1.0 - min_factor) * left
 
 

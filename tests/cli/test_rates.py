@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.commands import interrupted, told, training
+from tests.commands import refused, interrupted, told, training
 from tests.dialects import state_in
 
 
@@ -75,3 +75,19 @@ def test_a_new_head_on_a_bare_backbone_learns_ten_times_as_fast(
     assert seen.config.head_lr_factor == 10
     assert "Only a backbone was found: the decode head for 8 classes is new and untrained." in seen.out
     assert told(*flags, "--head_lr", 3).config.head_lr_factor == 3
+
+
+def test_the_voc_rule_starts_sgd_where_the_scripts_do_and_knows_no_third_optimizer(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
+    flags = training(data, tmp_path, "--model_path", small, "--lr_rule", "voc", "--batch_size", 8)
+    seen = told(*flags, "--optimizer", "sgd")
+    assert seen.config.lr == pytest.approx(5e-3)
+    assert "Learning rate 0.005: 0.01 for 16 pictures a step, times 8 / 16" in seen.out
+    assert refused(*flags, "--optimizer", "lion") == "Optimizer 'lion' is unknown; choose one of adamw, sgd."
+
+
+def test_the_decay_over_the_blocks_reaches_the_loop(data: Path, small: Path, tmp_path: Path) -> None:
+    flags = training(data, tmp_path, "--model_path", small)
+    assert told(*flags).config.layer_decay == 1.0
+    assert told(*flags, "--layer_decay", 0.9).config.layer_decay == 0.9

@@ -11,11 +11,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, P
 from segprune.training.schedule import DECAYS, Decay, lr_factor, voc_lr, voc_schedule
 
 
-def torch_factors(decay: Decay, steps: int, power: float = 1.0, eta_min: float = 0.0) -> list[float]:
+def torch_factors(decay: Decay, steps: int, eta_min: float = 0.0) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler: LRScheduler
     if decay == "poly":
-        scheduler = PolynomialLR(optimizer, steps, power=power)
+        scheduler = PolynomialLR(optimizer, steps)
     elif decay == "cosine":
         scheduler = CosineAnnealingLR(optimizer, steps, eta_min=eta_min)
     else:
@@ -33,12 +33,6 @@ def torch_factors(decay: Decay, steps: int, power: float = 1.0, eta_min: float =
 def test_after_the_warm_up_the_decay_is_torch_s_over_what_remains(decay: Decay, warmup: int) -> None:
     factors = [lr_factor(step, 40, warmup_steps=warmup, decay=decay) for step in range(warmup, 40)]
     assert factors == pytest.approx(torch_factors(decay, 40 - warmup), abs=1e-6)
-
-
-@pytest.mark.parametrize("power", [0.5, 0.9, 2.0])
-def test_poly_has_torch_s_power(power: float) -> None:
-    factors = [lr_factor(step, 40, warmup_steps=0, decay="poly", power=power) for step in range(40)]
-    assert factors == pytest.approx(torch_factors("poly", 40, power=power), abs=1e-6)
 
 
 def test_cosine_has_torch_s_floor_and_poly_a_line_to_its_own() -> None:
