@@ -2,7 +2,6 @@ import copy
 import re
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,8 @@ from segprune.model import SegFormer
 from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.plan import Plan
 from segprune.pruning.repair import repair
-from segprune.pruning.surgery import cut, read_spec
+from tests.pruning.cutting import STEM, cut_copy, plan_of
 
-STEM = "encoder.stages.0.patch_embed.proj"
 KINDS = ("ffn", "qk", "v", "reduction", "stage", "decoder", "branch")
 
 
@@ -36,24 +34,6 @@ def groups_of(model: SegFormer, *kinds: str) -> list[Group]:
         x = torch.zeros(1, 3, 64, 64).to(model.decode_head.classifier.weight)
         _FOUND[model.spec.folded] = find_groups(model, x, {STEM}, heads=True).groups
     return [group for group in _FOUND[model.spec.folded] if group.kind in kinds]
-
-
-def plan_of(groups: list[Group], share: float = 2 / 3) -> Plan:
-    """In every part of every group other channels, equally many: the share of them."""
-    rng = np.random.default_rng(0)
-    keep = {}
-    for group in groups:
-        width = max(1, int(group.slots * share))
-        parts = [part * group.slots + rng.permutation(group.slots)[:width] for part in range(group.parts)]
-        keep[group.name] = tuple(sorted(int(c) for c in np.concatenate(parts)))
-    return Plan(keep, 0.0, "params", 0.0)
-
-
-def cut_copy(model: SegFormer, groups: list[Group], plan: Plan) -> SegFormer:
-    model = copy.deepcopy(model)
-    cut(model, groups, plan)
-    model.spec = read_spec(model)
-    return model
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,32 +8,14 @@ from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
 from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.plan import Plan
-from segprune.pruning.surgery import cut, read_spec
+from segprune.pruning.surgery import cut
+from tests.pruning.cutting import STEM, cut_copy, plan_of
 
 X = torch.zeros(1, 3, 64, 64).double()
-STEM = "encoder.stages.0.patch_embed.proj"
 
 
 def groups_of(model: SegFormer, kinds: set[str]) -> list[Group]:
     return [group for group in find_groups(model, X, {STEM}, heads="head" in kinds).groups if group.kind in kinds]
-
-
-def random_plan(groups: list[Group]) -> Plan:
-    """About a third of each group's channels goes, other ones in every part, equally many."""
-    rng = np.random.default_rng(0)
-    keep = {}
-    for group in groups:
-        width = max(1, group.slots * 2 // 3)
-        parts = [part * group.slots + rng.permutation(group.slots)[:width] for part in range(group.parts)]
-        keep[group.name] = tuple(sorted(int(c) for c in np.concatenate(parts)))
-    return Plan(keep, 0.0, "params", 0.0)
-
-
-def cut_copy(model: SegFormer, groups: list[Group], plan: Plan) -> SegFormer:
-    model = copy.deepcopy(model)
-    cut(model, groups, plan)
-    model.spec = read_spec(model)
-    return model
 
 
 @torch.no_grad()
@@ -77,7 +58,7 @@ def test_cutting_equals_zeroing(small_model: SegFormer, kinds: set[str]) -> None
     model = fold_decoder(small_model)
     groups = groups_of(model, kinds)
     assert {group.kind for group in groups} == kinds
-    plan = random_plan(groups)
+    plan = plan_of(groups)
     pruned = cut_copy(model, groups, plan)
     x = torch.randn(2, 3, 64, 96).double()
     dense = model(x)
@@ -89,7 +70,7 @@ def test_cutting_equals_zeroing(small_model: SegFormer, kinds: set[str]) -> None
 
 def test_cutting_equals_zeroing_in_a_head_that_is_not_folded(small_model: SegFormer) -> None:
     groups = groups_of(small_model, {"branch", "decoder", "ffn"})
-    plan = random_plan(groups)
+    plan = plan_of(groups)
     pruned = cut_copy(small_model, groups, plan)
     zero_channels(small_model, groups, plan)
     x = torch.randn(2, 3, 64, 64).double()
@@ -103,7 +84,7 @@ def test_cutting_equals_zeroing_in_a_head_that_is_not_folded(small_model: SegFor
 def test_a_cut_network_is_what_its_spec_builds(small_model: SegFormer, kinds: set[str], folded: bool) -> None:
     model = fold_decoder(small_model) if folded else small_model
     groups = groups_of(model, kinds)
-    pruned = cut_copy(model, groups, random_plan(groups))
+    pruned = cut_copy(model, groups, plan_of(groups))
     assert pruned.spec != model.spec
     rebuilt = SegFormer(pruned.spec).double().eval()
     rebuilt.load_state_dict(pruned.state_dict())
@@ -115,7 +96,7 @@ def test_a_cut_network_is_what_its_spec_builds(small_model: SegFormer, kinds: se
 
 def test_a_stage_keeps_exactly_the_chosen_channels(small_model: SegFormer) -> None:
     groups = [g for g in groups_of(small_model, {"stage"}) if g.name == "encoder.stages.1.width"]
-    plan = random_plan(groups)
+    plan = plan_of(groups)
     kept = list(plan.keep["encoder.stages.1.width"])
     old, new = small_model.encoder.stages[1], cut_copy(small_model, groups, plan).encoder.stages[1]
     assert torch.equal(new.patch_embed.proj.weight, old.patch_embed.proj.weight[kept])
@@ -129,7 +110,7 @@ def test_a_stage_keeps_exactly_the_chosen_channels(small_model: SegFormer) -> No
 
 def test_the_attention_scale_is_kept(small_model: SegFormer) -> None:
     groups = groups_of(small_model, {"qk", "head"})
-    pruned = cut_copy(small_model, groups, random_plan(groups))
+    pruned = cut_copy(small_model, groups, plan_of(groups))
     scales = {n: m.qk_scale for n, m in small_model.named_modules() if isinstance(m, Attention)}
     assert {n: m.qk_scale for n, m in pruned.named_modules() if isinstance(m, Attention)} == scales
     assert [[b.qk_scale for b in s.blocks] for s in pruned.spec.stages] == [
@@ -148,7 +129,7 @@ def test_a_plan_that_keeps_all_changes_nothing(small_model: SegFormer) -> None:
 def test_frozen_parameters_stay_frozen_and_own_their_memory(small_model: SegFormer) -> None:
     small_model.encoder.requires_grad_(False)
     groups = groups_of(small_model, {"ffn", "stage"})
-    pruned = cut_copy(small_model, groups, random_plan(groups))
+    pruned = cut_copy(small_model, groups, plan_of(groups))
     frozen = {name for name, parameter in pruned.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in pruned.named_parameters() if name.startswith("encoder.")}
     assert all(p.is_contiguous() and p.untyped_storage().nbytes() == p.nbytes for p in pruned.parameters())
