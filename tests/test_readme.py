@@ -14,7 +14,7 @@ import typer
 
 from segprune.cli import app
 from segprune.cli.prune import PruneConfig
-from segprune.cli.train import TrainSettings
+from segprune.cli.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")

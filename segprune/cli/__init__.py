@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from segprune.cli import evaluate, info, predict, prune, shapes, train
+from segprune.cli import evaluate, info, predict, prune, settings, shapes, train
 from segprune.cli.common import CONTEXT, command, keep_freed_memory
 
 app = typer.Typer(
@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 _COMMANDS: tuple[tuple[str, type[Any], Callable[[Any, frozenset[str]], None]], ...] = (
     ("prune", prune.PruneConfig, prune.run),
-    ("train", train.TrainSettings, train.run),
+    ("train", settings.TrainSettings, train.run),
     ("eval", evaluate.EvalConfig, evaluate.run),
     ("predict", predict.PredictConfig, predict.run),
     ("info", info.InfoConfig, info.run),

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from segprune.data import LabelReport, Source, check_labels, open_source, readable
+from segprune.data import LAYOUTS, LabelReport, Source, check_labels, open_source, readable
 from segprune.stats import Latency
 from segprune.training.evaluate import Score
 
@@ -31,6 +31,12 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def switch(flag: str, text: str) -> Any:
     """An option that takes no value; its help names no type, which would look as if it took one."""
     return typer.Option(flag, metavar="", help=text)
+
+
+Layout = Annotated[
+    str | None, typer.Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
+]
+SkipBad = Annotated[bool, switch("--skip_bad", "Go on without pictures that cannot be read; all are tried first.")]
 
 
 def command(config: type[C], run: Callable[[C, frozenset[str]], None]) -> Callable[..., None]:

@@ -18,6 +18,8 @@ from typer import Argument, Option
 
 from segprune import checkpoint
 from segprune.cli.common import (
+    Layout,
+    SkipBad,
     choose_device,
     console,
     open_data,
@@ -27,7 +29,6 @@ from segprune.cli.common import (
     show_settings,
     switch,
 )
-from segprune.data import LAYOUTS
 from segprune.files import check_writable, write_csv, write_json
 from segprune.model import check_input
 from segprune.report import environment, score_record
@@ -42,13 +43,9 @@ class EvalConfig:
         str, Argument(metavar="FILE", help=".pth, .pt, .safetensors, a Hugging Face folder or hub name.")
     ]
     data: Annotated[str, Option("--data", help="Data set: a folder, a list file or a Hugging Face name.")] = "VOCdevkit"
-    layout: Annotated[
-        str | None, Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
-    ] = None
+    layout: Layout = None
     split: Annotated[str, Option("--split", help="The part to score: val, train or what else the data has.")] = "val"
-    skip_bad: Annotated[
-        bool, switch("--skip_bad", "Go on without pictures that cannot be read; all are tried first.")
-    ] = False
+    skip_bad: SkipBad = False
     mode: Annotated[
         str,
         Option(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,23 +68,36 @@ def fit(
         keep=keep,
         tensorboard=tensorboard and accelerator.is_main_process,
     )
+    try:
+        with _told(journal, folder, accelerator):
+            with training_view() as view:
+                train(
+                    model,
+                    config,
+                    splits,
+                    accelerator=accelerator,
+                    teacher=teacher,
+                    state=state,
+                    on_step=_both(view.step, journal.step_done),
+                    on_epoch=_both(journal.epoch_done, lambda result, state: view.epoch(result)),
+                    on_state=journal.save_state,
+                )
+            if accelerator.is_main_process:
+                how = EvalMode(input_shape=config.input_shape)
+                journal.draw(splits.val, how, source.class_names, source.palette, accelerator.device)
+        accelerator.wait_for_everyone()
+        return journal.best()
+    finally:
+        journal.close()
+        accelerator.end_training()
+
+
+@contextmanager
+def _told(journal: Journal, folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """What ends a run early, with where it can go on from; an interrupted one's state is saved first."""
     resume = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
     try:
-        with training_view() as view:
-            train(
-                model,
-                config,
-                splits,
-                accelerator=accelerator,
-                teacher=teacher,
-                state=state,
-                on_step=_both(view.step, journal.step_done),
-                on_epoch=_both(journal.epoch_done, lambda result, state: view.epoch(result)),
-                on_state=journal.save_state,
-            )
-        if accelerator.is_main_process:
-            how = EvalMode(input_shape=config.input_shape)
-            journal.draw(splits.val, how, source.class_names, source.palette, accelerator.device)
+        yield
     except TrainingInterrupted as interrupted:
         if accelerator.is_main_process:
             journal.save_state(interrupted.state)
@@ -94,12 +108,6 @@ def fit(
         if not journal.resumable:
             raise
         raise OSError(f"{str(error).removesuffix('.')}; then {resume} goes on, and {journal.last_good()}.") from error
-    else:
-        accelerator.wait_for_everyone()
-        return journal.best()
-    finally:
-        journal.close()
-        accelerator.end_training()
 
 
 def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:

@@ -169,10 +169,15 @@ class Journal:
 
 def check_not_overwritten(folder: Path, *inputs: str) -> None:
     """ValueError where a checkpoint that a run reads is one that it will write; an empty name is none."""
-    written = {(folder / name).resolve() for name in (BEST, LAST)}
+    for written in (BEST, LAST):
+        check_kept(folder / written, *inputs, save_dir=folder)
+
+
+def check_kept(written: Path, *inputs: str, save_dir: Path) -> None:
+    """The same for one file that will be written; `save_dir` is what the flag was."""
     for name in inputs:
-        if name and Path(name).resolve() in written:
-            raise ValueError(f"{name} would be written over by this run; give another --save_dir than {folder}.")
+        if name and Path(name).resolve() == written.resolve():
+            raise ValueError(f"{name} would be written over by this run; give another --save_dir than {save_dir}.")
 
 
 def _board(folder: Path, step: int) -> Any:

@@ -12,6 +12,8 @@ from typer import Option
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
 from segprune.cli.common import (
+    Layout,
+    SkipBad,
     choose_device,
     console,
     latency_text,
@@ -23,8 +25,10 @@ from segprune.cli.common import (
     show_table,
     switch,
 )
-from segprune.cli.train import TrainSettings, check_settings, fit_with, with_rates
-from segprune.data import LAYOUTS, Source
+from segprune.cli.journal import check_kept
+from segprune.cli.settings import TrainSettings, check_settings, with_rates
+from segprune.cli.train import fit_with
+from segprune.data import Source
 from segprune.model import SegFormer, check_input
 from segprune.report import environment, network_record, network_size, reduction_record, score_record
 from segprune.spec import spec_to_dict, standard_spec
@@ -70,12 +74,8 @@ class PruneConfig:
     data: Annotated[
         str, Option("--data", help="Data set, in any layout of docs/data.md: score on its val part before and after.")
     ] = ""
-    layout: Annotated[
-        str | None, Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
-    ] = None
-    skip_bad: Annotated[
-        bool, switch("--skip_bad", "Go on without pictures that cannot be read; all are tried first.")
-    ] = False
+    layout: Layout = None
+    skip_bad: SkipBad = False
     epochs: Annotated[int, Option("--epochs", min=0, help="Fine-tune so many epochs on --data; 0: do not.")] = 0
     batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures per step, of fine-tuning and scoring.")] = 8
     lr: Annotated[
@@ -118,6 +118,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     config = replace(config, phi=found.spec.variant, num_classes=found.spec.num_classes)
     folder = Path(config.save_dir) / config.pruning_method / found.spec.variant
     path = folder / f"{found.spec.variant}_pruned_{config.pruning_rate:g}.pth"
+    check_kept(path, config.model_path, save_dir=Path(config.save_dir))
     fine_tuning, reason = with_rates(_fine_tuning(config, path), found.extra)
     if config.epochs:
         config = replace(config, lr=fine_tuning.lr)

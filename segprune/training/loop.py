@@ -9,15 +9,12 @@ BatchNorm and its count of labelled pixels, so without dropout they take the sam
 from __future__ import annotations
 
 import math
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +29,7 @@ from segprune.training.ema import Ema
 from segprune.training.evaluate import EvalMode, Score, Tally, score, shard, tallies
 from segprune.training.objective import Objective, Student, check_teacher
 from segprune.training.optim import make_optimizer, parameter_groups
+from segprune.training.processes import check_processes, fitting_batch
 from segprune.training.schedule import lr_factor
 from segprune.training.state import (
     EpochResult,
@@ -41,6 +39,7 @@ from segprune.training.state import (
     TrainState,
     check_same_run,
 )
+from segprune.training.stop import stop_flag
 from segprune.training.sync import synced
 
 OnStep = Callable[[int, int, float, float], None]  # steps done, steps in all, loss, learning rate
@@ -74,7 +73,7 @@ def train(
     with ExitStack() as stack:
         stack.callback(run.close)
         stack.enter_context(synced(model))
-        stop = stack.enter_context(_stop_flag())
+        stop = stack.enter_context(stop_flag())
         if on_state is not None and accelerator.is_main_process and run.steps_done == 0:
             on_state(run.state())
         while run.epoch < config.epochs:
@@ -109,8 +108,8 @@ class _Run:
         transform = TrainTransform(config.input_shape, scale=config.scale)
         self.data = SegmentationData(splits.train, config.num_classes, transform, seed=config.seed)
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
-        _check_processes(config, accelerator)
-        self.batch_size = _fitting_batch(config, len(self.data), self.processes)
+        check_processes(config, accelerator)
+        self.batch_size = fitting_batch(config, len(self.data), self.processes)
         self.steps_per_epoch: int = len(self.data) // self.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
         self.settings = asdict(config) | {"pictures": splits.fingerprint()}
@@ -142,7 +141,9 @@ class _Run:
 
     @property
     def lr(self) -> float:
-        return float(self.bare_optimizer.param_groups[0]["lr"])
+        """The run's, of which each group has its own share."""
+        group = self.bare_optimizer.param_groups[0]
+        return float(group["lr"] / group["lr_scale"])
 
     def steps(self, stop: threading.Event) -> Iterator[float]:
         """The remaining steps of the running epoch; yields each step's loss. Ends with TrainingInterrupted."""
@@ -356,50 +357,3 @@ def _encoder_parameters(model: nn.Module) -> list[nn.Parameter]:
     if encoder is None:
         raise ValueError(f"freeze_epochs needs a submodule `encoder`, which {type(model).__name__} lacks; set it to 0.")
     return [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-
-
-def _fitting_batch(config: TrainConfig, num_images: int, processes: int) -> int:
-    """Pictures per step: as asked for, or fewer where there are not as many; all processes and pieces alike."""
-    parts = processes * config.accumulate
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size is {config.batch_size}, which {processes} processes and {config.accumulate} pieces do not "
-            f"share evenly; make it a multiple of {parts}."
-        )
-    if num_images < parts:
-        raise ValueError(
-            f"{num_images} training pictures came for {processes} processes and {config.accumulate} pieces; "
-            "start fewer, so that each gets a picture."
-        )
-    return min(config.batch_size, num_images // parts * parts)
-
-
-def _check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
-    processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    if started > processes:
-        raise ValueError(f"{started} processes were started but only {processes} joined; start them with torchrun.")
-    used = accelerator.mixed_precision
-    if config.mixed_precision != used:
-        raise ValueError(f"mixed_precision is {config.mixed_precision}, the accelerator's {used}; give both the same.")
-
-
-@contextmanager
-def _stop_flag() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM sets the flag, so that a step is never cut in half; a second Ctrl-C ends at once."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if flag.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        flag.set()
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, handle) for number in signals]
-    try:
-        yield flag
-    finally:
-        for number, handler in zip(signals, previous, strict=True):
-            signal.signal(number, handler)

@@ -286,3 +286,14 @@ def test_a_setting_of_fine_tuning_is_refused_before_anything_long_begins(
     said = refused("prune", "--model_path", dense, *here, flag, value)
     assert str(value) in said
     assert not (tmp_path / "out").exists()
+
+
+def test_pruning_in_steps_does_not_write_over_its_input(dense: Path, tmp_path: Path) -> None:
+    flags = ("--pruning_rate", 0.3, *SIZE)
+    done("prune", "--model_path", dense, *flags, "--save_dir", tmp_path)
+    once = tmp_path / "l1/b0/b0_pruned_0.3.pth"
+    before = once.read_bytes()
+    said = refused("prune", "--model_path", once, *flags, "--save_dir", tmp_path)
+    assert said == f"{once} would be written over by this run; give another --save_dir than {tmp_path}."
+    assert once.read_bytes() == before
+    done("prune", "--model_path", once, *flags, "--save_dir", tmp_path / "twice")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.commands import refused, interrupted, told, training
+from tests.commands import interrupted, refused, told, training
 from tests.dialects import state_in
 
 

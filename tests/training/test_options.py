@@ -185,6 +185,19 @@ def test_the_heads_rate_is_its_factor_times_the_encoders(data: Path, cpu: Accele
     torch.testing.assert_close(fast[name] - start[name], 8 * (slow[name] - start[name]), rtol=1e-3, atol=1e-6)
 
 
+def test_rates_decay_over_the_blocks_and_the_one_shown_is_the_runs(data: Path, cpu: Accelerator) -> None:
+    start, whole = steps_of(tiny_model(), data, cpu, batch_size=8, lr=0.5)
+    _, decayed = steps_of(tiny_model(), data, cpu, batch_size=8, lr=0.5, layer_decay=0.5)
+    assert same(whole, decayed, "decode_head.")
+    name = "encoder.stages.2.blocks.0.mlp.fc1.weight"  # the third of four blocks
+    torch.testing.assert_close(decayed[name] - start[name], 0.25 * (whole[name] - start[name]), rtol=1e-3, atol=1e-6)
+    shown: list[float] = []
+    config = config_of(data, epochs=1, warmup=0.0, layer_decay=0.5)
+    on_step = lambda done, total, loss, lr: shown.append(lr)  # noqa: E731
+    train(tiny_model(), *config, accelerator=cpu, on_step=on_step)
+    assert shown[0] == pytest.approx(config[0].lr)
+
+
 def test_computing_the_blocks_twice_changes_no_bit(data: Path, cpu: Accelerator) -> None:
     runs, calls = [], []
     for checkpointing in (False, True):

@@ -1,0 +1,31 @@
+"""Signals that end a run between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def stop_flag() -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM sets the flag, so that a step is never cut in half; a second Ctrl-C ends at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if flag.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag.set()
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, handle) for number in signals]
+    try:
+        yield flag
+    finally:
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
