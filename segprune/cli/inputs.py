@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from segprune.data import letterbox, load_image, normalise
-from segprune.data.transforms import Box, Bytes
-from segprune.model import MIN_SIZE
+from segprune.data import load_image
+from segprune.data.transforms import Bytes
+from segprune.training import inference
+from segprune.training.inference import EvalMode
 
 # fmt: off
 PICTURES = (
@@ -35,11 +34,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A picture [H, W, 3] and what the network gets of it: pixels [3, h, w], of which the box is the picture."""
+    """A picture [H, W, 3] and what the network gets of it."""
 
     image: Bytes
-    pixels: Tensor
-    box: Box
+    ready: inference.Picture
 
 
 def kind_of(source: str) -> str:
@@ -92,22 +90,19 @@ def check_not_overwritten(sources: list[Path], folder: Path, kinds: tuple[str, .
             raise ValueError(f"{source} would be written over; give another --save_dir.")
 
 
-def load_picture(path: Path, shape: tuple[int, int] | None) -> Loaded:
-    """A picture read upright and letterboxed; ValueError if it cannot be read. See `made_ready`."""
+def load_picture(path: Path, how: EvalMode) -> Loaded:
+    """A picture read upright and made ready; ValueError if it cannot be read."""
     try:
         image = load_image(path, upright=True)
     except ValueError as error:
         raise ValueError(str(error).replace(", or leave it out with --skip_bad", "")) from error  # no way for one alone
     except Exception as error:  # damaged files fail in every way there is
         raise ValueError(f"{path} cannot be read as an image ({error}); replace it.") from error
-    return made_ready(image, shape)
+    return made_ready(image, how)
 
 
-def made_ready(image: Bytes, shape: tuple[int, int] | None) -> Loaded:
-    """Letterboxed to `shape` (H, W); None: in its own size, both sides at least what the network takes."""
-    own = (max(image.shape[0], MIN_SIZE), max(image.shape[1], MIN_SIZE))
-    boxed, _, box = letterbox(image, None, shape or own)
-    return Loaded(image, normalise(boxed), box)
+def made_ready(image: Bytes, how: EvalMode) -> Loaded:
+    return Loaded(image, inference.prepare(image, how))
 
 
 def _files_below(root: Path, left_out: Path) -> Iterator[Path]:

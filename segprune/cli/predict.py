@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 from typer import Argument, Option
 
 from segprune import checkpoint
@@ -17,12 +18,12 @@ from segprune.cli.inputs import check_not_overwritten, find_pictures, kind_of
 from segprune.cli.predicting import KINDS, Done, Job, predict_pictures, predict_video
 from segprune.cli.video import open_video
 from segprune.data import voc_palette
-from segprune.model import check_input
+from segprune.model import SegFormer, check_input
 from segprune.pictures import legend
+from segprune.training.inference import MODES, EvalMode, Network
 
 RECORD = "predictions.json"
 AMPS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-MODES = ("letterbox", "whole")
 MAX_CLASSES = 256  # that a palette PNG can tell apart
 
 
@@ -38,10 +39,14 @@ class PredictConfig:
     kind: Annotated[str, Option("--kind", help="What is written: overlay, mask, side_by_side or all.")] = "overlay"
     alpha: Annotated[float, Option("--alpha", min=0.0, max=1.0, help="Share of the colours in an overlay.")] = 0.5
     mode: Annotated[
-        str, Option("--mode", help="letterbox: fitted into --input_shape; whole: in each picture's own size.")
+        str,
+        Option(
+            "--mode",
+            help="letterbox: fitted into --input_shape; whole: at its own size; slide: in windows of --input_shape.",
+        ),
     ] = "letterbox"
     input_shape: Annotated[
-        tuple[int, int], Option("--input_shape", metavar="H W", help="Pictures are letterboxed to this size.")
+        tuple[int, int], Option("--input_shape", metavar="H W", help="Size of the letterbox or of the window.")
     ] = (512, 512)
     batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures or frames at a time.")] = 8
     num_workers: Annotated[int, Option("--num_workers", min=1, help="Threads that load and write pictures.")] = 4
@@ -72,11 +77,8 @@ def run(config: PredictConfig, given: frozenset[str]) -> None:
     show_settings("Prediction", asdict(config) | read)
     show_notes(found.notes)
     job = Job(
-        model=checkpoint.build(found).to(device),
-        num_classes=found.spec.num_classes,
-        device=device,
-        amp=AMPS[config.amp],
-        shape=config.input_shape if config.mode == "letterbox" else None,
+        network=_network(checkpoint.build(found), device, config),
+        how=EvalMode(mode=config.mode, input_shape=config.input_shape),  # type: ignore[arg-type]
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         kinds=KINDS if config.kind == "all" else (config.kind,),
@@ -86,6 +88,22 @@ def run(config: PredictConfig, given: frozenset[str]) -> None:
     )
     done, seconds = _predicted(config, source, job)
     _finish(config, source, job, done, names, seconds)
+
+
+def _network(model: SegFormer, device: torch.device, config: PredictConfig) -> Network:
+    """The checkpoint's network, in mixed precision if asked for; ValueError for logits that are no numbers."""
+    model, amp = model.to(device), AMPS[config.amp]
+
+    def predict(pixels: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            logits = model(pixels).float()
+        if not logits.isfinite().all():
+            raise ValueError(
+                "The network gives logits that are NaN or infinite; leave out --amp, or give another checkpoint."
+            )
+        return logits
+
+    return Network(predict, model.spec.num_classes, device, config.batch_size)
 
 
 def _check_choices(config: PredictConfig) -> None:
@@ -184,7 +202,7 @@ def _finish(config: PredictConfig, source: str, job: Job, done: Done, names: tup
         raise ValueError(f"None of the pictures could be read, the first because: {done.skipped[0]['reason']}")
     with atomic_path(job.folder / "legend.png") as temporary:
         legend(names, job.palette, done.counts.nonzero()[0].tolist()).save(temporary, format="PNG")
-    record = {"settings": asdict(config), "num_classes": job.num_classes, "class_names": list(names)}
+    record = {"settings": asdict(config), "num_classes": job.network.num_classes, "class_names": list(names)}
     speed = {"seconds": seconds, f"{what}_per_second": number / seconds}
     write_json(record | speed | {"results": done.records, "skipped": done.skipped}, job.folder / RECORD)
     if len(done.records) == 1:

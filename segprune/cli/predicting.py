@@ -18,8 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from segprune.cli.common import progress_bar
 from segprune.cli.inputs import Loaded, Picture, load_picture, made_ready
@@ -27,21 +25,18 @@ from segprune.cli.video import Frame, Video, write_video
 from segprune.data.transforms import Bytes
 from segprune.files import atomic_path
 from segprune.pictures import mask_image, overlay, paint, side_by_side
+from segprune.training.inference import EvalMode, Network, label_maps
 
 Counts = npt.NDArray[np.int64]  # pixels per class
 KINDS = ("overlay", "mask", "side_by_side")
-_CHUNK = 2**26  # logits resized at a time, so that 150 classes of a large photograph fit into memory
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is done with every picture: `shape` (H, W) of the letterbox, None for each picture's own size."""
+    """What is done with every picture: `how` it goes through the network, and what is written of it."""
 
-    model: nn.Module
-    num_classes: int
-    device: torch.device
-    amp: torch.dtype | None
-    shape: tuple[int, int] | None
+    network: Network
+    how: EvalMode
     batch_size: int
     num_workers: int
     kinds: tuple[str, ...]
@@ -67,42 +62,11 @@ class Done:
         self.counts += counts
 
 
-@torch.inference_mode()
 def predict(job: Job, batch: Sequence[Loaded]) -> list[Bytes]:
-    """The labels [H, W] of every picture in its own size: its logits are cut out of the letterbox, resized, and the
-    highest class is taken. ValueError for logits that are no numbers."""
-    labels: dict[int, Bytes] = {}
-    for shape in dict.fromkeys(one.pixels.shape for one in batch):  # own sizes are run together where they are equal
-        same = [i for i, one in enumerate(batch) if one.pixels.shape == shape]
-        pixels = torch.stack([batch[i].pixels for i in same]).to(job.device)
-        with torch.autocast(job.device.type, dtype=job.amp, enabled=job.amp is not None):
-            logits = job.model(pixels).float()
-        if not logits.isfinite().all():
-            raise ValueError(
-                "The network gives logits that are NaN or infinite; leave out --amp, or give another checkpoint."
-            )
-        for i, one in zip(same, logits, strict=True):
-            top, left, height, width = batch[i].box
-            inner = one[None, :, top : top + height, left : left + width]
-            labels[i] = _highest(inner, batch[i].image.shape[:2]).cpu().numpy()
-    return [labels[i] for i in range(len(batch))]
-
-
-def _highest(logits: Tensor, size: tuple[int, ...]) -> Tensor:
-    """1 K h w -> uint8 [H, W]: bilinearly resized to `size`, then the highest class; some classes at a time."""
-    step = max(1, _CHUNK // (size[0] * size[1]))
-    best, label = torch.empty(0), torch.empty(0)
-    for first in range(0, logits.shape[1], step):
-        part = logits[:, first : first + step]
-        if part.shape[2:] != size:
-            part = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
-        value, index = part[0].max(0)
-        if first == 0:
-            best, label = value, index
-            continue
-        label = torch.where(value > best, index + first, label)
-        best = torch.maximum(value, best)
-    return label.to(torch.uint8)
+    """The labels [H, W] of every picture in its own size."""
+    with torch.inference_mode():
+        maps = label_maps(job.network, [one.ready for one in batch], job.how)
+    return [found.cpu().numpy() for found in maps]
 
 
 def draw(job: Job, kind: str, image: Bytes, labels: Bytes) -> Bytes:
@@ -143,7 +107,7 @@ def predict_pictures(job: Job, pictures: Sequence[Picture], skip_bad: bool) -> D
 
 
 def _no_pixels(job: Job) -> Counts:
-    return np.zeros(job.num_classes, dtype=np.int64)
+    return np.zeros(job.network.num_classes, dtype=np.int64)
 
 
 def _collect(writing: deque[Future[tuple[dict[str, Any], Counts]]], done: Done, leave: int = 0) -> None:
@@ -161,7 +125,7 @@ def _loaded(
 
     def load(picture: Picture) -> Loaded | str:
         try:
-            return load_picture(picture.path, job.shape)
+            return load_picture(picture.path, job.how)
         except (ValueError, OSError) as error:
             return str(error)
 
@@ -184,7 +148,7 @@ def _write(job: Job, picture: Picture, image: Bytes, labels: Bytes) -> tuple[dic
         with atomic_path(job.folder / kind / picture.target) as temporary:
             drawn.save(temporary, format="PNG", compress_level=3)  # twice as fast as 6, a tenth larger
     record = {"name": picture.name, "file": picture.target, "size": list(labels.shape)}
-    return record, np.bincount(labels.ravel(), minlength=job.num_classes)
+    return record, np.bincount(labels.ravel(), minlength=job.network.num_classes)
 
 
 def predict_video(job: Job, video: Video, target: str, limit: int | None) -> Done:
@@ -201,10 +165,10 @@ def predict_video(job: Job, video: Video, target: str, limit: int | None) -> Don
         out = _VideoFiles(job, video.fps, target, files)
         try:
             for batch in batches:
-                labels = predict(job, [made_ready(frame.image, job.shape) for frame in batch])
+                labels = predict(job, [made_ready(frame.image, job.how) for frame in batch])
                 for frame, found in zip(batch, labels, strict=True):
                     out.add(frame, found)
-                    counts += np.bincount(found.ravel(), minlength=job.num_classes)
+                    counts += np.bincount(found.ravel(), minlength=job.network.num_classes)
                 advance(out.frames, total or limit)
         except KeyboardInterrupt:
             done.interrupted = True

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from segprune.cli.inputs import find_pictures, kind_of, load_picture, made_ready
-from segprune.data import normalise
+from segprune.cli.inputs import find_pictures, kind_of, load_picture
+from segprune.training.inference import EvalMode
 
+WHOLE = EvalMode("whole")
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -86,7 +86,7 @@ def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path) -> None:
         pytest.skip("this disk takes no such name")
     pictures, _ = find_pictures(str(tmp_path), str(tmp_path / "out"))
     assert [picture.name for picture in pictures] == ["x.bmp", "?.png"]
-    assert load_picture(pictures[1].path, None).image.shape == RGB.shape
+    assert load_picture(pictures[1].path, WHOLE).image.shape == RGB.shape
 
 
 def stored(kind: str, path: Path) -> tuple[Path, np.ndarray]:
@@ -127,7 +127,7 @@ def stored(kind: str, path: Path) -> tuple[Path, np.ndarray]:
 )  # fmt: skip
 def test_a_picture_is_read_upright_in_8_bits_however_it_is_stored(kind: str, tmp_path: Path) -> None:
     path, meant = stored(kind, tmp_path / "x")
-    assert np.array_equal(load_picture(path, None).image, meant)
+    assert np.array_equal(load_picture(path, WHOLE).image, meant)
 
 
 def test_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
@@ -135,13 +135,13 @@ def test_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"x\.tif holds values from 70000 to 70000, where 0\.\.65535 is allowed; save it"
     ):
-        load_picture(path, None)
+        load_picture(path, WHOLE)
 
 
 def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
     path = put(tmp_path / "x.tif", np.zeros((4, 4), dtype=np.float32))
     with pytest.raises(ValueError, match=r"x\.tif has mode F, where 8 or 16 bits per channel are allowed; save it"):
-        load_picture(path, None)
+        load_picture(path, WHOLE)
 
 
 @pytest.mark.parametrize("damage", ["empty", "a text", "half"])
@@ -150,7 +150,7 @@ def test_a_damaged_picture_is_refused_by_name(damage: str, tmp_path: Path) -> No
     content = {"empty": b"", "a text": b"no picture", "half": path.read_bytes()[: path.stat().st_size // 2]}
     path.write_bytes(content[damage])
     with pytest.raises(ValueError, match=r"x\.jpg cannot be read as an image \(.+\); replace it\.$"):
-        load_picture(path, None)
+        load_picture(path, WHOLE)
 
 
 def test_whatever_a_decoder_stumbles_over_names_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,19 +159,4 @@ def test_whatever_a_decoder_stumbles_over_names_the_picture(tmp_path: Path, monk
 
     monkeypatch.setattr("segprune.cli.inputs.load_image", stumble)
     with pytest.raises(ValueError, match=r"x\.png cannot be read as an image \(list index out of range\); replace"):
-        load_picture(put(tmp_path / "x.png"), None)
-
-
-@pytest.mark.parametrize("size", [(32, 32), (40, 60), (33, 100)])
-def test_in_its_own_size_a_picture_is_not_resampled(size: tuple[int, int]) -> None:
-    image = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
-    ready = made_ready(image, None)
-    assert torch.equal(ready.pixels, normalise(image))
-    assert ready.box == (0, 0, *size)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (10, 60), (60, 31)])
-def test_a_picture_smaller_than_the_network_takes_is_padded(size: tuple[int, int]) -> None:
-    ready = made_ready(RNG.integers(0, 256, (*size, 3), dtype=np.uint8), None)
-    assert ready.pixels.shape == (3, max(32, size[0]), max(32, size[1]))
-    assert ready.image.shape[:2] == size
+        load_picture(put(tmp_path / "x.png"), WHOLE)

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from segprune.checkpoint import load, save
-from segprune.cli import predicting
-from segprune.cli.predicting import _highest
-from segprune.data import load_image, load_mask, normalise, open_source, voc_palette
+from segprune.data import load_image, load_mask, open_source, voc_palette
 from segprune.model import SegFormer
 from segprune.pictures import overlay, paint, side_by_side
 from segprune.spec import Spec, standard_spec
@@ -48,13 +46,16 @@ def record_in(out: Path) -> dict[str, Any]:
     return json.loads((out / "predictions.json").read_text(encoding="utf-8"))
 
 
-def test_the_masks_score_as_eval_does(data: Path, dense: Path, tmp_path: Path) -> None:
-    done(*predicting_on(data / "VOCdevkit/VOC2007/JPEGImages", dense, tmp_path, "--kind", "mask"))
+@pytest.mark.parametrize("mode", ["letterbox", "whole", "slide"])
+def test_the_masks_score_as_eval_does_in_every_mode(mode: str, data: Path, dense: Path, tmp_path: Path) -> None:
     samples = open_source(data).split("val")
+    size = () if mode == "whole" else SIZE
+    pictures = Path(str(samples[0].image)).parent
+    done("predict", dense, "--input", pictures, "--mode", mode, *size, "--kind", "mask", "--save_dir", tmp_path)
     tally = Tally(8)
     for sample in samples:
         tally.update(*(torch.tensor(load_mask(p)) for p in (tmp_path / f"mask/{sample.name}.png", sample.mask)))
-    assert score(tally.counts, 8, 3) == evaluate(load(dense), samples, 8, EvalMode(input_shape=(32, 32)))
+    assert score(tally.counts, 8, 3) == evaluate(load(dense), samples, 8, EvalMode(mode, (32, 32)))
 
 
 def test_all_kinds_are_drawn_from_the_mask_and_folders_are_kept(photos: Path, small: Path, tmp_path: Path) -> None:
@@ -157,33 +158,12 @@ def test_more_classes_than_a_mask_can_hold_are_refused(photos: Path, small_spec:
     assert said == "The network has 257 classes, where masks can hold 256; give another network."
 
 
-def test_whole_pictures_go_through_in_their_own_size(photos: Path, small: Path, tmp_path: Path) -> None:
-    done("predict", small, "--input", photos, "--mode", "whole", "--kind", "mask", "--save_dir", tmp_path / "out")
-    model = load(small)
-    for name in ("a", "sub/b", "sub/猫"):
-        with torch.inference_mode():
-            logits = model(normalise(load_image(photos / f"{name}.png"))[None])
-        assert np.array_equal(load_mask(tmp_path / f"out/mask/{name}.png"), logits[0].argmax(0).numpy())
-
-
 @pytest.mark.parametrize("size", [(1, 1), (8, 90)])
-@pytest.mark.parametrize("mode", ["letterbox", "whole"])
+@pytest.mark.parametrize("mode", ["letterbox", "whole", "slide"])
 def test_a_tiny_picture_gets_a_mask_of_its_size(mode: str, size: tuple[int, int], small: Path, tmp_path: Path) -> None:
     Image.new("RGB", size[::-1], (200, 30, 30)).save(tmp_path / "x.png")
     done("predict", small, "--input", tmp_path / "x.png", "--mode", mode, "--kind", "mask", "--save_dir", tmp_path)
     assert load_mask(tmp_path / "mask/x.png").shape == size
-
-
-@pytest.mark.parametrize("size", [(9, 13), (64, 48), (31, 200)])
-@pytest.mark.parametrize("chunk", [1, 5000, 2**26])
-def test_taking_some_classes_at_a_time_changes_nothing(
-    chunk: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(predicting, "_CHUNK", chunk)
-    logits = torch.randn(1, 150, 16, 20)
-    logits[:, 70] = logits[:, 7]  # of equal ones the first wins
-    resized = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    assert torch.equal(_highest(logits, size), resized[0].argmax(0).to(torch.uint8))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -289,7 +269,7 @@ def test_without_an_input_the_flag_is_named(small: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "allowed"),
-    [("kind", "overlay, mask, side_by_side, all"), ("mode", "letterbox, whole"), ("amp", "no, fp16, bf16")],
+    [("kind", "overlay, mask, side_by_side, all"), ("mode", "letterbox, whole, slide"), ("amp", "no, fp16, bf16")],
 )
 def test_a_word_that_is_unknown_is_refused(flag: str, allowed: str, photos: Path, small: Path, tmp_path: Path) -> None:
     said = refused(*predicting_on(photos, small, tmp_path / "out", f"--{flag}", "odd"))
