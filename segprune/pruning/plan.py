@@ -25,7 +25,7 @@ RATES: tuple[RateOf, ...] = ("params", "macs", "channels")
 TOLERANCE = 0.01  # how far, as a share of the whole, the result may be from the rate
 AIM = 0.001  # how near it is tried to come
 MIN_SHARE = 0.1  # of a group's channels always stays
-MACS_WEIGHT = 0.5  # of MACs beside parameters in a group's price; measured, see docs/experiments.md
+MACS_WEIGHT = 0.6  # of MACs beside parameters in a group's price; measured, see docs/experiments.md
 Widths = np.ndarray[tuple[int], np.dtype[np.int64]]
 Coefficients = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (a, b, c) of each layer: 3 L
 
