@@ -1,6 +1,6 @@
 """What fine-tuning after pruning recovers, and with which settings: dense b0s, pruned, fine-tuned in several ways.
 
-    python -m benchmarks.recovery DIR [--seeds 1 2 3] [--studies teacher head freeze rate]
+    python -m benchmarks.recovery DIR [--seeds 1 2 3] [--studies teacher hard rate parts head freeze]
 
 For each seed a data set is drawn into DIR (2000 pictures to learn from, 200 to score, 64×64), a b0 is trained from
 scratch on it and pruned, and the pruned network is fine-tuned for a share of the dense network's steps, once for each
@@ -25,6 +25,7 @@ import segprune
 from segprune import L1Pruner, SegFormer
 from segprune.data import open_source, write_shapes
 from segprune.fold import fold_decoder
+from segprune.pruning.costs import RateOf
 from segprune.spec import standard_spec
 from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation
@@ -44,35 +45,44 @@ class Setting:
 
     name: str
     rate: float = 0.5
+    rate_of: RateOf = "params"
     share: float = 0.1
     lr: float = 0.5
-    epochs: int = 1
     keep_decoder: bool = False
     changes: tuple[tuple[str, Any], ...] = ()
     distillation: Distillation | None = None
 
 
 TAUGHT = Distillation()
+HARD = Setting("", rate=0.9, rate_of="macs")  # on these pictures a rate of the parameters takes what does nothing
+HARD_TAUGHT = replace(HARD, distillation=TAUGHT)
 STUDIES: dict[str, tuple[Setting, ...]] = {
     "teacher": (
         Setting("labels alone"),
         Setting("with the teacher", distillation=TAUGHT),
-        Setting("labels alone, rate 0.7", rate=0.7, share=0.25, epochs=2),
-        Setting("with the teacher, rate 0.7", rate=0.7, share=0.25, epochs=2, distillation=TAUGHT),
+        Setting("labels alone, rate 0.7", rate=0.7, share=0.25),
+        Setting("with the teacher, rate 0.7", rate=0.7, share=0.25, distillation=TAUGHT),
     ),
-    "rate": tuple(Setting(f"learning rate × {lr:g}", lr=lr, distillation=TAUGHT) for lr in (0.1, 0.25, 0.5, 1.0)),
+    "hard": (
+        replace(HARD, name="labels alone, 90 % of MACs"),
+        replace(HARD_TAUGHT, name="with the teacher, 90 % of MACs"),
+        replace(HARD, name="labels alone, 90 % of MACs, 25 % of steps", share=0.25),
+        replace(HARD_TAUGHT, name="with the teacher, 90 % of MACs, 25 % of steps", share=0.25),
+    ),
+    "rate": tuple(replace(HARD_TAUGHT, name=f"learning rate × {lr:g}", lr=lr) for lr in (0.1, 0.25, 0.5, 1.0, 2.0)),
     "parts": (
-        Setting("pixels alone", distillation=Distillation(channel=0, feature=0)),
-        Setting("channels alone", distillation=Distillation(pixel=0, feature=0)),
-        Setting("features alone", distillation=Distillation(pixel=0, channel=0)),
+        replace(HARD, name="pixels alone", distillation=Distillation(channel=0, feature=0)),
+        replace(HARD, name="channels alone", distillation=Distillation(pixel=0, feature=0)),
+        replace(HARD, name="features alone", distillation=Distillation(pixel=0, channel=0)),
+        replace(HARD, name="pixels and channels", distillation=Distillation(feature=0)),
     ),
     "head": (
-        Setting("folded head", distillation=TAUGHT),
-        Setting("original head", keep_decoder=True, distillation=TAUGHT),
+        replace(HARD_TAUGHT, name="folded head"),
+        replace(HARD_TAUGHT, name="original head", keep_decoder=True),
     ),
     "freeze": (
-        Setting("trained all at once", epochs=4, distillation=TAUGHT),
-        Setting("frozen first", epochs=4, changes=(("freeze_epochs", 1),), distillation=TAUGHT),
+        replace(HARD_TAUGHT, name="trained all at once"),
+        replace(HARD_TAUGHT, name="encoder frozen in the first of four epochs", changes=(("freeze_epochs", 1),)),
     ),
 }
 
@@ -144,11 +154,11 @@ class Bench:
 
     def recovered(self, setting: Setting) -> tuple[float, float]:
         """mIoU after pruning and after fine-tuning."""
-        before, after = self._cached(repr(setting), lambda: list(self._fine_tuned(setting)))
+        before, after = self._cached(repr(replace(setting, name="")), lambda: list(self._fine_tuned(setting)))
         return before, after
 
     def _fine_tuned(self, setting: Setting) -> Iterator[float]:
-        pruner = L1Pruner(self.dense, setting.rate, keep_decoder=setting.keep_decoder)
+        pruner = L1Pruner(self.dense, setting.rate, rate_of=setting.rate_of, keep_decoder=setting.keep_decoder)
         model = pruner.prune(torch.empty(1, 3, *SIZE, device="meta"))
         yield self.score(model)
         epochs = 4  # of a part of the pictures, so that an encoder can be frozen for one of them

@@ -1,240 +1,222 @@
-"""Scores and a budget in, a plan out: which channels stay. Decides everything, cuts nothing.
+"""Scores and budgets in, a plan out: which channels stay. Decides everything, cuts nothing.
 
-The cost of any choice of widths is a formula (`Costs`), so a budget is solved by bisection on one threshold for
-all groups. What is compared across groups is a channel's share of the score that its group would still have, per
-unit of what the group costs in parameters and MACs: the threshold then maximises the sum of the logarithms of what
-the groups keep. A group that costs much gives more, and the fewer channels it has left, the dearer the next one
-becomes. Widths stay
-multiples of `round_to`; what rounding leaves of the budget is spent on the remaining steps that lose least.
+The cost of any choice of widths is known (costs.py), so budgets are solved by bisection on one threshold for all
+groups. What is compared across groups is, by default, a channel's share of the score that its group would still
+have, times the group's weight: the threshold then maximises the weighted sum of the logarithms of what the groups
+keep. A group that costs much gives more, and the fewer channels it has left, the dearer the next one becomes. Widths
+stay multiples of `round_to`; what rounding leaves of the budget is spent on the remaining steps that lose least.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from segprune.pruning.costs import Cost, RateOf, Widths
 from segprune.pruning.groups import Group
 from segprune.pruning.importance import Scores
-from segprune.stats import Layer
+from segprune.pruning.patterns import match
 
-RateOf = Literal["params", "macs", "channels"]
-RATES: tuple[RateOf, ...] = ("params", "macs", "channels")
+Scope = Literal["global", "local", "isomorphic"]
+Normalise = Literal["share", "mean", "max", "none"]
 TOLERANCE = 0.01  # how far, as a share of the whole, the result may be from the rate
 AIM = 0.001  # how near it is tried to come
-MIN_SHARE = 0.1  # of a group's channels always stays
-MACS_WEIGHT = 0.6  # of MACs beside parameters in a group's price; measured, see docs/experiments.md
-Widths = np.ndarray[tuple[int], np.dtype[np.int64]]
-Coefficients = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (a, b, c) of each layer: 3 L
+MAX_RATE = 0.9  # of a group's channels may go
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How groups are compared and what is out of bounds. Patterns and what they match: patterns.py.
+
+    scope: "global" ranks the channels of all groups together; "local" takes the same share of every group;
+    "isomorphic" the same share of every set of equal groups, ranked together ("Isomorphic Pruning for Vision Models",
+    arXiv 2407.04616).
+    normalise: what is compared under global scope: a channel's "share" of the score still left in its group; its score
+    by its group's "mean" or "max"; or the score as it is ("none").
+    max_rate: by pattern, the share of a group's channels that may go at most, `MAX_RATE` where none matches.
+    rates: by pattern, the share that goes of each group, whatever its scores; the others make up for the budget.
+    sensitivity: by group name, a factor on its weight, from `scan`.
+    """
+
+    round_to: int = 8
+    scope: Scope = "global"
+    normalise: Normalise = "share"
+    max_rate: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget: the share `rate` of `whole` (default: the cost at full widths) has to go."""
+
+    cost: Cost
+    rate: float
+    rate_of: RateOf = "params"
+    whole: float | None = None
+
+    def removed(self, widths: Widths) -> float:
+        """The share that goes."""
+        return 1.0 - self.cost.total(widths) / (self.whole or self.cost.total(self.cost.full))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The channels that stay, by group name; `removed` is the share reached, in the unit of the rate."""
+    """The channels that stay, by group name; `removed` is the share reached, by the unit of each limit."""
 
     keep: Mapping[str, tuple[int, ...]]
-    rate: float
-    rate_of: RateOf
-    removed: float
-
-
-class Costs:
-    """Cost of a network as a function of its groups' widths (slots that stay, in the order of `groups`).
-
-    A layer's side is as wide as its groups leave it, times the share of heads that stay.
-    """
-
-    def __init__(self, layers: Sequence[Layer], groups: Sequence[Group], rate_of: RateOf, rest: int = 0) -> None:
-        self.groups = groups
-        self.full = np.array([group.slots for group in groups], dtype=np.int64)
-        self.rest = rest  # what lies in no listed layer
-        self._dims = np.array([[row.in_dim, row.out_dim] for row in layers], dtype=np.float64).T  # 2 L
-        self._per_slot = np.zeros((2, len(layers), len(groups)))
-        self._heads: list[tuple[int, int, int]] = []  # side, layer, group
-        rows = _rows_by_side(layers)
-        self._reach = [_reach(group, layers, rows) for group in groups]
-        for g, group in enumerate(groups):
-            for member in group.members:
-                for side, row in rows.get((member.layer, member.side), ()):
-                    if group.kind == "head":
-                        self._heads.append((side, row, g))
-                    else:
-                        self._per_slot[side, row, g] += len(member.positions) / group.slots
-        self._coefficients = _coefficients(layers, groups, rate_of, rows)
-        weights: dict[RateOf, float] = {"params": 1.0 - MACS_WEIGHT, "macs": MACS_WEIGHT}
-        if rate_of == "channels":
-            weights = {"channels": 1.0}
-        self._priced = [(weight, _coefficients(layers, groups, unit, rows)) for unit, weight in weights.items()]
-
-    def total(self, widths: Widths) -> float:
-        return self._cost(widths, self._coefficients) + self.rest
-
-    def price(self, g: int) -> float:
-        """The share of the network's cost, parameters and MACs weighed, that would go with all of group `g`; above 0.
-
-        It is the same for rates of both: whoever asks for fewer parameters wants a faster network as well. For a rate
-        of the channels it is their share.
-        """
-        widths = self.full.copy()
-        widths[g] = 0
-        price = float(np.finfo(float).eps)
-        for weight, coefficients in self._priced:
-            whole = max(self._cost(self.full, coefficients), 1.0)
-            price += weight * (1.0 - self._cost(widths, coefficients) / whole)
-        return price
-
-    def loss_per_saving(self, g: int) -> float:
-        """What losing a given share of group `g` weighs: once for each product that reads or writes it, per price.
-
-        Counted so, a stage's width that thirty products share is not given away like one block's hidden width.
-        """
-        return self._reach[g] / self.price(g)
-
-    def _cost(self, widths: Widths, coefficients: Coefficients) -> float:
-        dims = self._dims - self._per_slot @ (self.full - widths)
-        for side, row, g in self._heads:
-            dims[side, row] *= widths[g] / self.full[g]
-        a, b, c = coefficients
-        return float((a * dims[0] * dims[1] + b * dims[0] + c * dims[1]).sum())
-
-
-def _rows_by_side(layers: Sequence[Layer]) -> dict[tuple[str, str], list[tuple[int, int]]]:
-    """Which widths (0 in, 1 out; row) a member's side sets. q's outputs and v's are attention's two widths."""
-    rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for i, layer in enumerate(layers):
-        if layer.kind == "attention":
-            rows.setdefault((f"{layer.name}.q", "out"), []).append((0, i))
-            rows.setdefault((f"{layer.name}.v", "out"), []).append((1, i))
-        else:
-            rows.setdefault((layer.name, "out"), []).append((1, i))
-            if layer.kind == "product":
-                rows.setdefault((layer.name, "in"), []).append((0, i))
-    return rows
-
-
-def _reach(group: Group, layers: Sequence[Layer], rows: Mapping[tuple[str, str], list[tuple[int, int]]]) -> int:
-    """The number of products one of whose sides the group is; at least 1."""
-    sides = {found for m in group.members for found in rows.get((m.layer, m.side), ())}
-    return max(1, sum(layers[row].kind == "product" for _, row in sides))
-
-
-def _coefficients(
-    layers: Sequence[Layer],
-    groups: Sequence[Group],
-    rate_of: RateOf,
-    rows: Mapping[tuple[str, str], list[tuple[int, int]]],
-) -> Coefficients:
-    result = np.zeros((3, len(layers)))
-    if rate_of == "channels":  # each group counts once, as wide as the first layer that puts it out
-        for group in groups:
-            outs = [m.layer for m in group.members if m.side == "out"]
-            if group.kind != "head" and outs:
-                result[2, rows[outs[0], "out"][0][1]] = 1
-        return result
-    seen: set[tuple[str, str]] = set()
-    for i, layer in enumerate(layers):
-        if rate_of == "params" and (layer.name, layer.kind) in seen:
-            continue  # a layer that runs twice has its weights once
-        seen.add((layer.name, layer.kind))
-        result[:, i] = layer.coefficients(rate_of)
-    return result
+    removed: Mapping[RateOf, float] = field(default_factory=dict)
 
 
 def solve(
-    costs: Costs,
+    limits: Sequence[Limit],
+    groups: Sequence[Group],
     scores: Mapping[str, Scores],
-    rate: float,
-    *,
-    rate_of: RateOf = "params",
-    whole: float | None = None,
-    round_to: int = 8,
-    local: bool = False,
+    weights: Sequence[float],
+    options: PlanOptions | None = None,
 ) -> Plan:
-    """The plan that removes the share `rate` of `whole` (default: the cost at full widths), within `TOLERANCE`.
+    """The plan that removes what every limit asks, and of the one that asks most no more, within `TOLERANCE`.
 
-    Global scope ranks the channels of all groups together; `local` ranks each group's by themselves, so that all
-    lose the same share. Refused with the nearest rate that can be reached: a rate beyond the floors, one that folding
-    alone exceeds (`whole` above the cost at full widths), and one so small that nothing would go.
+    `weights`: what losing a share of each group weighs (costs.loss_weights). Without a limit only `options.rates` are
+    carried out. Refused with the nearest rate that can be reached: a rate beyond the floors, one that folding alone
+    exceeds (`whole` above the cost at full widths), and one so small that nothing would go.
     """
-    groups = costs.groups
-    whole = costs.total(costs.full) if whole is None else whole
-    allowed = [_allowed(group, round_to) for group in groups]
-    if local:
-        ranked = [_slot_ranks(group) for group in groups]
-    else:
-        ranked = [_slot_losses(scores[group.name], group, costs.loss_per_saving(g)) for g, group in enumerate(groups)]
-    floors = np.array([widths[0] for widths in allowed], dtype=np.int64)
-    _check_reach(costs, floors, rate, whole)
-    target = whole * (1.0 - rate)
-    widths = _spend_rest(costs, ranked, allowed, _bisect(costs, ranked, allowed, target), target, whole)
-    removed = 1.0 - costs.total(widths) / whole
-    finer = ", or for finer steps with --round_to 1" if round_to > 1 else ""
-    if bool((widths == costs.full).all()):
+    options = options or PlanOptions()
+    full = np.array([group.slots for group in groups], dtype=np.int64)
+    allowed = _allowed(groups, options)
+    ranked = _ranked(groups, scores, weights, options)
+    floors, widths = (np.array([options[at] for options in allowed], dtype=np.int64) for at in (0, -1))
+    for limit in limits:
+        _check_reach(limit, floors, widths, bool(options.rates))
+    if limits:
+        widths = _spend_rest(limits, ranked, allowed, _bisect(limits, ranked, allowed))
+    if bool((widths == full).all()):
         raise ValueError(
-            f"Rate {rate:g} is too small to remove even one step of {round_to} channels; ask for a higher rate{finer}."
+            f"Rate {_asked(limits)} is too small to remove even one step of {options.round_to} channels; "
+            f"ask for a higher rate{_finer(options)}."
         )
-    if abs(removed - rate) > TOLERANCE:
+    binding = min(limits, key=lambda limit: limit.removed(widths) - limit.rate, default=None)
+    if binding is not None and abs(binding.removed(widths) - binding.rate) > TOLERANCE:
         raise ValueError(
-            f"Rate {rate:g} of the {rate_of} cannot be met within {TOLERANCE:.0%} in steps of {round_to} channels; "
-            f"ask for the nearest, {removed:.3f}{finer}."
+            f"Rate {binding.rate:g} of the {binding.rate_of} cannot be met within {TOLERANCE:.0%} in steps of "
+            f"{options.round_to} channels; ask for the nearest, {binding.removed(widths):.3f}{_finer(options)}."
         )
+    return plan_of(groups, scores, widths, limits)
+
+
+def plan_of(groups: Sequence[Group], scores: Mapping[str, Scores], widths: Widths, limits: Sequence[Limit]) -> Plan:
+    """The plan for given widths: of each group the channels with the highest scores stay."""
     keep = {g.name: _keep(scores[g.name], g, int(w)) for g, w in zip(groups, widths, strict=True)}
-    return Plan(keep, rate, rate_of, removed)
+    return Plan(keep, {limit.rate_of: limit.removed(widths) for limit in limits})
 
 
-def _check_reach(costs: Costs, floors: Widths, rate: float, whole: float) -> None:
-    most = 1.0 - costs.total(floors) / whole
-    least = 1.0 - costs.total(costs.full) / whole
-    if rate > most + AIM:
+def _asked(limits: Sequence[Limit]) -> str:
+    return ", ".join(f"{limit.rate:g}" for limit in limits) or "of --rates"
+
+
+def _finer(options: PlanOptions) -> str:
+    return ", or for finer steps with --round_to 1" if options.round_to > 1 else ""
+
+
+def _check_reach(limit: Limit, floors: Widths, ceilings: Widths, fixed: bool) -> None:
+    most, least = limit.removed(floors), limit.removed(ceilings)
+    if limit.rate > most + AIM:
         raise ValueError(
-            f"Rate {rate:g} is out of reach; the most that can be removed here is {int(most * 1000) / 1000:g}, "
-            "since every group keeps a tenth of its channels and protected layers keep all."
+            f"Rate {limit.rate:g} is out of reach; the most that can be removed here is {int(most * 1000) / 1000:g}, "
+            "since every group keeps a tenth of its channels (--max_rate) and protected layers keep all."
         )
-    if rate <= least:
+    if limit.rate <= least:
+        cause = "what --rates asks alone" if fixed else "folding the decode head alone"
+        remedy = "" if fixed else ", or keep the head with --keep_decoder"
         raise ValueError(
-            f"Rate {rate:g} is less than folding the decode head alone removes ({least:.3f}); "
-            "ask for a higher rate, or keep the head with --keep_decoder."
+            f"Rate {limit.rate:g} is less than {cause} removes ({least:.3f}); ask for a higher rate{remedy}."
         )
 
 
-def _allowed(group: Group, round_to: int) -> list[int]:
-    """Widths the group may take, ascending: multiples of `round_to`, at least the floor, and its full width."""
-    step = 1 if group.kind == "head" else round_to
-    floor = max(1, int(np.ceil(MIN_SHARE * group.slots)))
-    multiples = range(step * -(-floor // step), group.slots, step)
-    return [*multiples, group.slots]
+def _allowed(groups: Sequence[Group], options: PlanOptions) -> list[list[int]]:
+    """For each group the widths it may take, ascending: multiples of `round_to` from the floor up, and its full width.
 
-
-def _slot_losses(scores: Scores, group: Group, weight: float) -> Scores:
-    """Ascending: what the k-th lowest slot loses of the logarithm of the group's score, times the group's weight.
-
-    Slot k is each part's k-th lowest channel, so that all parts (heads) lose equally many.
+    A group with a rate of its own may take one width only.
     """
-    ranked = np.sort(scores.reshape(group.parts, group.slots), axis=1).mean(axis=0)
-    left = np.cumsum(ranked[::-1])[::-1]  # the score of slot k and all above
-    losses: Scores = group.slots * ranked / np.maximum(left, np.finfo(float).tiny) * weight
+    most, fixed = match(options.max_rate, groups, "--max_rate"), match(options.rates, groups, "--rates")
+    allowed = []
+    for group in groups:
+        step = 1 if group.kind == "head" else options.round_to
+        share = fixed.get(group.name)
+        floor = 1 if share is not None else int(np.ceil((1.0 - most.get(group.name, MAX_RATE)) * group.slots - 1e-9))
+        options_here = [*range(step * -(-max(floor, 1) // step), group.slots, step), group.slots]
+        if share is not None:
+            wanted = (1.0 - share) * group.slots
+            options_here = [min(options_here, key=lambda width: abs(width - wanted))]
+        allowed.append(options_here)
+    return allowed
+
+
+def _ranked(
+    groups: Sequence[Group], scores: Mapping[str, Scores], weights: Sequence[float], options: PlanOptions
+) -> list[Scores]:
+    """For each group what its slots lose, ascending: one threshold for all groups decides what goes."""
+    if options.scope == "local":
+        return [(np.arange(group.slots) + 0.5) / group.slots for group in groups]
+    slots = [_slot_scores(scores[group.name], group) for group in groups]
+    if options.scope == "isomorphic":
+        return _isomorphic_ranks(groups, slots)
+    factors = [weight * options.sensitivity.get(g.name, 1.0) for g, weight in zip(groups, weights, strict=True)]
+    return [factor * _losses(s, options.normalise) for factor, s in zip(factors, slots, strict=True)]
+
+
+def _slot_scores(scores: Scores, group: Group) -> Scores:
+    """Ascending: slot k is each part's k-th lowest channel, so that all parts (heads) lose equally many."""
+    mean: Scores = np.sort(scores.reshape(group.parts, group.slots), axis=1).mean(axis=0)
+    return mean
+
+
+def _losses(slots: Scores, normalise: Normalise) -> Scores:
+    """What the k-th lowest slot loses; under "share" of the logarithm of the group's score."""
+    tiny = np.finfo(float).tiny
+    left: Scores | float = 1.0
+    if normalise == "share":
+        left = np.cumsum(slots[::-1])[::-1] / len(slots)  # the score of slot k and all above
+    elif normalise != "none":
+        left = float(slots.mean() if normalise == "mean" else slots.max())
+    losses: Scores = slots / np.maximum(left, tiny)
     return losses
 
 
-def _slot_ranks(group: Group) -> Scores:
-    """For local scope: the same share of every group lies below any threshold."""
-    ranks: Scores = (np.arange(group.slots) + 0.5) / group.slots
-    return ranks
+def _isomorphic_ranks(groups: Sequence[Group], slots: Sequence[Scores]) -> list[Scores]:
+    """Each slot's rank, as a share, among those of all groups of the same kind and size."""
+    pooled: dict[tuple[str, int, int], list[Scores]] = {}
+    keys = [(group.kind, group.num_channels, group.parts) for group in groups]
+    for key, own in zip(keys, slots, strict=True):
+        pooled.setdefault(key, []).append(own)
+    ordered = {key: np.sort(np.concatenate(every)) for key, every in pooled.items()}
+    shares = []
+    for key, own in zip(keys, slots, strict=True):
+        low, high = (np.searchsorted(ordered[key], own, side) for side in ("left", "right"))
+        tied = np.arange(1, len(own) + 1) / len(own)  # of equal scores each group gives its share
+        shares.append((low + (high - low) * tied) / len(ordered[key]))
+    return shares
 
 
-def _bisect(costs: Costs, ranked: list[Scores], allowed: list[list[int]], target: float) -> Widths:
-    """Widths at the highest common threshold whose cost is not yet below the target."""
+def _bisect(limits: Sequence[Limit], ranked: list[Scores], allowed: list[list[int]]) -> Widths:
+    """Widths at the highest common threshold that does not yet meet all limits."""
     thresholds = np.unique(np.concatenate(ranked))
     low, high = 0, len(thresholds)  # index 0 removes nothing
     while high - low > 1:
         middle = (low + high) // 2
-        if costs.total(_widths_at(thresholds[middle], ranked, allowed)) >= target:
+        if _missing(limits, _widths_at(thresholds[middle], ranked, allowed)) >= 0:
             low = middle
         else:
             high = middle
     return _widths_at(thresholds[low], ranked, allowed)
+
+
+def _missing(limits: Sequence[Limit], widths: Widths) -> float:
+    """How much, as a share of its whole, the limit furthest from being met still asks; below 0 all are exceeded."""
+    return max(limit.rate - limit.removed(widths) for limit in limits)
 
 
 def _widths_at(threshold: float, ranked: list[Scores], allowed: list[list[int]]) -> Widths:
@@ -246,15 +228,12 @@ def _widths_at(threshold: float, ranked: list[Scores], allowed: list[list[int]])
     return np.array(widths, dtype=np.int64)
 
 
-def _spend_rest(
-    costs: Costs, ranked: list[Scores], allowed: list[list[int]], widths: Widths, target: float, whole: float
-) -> Widths:
-    """Take further single steps, those of the lowest mean score first, while one overshoots by no more than `AIM`.
+def _spend_rest(limits: Sequence[Limit], ranked: list[Scores], allowed: list[list[int]], widths: Widths) -> Widths:
+    """Take further single steps, those of the lowest mean loss first, while one overshoots by no more than `AIM`.
 
     Where all overshoot, the last step is the one that lands nearest, unless staying is nearer still.
     """
-    slack = AIM * whole
-    while costs.total(widths) > target + slack:
+    while _missing(limits, widths) > AIM:
         trials = []
         for g, options in enumerate(allowed):
             i = options.index(int(widths[g]))
@@ -264,9 +243,9 @@ def _spend_rest(
                 trial[g] = options[i - 1]
                 trials.append((ranked[g][gone : len(ranked[g]) - options[i - 1]].mean(), g, trial))
         in_order = [trial for *_, trial in sorted(trials, key=lambda entry: entry[:2])]
-        gentle = next((trial for trial in in_order if costs.total(trial) >= target - slack), None)
+        gentle = next((trial for trial in in_order if _missing(limits, trial) >= -AIM), None)
         if gentle is None:
-            return min([widths, *in_order], key=lambda trial: abs(costs.total(trial) - target))
+            return min([widths, *in_order], key=lambda trial: abs(_missing(limits, trial)))
         widths = gentle
     return widths
 

@@ -22,7 +22,7 @@ def plan_of(groups: list[Group], share: float = 2 / 3) -> Plan:
         width = max(1, int(group.slots * share))
         parts = [part * group.slots + rng.permutation(group.slots)[:width] for part in range(group.parts)]
         keep[group.name] = tuple(sorted(int(c) for c in np.concatenate(parts)))
-    return Plan(keep, 0.0, "params", 0.0)
+    return Plan(keep)
 
 
 def cut_copy(model: SegFormer, groups: list[Group], plan: Plan) -> SegFormer:

@@ -52,7 +52,7 @@ def test_where_nothing_is_cut_nothing_changes(
     small_model: SegFormer, batches: list[Tensor], keep_decoder: bool
 ) -> None:
     dense = small_model if keep_decoder else fold_decoder(small_model)
-    repaired = repair(copy.deepcopy(dense), dense, [], Plan({}, 0.0, "params", 0.0), batches)
+    repaired = repair(copy.deepcopy(dense), dense, [], Plan({}), batches)
     for name, tensor in dense.state_dict().items():
         torch.testing.assert_close(repaired.state_dict()[name], tensor, rtol=1e-8, atol=1e-8)
 
@@ -143,7 +143,7 @@ def test_dependent_channels_go_without_a_trace(folded: SegFormer, batches: list[
         g.name: tuple(p * g.slots + i for p in range(g.parts) for i in range(g.slots // 2 + (kind == "reduction")))
         for g in groups
     }
-    plan = Plan(first_half, 0.0, "params", 0.0)
+    plan = Plan(first_half)
     pruned = cut_copy(folded, groups, plan)
     repaired = repair(pruned, folded, groups, plan, batches, damping=1e-8)
     assert error(pruned, folded, batches) > 1e-3
@@ -162,7 +162,7 @@ def test_a_stage_whose_stream_has_few_directions_goes_without_a_trace(folded: Se
         layer.bias[half:] = layer.bias[:half]
     stage.patch_embed.norm.bias[half:] = stage.patch_embed.norm.bias[:half]
     groups = [group for group in groups_of(folded, "stage") if group.name == "encoder.stages.1.width"]
-    plan = Plan({groups[0].name: tuple(range(half + 1))}, 0.0, "params", 0.0)
+    plan = Plan({groups[0].name: tuple(range(half + 1))})
     pruned = cut_copy(folded, groups, plan)
     repaired = repair(pruned, folded, groups, plan, batches, damping=1e-12)
     assert error(pruned, folded, batches) > 1e-2

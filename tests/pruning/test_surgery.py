@@ -120,7 +120,7 @@ def test_the_attention_scale_is_kept(small_model: SegFormer) -> None:
 
 def test_a_plan_that_keeps_all_changes_nothing(small_model: SegFormer) -> None:
     groups = groups_of(small_model, {"ffn", "head", "stage"})
-    plan = Plan({group.name: tuple(range(group.num_channels)) for group in groups}, 0.0, "params", 0.0)
+    plan = Plan({group.name: tuple(range(group.num_channels)) for group in groups})
     pruned = cut_copy(small_model, groups, plan)
     assert pruned.spec == small_model.spec
     assert all(torch.equal(t, pruned.state_dict()[name]) for name, t in small_model.state_dict().items())
@@ -152,7 +152,7 @@ def test_every_kind_of_batch_norm_is_cut_as_its_channels(norm: nn.Module, shape:
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
     groups = find_groups(model, x, set()).groups
-    plan = Plan({"0": (1, 4, 5, 11)}, 0.0, "params", 0.0)
+    plan = Plan({"0": (1, 4, 5, 11)})
     pruned = copy.deepcopy(model).eval()
     cut(pruned, groups, plan)
     gone = [c for c in range(12) if c not in plan.keep["0"]]
@@ -165,7 +165,7 @@ def test_every_kind_of_batch_norm_is_cut_as_its_channels(norm: nn.Module, shape:
 def test_a_layer_norm_without_weights_is_cut() -> None:
     model = nn.Sequential(nn.Linear(3, 12), nn.LayerNorm(12, elementwise_affine=False), nn.Linear(12, 2))
     groups = find_groups(model, torch.randn(1, 5, 3), set()).groups
-    cut(model, groups, Plan({"0": (0, 3, 7)}, 0.0, "params", 0.0))
+    cut(model, groups, Plan({"0": (0, 3, 7)}))
     assert model[1].normalized_shape == (3,)
     assert model(torch.randn(1, 5, 3)).shape == (1, 5, 2)
 
@@ -178,7 +178,7 @@ def test_a_transposed_convolution_is_cut_on_both_sides(bias: bool) -> None:
     x = torch.randn(1, 3, 5, 7)
     groups = find_groups(model, x, set()).groups
     pruned = copy.deepcopy(model)
-    cut(pruned, groups, Plan({"0": (0, 2, 5), "1": (1, 2, 8, 9)}, 0.0, "params", 0.0))
+    cut(pruned, groups, Plan({"0": (0, 2, 5), "1": (1, 2, 8, 9)}))
     with torch.no_grad():
         model[1].weight[[1, 3, 4]] = 0.0
         model[3].weight[:, [0, 3, 4, 5, 6, 7]] = 0.0

@@ -1,0 +1,290 @@
+"""Pruner: fold, find groups, score, plan for the budget, cut once, repair. The steps, in order."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segprune.fold import fold_decoder
+from segprune.model import DecodeHead, SegFormer
+from segprune.pruning.costs import RATES, Costs, Price, RateOf, loss_weights
+from segprune.pruning.groups import Group, Grouping, find_groups
+from segprune.pruning.importance import METHODS, scores
+from segprune.pruning.patterns import matching_names
+from segprune.pruning.plan import Limit, Normalise, Plan, PlanOptions, Scope, plan_of, solve
+from segprune.pruning.repair import repair
+from segprune.pruning.surgery import cut, read_spec
+from segprune.pruning.trace import eval_mode, run, tensors_in, trace
+from segprune.spec import Spec
+from segprune.stats import Layer, layers
+
+TRACE_SHAPE = (64, 64)  # H W at which a stock network is traced: its groups do not depend on the size
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A copy of the network that can be cut, what can go, and what it costs."""
+
+    model: nn.Module
+    groups: tuple[Group, ...]
+    rows: list[Layer]
+    wholes: Mapping[RateOf, float]  # the cost before folding; empty for what is not a stock SegFormer
+    rest: int = 0  # parameters that lie in no row
+
+
+class Pruner:
+    """Removes the share `pruning_rate` of a network's parameters (or `rate_of` MACs, channels) in one cut.
+
+    The network may be a `SegFormer` or any module that holds parts of one, or none; what is not a stock SegFormer
+    is traced with `example_inputs`, and attention that is not ours is left alone with a warning that names it.
+    A stock SegFormer's decode head is folded first unless `keep_decoder`; what that saves counts towards the rate.
+
+    >>> from segprune.spec import standard_spec
+    >>> pruned = Pruner(SegFormer(standard_spec("b0", 8)), 0.5, method="l2").prune()
+    >>> 0.49 < 1 - sum(p.numel() for p in pruned.parameters()) / 3716200 < 0.51
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruning_rate: float | Mapping[RateOf, float] | None = 0.5,
+        ignored_layers: Iterable[nn.Module] = (),
+        *,
+        method: str = "l1",
+        data: Iterable[Tensor] = (),
+        repaired: bool = False,
+        rate_of: RateOf = "params",
+        scope: Scope = "global",
+        round_to: int = 8,
+        heads: bool = False,
+        keep_decoder: bool = False,
+        price: Price = "both",
+        normalise: Normalise = "share",
+        max_rate: Mapping[str, float] | None = None,
+        rates: Mapping[str, float] | None = None,
+        ignore: Sequence[str] = (),
+        sensitivity: Mapping[str, float] | None = None,
+        widths: Mapping[str, int] | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`pruning_rate`: a share of what `rate_of` says; or shares by unit, each of which has to go at least; or None,
+        and only `rates` or `widths` (by group, as in a plan) are carried out. `ignored_layers`: modules whose outputs
+        stay, with all inside them; `ignore` the same by pattern (patterns.py). `method`: importance.METHODS. `data`:
+        batches of normalised images B 3 H W, for methods that need them and for the repair, `repaired`. `scope`,
+        `round_to`, `normalise`, `max_rate`, `rates`, `sensitivity`: see PlanOptions; `price`: see costs.loss_weights.
+        `heads`: whole heads may go too. `progress`: of the repair. Raises ValueError for what is not allowed.
+        """
+        self.model = model
+        if not isinstance(pruning_rate, Mapping):
+            pruning_rate = {} if pruning_rate is None else {rate_of: pruning_rate}
+        self.rates_of: Mapping[RateOf, float] = pruning_rate
+        self.ignored_layers = list(ignored_layers)
+        self.method, self.data, self.repaired, self.seed, self.progress = method, list(data), repaired, seed, progress
+        self.heads, self.keep_decoder, self.ignore, self.price, self.widths = heads, keep_decoder, ignore, price, widths
+        self.options = PlanOptions(round_to, scope, normalise, max_rate or {}, rates or {}, sensitivity or {})
+        self.plan: Plan | None = None  # what the last prune() decided
+        self._check()
+
+    def _check(self) -> None:
+        for rate_of, rate in self.rates_of.items():
+            if rate_of not in RATES:
+                raise ValueError(f"A rate of {rate_of!r} is unknown; choose one of {', '.join(RATES)}.")
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"The pruning rate is {rate:g}; it must be at least 0 and below 1.")
+        for value, name, known in (
+            (self.options.scope, "Scope", get_args(Scope)),
+            (self.options.normalise, "Normalisation", get_args(Normalise)),
+            (self.price, "Price", get_args(Price)),
+            (self.method, "Method", tuple(METHODS)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}.")
+        if self.options.round_to < 1:
+            raise ValueError(
+                f"round_to is {self.options.round_to}; widths are kept multiples of a whole number from 1 up."
+            )
+        if self.repaired and not self.data:
+            raise ValueError("Repair needs images, and there are none; give a few dozen, labels are not needed.")
+
+    def prune(self, example_inputs: Any = None) -> nn.Module:
+        """A new, smaller network; the one given is left as it was. At rate 0 it is a plain copy.
+
+        `example_inputs` (B 3 H W, or what the network takes) sets the size at which MACs are counted, and is needed
+        for a network that is not a stock SegFormer.
+        """
+        if self._asks_nothing():
+            return copy.deepcopy(self.model)
+        prepared = self._prepared(example_inputs)
+        self.plan = self._planned(prepared)
+        model = copy.deepcopy(prepared.model) if self.repaired else prepared.model
+        cut(model, prepared.groups, self.plan)
+        if isinstance(model, SegFormer) and prepared.wholes:
+            model.spec = read_spec(model)
+        else:
+            with eval_mode(model), torch.no_grad():
+                _check_run(model, example_inputs)
+        if not self.repaired:
+            return model
+        if not (isinstance(model, SegFormer) and isinstance(prepared.model, SegFormer) and prepared.wholes):
+            raise ValueError(f"{type(model).__name__} is not a stock SegFormer; only those can be repaired.")
+        return repair(model, prepared.model, prepared.groups, self.plan, self.data, progress=self.progress)
+
+    def decide(self, example_inputs: Any = None) -> tuple[Plan, tuple[Group, ...]]:
+        """What `prune` would do, and the groups it could choose from; nothing is cut."""
+        prepared = self._prepared(example_inputs)
+        self.plan = self._planned(prepared)
+        return self.plan, prepared.groups
+
+    def _asks_nothing(self) -> bool:
+        return not any(self.rates_of.values()) and not self.options.rates and self.widths is None
+
+    def _prepared(self, example_inputs: Any) -> Prepared:
+        protected = self._protected_names()
+        spec = stock_spec(self.model)
+        if spec is not None:
+            return self._prepare_stock(spec, example_inputs, protected)
+        if example_inputs is None:
+            raise ValueError(
+                f"{type(self.model).__name__} is not a stock SegFormer and must be traced: "
+                "pass example_inputs to prune(), for instance torch.randn(1, 3, 512, 512)."
+            )
+        return self._prepare_traced(example_inputs, protected)
+
+    def _planned(self, prepared: Prepared) -> Plan:
+        groups = prepared.groups
+        fallback = "l1" if self.method == "bn" else None  # for groups without a normalisation
+        found = scores(self.method, prepared.model, groups, self.data, seed=self.seed, fallback=fallback)
+        limits = [
+            Limit(
+                Costs(prepared.rows, groups, unit, prepared.rest if unit == "params" else 0),
+                rate,
+                unit,
+                prepared.wholes.get(unit),
+            )
+            for unit, rate in self.rates_of.items()
+        ]
+        if self.widths is not None:
+            return plan_of(groups, found, _checked(self.widths, groups), limits)
+        weights = loss_weights(prepared.rows, groups, next(iter(self.rates_of), "params"), self.price)
+        return solve(limits, groups, found, weights, self.options)
+
+    def _collect_ignored_layers(self) -> list[nn.Module]:
+        """Layers whose outputs are never cut: the first convolution, the classifier, and what the user named."""
+        ignored = list(self.ignored_layers)
+        ignored += [m for m in self.model.modules() if isinstance(m, nn.Conv2d)][:1]
+        ignored += [m.classifier for m in self.model.modules() if isinstance(m, DecodeHead)]
+        return ignored
+
+    def _protected_names(self) -> set[str]:
+        inside = {id(inner) for layer in self._collect_ignored_layers() for inner in layer.modules()}
+        names = [name for name, _ in self.model.named_modules() if name]
+        by_pattern = matching_names(self.ignore, names, "--ignore")
+        return by_pattern | {name for name, module in self.model.named_modules() if id(module) in inside}
+
+    def _prepare_stock(self, spec: Spec, example_inputs: Any, protected: set[str]) -> Prepared:
+        assert isinstance(self.model, SegFormer)
+        height, width = (512, 512) if example_inputs is None else tensors_in(example_inputs)[0].shape[2:]
+        dense_rows = layers(spec, (height, width))
+        fold = not (self.keep_decoder or protected & {f"decode_head.{n}" for n in _FOLDED_AWAY})
+        model = fold_decoder(self.model) if fold else copy.deepcopy(self.model)
+        parameter = next(model.parameters())
+        x = torch.zeros(1, 3, *TRACE_SHAPE, device=parameter.device, dtype=parameter.dtype)
+        grouping = find_groups(model, x, protected, heads=self.heads)
+        assert not grouping.unsupported
+        wholes: dict[RateOf, float] = {
+            "params": float(sum(row.cost("params") for row in dense_rows)),
+            "macs": float(sum(row.cost("macs") for row in dense_rows)),
+        }
+        return Prepared(model, _some(grouping, model), layers(model.spec, (height, width)), wholes)
+
+    def _prepare_traced(self, example_inputs: Any, protected: set[str]) -> Prepared:
+        model = copy.deepcopy(self.model)
+        seen = trace(model, example_inputs)
+        names = [name for name, _ in model.named_modules()]
+        inside = {n for owner in seen.unknown_attention for n in names if not owner or f"{n}.".startswith(f"{owner}.")}
+        grouping = find_groups(model, example_inputs, protected | inside, heads=self.heads)
+        unsupported = {name: kind for name, kind in grouping.unsupported.items() if name not in inside}
+        _warn_left_alone(seen.unknown_attention, unsupported)
+        listed = {row.name: row for row in seen.layers}
+        total = sum(p.numel() for p in model.parameters())
+        rest = total - sum(row.cost("params") for row in listed.values())
+        return Prepared(model, _some(grouping, model), seen.layers, {}, rest)
+
+
+def _some(grouping: Grouping, model: nn.Module) -> tuple[Group, ...]:
+    if not grouping.groups:
+        raise ValueError(
+            f"Nothing in {type(model).__name__} can be pruned: every group of channels is protected, "
+            "leads to the network's outputs or belongs to attention that is not known."
+        )
+    return grouping.groups
+
+
+def _checked(widths: Mapping[str, int], groups: Sequence[Group]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The widths in the order of the groups. ValueError for names or widths that do not fit."""
+    slots = {group.name: group.slots for group in groups}
+    if widths.keys() != slots.keys():
+        name = min(widths.keys() ^ slots.keys())
+        where = "which this network cannot cut" if name in widths else "which the plan does not name"
+        raise ValueError(f"The plan is not one for this network and these flags: group {name}, {where}.")
+    for name, width in widths.items():
+        if not 1 <= width <= slots[name]:
+            raise ValueError(f"The plan leaves {width} channels of {name}; it must be 1 to {slots[name]}.")
+    return np.array([widths[group.name] for group in groups], dtype=np.int64)
+
+
+def _check_run(model: nn.Module, example_inputs: Any) -> None:
+    """What was traced wrongly must fail here, not in the user's hands."""
+    try:
+        run(model, example_inputs)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} no longer runs once its channels are cut ({error}); something in it depends on "
+            "their number in a way that tracing does not see: name its layers in ignored_layers."
+        ) from error
+
+
+_FOLDED_AWAY = ("fuse", *(f"branches.{i}" for i in range(4)))
+
+
+def stock_spec(model: nn.Module) -> Spec | None:
+    """The spec if `model` is a SegFormer exactly as its spec builds it, else None."""
+    if type(model) is not SegFormer:
+        return None
+    with torch.device("meta"):
+        reference = SegFormer(model.spec)
+    same_modules = [(n, type(m)) for n, m in model.named_modules()] == [
+        (n, type(m)) for n, m in reference.named_modules()
+    ]
+    shapes = {n: p.shape for n, p in model.state_dict().items()}
+    return model.spec if same_modules and shapes == {n: p.shape for n, p in reference.state_dict().items()} else None
+
+
+def _warn_left_alone(attention: dict[str, str], unsupported: dict[str, str]) -> None:
+    """One warning for all that was traced but cannot be cut."""
+    parts = []
+    if attention:
+        parts.append(f"attention that segprune does not know: {_listing(attention)}")
+    if unsupported:
+        parts.append(f"layers that it cannot cut: {_listing(unsupported)}")
+    if parts:
+        warnings.warn(f"Left as it is, with all channels tied to it: {'; '.join(parts)}.", stacklevel=5)
+
+
+def _listing(names: dict[str, str]) -> str:
+    """Classes with how often, and the first name of each: SegformerAttention (8, first encoder.block.0)."""
+    by_class: dict[str, list[str]] = {}
+    for name, kind in names.items():
+        by_class.setdefault(kind, []).append(name)
+    return ", ".join(
+        f"{kind} ({len(found)}, first {found[0] or 'the network itself'})" for kind, found in by_class.items()
+    )
