@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from segprune.cli import evaluate, info, predict, prune, settings, shapes, train
+from segprune.cli import evaluate, info, predict, prune, pruning, settings, shapes, train
 from segprune.cli.common import CONTEXT, command, keep_freed_memory
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 _COMMANDS: tuple[tuple[str, type[Any], Callable[[Any, frozenset[str]], None]], ...] = (
-    ("prune", prune.PruneConfig, prune.run),
+    ("prune", pruning.PruneConfig, prune.run),
     ("train", settings.TrainSettings, train.run),
     ("eval", evaluate.EvalConfig, evaluate.run),
     ("predict", predict.PredictConfig, predict.run),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from typer import Option
+from torch import Tensor
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
+from segprune.cli.calibration import images_for
 from segprune.cli.common import (
-    Layout,
-    SkipBad,
     choose_device,
     console,
     latency_text,
@@ -23,9 +23,10 @@ from segprune.cli.common import (
     show_notes,
     show_settings,
     show_table,
-    switch,
 )
 from segprune.cli.journal import check_kept
+from segprune.cli.plans import PLAN, show_plan, write_plan
+from segprune.cli.pruning import PruneConfig, asked_rates, check_flags, label, pruner_of
 from segprune.cli.settings import TrainSettings, check_settings, with_rates
 from segprune.cli.train import fit_with
 from segprune.data import Source
@@ -35,74 +36,7 @@ from segprune.spec import spec_to_dict, standard_spec
 from segprune.stats import Latency, count, measure_latency
 from segprune.training.evaluate import EvalMode, Score, evaluate
 
-METHODS = ("l1",)
 RESULTS = "pruning_results.json"
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    model_path: Annotated[
-        str,
-        Option(
-            "--model_path",
-            help="Trained checkpoint: .pth, .pt, .safetensors, a Hugging Face folder or hub name. "
-            "Empty: random weights, which is only a dry run.",
-        ),
-    ] = ""
-    num_classes: Annotated[
-        int | None,
-        Option("--num_classes", help="Channels of the logits, background included; read off the checkpoint, else 8."),
-    ] = None
-    phi: Annotated[str | None, Option("--phi", help="MiT variant b0 … b5; read off the checkpoint, else b2.")] = None
-    input_shape: Annotated[
-        tuple[int, int],
-        Option("--input_shape", metavar="H W", help="Size for MACs, latency, scoring and fine-tuning."),
-    ] = (512, 512)
-    pruning_method: Annotated[str, Option("--pruning_method", help="l1: weakest channels by absolute weight.")] = "l1"
-    pruning_rate: Annotated[
-        float, Option("--pruning_rate", help="Share to remove, in [0, 1), of what --rate_of says; met within 0.01.")
-    ] = 0.5
-    rate_of: Annotated[str, Option("--rate_of", help="What the rate is a share of: params, macs or channels.")] = (
-        "params"
-    )
-    scope: Annotated[
-        str, Option("--scope", help="global: rank all channels together; local: every group loses the same share.")
-    ] = "global"
-    round_to: Annotated[int, Option("--round_to", help="Widths stay multiples of it; 1: any width.")] = 8
-    heads: Annotated[bool, switch("--heads", "Whole attention heads may go too.")] = False
-    keep_decoder: Annotated[bool, switch("--keep_decoder", "Do not fold the decode head.")] = False
-    data: Annotated[
-        str, Option("--data", help="Data set, in any layout of docs/data.md: score on its val part before and after.")
-    ] = ""
-    layout: Layout = None
-    skip_bad: SkipBad = False
-    epochs: Annotated[int, Option("--epochs", min=0, help="Fine-tune so many epochs on --data; 0: do not.")] = 0
-    batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures per step, of fine-tuning and scoring.")] = 8
-    lr: Annotated[
-        float | None,
-        Option(
-            "--lr", help="Of fine-tuning. If not given: a tenth of what a file of ours was trained with, else 6e-5."
-        ),
-    ] = None
-    no_distill: Annotated[
-        bool, switch("--no_distill", "Fine-tune on the labels alone; else the dense network is the teacher.")
-    ] = False
-    freeze_epochs: Annotated[
-        int, Option("--freeze_epochs", help="Fine-tune only the decode head in the first so many epochs.")
-    ] = 0
-    scale: Annotated[
-        tuple[float, float], Option("--scale", metavar="LOW HIGH", help="Random resizing while fine-tuning.")
-    ] = (0.5, 2.0)
-    num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
-    amp: Annotated[str, Option("--amp", help="Mixed precision of fine-tuning: no, fp16 or bf16.")] = "no"
-    cuda: Annotated[bool, switch("--cuda", "Use the GPU; without it the CPU.")] = False
-    seed: Annotated[int, Option("--seed", help="Of random weights and of fine-tuning.")] = 11
-    save_dir: Annotated[str, Option("--save_dir", help="Files go to SAVE_DIR/METHOD/PHI.")] = "logs_pruning"
-    dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
-
-
-TRAINING_FLAGS = ("lr", "no_distill", "freeze_epochs", "scale", "amp")
-DATA_FLAGS = ("layout", "skip_bad", "batch_size", "num_workers")
 
 
 def run(config: PruneConfig, given: frozenset[str]) -> None:
@@ -111,13 +45,13 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     Writes SAVE_DIR/METHOD/PHI/PHI_pruned_RATE.pth, which `segprune train`, `segprune eval` and
     `segprune.load` read, and pruning_results.json beside it.
     """
-    _check_flags(config, given)
+    check_flags(config, given)
     check_input((1, 3, *config.input_shape))
     device = choose_device(config.cuda)
     found = _read(config)
     config = replace(config, phi=found.spec.variant, num_classes=found.spec.num_classes)
     folder = Path(config.save_dir) / config.pruning_method / found.spec.variant
-    path = folder / f"{found.spec.variant}_pruned_{config.pruning_rate:g}.pth"
+    path = folder / f"{found.spec.variant}_pruned_{label(config, given)}.pth"
     check_kept(path, config.model_path, save_dir=Path(config.save_dir))
     fine_tuning, reason = with_rates(_fine_tuning(config, path), found.extra)
     if config.epochs:
@@ -129,15 +63,20 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     checkpoint.check_writable(folder)
 
     dense = checkpoint.build(found).to(device)
-    scores = {} if source is None else {"dense": _score(dense, source, config, device, "scoring dense")}
-    pruned = _prune(dense, config)
-    extra = dict(found.extra) | {"pruning": _pruning_config(config)}
+    images = images_for(config, source)
+    if config.plan_only:
+        _show_plan(dense, config, given, images, folder / PLAN)
+        return
+    pruned = _pruned(dense, config, given, images)  # before any scoring: what cannot be met is said at once
+    extra = dict(found.extra) | {"pruning": _pruning_config(config, images)}
     checkpoint.save(pruned, path, extra=extra)
+    scores = {}
     if source is not None:
-        scores["pruned"] = _score(pruned, source, config, device, "scoring pruned")
+        for name, model in (("dense", dense), ("pruned", pruned)):
+            scores[name] = _score(model, source, config, device, f"scoring {name}")
     with progress_bar("timing dense and pruned") as advance:
         latencies = measure_latency([dense, pruned], config.input_shape, device=device, progress=advance)
-    record = _record(config, found, pruned, latencies, scores) | {"model_save_path": str(path)}
+    record = _record(config, found, pruned, latencies, scores, images) | {"model_save_path": str(path)}
     checkpoint.write_json(record, folder / RESULTS)
     if config.epochs and source is not None:
         del dense
@@ -146,21 +85,6 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
         record["finetuned_save_path"] = str(done.path)
         checkpoint.write_json(record, folder / RESULTS)
     _show(record, latencies, config, folder / RESULTS)
-
-
-def _check_flags(config: PruneConfig, given: frozenset[str]) -> None:
-    if config.pruning_method not in METHODS:
-        raise ValueError(f"Unknown method {config.pruning_method!r}; --pruning_method knows {', '.join(METHODS)}.")
-    if not 0.0 <= config.pruning_rate < 1.0:
-        raise ValueError(f"--pruning_rate is {config.pruning_rate:g}; it must be at least 0 and below 1.")
-    if config.epochs and not config.data:
-        raise ValueError("--epochs was given without --data; say what to fine-tune on.")
-    for name in TRAINING_FLAGS:
-        if name in given and not config.epochs:
-            raise ValueError(f"--{name} has no effect without --epochs; give the epochs to fine-tune.")
-    for name in DATA_FLAGS:
-        if name in given and not config.data:
-            raise ValueError(f"--{name} has no effect without --data; give the data set to score on.")
 
 
 def _read(config: PruneConfig) -> Checkpoint:
@@ -215,22 +139,47 @@ def _score(model: SegFormer, source: Source, config: PruneConfig, device: torch.
         )
 
 
-def _prune(dense: SegFormer, config: PruneConfig) -> SegFormer:
-    from segprune.pruning.pruner_l1 import L1Pruner  # here, since all other commands work without torch-pruning
+def _show_plan(dense: SegFormer, config: PruneConfig, given: frozenset[str], images: list[Tensor], path: Path) -> None:
+    pruner = pruner_of(config, given, dense, images, None)
+    plan, groups = pruner.decide(torch.empty(1, 3, *config.input_shape, device="meta"))
+    show_plan(plan, groups)
+    write_plan(plan, groups, asdict(config), path)
+    removed = ", ".join(f"{share:.1%} of the {unit}" for unit, share in plan.removed.items())
+    goes = f"What goes: {removed}. " if removed else ""
+    console.print(f"{goes}Nothing was cut; --plan carries this file out: {path}", soft_wrap=True)
 
-    pruner = L1Pruner(
-        dense,
-        config.pruning_rate,
-        rate_of=config.rate_of,  # type: ignore[arg-type]
-        scope=config.scope,  # type: ignore[arg-type]
-        round_to=config.round_to,
-        heads=config.heads,
-        keep_decoder=config.keep_decoder,
-    )
-    with console.status("pruning"):
-        pruned = pruner.prune(torch.empty(1, 3, *config.input_shape, device="meta"))
-    assert isinstance(pruned, SegFormer)
-    return pruned
+
+def _pruned(dense: SegFormer, config: PruneConfig, given: frozenset[str], images: list[Tensor]) -> SegFormer:
+    x = torch.empty(1, 3, *config.input_shape, device="meta")
+    images = [batch.to(next(dense.parameters()).device) for batch in images]
+    model = dense
+    for step in range(config.steps):
+        text = "pruning" if config.steps == 1 else f"pruning, step {step + 1} of {config.steps}"
+        with progress_bar(text) as advance:
+            rates = _rates_of_step(step, dense, model, config, asked_rates(config, given))
+            model = pruner_of(config, given, model, images, rates, advance).prune(x)
+    return model
+
+
+def _rates_of_step(
+    step: int, dense: SegFormer, model: SegFormer, config: PruneConfig, rates: Mapping[str, float]
+) -> Mapping[str, float]:
+    """What this step removes of the network it finds: all take equal shares of the dense one, folding apart."""
+    if config.steps == 1:
+        return rates
+    shape = config.input_shape
+    whole, now = count(dense.spec, shape), count(model.spec, shape)
+    folded = whole if config.keep_decoder else count(replace(dense.spec, branch_dims=None), shape)
+    found = {}
+    for unit, rate in rates.items():
+        start, gone = 0.0, rate * step / config.steps
+        if unit != "channels":
+            size = {"params": "parameters"}.get(unit, unit)
+            start = 1.0 - getattr(folded, size) / getattr(whole, size)
+            gone = 1.0 - getattr(now, size) / getattr(whole, size)
+        aim = rate if rate <= start else start + (rate - start) * (step + 1) / config.steps
+        found[unit] = 1.0 - (1.0 - aim) / (1.0 - gone)
+    return found
 
 
 def _fine_tuning(config: PruneConfig, path: Path) -> TrainSettings:
@@ -257,13 +206,34 @@ def _fine_tuning(config: PruneConfig, path: Path) -> TrainSettings:
     )
 
 
-def _pruning_config(config: PruneConfig) -> dict[str, Any]:
-    names = ("pruning_rate", "rate_of", "scope", "round_to", "heads", "keep_decoder", "seed")
-    return {"method": config.pruning_method} | {name: getattr(config, name) for name in names}
+def _pruning_config(config: PruneConfig, images: list[Tensor]) -> dict[str, Any]:
+    names = (
+        *(
+            "pruning_rate",
+            "rate_of",
+            "budgets",
+            "scope",
+            "price",
+            "normalise",
+            "round_to",
+            "max_rate",
+            "rates",
+            "ignore",
+        ),
+        *("plan", "steps", "heads", "keep_decoder", "seed"),
+    )
+    repaired = bool(images) and config.repair is not False
+    known = {"method": config.pruning_method, "repaired": repaired, "num_images": sum(map(len, images))}
+    return known | {name: getattr(config, name) for name in names}
 
 
 def _record(
-    config: PruneConfig, found: Checkpoint, pruned: SegFormer, latencies: list[Latency], scores: dict[str, Score]
+    config: PruneConfig,
+    found: Checkpoint,
+    pruned: SegFormer,
+    latencies: list[Latency],
+    scores: dict[str, Score],
+    images: list[Tensor],
 ) -> dict[str, Any]:
     """What pruning_results.json holds, fine-tuning apart."""
     shape = config.input_shape
@@ -278,7 +248,7 @@ def _record(
             "model_path": config.model_path,
             "random_weights": not config.model_path,
         },
-        "pruning_config": _pruning_config(config),
+        "pruning_config": _pruning_config(config, images),
         "original_model": network_record(original, latencies[0], scores.get("dense")),
         "folded_model": network_size(folded),
         "pruned_model": network_record(after, latencies[1], scores.get("pruned")) | {"spec": spec_to_dict(pruned.spec)},
@@ -311,10 +281,10 @@ def _show(record: dict[str, Any], latencies: list[Latency], config: PruneConfig,
         f"{reduction['speedup']:.2f} × faster."
     )
     console.print(measured_on(latencies[0], config.input_shape))
-    for label, path in (
+    for text, path in (
         ("Pruned network", record["model_save_path"]),
         ("Fine-tuned network", record.get("finetuned_save_path")),
         ("All numbers", results),
     ):
         if path:
-            console.print(f"{label}: {path}", soft_wrap=True)
+            console.print(f"{text}: {path}", soft_wrap=True)

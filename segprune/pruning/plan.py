@@ -10,7 +10,7 @@ stay multiples of `round_to`; what rounding leaves of the budget is spent on the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -65,7 +65,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Plan:
-    """The channels that stay, by group name; `removed` is the share reached, by the unit of each limit."""
+    """The channels that stay, by group name; `removed` is the share that goes, by unit."""
 
     keep: Mapping[str, tuple[int, ...]]
     removed: Mapping[RateOf, float] = field(default_factory=dict)
@@ -104,13 +104,12 @@ def solve(
             f"Rate {binding.rate:g} of the {binding.rate_of} cannot be met within {TOLERANCE:.0%} in steps of "
             f"{options.round_to} channels; ask for the nearest, {binding.removed(widths):.3f}{_finer(options)}."
         )
-    return plan_of(groups, scores, widths, limits)
+    return replace(plan_of(groups, scores, widths), removed={limit.rate_of: limit.removed(widths) for limit in limits})
 
 
-def plan_of(groups: Sequence[Group], scores: Mapping[str, Scores], widths: Widths, limits: Sequence[Limit]) -> Plan:
+def plan_of(groups: Sequence[Group], scores: Mapping[str, Scores], widths: Widths) -> Plan:
     """The plan for given widths: of each group the channels with the highest scores stay."""
-    keep = {g.name: _keep(scores[g.name], g, int(w)) for g, w in zip(groups, widths, strict=True)}
-    return Plan(keep, {limit.rate_of: limit.removed(widths) for limit in limits})
+    return Plan({g.name: _keep(scores[g.name], g, int(w)) for g, w in zip(groups, widths, strict=True)})
 
 
 def _asked(limits: Sequence[Limit]) -> str:

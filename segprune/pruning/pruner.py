@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -163,19 +163,22 @@ class Pruner:
         groups = prepared.groups
         fallback = "l1" if self.method == "bn" else None  # for groups without a normalisation
         found = scores(self.method, prepared.model, groups, self.data, seed=self.seed, fallback=fallback)
-        limits = [
-            Limit(
+        limits = {
+            unit: Limit(
                 Costs(prepared.rows, groups, unit, prepared.rest if unit == "params" else 0),
-                rate,
+                self.rates_of.get(unit, 0.0),
                 unit,
                 prepared.wholes.get(unit),
             )
-            for unit, rate in self.rates_of.items()
-        ]
+            for unit in dict.fromkeys((*self.rates_of, "params", "macs"))
+        }
         if self.widths is not None:
-            return plan_of(groups, found, _checked(self.widths, groups), limits)
-        weights = loss_weights(prepared.rows, groups, next(iter(self.rates_of), "params"), self.price)
-        return solve(limits, groups, found, weights, self.options)
+            plan = plan_of(groups, found, _checked(self.widths, groups))
+        else:
+            weights = loss_weights(prepared.rows, groups, next(iter(self.rates_of), "params"), self.price)
+            plan = solve([limits[unit] for unit in self.rates_of], groups, found, weights, self.options)
+        widths = np.array([len(plan.keep[group.name]) // group.parts for group in groups], dtype=np.int64)
+        return replace(plan, removed={unit: limit.removed(widths) for unit, limit in limits.items()})
 
     def _collect_ignored_layers(self) -> list[nn.Module]:
         """Layers whose outputs are never cut: the first convolution, the classifier, and what the user named."""

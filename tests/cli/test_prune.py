@@ -187,15 +187,21 @@ def test_macs_are_cut_by_the_rate_with_the_decode_head_kept(dense: Path, tmp_pat
 def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def pruner(model: object, rate: float, **options: Any) -> None:
+    def pruner(model: object, rate: object, **options: Any) -> None:
         seen.update(options, rate=rate)
         raise ValueError("Seen.")
 
     monkeypatch.setattr(pruner_l1, "L1Pruner", pruner)
     flags = ("--pruning_rate", 0.4, "--rate_of", "channels", "--scope", "local", "--round_to", 4, "--heads")
-    assert refused("prune", "--model_path", dense, *flags, "--keep_decoder", "--save_dir", tmp_path) == "Seen."
-    expected = {"rate_of": "channels", "scope": "local", "round_to": 4, "heads": True, "keep_decoder": True}
-    assert seen == expected | {"rate": 0.4}
+    plan = ("--price", "macs", "--normalise", "mean", "--max_rate", 0.8, "--rates", "head=0.5", "--ignore", "a.*, b")
+    here = ("--keep_decoder", "--seed", 5, "--save_dir", tmp_path)
+    assert refused("prune", "--model_path", dense, *flags, *plan, *here) == "Seen."
+    del seen["progress"]
+    assert seen == {
+        "rate": {"channels": 0.4}, "method": "l1", "data": [], "repaired": False, "scope": "local", "round_to": 4,
+        "heads": True, "keep_decoder": True, "price": "macs", "normalise": "mean", "max_rate": {"*": 0.8},
+        "rates": {"head": 0.5}, "ignore": ["a.*", "b"], "sensitivity": {}, "widths": None, "seed": 5,
+    }
 
 
 def test_the_seed_decides_the_random_weights(tmp_path: Path) -> None:
@@ -221,9 +227,9 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         ("--pruning_rate", 0.01),
         r"Rate 0\.01 is less than folding .* removes \(0\.071\); .*, or keep .*--keep_decoder\.",
     ),
-    (("--pruning_method", "l2"), r"Unknown method 'l2'; --pruning_method knows l1\."),
+    (("--pruning_method", "l3"), r"Unknown method 'l3'; --pruning_method knows l1, l2, fpgm, .*, wanda\."),
     (("--rate_of", "latency"), r"A rate of 'latency' is unknown; choose one of params, macs, channels\."),
-    (("--scope", "half"), r"Scope 'half' is unknown; choose global or local\."),
+    (("--scope", "half"), r"Scope 'half' is unknown; choose one of global, local, isomorphic\."),
     (("--round_to", 0), r"round_to is 0; widths are kept multiples of a whole number from 1 up\."),
     (("--phi", "b9"), r".*Unknown variant 'b9'; choose one of b0, b1, b2, b3, b4, b5\."),
     (("--phi", "b2"), r".*The file is a b0, but --phi b2 was given; leave --phi out or give b0\."),

@@ -1,0 +1,63 @@
+"""A few pictures without labels, for criteria that need some, for the repair and for the scan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from segprune.cli.common import show_notes
+from segprune.cli.inputs import PICTURES
+from segprune.cli.pruning import PruneConfig
+from segprune.data import Source, letterbox, load_image, normalise
+from segprune.data.pixels import Place
+
+BATCH = 8
+
+
+def load_images(places: Sequence[Place], number: int, shape: tuple[int, int]) -> list[Tensor]:
+    """`number` of the pictures, evenly spread over all, as batches B 3 H W: letterboxed into `shape`, normalised.
+
+    ValueError for one that cannot be read.
+    """
+    number = min(number, len(places))
+    chosen = [places[i * len(places) // number] for i in range(number)]
+    images = [normalise(letterbox(load_image(place, upright=True), None, shape)[0]) for place in chosen]
+    return [torch.stack(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+
+
+def places_in(folder: str) -> Sequence[Place]:
+    """All pictures below a folder, in order of their names. FileNotFoundError where there is none."""
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise FileNotFoundError(f"--images {folder} holds no picture; give a folder with {', '.join(PICTURES)} files.")
+    return found
+
+
+def places_of(source: Source) -> Sequence[Place]:
+    """The training pictures of a data set."""
+    return [pair.image for pair in source.split("train")]
+
+
+def images_for(config: PruneConfig, source: Source | None) -> list[Tensor]:
+    """Pictures for the method and the repair: none where nobody needs them, or by default where --data has none."""
+    from segprune.pruning.importance import NEED_DATA
+
+    needed = config.repair or config.pruning_method in NEED_DATA
+    if not needed and (config.repair is False or config.plan_only):
+        return []
+    try:
+        if config.images:
+            places = places_in(config.images)
+        elif source is not None:
+            places = places_of(source)
+        else:
+            return []
+    except FileNotFoundError as error:
+        if needed or config.images:
+            raise
+        show_notes((f"No repair, since there are no pictures for it: {error}",))
+        return []
+    return load_images(places, config.num_images, config.input_shape)

@@ -1,0 +1,246 @@
+"""The flags of pruning, and the pruner they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from torch import Tensor
+from typer import Option
+
+from segprune.cli.common import Layout, SkipBad, switch
+from segprune.cli.plans import read_plan, read_sensitivity
+from segprune.model import SegFormer
+
+TRAINING_FLAGS = ("lr", "no_distill", "freeze_epochs", "scale", "amp")
+DATA_FLAGS = ("layout", "skip_bad", "batch_size", "num_workers")
+PLANNING_FLAGS = (
+    *("pruning_rate", "rate_of", "budgets", "scope", "price", "normalise", "round_to"),
+    *("max_rate", "rates", "sensitivity", "steps"),
+)  # a finished plan leaves nothing to them
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    model_path: Annotated[
+        str,
+        Option(
+            "--model_path",
+            help="Trained checkpoint: .pth, .pt, .safetensors, a Hugging Face folder or hub name. "
+            "Empty: random weights, which is only a dry run.",
+        ),
+    ] = ""
+    num_classes: Annotated[
+        int | None,
+        Option("--num_classes", help="Channels of the logits, background included; read off the checkpoint, else 8."),
+    ] = None
+    phi: Annotated[str | None, Option("--phi", help="MiT variant b0 … b5; read off the checkpoint, else b2.")] = None
+    input_shape: Annotated[
+        tuple[int, int],
+        Option("--input_shape", metavar="H W", help="Size for MACs, latency, scoring and fine-tuning."),
+    ] = (512, 512)
+    pruning_method: Annotated[
+        str,
+        Option(
+            "--pruning_method",
+            help="How channels are ranked: l1, l2, fpgm, lamp, bn by their weights; taylor, fisher, wanda by what they "
+            "do on pictures, which need --data or --images; random is the control.",
+        ),
+    ] = "l1"
+    pruning_rate: Annotated[
+        float, Option("--pruning_rate", help="Share to remove, in [0, 1), of what --rate_of says; met within 0.01.")
+    ] = 0.5
+    rate_of: Annotated[str, Option("--rate_of", help="What the rate is a share of: params, macs or channels.")] = (
+        "params"
+    )
+    budgets: Annotated[
+        str, Option("--budgets", help="In place of a rate several at once, each met at least: params=0.5,macs=0.7.")
+    ] = ""
+    scope: Annotated[
+        str,
+        Option(
+            "--scope",
+            help="global: rank all channels together; local: every group loses the same share; isomorphic: every set "
+            "of equal groups does.",
+        ),
+    ] = "global"
+    price: Annotated[
+        str, Option("--price", help="What a group costs when groups are compared: both, params, macs or none.")
+    ] = "both"
+    normalise: Annotated[
+        str,
+        Option(
+            "--normalise",
+            help="What is compared under global scope: a channel's share of what its group has left, or its score by "
+            "the group's mean or max, or as it is (none).",
+        ),
+    ] = "share"
+    round_to: Annotated[int, Option("--round_to", help="Widths stay multiples of it; 1: any width.")] = 8
+    max_rate: Annotated[
+        str, Option("--max_rate", help="Share of a group that may go at most: 0.8, or by name stages.3=0.6,head=0.5.")
+    ] = ""
+    rates: Annotated[
+        str,
+        Option(
+            "--rates",
+            help="Shares of the channels that go by name, as in stages.3=0.7,head=0.6; the rest makes up for "
+            "--pruning_rate, or stays whole if that is not given.",
+        ),
+    ] = ""
+    ignore: Annotated[
+        str, Option("--ignore", help="Layers whose channels all stay, by name: stages.0.*,stages.1.blocks.0.mlp.")
+    ] = ""
+    sensitivity: Annotated[
+        str, Option("--sensitivity", metavar="FILE", help="What `segprune scan` measured; weighs the groups.")
+    ] = ""
+    plan_only: Annotated[bool, switch("--plan_only", "Only decide: show the widths and save them as plan.json.")] = (
+        False
+    )
+    plan: Annotated[
+        str, Option("--plan", metavar="FILE", help="Carry out the widths of such a file, edited or not.")
+    ] = ""
+    images: Annotated[
+        str,
+        Option(
+            "--images",
+            help="Folder of pictures, without labels, for the repair and for methods that need some. If not given: "
+            "the train part of --data.",
+        ),
+    ] = ""
+    num_images: Annotated[int, Option("--num_images", min=1, help="So many of them are used.")] = 64
+    repair: Annotated[
+        bool | None,
+        Option(
+            "--repair/--no_repair",
+            help="Re-solve what reads the cut channels from those pictures. If not given: where there are some.",
+        ),
+    ] = None
+    steps: Annotated[
+        int, Option("--steps", min=1, help="Prune in so many steps of equal size, each repaired by itself.")
+    ] = 1
+    heads: Annotated[bool, switch("--heads", "Whole attention heads may go too.")] = False
+    keep_decoder: Annotated[bool, switch("--keep_decoder", "Do not fold the decode head.")] = False
+    data: Annotated[
+        str, Option("--data", help="Data set, in any layout of docs/data.md: score on its val part before and after.")
+    ] = ""
+    layout: Layout = None
+    skip_bad: SkipBad = False
+    epochs: Annotated[int, Option("--epochs", min=0, help="Fine-tune so many epochs on --data; 0: do not.")] = 0
+    batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures per step, of fine-tuning and scoring.")] = 8
+    lr: Annotated[
+        float | None,
+        Option(
+            "--lr", help="Of fine-tuning. If not given: a tenth of what a file of ours was trained with, else 6e-5."
+        ),
+    ] = None
+    no_distill: Annotated[
+        bool, switch("--no_distill", "Fine-tune on the labels alone; else the dense network is the teacher.")
+    ] = False
+    freeze_epochs: Annotated[
+        int, Option("--freeze_epochs", help="Fine-tune only the decode head in the first so many epochs.")
+    ] = 0
+    scale: Annotated[
+        tuple[float, float], Option("--scale", metavar="LOW HIGH", help="Random resizing while fine-tuning.")
+    ] = (0.5, 2.0)
+    num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
+    amp: Annotated[str, Option("--amp", help="Mixed precision of fine-tuning: no, fp16 or bf16.")] = "no"
+    cuda: Annotated[bool, switch("--cuda", "Use the GPU; without it the CPU.")] = False
+    seed: Annotated[int, Option("--seed", help="Of random weights and of fine-tuning.")] = 11
+    save_dir: Annotated[str, Option("--save_dir", help="Files go to SAVE_DIR/METHOD/PHI.")] = "logs_pruning"
+    dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
+
+
+def label(config: PruneConfig, given: frozenset[str]) -> str:
+    """What was asked, for the name of the file: the rate, or which flag said it otherwise."""
+    for name in ("plan", "budgets", "rates"):
+        if getattr(config, name) and not (name == "rates" and "pruning_rate" in given):
+            return name
+    return f"{config.pruning_rate:g}"
+
+
+def check_flags(config: PruneConfig, given: frozenset[str]) -> None:
+    """ValueError for what is out of range, and for flags that contradict each other."""
+    from segprune.pruning.importance import METHODS, NEED_DATA  # here, since other commands need no torch-pruning
+
+    if config.pruning_method not in METHODS:
+        raise ValueError(f"Unknown method {config.pruning_method!r}; --pruning_method knows {', '.join(METHODS)}.")
+    if config.pruning_method in NEED_DATA and not (config.data or config.images):
+        raise ValueError(
+            f"--pruning_method {config.pruning_method} needs pictures; give them as --images DIR or --data, "
+            "labels are not needed."
+        )
+    if not 0.0 <= config.pruning_rate < 1.0:
+        raise ValueError(f"--pruning_rate is {config.pruning_rate:g}; it must be at least 0 and below 1.")
+    if config.epochs and not config.data:
+        raise ValueError("--epochs was given without --data; say what to fine-tune on.")
+    if config.epochs and config.plan_only:
+        raise ValueError("--epochs has no effect with --plan_only, which cuts nothing; leave one of them out.")
+    for name in TRAINING_FLAGS:
+        if name in given and not config.epochs:
+            raise ValueError(f"--{name} has no effect without --epochs; give the epochs to fine-tune.")
+    for name in DATA_FLAGS:
+        if name in given and not config.data:
+            raise ValueError(f"--{name} has no effect without --data; give the data set to score on.")
+    for name in PLANNING_FLAGS:
+        if name in given and config.plan:
+            raise ValueError(f"--{name} has no effect with --plan, which says what stays; leave one of them out.")
+    for name in ("pruning_rate", "rate_of"):
+        if name in given and config.budgets:
+            raise ValueError(f"--{name} contradicts --budgets, which names the rates by unit; leave one of them out.")
+    if "num_images" in given and not (config.data or config.images):
+        raise ValueError("--num_images has no effect without --images or --data; say where the pictures lie.")
+    if config.repair and not (config.data or config.images):
+        raise ValueError("--repair needs pictures; give them as --images DIR or --data, labels are not needed.")
+    if config.steps > 1 and (config.plan_only or config.rates):
+        raise ValueError("--steps has no effect with --plan_only or --rates; leave it out.")
+    if config.plan_only and config.plan:
+        raise ValueError("--plan_only has no effect with --plan, which is decided already; leave one of them out.")
+
+
+def pruner_of(
+    config: PruneConfig,
+    given: frozenset[str],
+    model: SegFormer,
+    images: list[Tensor],
+    rates: Mapping[str, float] | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """The pruner that the flags ask for; `rates` by unit, None for those of the flags."""
+    from segprune.pruning.patterns import parse_values
+    from segprune.pruning.pruner import Pruner
+    from segprune.pruning.pruner_l1 import L1Pruner
+
+    pruner: Any = L1Pruner if config.pruning_method == "l1" else Pruner  # which refuses unknown words itself
+    return pruner(
+        model,
+        asked_rates(config, given) if rates is None else rates,
+        method=config.pruning_method,
+        data=images,
+        repaired=config.repair if config.repair is not None else bool(images),
+        scope=config.scope,
+        round_to=config.round_to,
+        heads=config.heads,
+        keep_decoder=config.keep_decoder,
+        price=config.price,
+        normalise=config.normalise,
+        max_rate=parse_values(config.max_rate, "--max_rate"),
+        rates=parse_values(config.rates, "--rates"),
+        ignore=[part.strip() for part in config.ignore.split(",") if part.strip()],
+        sensitivity=read_sensitivity(Path(config.sensitivity)) if config.sensitivity else {},
+        widths=read_plan(Path(config.plan)) if config.plan else None,
+        seed=config.seed,
+        progress=progress,
+    )
+
+
+def asked_rates(config: PruneConfig, given: frozenset[str]) -> Mapping[str, float]:
+    """Rates by unit; none where only --plan or --rates say what goes."""
+    from segprune.pruning.patterns import parse_values
+
+    if config.budgets:
+        return parse_values(config.budgets, "--budgets")
+    if config.plan or (config.rates and "pruning_rate" not in given):
+        return {}
+    return {config.rate_of: config.pruning_rate}

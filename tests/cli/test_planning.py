@@ -1,0 +1,205 @@
+"""`segprune prune` beyond one rate: plans as files, rates by name, budgets, criteria with pictures, repair, steps."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from segprune import load
+from segprune.cli.calibration import load_images, places_of
+from segprune.data import open_source
+from segprune.stats import count
+from tests.commands import HERE, SIZE, done, refused
+
+SHAPE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def pictures(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures and nothing else."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for pair in open_source(data).split("train"):
+        shutil.copy(str(pair.image), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planned(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """plan.json and what was printed."""
+    folder = tmp_path_factory.mktemp("planned")
+    out = done("prune", "--model_path", dense, *SIZE, "--plan_only", "--save_dir", folder)
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["plan.json"]
+    return folder / "l1/b0/plan.json", out
+
+
+def widths(path: Path) -> dict[str, int]:
+    return {row["name"]: row["width"] for row in json.loads(path.read_text(encoding="utf-8"))["groups"]}
+
+
+def test_a_plan_is_shown_and_saved_and_nothing_is_cut(planned: tuple[Path, str]) -> None:
+    path, out = planned
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["removed"]["params"] == pytest.approx(0.5, abs=0.01)
+    assert f"What goes: {record['removed']['params']:.1%} of the params" in out
+    assert f"Nothing was cut; --plan carries this file out: {path}" in out
+    for row in record["groups"]:
+        assert row["name"].removeprefix("encoder.") in out
+        assert 1 <= row["width"] <= row["slots"]
+
+
+def test_a_plan_carried_out_is_the_network_that_the_rate_gives(
+    planned: tuple[Path, str], dense: Path, tmp_path: Path
+) -> None:
+    done("prune", "--model_path", dense, *SIZE, "--plan", planned[0], "--save_dir", tmp_path)
+    done("prune", "--model_path", dense, *SIZE, "--save_dir", tmp_path)
+    first, second = (load(tmp_path / f"l1/b0/b0_pruned_{name}.pth") for name in ("plan", "0.5"))
+    assert first.spec == second.spec
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_an_edited_width_is_carried_out(planned: tuple[Path, str], dense: Path, tmp_path: Path) -> None:
+    record = json.loads(planned[0].read_text(encoding="utf-8"))
+    row = next(row for row in record["groups"] if row["name"] == "encoder.stages.1.blocks.0.mlp.ffn")
+    row["width"] = 56
+    (tmp_path / "edited.json").write_text(json.dumps(record), encoding="utf-8")
+    done("prune", "--model_path", dense, *SIZE, "--plan", tmp_path / "edited.json", "--save_dir", tmp_path)
+    assert load(tmp_path / "l1/b0/b0_pruned_plan.pth").spec.stages[1].blocks[0].ffn_dim == 56
+
+
+def test_rates_by_name_alone_leave_the_rest_whole(dense: Path, tmp_path: Path) -> None:
+    flags = ("--rates", "stages.3=0.75,head=0.5", "--plan_only")
+    done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
+    for row in json.loads((tmp_path / "l1/b0/plan.json").read_text(encoding="utf-8"))["groups"]:
+        share = 0.25 if ".stages.3." in row["name"] else 0.5 if "head." in row["name"] else 1.0
+        assert row["width"] == share * row["slots"], row["name"]
+
+
+def test_beside_rates_by_name_the_others_make_up_for_the_rate(dense: Path, tmp_path: Path) -> None:
+    flags = ("--rates", "stages.3=0.25", "--pruning_rate", 0.5)
+    done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
+    pruned = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec
+    assert pruned.stages[3].width == 192
+    assert count(pruned, SHAPE).parameters == pytest.approx(0.5 * count(load(dense).spec, SHAPE).parameters, rel=0.02)
+
+
+def test_of_several_budgets_each_is_met_and_one_exactly(dense: Path, tmp_path: Path) -> None:
+    done("prune", "--model_path", dense, *SIZE, "--budgets", "params=0.3,macs=0.85", "--save_dir", tmp_path)
+    before, after = (count(load(path).spec, SHAPE) for path in (dense, tmp_path / "l1/b0/b0_pruned_budgets.pth"))
+    assert 1 - after.parameters / before.parameters > 0.29
+    assert 1 - after.macs / before.macs == pytest.approx(0.85, abs=0.01)
+
+
+def test_what_is_ignored_keeps_its_width(dense: Path, tmp_path: Path) -> None:
+    done("prune", "--model_path", dense, *SIZE, "--ignore", "stages.3.blocks.0.*", "--save_dir", tmp_path)
+    last = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec.stages[3]
+    assert (last.width, last.blocks[0].ffn_dim) == (256, 1024)
+    assert last.blocks[1].ffn_dim < 1024
+
+
+def test_a_criterion_that_needs_pictures_takes_them_without_labels(dense: Path, pictures: Path, tmp_path: Path) -> None:
+    flags = ("--pruning_method", "taylor", "--images", pictures, "--num_images", 4, "--no_repair")
+    done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
+    record = json.loads((tmp_path / "taylor/b0/pruning_results.json").read_text(encoding="utf-8"))
+    config = record["pruning_config"]
+    assert (config["method"], config["num_images"], config["repaired"]) == ("taylor", 4, False)
+    assert "miou" not in record["pruned_model"]
+
+
+def test_with_pictures_the_network_is_repaired_by_default(dense: Path, data: Path, tmp_path: Path) -> None:
+    outputs: dict[str, Any] = {}
+    for name, flags in (("repaired", ()), ("not", ("--no_repair",))):
+        here = ("--data", data, *HERE, "--save_dir", tmp_path / name)
+        done("prune", "--model_path", dense, *SIZE, *flags, *here)
+        outputs[name] = load(tmp_path / name / "l1/b0/b0_pruned_0.5.pth")
+        record = json.loads((tmp_path / name / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
+        assert record["pruning_config"]["repaired"] is (name == "repaired")
+    x = torch.cat(load_images(places_of(open_source(data)), 8, SHAPE))
+    with torch.inference_mode():
+        aim = load(dense)(x)
+        off = {name: float((model(x) - aim).square().mean()) for name, model in outputs.items()}
+    assert off["repaired"] < off["not"]
+
+
+def test_a_data_set_without_a_train_part_is_scored_but_not_repaired(dense: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "val")
+    next((tmp_path / "val").rglob("train.txt")).unlink()
+    out = done("prune", "--model_path", dense, *SIZE, "--data", tmp_path / "val", *HERE, "--save_dir", tmp_path)
+    assert "Note: No repair, since there are no pictures for it:" in out
+
+
+@pytest.mark.parametrize("flags", [(), ("--rate_of", "macs", "--pruning_rate", 0.8)])
+def test_pruning_in_steps_meets_the_rate(flags: tuple[object, ...], dense: Path, tmp_path: Path) -> None:
+    done("prune", "--model_path", dense, *SIZE, *flags, "--steps", 3, "--save_dir", tmp_path)
+    path = next((tmp_path / "l1/b0").glob("*.pth"))
+    before, after = (count(load(path).spec, SHAPE) for path in (dense, path))
+    if flags:
+        assert 1 - after.macs / before.macs == pytest.approx(0.8, abs=0.01)
+    else:
+        assert 1 - after.parameters / before.parameters == pytest.approx(0.5, abs=0.01)
+
+
+REFUSED: list[tuple[tuple[object, ...], str]] = [
+    (("--plan", "missing.json"), r"missing\.json does not exist; give the JSON file of a plan or a scan\."),
+    (("--plan", "broken.json"), r"broken\.json is not valid JSON \(.*\); write it anew, or mend it there\."),
+    (
+        ("--plan", "other.json"),
+        r"other\.json is no plan; write one with --plan_only, and in it change only the widths\.",
+    ),
+    (("--plan", "foreign.json"), r"The plan is not one for this network and these flags: group a, which this .* cut\."),
+    (("--plan", "wide.json"), r"The plan leaves 999999 channels of decode_head\.width; it must be 1 to 256\."),
+    (
+        ("--plan", "wide.json", "--pruning_rate", 0.5),
+        r"--pruning_rate has no effect with --plan, which says what stays;",
+    ),
+    (("--plan", "wide.json", "--plan_only"), r"--plan_only has no effect with --plan, which is decided already;"),
+    (("--sensitivity", "other.json"), r"other\.json holds no sensitivities; write it with `segprune scan`\."),
+    (("--rates", "stages.3"), r"--rates is 'stages\.3'; write it as --rates stages\.3=0\.7,head=0\.6\."),
+    (("--rates", "stages.3=1"), r"--rates stages\.3=1 is not a share; it must be at least 0 and below 1\."),
+    (("--rates", "stage.3=0.5"), r"--rates 'stage\.3' matches nothing in this network; its names look like .*\."),
+    (("--ignore", "stage3"), r"--ignore 'stage3' matches nothing in this network; its names look like .*\."),
+    (("--max_rate", "half"), r"--max_rate is 'half'; write it as --max_rate stages\.3=0\.7,head=0\.6\."),
+    (
+        ("--max_rate", 0.2),
+        r"Rate 0\.5 is out of reach; the most that can be removed here is 0\.\d+, since .*--max_rate",
+    ),
+    (
+        ("--budgets", "params=0.5", "--rate_of", "macs"),
+        r"--rate_of contradicts --budgets, which names the rates by unit;",
+    ),
+    (("--budgets", "flops=0.5"), r"A rate of 'flops' is unknown; choose one of params, macs, channels\."),
+    (("--pruning_method", "taylor"), r"--pruning_method taylor needs pictures; give them as --images DIR or --data,"),
+    (("--repair",), r"--repair needs pictures; give them as --images DIR or --data, labels are not needed\."),
+    (("--num_images", 3), r"--num_images has no effect without --images or --data; say where the pictures lie\."),
+    (("--images", "nowhere"), r"--images nowhere holds no picture; give a folder with .*\.png.* files\."),
+    (("--price", "dear"), r"Price 'dear' is unknown; choose one of both, params, macs, none\."),
+    (("--normalise", "sum"), r"Normalisation 'sum' is unknown; choose one of share, mean, max, none\."),
+    (("--steps", 2, "--plan_only"), r"--steps has no effect with --plan_only or --rates; leave it out\."),
+    (("--plan_only", "--epochs", 1, "--data", "."), r"--epochs has no effect with --plan_only, which cuts nothing;"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[" ".join(map(str, flags)) for flags, _ in REFUSED])
+def test_a_wrong_flag_is_refused_and_nothing_is_written(
+    flags: tuple[object, ...],
+    message: str,
+    planned: tuple[Path, str],
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = json.loads(planned[0].read_text(encoding="utf-8"))
+    Path("broken.json").write_text("{")
+    Path("other.json").write_text('{"groups": [1]}')
+    Path("foreign.json").write_text(json.dumps({"groups": [*record["groups"], {"name": "a", "width": 1}]}))
+    wide = [row | {"width": 999999} if row["name"] == "decode_head.width" else row for row in record["groups"]]
+    Path("wide.json").write_text(json.dumps({"groups": wide}))
+    said = refused("prune", "--model_path", dense, *SIZE, "--save_dir", "out", *flags)
+    assert re.match(message, said), said
+    assert not any(path.is_file() for path in Path("out").rglob("*"))
