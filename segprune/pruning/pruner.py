@@ -16,7 +16,7 @@ from segprune.fold import fold_decoder
 from segprune.model import DecodeHead, SegFormer
 from segprune.pruning.costs import RATES, Costs, Price, RateOf, loss_weights
 from segprune.pruning.groups import Group, Grouping, find_groups
-from segprune.pruning.importance import METHODS, scores
+from segprune.pruning.importance import METHODS, Scores, scores
 from segprune.pruning.patterns import matching_names
 from segprune.pruning.plan import Limit, Normalise, Plan, PlanOptions, Scope, plan_of, solve
 from segprune.pruning.repair import repair
@@ -123,7 +123,7 @@ class Pruner:
         """
         if self._asks_nothing():
             return copy.deepcopy(self.model)
-        prepared = self._prepared(example_inputs)
+        prepared = self.prepare(example_inputs)
         self.plan = self._planned(prepared)
         model = copy.deepcopy(prepared.model) if self.repaired else prepared.model
         cut(model, prepared.groups, self.plan)
@@ -140,14 +140,15 @@ class Pruner:
 
     def decide(self, example_inputs: Any = None) -> tuple[Plan, tuple[Group, ...]]:
         """What `prune` would do, and the groups it could choose from; nothing is cut."""
-        prepared = self._prepared(example_inputs)
+        prepared = self.prepare(example_inputs)
         self.plan = self._planned(prepared)
         return self.plan, prepared.groups
 
     def _asks_nothing(self) -> bool:
         return not any(self.rates_of.values()) and not self.options.rates and self.widths is None
 
-    def _prepared(self, example_inputs: Any) -> Prepared:
+    def prepare(self, example_inputs: Any = None) -> Prepared:
+        """A copy of the network, folded if it is to be, and the groups that may be cut in it."""
         protected = self._protected_names()
         spec = stock_spec(self.model)
         if spec is not None:
@@ -159,10 +160,13 @@ class Pruner:
             )
         return self._prepare_traced(example_inputs, protected)
 
-    def _planned(self, prepared: Prepared) -> Plan:
-        groups = prepared.groups
+    def scores(self, prepared: Prepared) -> dict[str, Scores]:
+        """By group name, a score per channel."""
         fallback = "l1" if self.method == "bn" else None  # for groups without a normalisation
-        found = scores(self.method, prepared.model, groups, self.data, seed=self.seed, fallback=fallback)
+        return scores(self.method, prepared.model, prepared.groups, self.data, seed=self.seed, fallback=fallback)
+
+    def _planned(self, prepared: Prepared) -> Plan:
+        groups, found = prepared.groups, self.scores(prepared)
         limits = {
             unit: Limit(
                 Costs(prepared.rows, groups, unit, prepared.rest if unit == "params" else 0),

@@ -198,9 +198,22 @@ def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monk
     assert refused("prune", "--model_path", dense, *flags, *plan, *here) == "Seen."
     del seen["progress"]
     assert seen == {
-        "rate": {"channels": 0.4}, "method": "l1", "data": [], "repaired": False, "scope": "local", "round_to": 4,
-        "heads": True, "keep_decoder": True, "price": "macs", "normalise": "mean", "max_rate": {"*": 0.8},
-        "rates": {"head": 0.5}, "ignore": ["a.*", "b"], "sensitivity": {}, "widths": None, "seed": 5,
+        "rate": {"channels": 0.4},
+        "method": "l1",
+        "data": [],
+        "repaired": False,
+        "scope": "local",
+        "round_to": 4,
+        "heads": True,
+        "keep_decoder": True,
+        "price": "macs",
+        "normalise": "mean",
+        "max_rate": {"*": 0.8},
+        "rates": {"head": 0.5},
+        "ignore": ["a.*", "b"],
+        "sensitivity": {},
+        "widths": None,
+        "seed": 5,
     }
 
 
