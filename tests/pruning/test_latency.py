@@ -22,6 +22,7 @@ from segprune.pruning.latency import (
     Shape,
     costs,
     default_folder,
+    dense_in_predicted_ms,
     measure_shapes,
     measured_ratio,
     meet,
@@ -288,16 +289,17 @@ def test_measuring_times_every_kind_of_step_and_moves_no_random_state(small_spec
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_ratio_is_what_a_network_takes_over_what_was_predicted(b0, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = costs_of(b0)
+def test_predictions_are_tied_to_what_is_measured_of_the_same_network(b0, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dense, found = b0[0], nn.Identity(), costs_of(b0)
     predicted = found.total(found.full)
 
-    def measure(models: Sequence[nn.Module], shape: tuple[int, int], **options: object) -> list[Latency]:
-        assert (models, shape, options["batch"]) == ([b0[0]], SHAPE, 1)
-        return [took(1.3 * predicted)]
+    def measured(models: Sequence[nn.Module], shape: tuple[int, int], **options: object) -> list[Latency]:
+        assert (shape, options["device"], options["batch"]) == (SHAPE, torch.device("cpu"), 1)
+        return [took(1.3 * predicted * (2.0 if network is dense else 1.0)) for network in models]
 
-    monkeypatch.setattr(costs, "measure_latency", measure)
-    assert measured_ratio(b0[0], found) == pytest.approx(1.3)
+    monkeypatch.setattr(costs, "measure_latency", measured)
+    assert measured_ratio(model, found) == pytest.approx(1.3)
+    assert dense_in_predicted_ms(dense, model, found) == pytest.approx(2.0 * predicted)
 
 
 def took(ms: float) -> Latency:
@@ -315,14 +317,14 @@ def measure(models: Sequence[Timed], shape: tuple[int, int], **_: object) -> lis
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
-def test_a_constant_that_no_cut_removes_and_a_wrong_ratio_are_corrected_by_measuring(share: float) -> None:
+def test_a_constant_that_no_cut_removes_and_a_factor_are_corrected_by_measuring(share: float) -> None:
     asked = []
 
     def prune(target_ms: float) -> tuple[nn.Module, float]:
         asked.append(target_ms)
         return Timed(4.0 + 1.2 * target_ms), target_ms
 
-    met = meet(share, Timed(100.0), prune, SHAPE, measure=measure)
+    met = meet(share, Timed(100.0), 100.0, prune, SHAPE, measure=measure)
     assert met.share == pytest.approx(share, rel=0.05)
     assert (met.pruned.median_ms, met.dense.median_ms) == (met.network.ms, 100.0)
     assert 1 < met.rounds == len(asked) <= 3
@@ -330,14 +332,14 @@ def test_a_constant_that_no_cut_removes_and_a_wrong_ratio_are_corrected_by_measu
     assert met.predicted_ms == asked[-1]
 
 
-def test_a_ratio_that_is_known_saves_a_round() -> None:
-    met = meet(0.5, Timed(100.0), lambda ms: (Timed(1.25 * ms), ms), SHAPE, ratio=1.25, measure=measure)
+def test_what_the_dense_network_would_be_predicted_is_all_that_the_first_plan_needs() -> None:
+    met = meet(0.5, Timed(100.0), 80.0, lambda ms: (Timed(1.25 * ms), ms), SHAPE, measure=measure)
     assert (met.rounds, met.predicted_ms, met.share) == (1, 40.0, 0.5)
 
 
 def test_a_target_that_is_never_measured_is_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="could not be met") as caught:
-        meet(0.2, Timed(100.0), lambda ms: (Timed(max(30.0, 2 * ms)), ms), SHAPE, measure=measure)
+        meet(0.2, Timed(100.0), 100.0, lambda ms: (Timed(max(30.0, 2 * ms)), ms), SHAPE, measure=measure)
     assert str(caught.value) == (
         "A latency of 0.200 of the dense network's could not be met within 5% in 3 measured tries; the nearest was "
         "0.300 (30.0 of 100.0 ms): ask for a rate of 0.700, or try again on a quieter machine."
@@ -351,12 +353,12 @@ def test_a_correction_out_of_the_plan_s_reach_is_refused_with_the_nearest() -> N
         return Timed(1.5 * target_ms), target_ms
 
     with pytest.raises(ValueError, match=re.escape("in 1 measured tries; the nearest was 0.750")):
-        meet(0.5, Timed(100.0), prune, SHAPE, measure=measure)
+        meet(0.5, Timed(100.0), 100.0, prune, SHAPE, measure=measure)
     with pytest.raises(ValueError, match=r"Rate 0\.7 is out of reach"):
-        meet(0.3, Timed(100.0), prune, SHAPE, measure=measure)
+        meet(0.3, Timed(100.0), 100.0, prune, SHAPE, measure=measure)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, 2.0])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=f"is {share:g} of the dense network's; give a share between 0 and 1"):
-        meet(share, Timed(1.0), lambda ms: (Timed(ms), ms), SHAPE, measure=measure)
+        meet(share, Timed(1.0), 1.0, lambda ms: (Timed(ms), ms), SHAPE, measure=measure)

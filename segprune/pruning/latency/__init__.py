@@ -5,7 +5,7 @@ misses what they do to each other's caches and launches; so `meet` measures the 
 asks again. Times in milliseconds for one batch in evaluation mode, on one device with the threads that torch has.
 """
 
-from segprune.pruning.latency.costs import LatencyCosts, measured_ratio
+from segprune.pruning.latency.costs import LatencyCosts, dense_in_predicted_ms, measured_ratio
 from segprune.pruning.latency.meet import Met, meet
 from segprune.pruning.latency.steps import Shape, steps
 from segprune.pruning.latency.table import LatencyTable, default_folder, measure_shapes
@@ -16,6 +16,7 @@ __all__ = [
     "Met",
     "Shape",
     "default_folder",
+    "dense_in_predicted_ms",
     "measure_shapes",
     "measured_ratio",
     "meet",

@@ -104,10 +104,26 @@ class LatencyCosts:
 
 def measured_ratio(model: nn.Module, costs: LatencyCosts, *, max_seconds: float = 3.0) -> float:
     """What the network that `costs` describes takes, as a multiple of what they predict for it at full widths."""
-    (latency,) = measure_latency(
-        [model], costs.input_shape, device=costs.table.place.device, batch=costs.batch, max_seconds=max_seconds
+    return _measured_ms([model], costs, max_seconds)[0] / costs.total(costs.full)
+
+
+def dense_in_predicted_ms(
+    dense: nn.Module, model: nn.Module, costs: LatencyCosts, *, max_seconds: float = 3.0
+) -> float:
+    """What `costs`, which describe `model`, would say of `dense`, the network before its decode head was folded.
+
+    Both are measured in turn, so that only their ratio counts and the state of the machine does not.
+    """
+    dense_ms, model_ms = _measured_ms([dense, model], costs, max_seconds)
+    return costs.total(costs.full) * dense_ms / model_ms
+
+
+def _measured_ms(models: Sequence[nn.Module], costs: LatencyCosts, max_seconds: float) -> list[float]:
+    device = costs.table.place.device
+    found = measure_latency(
+        models, costs.input_shape, device=device, batch=costs.batch, max_runs=100, max_seconds=max_seconds
     )
-    return latency.median_ms / costs.total(costs.full)
+    return [latency.median_ms for latency in found]
 
 
 def _axes(step: Step, movable: tuple[bool, ...]) -> Axes:

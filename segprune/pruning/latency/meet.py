@@ -32,30 +32,29 @@ class Met:
 def meet(
     target_share: float,
     dense: nn.Module,
+    dense_ms: float,
     prune: Callable[[float], tuple[nn.Module, float]],
     input_shape: tuple[int, int],
     *,
     device: torch.device | str = "cpu",
     batch: int = 1,
     rounds: int = 3,
-    ratio: float = 1.0,
     measure: Callable[..., Sequence[Latency]] = measure_latency,
     max_seconds: float = 5.0,
 ) -> Met:
     """A network whose measured latency is `target_share` of the dense one's, within `TOLERANCE` of that target.
 
-    `prune` takes a latency in predicted ms and gives the network cut for it and its predicted ms; a ValueError of its
-    first call comes through. `ratio` is measured over predicted ms, as far as known (`measured_ratio`); each round
-    corrects it. Both networks are measured in turn, so that a machine that slows down slows both; they are moved to
-    `device` and left in eval mode. ValueError with the nearest share found if `rounds` are not enough, or if what a
-    correction asks for cannot be reached.
+    `dense_ms` is the dense network's latency in predicted ms (`dense_in_predicted_ms`). `prune` takes a latency in
+    predicted ms and gives the network cut for it and its predicted ms; a ValueError of its first call comes through.
+    Each round corrects what is asked of it by what was measured. Both networks are measured in turn, so that a machine
+    that slows down slows both; they are moved to `device` and left in eval mode. ValueError with the nearest share
+    found if `rounds` are not enough, or if what a correction asks for cannot be reached.
     """
     if not 0.0 < target_share < 1.0:
         raise ValueError(
             f"The latency asked for is {target_share:g} of the dense network's; give a share between 0 and 1."
         )
-    (latency,) = measure([dense], input_shape, device=device, batch=batch, max_seconds=max_seconds)
-    asked_ms = target_share * latency.median_ms / ratio
+    asked_ms = target_share * dense_ms
     tried: list[Met] = []
     for i in range(rounds):
         try:
