@@ -6,9 +6,9 @@ asks again. Times in milliseconds for one batch in evaluation mode, on one devic
 """
 
 from segprune.pruning.latency.costs import LatencyCosts, dense_in_predicted_ms, measured_ratio
-from segprune.pruning.latency.meet import Met, meet
 from segprune.pruning.latency.steps import Shape, steps
 from segprune.pruning.latency.table import LatencyTable, default_folder, measure_shapes
+from segprune.pruning.latency.target import Met, meet
 
 __all__ = [
     "LatencyCosts",
