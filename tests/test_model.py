@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from segprune.model import Attention, DropPath, SegFormer, check_input
+from segprune.model import Attention, DropPath, SegFormer, attend, check_input
 from segprune.spec import BlockSpec, Numerics, Spec, standard_spec
 
 PUBLISHED = {  # parameters at 21 classes
@@ -55,16 +56,30 @@ def test_images_of_a_batch_do_not_see_each_other(small_model: SegFormer) -> None
     torch.testing.assert_close(small_model(x)[1:2], small_model(x[1:2]))
 
 
-def test_attention_equals_the_textbook_formula() -> None:
-    block = BlockSpec(num_heads=3, qk_dim=4, v_dim=6, ffn_dim=1, reduction_dim=None, qk_scale=0.7)
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(4, 6), (6, 4), (5, 5)])
+def test_attention_equals_the_textbook_formula(qk_dim: int, v_dim: int) -> None:
+    block = BlockSpec(num_heads=3, qk_dim=qk_dim, v_dim=v_dim, ffn_dim=1, reduction_dim=None, qk_scale=0.7)
     attention = Attention(10, block, 1, 1e-5).double()
     x = torch.randn(2, 12, 10).double()
-    q, k, v = attention.q(x), attention.k(x), attention.v(x)
-    heads = []
-    for h in range(3):
-        q_h, k_h, v_h = q[..., 4 * h : 4 * h + 4], k[..., 4 * h : 4 * h + 4], v[..., 6 * h : 6 * h + 6]
-        heads.append((0.7 * q_h @ k_h.mT).softmax(-1) @ v_h)
+    q, k, v = (layer(x).chunk(3, dim=-1) for layer in (attention.q, attention.k, attention.v))
+    heads = [(0.7 * q[h] @ k[h].mT).softmax(-1) @ v[h] for h in range(3)]
     torch.testing.assert_close(attention(x, 3, 4), attention.proj(torch.cat(heads, -1)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(4, 6), (6, 4), (5, 5)])
+def test_attention_of_unequal_widths_runs_in_the_fused_kernel_too(qk_dim: int, v_dim: int) -> None:
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = (torch.randn(1, 16, 3 * dim) for dim in (qk_dim, qk_dim, v_dim))
+    with Watch():
+        assert attend(q, k, v, 3, 0.5).shape == v.shape
+    assert "_scaled_dot_product_flash_attention_for_cpu.default" in called
+    assert not [name for name in called if "bmm" in name]
 
 
 def test_the_numerics_of_the_spec_reach_the_layers(small_spec: Spec) -> None:

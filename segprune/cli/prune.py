@@ -173,7 +173,7 @@ def _rates_of_step(
     found = {}
     for unit, rate in rates.items():
         start, gone = 0.0, rate * step / config.steps
-        if unit != "channels":
+        if unit in ("params", "macs"):
             size = {"params": "parameters"}.get(unit, unit)
             start = 1.0 - getattr(folded, size) / getattr(whole, size)
             gone = 1.0 - getattr(now, size) / getattr(whole, size)

@@ -52,9 +52,9 @@ class PruneConfig:
     pruning_rate: Annotated[
         float, Option("--pruning_rate", help="Share to remove, in [0, 1), of what --rate_of says; met within 0.01.")
     ] = 0.5
-    rate_of: Annotated[str, Option("--rate_of", help="What the rate is a share of: params, macs or channels.")] = (
-        "params"
-    )
+    rate_of: Annotated[
+        str, Option("--rate_of", help="What the rate is a share of: params, macs, channels, latency.")
+    ] = "params"
     budgets: Annotated[
         str, Option("--budgets", help="In place of a rate several at once, each met at least: params=0.5,macs=0.7.")
     ] = ""
@@ -212,10 +212,11 @@ def pruner_of(
     from segprune.pruning.pruner import Pruner
     from segprune.pruning.pruner_l1 import L1Pruner
 
+    asked = asked_rates(config, given) if rates is None else rates
     pruner: Any = L1Pruner if config.pruning_method == "l1" else Pruner  # which refuses unknown words itself
     return pruner(
         model,
-        asked_rates(config, given) if rates is None else rates,
+        asked,
         method=config.pruning_method,
         data=images,
         repaired=config.repair if config.repair is not None else bool(images),
@@ -231,8 +232,15 @@ def pruner_of(
         sensitivity=read_sensitivity(Path(config.sensitivity)) if config.sensitivity else {},
         widths=read_plan(Path(config.plan)) if config.plan else None,
         seed=config.seed,
+        latency_table=_latency_table(model) if "latency" in asked else None,
         progress=progress,
     )
+
+
+def _latency_table(model: SegFormer) -> Any:
+    from segprune.pruning.latency import LatencyTable, default_folder
+
+    return LatencyTable(next(model.parameters()).device, folder=default_folder())
 
 
 def asked_rates(config: PruneConfig, given: frozenset[str]) -> Mapping[str, float]:

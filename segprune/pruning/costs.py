@@ -10,11 +10,12 @@ import numpy as np
 from segprune.pruning.groups import Group
 from segprune.stats import Layer
 
-RateOf = Literal["params", "macs", "channels"]
-RATES: tuple[RateOf, ...] = ("params", "macs", "channels")
+RateOf = Literal["params", "macs", "channels", "latency"]
+RATES: tuple[RateOf, ...] = ("params", "macs", "channels", "latency")
 Price = Literal["both", "params", "macs", "none"]
 MACS_WEIGHT = 0.6  # of MACs beside parameters in a group's price; measured, see docs/log.md
 Widths = np.ndarray[tuple[int], np.dtype[np.int64]]
+Dims = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Coefficients = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (a, b, c) of each layer: 3 L
 
 
@@ -60,10 +61,15 @@ class Costs:
         whole = max(self._cost(self.full, self._coefficients), 1.0)
         return 1.0 - self._cost(widths, self._coefficients) / whole
 
-    def _cost(self, widths: Widths, coefficients: Coefficients) -> float:
-        dims = self._dims - self._per_slot @ (self.full - widths)
+    def dims(self, widths: Widths) -> Dims:
+        """How wide the layers are then: 2 L, inputs and outputs."""
+        dims: Dims = self._dims - self._per_slot @ (self.full - widths)
         for side, row, g in self._heads:
             dims[side, row] *= widths[g] / self.full[g]
+        return dims
+
+    def _cost(self, widths: Widths, coefficients: Coefficients) -> float:
+        dims = self.dims(widths)
         a, b, c = coefficients
         return float((a * dims[0] * dims[1] + b * dims[0] + c * dims[1]).sum())
 
@@ -101,6 +107,8 @@ def _coefficients(
             if group.kind != "head" and outs:
                 result[2, rows[outs[0], "out"][0][1]] = 1
         return result
+    if rate_of == "latency":
+        raise ValueError("A latency has no formula; it is measured, see LatencyCosts.")
     seen: set[tuple[str, str]] = set()
     for i, layer in enumerate(layers):
         if rate_of == "params" and (layer.name, layer.kind) in seen:

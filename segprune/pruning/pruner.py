@@ -17,6 +17,7 @@ from segprune.model import DecodeHead, SegFormer
 from segprune.pruning.costs import RATES, Costs, Price, RateOf, loss_weights
 from segprune.pruning.groups import Group, Grouping, find_groups
 from segprune.pruning.importance import METHODS, Scores, scores
+from segprune.pruning.latency import LatencyCosts, LatencyTable, dense_in_predicted_ms, meet
 from segprune.pruning.patterns import matching_names
 from segprune.pruning.plan import Limit, Normalise, Plan, PlanOptions, Scope, plan_of, solve
 from segprune.pruning.repair import repair
@@ -37,10 +38,18 @@ class Prepared:
     rows: list[Layer]
     wholes: Mapping[RateOf, float]  # the cost before folding; empty for what is not a stock SegFormer
     rest: int = 0  # parameters that lie in no row
+    latency: LatencyCosts | None = None  # where a rate of the latency is asked
+
+    def limit(self, unit: RateOf, rate: float) -> Limit:
+        if unit == "latency":
+            assert self.latency is not None
+            return Limit(self.latency, rate, unit, self.wholes[unit])
+        costs = Costs(self.rows, self.groups, unit, self.rest if unit == "params" else 0)
+        return Limit(costs, rate, unit, self.wholes.get(unit))
 
 
 class Pruner:
-    """Removes the share `pruning_rate` of a network's parameters (or `rate_of` MACs, channels) in one cut.
+    """Removes the share `pruning_rate` of a network's parameters (or `rate_of` MACs, channels, latency) in one cut.
 
     The network may be a `SegFormer` or any module that holds parts of one, or none; what is not a stock SegFormer
     is traced with `example_inputs`, and attention that is not ours is left alone with a warning that names it.
@@ -74,6 +83,7 @@ class Pruner:
         sensitivity: Mapping[str, float] | None = None,
         widths: Mapping[str, int] | None = None,
         seed: int = 0,
+        latency_table: LatencyTable | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """`pruning_rate`: a share of what `rate_of` says; or shares by unit, each of which has to go at least; or None,
@@ -81,9 +91,10 @@ class Pruner:
         stay, with all inside them; `ignore` the same by pattern (patterns.py). `method`: importance.METHODS. `data`:
         batches of normalised images B 3 H W, for methods that need them and for the repair, `repaired`. `scope`,
         `round_to`, `normalise`, `max_rate`, `rates`, `sensitivity`: see PlanOptions; `price`: see costs.loss_weights.
-        `heads`: whole heads may go too. `progress`: of the repair. Raises ValueError for what is not allowed.
+        `heads`: whole heads may go too. `latency_table`: for a rate of the latency, times measured before. `progress`:
+        of measuring steps and of the repair. Raises ValueError for what is not allowed.
         """
-        self.model = model
+        self.model, self.latency_table = model, latency_table
         if not isinstance(pruning_rate, Mapping):
             pruning_rate = {} if pruning_rate is None else {rate_of: pruning_rate}
         self.rates_of: Mapping[RateOf, float] = pruning_rate
@@ -124,19 +135,49 @@ class Pruner:
         if self._asks_nothing():
             return copy.deepcopy(self.model)
         prepared = self.prepare(example_inputs)
+        model = self._cut(prepared, example_inputs) if prepared.latency is None else self._cut_to_latency(prepared)
+        if not self.repaired:
+            return model
+        assert self.plan is not None
+        if not (isinstance(model, SegFormer) and isinstance(prepared.model, SegFormer) and prepared.wholes):
+            raise ValueError(f"{type(model).__name__} is not a stock SegFormer; only those can be repaired.")
+        return repair(model, prepared.model, prepared.groups, self.plan, self.data, progress=self.progress)
+
+    def _cut(self, prepared: Prepared, example_inputs: Any) -> nn.Module:
         self.plan = self._planned(prepared)
-        model = copy.deepcopy(prepared.model) if self.repaired else prepared.model
+        model = copy.deepcopy(prepared.model) if self.repaired or prepared.latency is not None else prepared.model
         cut(model, prepared.groups, self.plan)
         if isinstance(model, SegFormer) and prepared.wholes:
             model.spec = read_spec(model)
         else:
             with eval_mode(model), torch.no_grad():
                 _check_run(model, example_inputs)
-        if not self.repaired:
-            return model
-        if not (isinstance(model, SegFormer) and isinstance(prepared.model, SegFormer) and prepared.wholes):
-            raise ValueError(f"{type(model).__name__} is not a stock SegFormer; only those can be repaired.")
-        return repair(model, prepared.model, prepared.groups, self.plan, self.data, progress=self.progress)
+        return model
+
+    def _cut_to_latency(self, prepared: Prepared) -> nn.Module:
+        """Cut, measure, correct, until the measured latency is what is asked, or less where other budgets bind."""
+        costs, asked, dense_ms = prepared.latency, dict(self.rates_of), prepared.wholes["latency"]
+        assert costs is not None
+
+        def at(target_ms: float) -> tuple[nn.Module, float]:
+            self.rates_of = asked | {"latency": 1.0 - target_ms / dense_ms}
+            network = self._cut(prepared, None)
+            assert self.plan is not None
+            return network, (1.0 - self.plan.removed["latency"]) * dense_ms
+
+        try:
+            met = meet(
+                1.0 - asked["latency"],
+                self.model,
+                dense_ms,
+                at,
+                costs.input_shape,
+                device=costs.table.place.device,
+                at_most=len(asked) > 1,
+            )
+        finally:
+            self.rates_of = asked
+        return met.network
 
     def decide(self, example_inputs: Any = None) -> tuple[Plan, tuple[Group, ...]]:
         """What `prune` would do, and the groups it could choose from; nothing is cut."""
@@ -167,15 +208,8 @@ class Pruner:
 
     def _planned(self, prepared: Prepared) -> Plan:
         groups, found = prepared.groups, self.scores(prepared)
-        limits = {
-            unit: Limit(
-                Costs(prepared.rows, groups, unit, prepared.rest if unit == "params" else 0),
-                self.rates_of.get(unit, 0.0),
-                unit,
-                prepared.wholes.get(unit),
-            )
-            for unit in dict.fromkeys((*self.rates_of, "params", "macs"))
-        }
+        units: list[RateOf] = [*self.rates_of, "params", "macs"]
+        limits = {unit: prepared.limit(unit, self.rates_of.get(unit, 0.0)) for unit in units}
         if self.widths is not None:
             plan = plan_of(groups, found, _checked(self.widths, groups))
         else:
@@ -211,9 +245,19 @@ class Pruner:
             "params": float(sum(row.cost("params") for row in dense_rows)),
             "macs": float(sum(row.cost("macs") for row in dense_rows)),
         }
-        return Prepared(model, _some(grouping, model), layers(model.spec, (height, width)), wholes)
+        groups, latency = _some(grouping, model), None
+        if "latency" in self.rates_of:
+            table = self.latency_table or LatencyTable(parameter.device)
+            latency = LatencyCosts(model.spec, groups, table, (height, width), progress=self.progress)
+            wholes["latency"] = dense_in_predicted_ms(self.model, model, latency)
+        return Prepared(model, groups, layers(model.spec, (height, width)), wholes, latency=latency)
 
     def _prepare_traced(self, example_inputs: Any, protected: set[str]) -> Prepared:
+        if "latency" in self.rates_of:
+            raise ValueError(
+                f"{type(self.model).__name__} is not a stock SegFormer; its latency cannot be predicted: ask for a "
+                "rate of params or macs."
+            )
         model = copy.deepcopy(self.model)
         seen = trace(model, example_inputs)
         names = [name for name, _ in model.named_modules()]

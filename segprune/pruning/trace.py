@@ -159,7 +159,10 @@ class _Products(TorchFunctionMode):
             return
         q, k, v = activations[:3]
         heads = math.prod(q.shape[1:-2])
-        layer = Layer(owner, "attention", heads * q.shape[-1], heads * v.shape[-1], q.shape[-2], k.shape[-2])
+        widths = heads * q.shape[-1], heads * v.shape[-1]
+        if type(module) is Attention:  # may have filled up the narrower of the two
+            widths = module.q.out_features, module.v.out_features
+        layer = Layer(owner, "attention", *widths, q.shape[-2], k.shape[-2])
         self.result.layers.append(layer)
 
 

@@ -172,7 +172,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         ("--budgets", "params=0.5", "--rate_of", "macs"),
         r"--rate_of contradicts --budgets, which names the rates by unit;",
     ),
-    (("--budgets", "flops=0.5"), r"A rate of 'flops' is unknown; choose one of params, macs, channels\."),
+    (("--budgets", "flops=0.5"), r"A rate of 'flops' is unknown; choose one of params, macs, channels, latency\."),
     (("--pruning_method", "taylor"), r"--pruning_method taylor needs pictures; give them as --images DIR or --data,"),
     (("--repair",), r"--repair needs pictures; give them as --images DIR or --data, labels are not needed\."),
     (("--num_images", 3), r"--num_images has no effect without --images or --data; say where the pictures lie\."),

@@ -241,7 +241,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         r"Rate 0\.01 is less than folding .* removes \(0\.071\); .*, or keep .*--keep_decoder\.",
     ),
     (("--pruning_method", "l3"), r"Unknown method 'l3'; --pruning_method knows l1, l2, fpgm, .*, wanda\."),
-    (("--rate_of", "latency"), r"A rate of 'latency' is unknown; choose one of params, macs, channels\."),
+    (("--rate_of", "flops"), r"A rate of 'flops' is unknown; choose one of params, macs, channels, latency\."),
     (("--scope", "half"), r"Scope 'half' is unknown; choose one of global, local, isomorphic\."),
     (("--round_to", 0), r"round_to is 0; widths are kept multiples of a whole number from 1 up\."),
     (("--phi", "b9"), r".*Unknown variant 'b9'; choose one of b0, b1, b2, b3, b4, b5\."),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
-from segprune.pruning.costs import RATES, Costs, loss_weights
+from segprune.pruning.costs import Costs, loss_weights
 from segprune.pruning.groups import Group, Member, find_groups
 from segprune.pruning.importance import l1_scores
 from segprune.pruning.plan import TOLERANCE, Limit, Plan, PlanOptions, solve
@@ -20,6 +20,7 @@ from segprune.spec import standard_spec
 from segprune.stats import Layer, count, layers
 
 SHAPE = (512, 512)
+RATES = ("params", "macs", "channels")
 PROTECTED = {"encoder.stages.0.patch_embed.proj", "decode_head.classifier"}
 
 

@@ -236,7 +236,7 @@ def test_a_rate_outside_zero_to_one_is_refused(small_model: SegFormer, rate: flo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate_of": "flops"}, "A rate of 'flops' is unknown; choose one of params, macs, channels."),
+        ({"rate_of": "flops"}, "A rate of 'flops' is unknown; choose one of params, macs, channels, latency."),
         ({"scope": "block"}, "Scope 'block' is unknown; choose one of global, local, isomorphic."),
         ({"round_to": 0}, "round_to is 0; widths are kept multiples of a whole number from 1 up."),
     ],

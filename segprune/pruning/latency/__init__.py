@@ -1,0 +1,24 @@
+"""A latency as the budget: the steps of a SegFormer timed once by themselves, added up for any widths, and corrected.
+
+Additive tables of measured layers follow NetAdapt (arXiv 1804.03230) and FBNet (arXiv 1812.03443). A sum of steps
+misses what they do to each other's caches and launches; so `meet` measures the cut network beside the dense one and
+asks again. Times in milliseconds for one batch in evaluation mode, on one device with the threads that torch has.
+"""
+
+from segprune.pruning.latency.costs import LatencyCosts, dense_in_predicted_ms, measured_ratio
+from segprune.pruning.latency.steps import Shape, steps
+from segprune.pruning.latency.table import LatencyTable, default_folder, measure_shapes
+from segprune.pruning.latency.target import Met, meet
+
+__all__ = [
+    "LatencyCosts",
+    "LatencyTable",
+    "Met",
+    "Shape",
+    "default_folder",
+    "dense_in_predicted_ms",
+    "measure_shapes",
+    "measured_ratio",
+    "meet",
+    "steps",
+]

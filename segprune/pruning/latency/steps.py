@@ -1,0 +1,248 @@
+"""The steps of a forward pass whose times add up to its latency, and how each is run by itself.
+
+A step is what `segprune.model` does between two points where tokens or a map are written whole: a product, a norm,
+attention's two products, the depth-wise convolution with its GELU, an addition, an upsampling. Its time depends on
+one or two widths; everything else in its shape is left alone by pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segprune.model import PatchEmbed, attend, to_map, to_tokens
+from segprune.spec import Spec, StageSpec
+from segprune.stats import Layer, layers
+
+Kind = Literal[
+    "embed",  # sizes B H W kernel stride; dims in, out
+    "norm",  # B N; width
+    "linear",  # B N; in, out
+    "reduction",  # B H W ratio; in, out
+    "attention",  # B heads N M; the larger of qk_dim and v_dim, per head
+    "depthwise",  # B H W tanh; hidden width. tanh: whether GELU is the approximate one
+    "add",  # B N; width
+    "upsample",  # B H W, to H W; width
+    "sum",  # B N; width
+    "concat",  # B H W; width of the four together
+    "pointwise",  # B H W; in, out
+    "activation",  # B H W; width
+]
+Side = tuple[str, Literal[0, 1]]  # the name of a row of `stats.layers`, and which of its widths: 0 in, 1 out
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that decides a step's time: `sizes` stay, `dims` are the widths that pruning may change."""
+
+    kind: Kind
+    sizes: tuple[int, ...]
+    dims: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {'x'.join(map(str, self.sizes))} {'-'.join(map(str, self.dims))}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step at full widths, and where its widths are found. Attention has both of its row's sides for one width."""
+
+    shape: Shape
+    sides: tuple[Side, ...]
+
+
+def steps(spec: Spec, input_shape: tuple[int, int], batch: int = 1) -> list[Step]:
+    """Every step of `SegFormer(spec)` on a batch of images of (H, W) pixels, in order."""
+    rows = {row.name: row for row in layers(spec, input_shape)}
+    found: list[Step] = []
+    maps: list[tuple[int, int]] = []
+    height, width = input_shape
+    for i, stage in enumerate(spec.stages):
+        prefix = f"encoder.stages.{i}"
+        sizes = (batch, height, width, stage.kernel_size, stage.stride)
+        found.append(_product(rows, "embed", sizes, f"{prefix}.patch_embed.proj"))
+        height, width = (-(-side // stage.stride) for side in (height, width))
+        for j, block in enumerate(stage.blocks):
+            name = f"{prefix}.blocks.{j}"
+            if f"{name}.attn" in rows:
+                found += _attention_steps(rows, name, stage, block.num_heads, (batch, height, width))
+            if f"{name}.mlp.fc1" in rows:
+                found += _ffn_steps(rows, name, (batch, height, width), tanh=spec.numerics.gelu == "tanh")
+        found.append(_plain(rows, "norm", (batch, height * width), f"{prefix}.norm"))
+        maps.append((height, width))
+    return found + list(_head_steps(spec, rows, maps, (batch, *input_shape)))
+
+
+def _attention_steps(
+    rows: Mapping[str, Layer], name: str, stage: StageSpec, num_heads: int, size: tuple[int, int, int]
+) -> Iterator[Step]:
+    batch, area = size[0], size[1] * size[2]
+    attn = f"{name}.attn"
+    reduced = rows[attn].kernel
+    yield _plain(rows, "norm", (batch, area), f"{name}.norm1")
+    if f"{attn}.sr" in rows:
+        yield _product(rows, "reduction", (*size, stage.reduction_ratio), f"{attn}.sr")
+    yield _product(rows, "linear", (batch, area), f"{attn}.q")
+    yield _product(rows, "linear", (batch, reduced), f"{attn}.k")
+    yield _product(rows, "linear", (batch, reduced), f"{attn}.v")
+    head_dim = max(rows[attn].in_dim, rows[attn].out_dim) // num_heads
+    yield Step(Shape("attention", (batch, num_heads, area, reduced), (head_dim,)), ((attn, 0), (attn, 1)))
+    yield _product(rows, "linear", (batch, area), f"{attn}.proj")
+    yield _plain(rows, "add", (batch, area), f"{attn}.proj")
+
+
+def _ffn_steps(rows: Mapping[str, Layer], name: str, size: tuple[int, int, int], *, tanh: bool) -> Iterator[Step]:
+    flat = (size[0], size[1] * size[2])
+    yield _plain(rows, "norm", flat, f"{name}.norm2")
+    yield _product(rows, "linear", flat, f"{name}.mlp.fc1")
+    yield _plain(rows, "depthwise", (*size, int(tanh)), f"{name}.mlp.dwconv")
+    yield _product(rows, "linear", flat, f"{name}.mlp.fc2")
+    yield _plain(rows, "add", flat, f"{name}.mlp.fc2")
+
+
+def _head_steps(
+    spec: Spec, rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: tuple[int, int, int]
+) -> Iterator[Step]:
+    batch, height, width = whole[0], *maps[0]
+    for i, (h, w) in enumerate(maps):
+        branch = f"decode_head.branches.{i}"
+        yield _product(rows, "linear", (batch, h * w), branch)
+        if (h, w) != maps[0]:
+            yield _plain(rows, "upsample", (batch, h, w, height, width), branch)
+        if spec.folded and i > 0:
+            yield _plain(rows, "sum", (batch, height * width), branch)
+    if not spec.folded:
+        fuse = rows["decode_head.fuse"]
+        yield Step(Shape("concat", (batch, height, width), (fuse.in_dim,)), ((fuse.name, 0),))
+        yield _product(rows, "pointwise", (batch, height, width), fuse.name)
+    yield _plain(rows, "activation", (batch, height, width), "decode_head.norm")
+    yield _product(rows, "pointwise", (batch, height, width), "decode_head.classifier")
+    yield _plain(rows, "upsample", (batch, height, width, *whole[1:]), "decode_head.classifier")
+
+
+def _product(rows: Mapping[str, Layer], kind: Kind, sizes: tuple[int, ...], name: str) -> Step:
+    return Step(Shape(kind, sizes, (rows[name].in_dim, rows[name].out_dim)), ((name, 0), (name, 1)))
+
+
+def _plain(rows: Mapping[str, Layer], kind: Kind, sizes: tuple[int, ...], name: str) -> Step:
+    """A step as wide as the outputs of that row."""
+    return Step(Shape(kind, sizes, (rows[name].out_dim,)), ((name, 1),))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step is run. Tensors hold ones: times do not depend on values, and no random state moves."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def ones(self, size: Sequence[int], dim: int) -> Tensor:
+        return torch.ones((*size, dim), device=self.device, dtype=self.dtype)
+
+    def map(self, size: Sequence[int], dim: int) -> Tensor:
+        """`size`: B H W. Channels-last in memory, as all maps but the images are."""
+        batch, height, width = size
+        return to_map(self.ones((batch, height * width), dim), height, width)
+
+    def module(self, build: Callable[[], nn.Module]) -> nn.Module:
+        with torch.device("meta"):
+            module = build()
+        module = module.to_empty(device=self.device).to(self.dtype).eval()
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.detach().fill_(1)
+        return module
+
+
+Runner = Callable[[], Tensor]
+
+
+def prepare(shape: Shape, place: Place) -> Runner:
+    """The step, ready to be run again and again."""
+    return _BUILDERS[shape.kind](place, shape.sizes, shape.dims)
+
+
+def _embed(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    batch, height, width, kernel, stride = sizes
+    module = place.module(lambda: PatchEmbed(dims[0], StageSpec(dims[1], kernel, stride, 1, ()), 1e-5))
+    x = place.ones((batch, 3, height), width) if dims[0] == 3 else place.map((batch, height, width), dims[0])
+    return lambda: module(x)[0]
+
+
+def _norm(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    module, x = place.module(lambda: nn.LayerNorm(dims[0])), place.ones(sizes, dims[0])
+    return lambda: module(x)
+
+
+def _linear(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    module, x = place.module(lambda: nn.Linear(dims[0], dims[1])), place.ones(sizes, dims[0])
+    return lambda: module(x)
+
+
+def _reduction(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    conv = place.module(lambda: nn.Conv2d(dims[0], dims[1], sizes[3], stride=sizes[3]))
+    norm, x = place.module(lambda: nn.LayerNorm(dims[1])), place.map(sizes[:3], dims[0])
+    return lambda: norm(to_tokens(conv(x)))
+
+
+def _attention(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    batch, num_heads, area, reduced = sizes
+    q, k, v = (place.ones((batch, n), num_heads * dims[0]) for n in (area, reduced, reduced))
+    return lambda: attend(q, k, v, num_heads, 0.1)
+
+
+def _depthwise(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    conv = place.module(lambda: nn.Conv2d(dims[0], dims[0], 3, padding=1, groups=dims[0]))
+    act, x = nn.GELU("tanh" if sizes[3] else "none"), place.map(sizes[:3], dims[0])
+    return lambda: act(to_tokens(conv(x)))
+
+
+def _add(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    x, y = place.ones(sizes, dims[0]), place.ones(sizes, dims[0])
+    return lambda: x + y
+
+
+def _sum(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    x, y = place.ones(sizes, dims[0]), place.ones(sizes, dims[0])
+    return lambda: x.add_(y)
+
+
+def _upsample(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    x, size = place.map(sizes[:3], dims[0]), sizes[3:]
+    return lambda: F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _concat(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    maps = [place.map(sizes, max(1, dims[0] // 4)) for _ in range(4)]
+    return lambda: torch.cat(maps, dim=1)
+
+
+def _pointwise(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    module, x = place.module(lambda: nn.Conv2d(dims[0], dims[1], 1)), place.map(sizes, dims[0])
+    return lambda: module(x)
+
+
+def _activation(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    norm, act = place.module(lambda: nn.BatchNorm2d(dims[0])), nn.ReLU(inplace=True)
+    x = place.map(sizes, dims[0])
+    return lambda: act(norm(x))
+
+
+_BUILDERS: dict[Kind, Callable[[Place, tuple[int, ...], tuple[int, ...]], Runner]] = {
+    "embed": _embed,
+    "norm": _norm,
+    "linear": _linear,
+    "reduction": _reduction,
+    "attention": _attention,
+    "depthwise": _depthwise,
+    "add": _add,
+    "upsample": _upsample,
+    "sum": _sum,
+    "concat": _concat,
+    "pointwise": _pointwise,
+    "activation": _activation,
+}
