@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import segprune
-from benchmarks.plain_l1 import prune_parameters
+from benchmarks.baselines import prune_to
 from segprune.data import open_source
 from segprune.training.evaluate import EvalMode, evaluate
 
@@ -42,7 +42,7 @@ def main() -> None:
     x = torch.randn(1, 3, *shape)
     for rate in flags.rates:
         row(f"segprune {rate:g}", segprune.L1Pruner(dense, rate).prune(x))
-        row(f"torch-pruning plain global L1 {rate:g}", prune_parameters(dense, rate, x))
+        row(f"torch-pruning plain global L1 {rate:g}", prune_to(dense, rate, x))
 
 
 if __name__ == "__main__":

@@ -111,11 +111,11 @@ def main() -> None:
     for (study, name), values in rows.items():
         dense, before, after = zip(*values, strict=True)
         shares = [100 * a / d for d, _, a in values]
-        cells = [_spread(column, ".3f") for column in (dense, before, after)] + [_spread(shares, ".1f") + " %"]
+        cells = [spread(column, ".3f") for column in (dense, before, after)] + [spread(shares, ".1f") + " %"]
         print(f"| {study} | {name} | {' | '.join(cells)} |")
 
 
-def _spread(values: Any, form: str) -> str:
+def spread(values: Any, form: str) -> str:
     return f"{statistics.mean(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
@@ -136,7 +136,7 @@ class Bench:
             train(model, replace(DENSE, seed=seed), self.splits, accelerator=accelerator)
             segprune.save(model, path)
         self.dense = segprune.load(path)
-        self.dense_miou = self._cached("dense", lambda: [self.score(self.dense)])[0]
+        self.dense_miou = self.cached("dense", lambda: [self.score(self.dense)])[0]
 
     def score(self, model: torch.nn.Module) -> float:
         model.to(self.accelerator.device)
@@ -144,7 +144,7 @@ class Bench:
         device = self.accelerator.device
         return evaluate(model, self.splits.val, NUM_CLASSES, how, device=device, batch_size=20).miou
 
-    def _cached(self, name: str, compute: Any) -> list[float]:
+    def cached(self, name: str, compute: Any) -> list[float]:
         path = self.folder / "results.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
         if name not in known:
@@ -152,9 +152,13 @@ class Bench:
             path.write_text(json.dumps(known, indent=1))
         return known[name]
 
+    def config(self, epochs: int, lr: float) -> TrainConfig:
+        """Of fine-tuning; `lr` as a share of the dense network's."""
+        return replace(DENSE, epochs=epochs, lr=lr * DENSE.lr, seed=self.seed)
+
     def recovered(self, setting: Setting) -> tuple[float, float]:
         """mIoU after pruning and after fine-tuning."""
-        before, after = self._cached(repr(replace(setting, name="")), lambda: list(self._fine_tuned(setting)))
+        before, after = self.cached(repr(replace(setting, name="")), lambda: list(self._fine_tuned(setting)))
         return before, after
 
     def _fine_tuned(self, setting: Setting) -> Iterator[float]:
@@ -164,9 +168,7 @@ class Bench:
         epochs = 4  # of a part of the pictures, so that an encoder can be frozen for one of them
         steps = round(setting.share * DENSE.epochs * (NUM_TRAIN // DENSE.batch_size) / epochs)
         part = Splits(self.splits.train[: steps * DENSE.batch_size], self.splits.val)
-        config = replace(
-            DENSE, epochs=epochs, lr=setting.lr * DENSE.lr, seed=self.seed, distillation=setting.distillation
-        )
+        config = replace(self.config(epochs, setting.lr), distillation=setting.distillation)
         config = replace(config, **dict(setting.changes))
         teacher = None if setting.distillation is None else fold_decoder(self.dense)
         train(model, config, part, accelerator=self.accelerator, teacher=teacher)

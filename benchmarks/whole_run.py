@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 THEIRS = """
 import torch
-from benchmarks.plain_l1 import prune_channels
+from benchmarks.baselines import prune_channels
 from segprune import SegFormer
 from segprune.spec import standard_spec
 torch.manual_seed(11)
