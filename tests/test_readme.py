@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from segprune.cli import app
-from segprune.cli.prune import PruneConfig
+from segprune.cli.pruning import PruneConfig
 from segprune.cli.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +24,7 @@ MANUAL, CHINESE_MANUAL = ((ROOT / name).read_text(encoding="utf-8") for name in 
 PAGES = (*READMES, *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 DOORS = {"train.py": "train", "prune_train.py": "prune"}
-OTHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "logdir", "extra-index-url", "rates", "help"}
+OTHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "logdir", "extra-index-url", "no_repair", "help"}
 TREE = "prune_train.py, train.py "  # how its block begins
 
 
