@@ -9,6 +9,6 @@ branch, so that writer's bias takes it. Whole layers ranked by what the output i
 from segprune.pruning.depth.branches import Branch, branch_costs, branches, without
 from segprune.pruning.depth.choice import choose
 from segprune.pruning.depth.removal import remove
-from segprune.pruning.depth.scores import branch_scores, weight_scores
+from segprune.pruning.depth.scores import branch_scores, noise
 
-__all__ = ["Branch", "branch_costs", "branch_scores", "branches", "choose", "remove", "weight_scores", "without"]
+__all__ = ["Branch", "branch_costs", "branch_scores", "branches", "choose", "noise", "remove", "without"]

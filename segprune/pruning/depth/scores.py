@@ -1,4 +1,4 @@
-"""What each branch does: how far the logits move without it, or, without images, how much it adds to the stream."""
+"""What each branch does: how far the logits move without it, on images or on noise that stands in for them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from segprune.model import Attention, Mlp, SegFormer, to_map
+from segprune.model import SegFormer, to_map
 from segprune.pruning.depth.branches import Branch, blocks_of, branches, parts_of, stages_of
 from segprune.pruning.depth.removal import images_for, mean_outputs
 from segprune.pruning.trace import eval_mode
@@ -102,60 +101,18 @@ def _far(distance: Distance, dense: Tensor, other: Tensor) -> float:
     return float((wanted.exp() * (wanted - found)).sum(1).mean().clamp_min(0.0))
 
 
-@torch.no_grad()
-def weight_scores(model: SegFormer) -> dict[str, float]:
-    """By name, the share of the stream's energy behind a branch that the branch wrote, as the weights suggest; no data.
+def noise(input_shape: Size, count: int = 32, seed: int = 0) -> list[Tensor]:
+    """One batch B 3 H W to give in place of images where there are none, on the CPU.
 
-    A heuristic. LayerNorms put out independent normal channels with their gain and bias as deviation and mean;
-    attention looks at one key; maps are smooth, so a depth-wise filter multiplies by the sum of its weights. The stream
-    starts as the patch embedding's LayerNorm, and branches add their energies (sums over channels of mean square). A
-    block scores what its two branches do together.
+    Structure of all sizes, as photographs have it: a spectrum that falls with one over the frequency, colours that
+    agree more than they differ, standardised. Scores of it rank branches much as images do, and its means are better
+    than none; of white noise neither is so.
     """
-    scores: dict[str, float] = {}
-    for i, stage in enumerate(stages_of(model)):
-        norm = stage.patch_embed.norm
-        stream = float((norm.weight.double().square() + norm.bias.double().square()).sum())
-        for j, block in enumerate(blocks_of(stage)):
-            name = f"encoder.stages.{i}.blocks.{j}"
-            energies = {f"{name}.{kind}": _energy(norm, module) for kind, norm, module in parts_of(block)}
-            total = sum(energies.values())
-            for single, energy in energies.items():
-                stream += energy
-                scores[single] = energy / stream
-            if len(energies) == 2:
-                scores[name] = total / stream
-    return scores
-
-
-Normal = tuple[Tensor, Tensor]  # mean and variance of each channel
-
-
-def _energy(norm: nn.LayerNorm, module: Attention | Mlp) -> float:
-    """The mean square of what the branch puts out, summed over its channels."""
-    x = _put_out(norm)
-    if isinstance(module, Attention):
-        x = _through(module.v, _put_out(module.norm) if module.norm is not None else x)
-        mean, variance = _through(module.proj, x)
-    else:
-        mean, variance = _through(module.fc1, x)
-        gain = module.dwconv.weight.double().sum((1, 2, 3))
-        assert module.dwconv.bias is not None
-        mean, variance = gain * mean + module.dwconv.bias.double(), gain.square() * variance
-        mean, variance = _through(module.fc2, _activated(module, mean, variance))
-    return float((mean.square() + variance).sum())
-
-
-def _put_out(norm: nn.LayerNorm) -> Normal:
-    return norm.bias.double(), norm.weight.double().square()
-
-
-def _through(layer: nn.Linear, x: Normal) -> Normal:
-    weight = layer.weight.double()
-    return F.linear(x[0], weight, layer.bias.double()), weight.square() @ x[1]
-
-
-def _activated(module: Mlp, mean: Tensor, variance: Tensor) -> Normal:
-    """Of the activation's output, by an even spread of quantiles."""
-    steps = (torch.arange(64, dtype=torch.float64, device=mean.device) + 0.5) / 64
-    values = module.act(mean + variance.sqrt() * torch.special.ndtri(steps)[:, None])
-    return values.mean(0), values.var(0, correction=0)
+    height, width = input_shape
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(count, 3, height, width, generator=generator)
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1 / max(height, width)  # the mean, as strong as the longest wave
+    pink = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
+    pink = pink + pink.mean(1, keepdim=True) * 3.0
+    return [(pink - pink.mean()) / pink.std()]
