@@ -25,7 +25,7 @@ def remove(model: SegFormer, names: Collection[str], batches: Iterable[Tensor] =
     """
     spec, gone = without(model.spec, names), singles(model.spec, names)
     images = images_for(model, batches)
-    means = mean_outputs(model, gone, images) if images else {}
+    means = _mean_outputs(model, gone, images) if images else {}
     result = copy.deepcopy(model)
     for i, stage in enumerate(stages_of(result)):
         bias = stage.patch_embed.norm.bias
@@ -68,7 +68,7 @@ def images_for(model: SegFormer, batches: Iterable[Tensor]) -> list[Tensor]:
     return images
 
 
-def mean_outputs(model: SegFormer, names: Collection[str], images: list[Tensor]) -> dict[str, Tensor]:
+def _mean_outputs(model: SegFormer, names: Collection[str], images: list[Tensor]) -> dict[str, Tensor]:
     """What each single branch puts out, averaged over images and positions; in float64."""
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segprune.model import SegFormer, to_map
 from segprune.pruning.depth.branches import Branch, blocks_of, branches, parts_of, stages_of
-from segprune.pruning.depth.removal import images_for, mean_outputs
+from segprune.pruning.depth.removal import images_for
 from segprune.pruning.trace import eval_mode
 
 Distance = Literal["kl", "mse"]
@@ -26,13 +26,13 @@ def branch_scores(
     distance: Distance = "kl",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """By name, how far the classes' probabilities move when this branch alone puts out its mean; 0 or above.
+    """By name, how far the classes' probabilities move when this branch alone is skipped; 0 or above.
 
     `batches` are normalised images B 3 H W, without labels. Per pixel of the logits before the last upsampling: the
-    Kullback-Leibler divergence from the network's own probabilities in nats, or the mean square. Branches that put out
-    constants score 0. In evaluation mode; what runs before a branch runs once for all that come after it. `progress` is
-    called with the blocks done, those of every batch, and their number. Refused: no image, images of another shape, an
-    unknown distance.
+    Kullback-Leibler divergence from the network's own probabilities in nats, or the mean square. A branch's mean output
+    counts although `remove` may keep it: rankings that left it out chose worse. In evaluation mode; what runs before a
+    branch runs once for all that come after it. `progress` is called with the blocks done, those of every batch, and
+    their number. Refused: no image, images of another shape, an unknown distance.
     """
     if distance not in get_args(Distance):
         raise ValueError(f"Distance {distance!r} is unknown; choose kl or mse.")
@@ -43,7 +43,6 @@ def branch_scores(
     by_block: dict[Place, list[Branch]] = {}
     for branch in found:
         by_block.setdefault((branch.stage, branch.block), []).append(branch)
-    means = mean_outputs(model, [branch.name for branch in found if branch.kind != "block"], images)
     totals = dict.fromkeys((branch.name for branch in found), 0.0)
     done, steps = 0, len(images) * len(by_block)
     with eval_mode(model):
@@ -51,7 +50,7 @@ def branch_scores(
             dense = model.parts(x)[1]
             for place, tokens, maps, size in _walk(model, x):
                 for branch in by_block[place]:
-                    stream = _averaged(model, branch, means, tokens, size)
+                    stream = _skipping(model, branch, tokens, size)
                     totals[branch.name] += len(x) * _far(distance, dense, _finish(model, place, stream, maps, size))
                 done += 1
                 if progress is not None:
@@ -72,12 +71,12 @@ def _walk(model: SegFormer, x: Tensor) -> Iterator[tuple[Place, Tensor, list[Ten
         maps = [*maps, x]
 
 
-def _averaged(model: SegFormer, branch: Branch, means: Mapping[str, Tensor], tokens: Tensor, size: Size) -> Tensor:
-    """The stream behind the branch's block, the branch putting out its mean."""
+def _skipping(model: SegFormer, branch: Branch, tokens: Tensor, size: Size) -> Tensor:
+    """The stream behind the branch's block without what the branch adds to it."""
     name = f"encoder.stages.{branch.stage}.blocks.{branch.block}"
     for kind, norm, module in parts_of(blocks_of(stages_of(model)[branch.stage])[branch.block]):
-        single = f"{name}.{kind}"
-        tokens = tokens + (means[single].to(tokens) if single in branch.singles else module(norm(tokens), *size))
+        if f"{name}.{kind}" not in branch.singles:
+            tokens = tokens + module(norm(tokens), *size)
     return tokens
 
 
