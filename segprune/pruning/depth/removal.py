@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from segprune.model import Attention, SegFormer, check_input, drop_path_rates
+from segprune.model import Attention, Block, SegFormer, check_input, drop_path_rates
 from segprune.pruning.depth.branches import blocks_of, parts_of, singles, stages_of, without
 from segprune.pruning.trace import eval_mode
-from segprune.spec import Spec
 
 
 @torch.no_grad()
@@ -28,15 +27,7 @@ def remove(model: SegFormer, names: Collection[str], batches: Iterable[Tensor] =
     images = images_for(model, batches)
     means = _mean_outputs(model, gone, images) if images else {}
     result = copy.deepcopy(model)
-    take_out(result, gone, means)
-    close_up(result, spec)
-    return result
-
-
-@torch.no_grad()
-def take_out(model: SegFormer, gone: Collection[str], means: Mapping[str, Tensor] | None = None) -> None:
-    """The first half of `remove`, in place: single branches go, their means move back; blocks stay, perhaps empty."""
-    for i, stage in enumerate(stages_of(model)):
+    for i, stage in enumerate(stages_of(result)):
         bias = stage.patch_embed.norm.bias
         for j, block in enumerate(blocks_of(stage)):
             for kind, _, module in list(parts_of(block)):
@@ -44,24 +35,24 @@ def take_out(model: SegFormer, gone: Collection[str], means: Mapping[str, Tensor
                 if name not in gone:
                     bias = (module.proj if isinstance(module, Attention) else module.fc2).bias
                     continue
-                if means:
+                if name in means:
                     bias.add_(means[name])
-                if kind == "attn":
-                    block.norm1, block.attn = None, None
-                else:
-                    block.norm2, block.mlp = None, None
-
-
-def close_up(model: SegFormer, spec: Spec) -> None:
-    """The second half, in place: empty blocks go, stochastic depth is spread anew, the spec is the new one."""
-    for stage in stages_of(model):
+                _drop(block, kind)
         for j in reversed(range(len(stage.blocks))):
             if not any(True for _ in parts_of(blocks_of(stage)[j])):
                 del stage.blocks[j]
-    left = [block for stage in stages_of(model) for block in blocks_of(stage)]
+    left = [block for stage in stages_of(result) for block in blocks_of(stage)]
     for block, rate in zip(left, drop_path_rates(spec), strict=True):
         block.drop_path.rate = rate
-    model.spec = spec
+    result.spec = spec
+    return result
+
+
+def _drop(block: Block, kind: str) -> None:
+    if kind == "attn":
+        block.norm1, block.attn = None, None
+    else:
+        block.norm2, block.mlp = None, None
 
 
 def images_for(model: SegFormer, batches: Iterable[Tensor]) -> list[Tensor]:

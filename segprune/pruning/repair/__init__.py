@@ -13,7 +13,7 @@ everything else is streamed. The same inputs give the same weights, to rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -21,9 +21,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from segprune.model import SegFormer, check_input
-from segprune.pruning.depth.branches import singles, stages_of, without
-from segprune.pruning.depth.removal import close_up, take_out
+from segprune.model import SegFormer, Stage, check_input
 from segprune.pruning.groups import Group
 from segprune.pruning.plan import Plan
 from segprune.pruning.repair.basis import Reads
@@ -56,7 +54,8 @@ def repair(
     shape, values that are not finite, networks that do not belong together, damping not above 0.
     """
     groups = list(groups)
-    _check_damping(damping)
+    if not damping > 0.0:
+        raise ValueError(f"The repair's damping is {damping:g}; it must be above 0.")
     _check_networks(pruned, dense, groups, plan)
     dtype = dense.decode_head.classifier.weight.dtype
     result, reference = copy.deepcopy(pruned), dense
@@ -69,39 +68,6 @@ def repair(
     return result.to(dtype)
 
 
-@torch.no_grad()
-def repair_depth(
-    dense: SegFormer,
-    names: Collection[str],
-    batches: Iterable[Tensor],
-    *,
-    damping: float = DAMPING,
-    progress: Callable[[int, int], None] | None = None,
-) -> SegFormer:
-    """`dense` without the branches `names`, as `depth.remove` makes it, the layers that remain re-solved to make up.
-
-    Each branch that remains aims at the stream which `dense` has behind those removed after it. Otherwise as `repair`,
-    which can follow when channels have been cut. Refused as in `repair` and `depth.remove`.
-    """
-    spec = without(dense.spec, names)
-    _check_damping(damping)
-    dtype = dense.decode_head.classifier.weight.dtype
-    result, reference = copy.deepcopy(dense), dense
-    if dtype not in (torch.float32, torch.float64):
-        result, reference = result.float(), copy.deepcopy(dense).float()
-    images = _images(batches, reference)
-    take_out(result, singles(dense.spec, names))
-    with eval_mode(reference), eval_mode(result):
-        _repair(result, reference, {}, images, damping, progress)
-    close_up(result, spec)
-    return result.to(dtype)
-
-
-def _check_damping(damping: float) -> None:
-    if not damping > 0.0:
-        raise ValueError(f"The repair's damping is {damping:g}; it must be above 0.")
-
-
 def _repair(
     result: SegFormer,
     reference: SegFormer,
@@ -110,7 +76,7 @@ def _repair(
     damping: float,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    stages = list(zip(stages_of(reference), stages_of(result), strict=True))
+    stages = list(zip(_stages(reference), _stages(result), strict=True))
     total = sum(len(stage.blocks) for stage in reference.spec.stages) + 1
     steps = count(1)
 
@@ -126,6 +92,10 @@ def _repair(
         ways.append(into)
     repair_head(reference.decode_head, result.decode_head, ways, removed, every, damping)
     step()
+
+
+def _stages(model: SegFormer) -> list[Stage]:
+    return [stage for stage in model.encoder.stages if isinstance(stage, Stage)]
 
 
 def _images(batches: Iterable[Tensor], model: SegFormer) -> list[Tensor]:

@@ -6,14 +6,11 @@ takes back what the layers before it got wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Callable, Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from segprune.model import Attention, Mlp, Stage, to_map, to_tokens
-from segprune.pruning.depth.branches import blocks_of, parts_of
+from segprune.model import Block, Mlp, Stage, to_map, to_tokens
 from segprune.pruning.repair.attention import repair_attention
 from segprune.pruning.repair.basis import Basis, Reads, fit_lines, fit_norm, normalised, principal, second_moment
 from segprune.pruning.repair.layers import Pairs, Removed, conv_rows, fit_layer, flat, kept
@@ -39,21 +36,28 @@ def repair_stage(
     if pruned.norm.normalized_shape < dense.norm.normalized_shape:
         starts = [dense.patch_embed.norm(x) for x in embedded]
         basis = principal(second_moment(_normalised_stream(dense, starts, sizes)), pruned.norm.normalized_shape[0])
-    parts = _parts(name, dense, pruned)
-    behind = _run(takewhile(_is_gone, parts), [dense.patch_embed.norm(x) for x in embedded], sizes)
-    tokens = _repair_embedding(dense, pruned, into, basis, maps.pruned, embedded, behind, sizes, damping)
-    tokens = _repair_branches(parts, basis, removed, tokens, damping, step)
+    tokens = _repair_embedding(dense, pruned, into, basis, maps.pruned, embedded, sizes, damping)
+    for j, (old, new) in enumerate(zip(_blocks(dense), _blocks(pruned), strict=True)):
+        tokens = _repair_block(f"{name}.blocks.{j}", old, new, basis, removed, tokens, damping)
+        step()
     reads = fit_norm(dense.norm, pruned.norm, basis, tokens, damping)
     return tokens.through(dense.norm, pruned.norm).as_maps(), reads
+
+
+def _blocks(stage: Stage) -> list[Block]:
+    return [block for block in stage.blocks if isinstance(block, Block)]
 
 
 def _normalised_stream(dense: Stage, tokens: list[Tensor], sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
     """The dense stream B N D as each of its LayerNorms sees it."""
     for x, size in zip(tokens, sizes, strict=True):
-        for block in blocks_of(dense):
-            for _, norm, branch in parts_of(block):
-                yield normalised(norm, x)
-                x = x + branch(norm(x), *size)
+        for block in _blocks(dense):
+            if block.norm1 is not None and block.attn is not None:
+                yield normalised(block.norm1, x)
+                x = x + block.attn(block.norm1(x), *size)
+            if block.norm2 is not None and block.mlp is not None:
+                yield normalised(block.norm2, x)
+                x = x + block.mlp(block.norm2(x), *size)
         yield normalised(dense.norm, x)
 
 
@@ -64,14 +68,10 @@ def _repair_embedding(
     basis: Basis,
     maps: list[Tensor],
     embedded: list[Tensor],
-    behind: list[Tensor],
     sizes: list[tuple[int, int]],
     damping: float,
 ) -> Pairs:
-    """The convolution and its LayerNorm, whose output starts the residual stream B N D.
-
-    It aims at the dense stream `behind` it, or behind the branches that were removed right after it.
-    """
+    """The convolution and its LayerNorm, whose output starts the residual stream B N D."""
     proj, norm = dense.patch_embed.proj, dense.patch_embed.norm
     weight, targets, gain = into.columns(proj.weight), embedded, norm.weight.double()
     prior: Tensor | None = gain
@@ -82,67 +82,41 @@ def _repair_embedding(
         weight, targets, prior = turn.rows(weight), [turn.project(x) for x in embedded], None
     fit_layer(pruned.patch_embed.proj, conv_rows(pruned.patch_embed.proj, maps, targets), weight, damping)
     written = [to_tokens(pruned.patch_embed.proj(x)) for x in maps]
-    pairs = ((x, basis.project(start)) for x, start in zip(written, behind, strict=True))
+    starts = [norm(x) for x in embedded]
+    pairs = ((x, basis.project(start)) for x, start in zip(written, starts, strict=True))
     fit_lines(pruned.patch_embed.norm, pairs, prior, damping)
-    return Pairs(behind, [pruned.patch_embed.norm(x) for x in written], sizes)
+    return Pairs(starts, [pruned.patch_embed.norm(x) for x in written], sizes)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """An attention or an FFN in both networks, each behind its LayerNorm; of one that was removed, `new` is None."""
-
-    name: str
-    block: int
-    old: tuple[nn.LayerNorm, Attention | Mlp]
-    new: tuple[nn.LayerNorm, Attention | Mlp] | None
-
-
-def _is_gone(part: _Part) -> bool:
-    return part.new is None
-
-
-def _parts(name: str, dense: Stage, pruned: Stage) -> list[_Part]:
-    """As they run in the dense stage; the pruned one has as many blocks, some of them perhaps empty."""
-    parts = []
-    for j, (old, new) in enumerate(zip(blocks_of(dense), blocks_of(pruned), strict=True)):
-        left = {kind: (norm, branch) for kind, norm, branch in parts_of(new)}
-        parts += [
-            _Part(f"{name}.blocks.{j}.{kind}", j, (norm, branch), left.get(kind))
-            for kind, norm, branch in parts_of(old)
-        ]
-    return parts
-
-
-def _repair_branches(
-    parts: list[_Part], basis: Basis, removed: Removed, tokens: Pairs, damping: float, step: Callable[[], None]
+def _repair_block(
+    name: str, dense: Block, pruned: Block, basis: Basis, removed: Removed, tokens: Pairs, damping: float
 ) -> Pairs:
-    """In place; the stream behind the last block comes back.
-
-    Each branch aims at the dense stream as the next one that remains finds it, so that it does what those removed
-    behind it did.
-    """
-    for i, part in enumerate(parts):
-        if part.new is not None:
-            after = _run([part, *takewhile(_is_gone, parts[i + 1 :])], tokens.dense, tokens.sizes)
-            targets = [basis.project(x) - old for x, old in zip(after, tokens.pruned, strict=True)]
-            (old_norm, old), (norm, new) = part.old, part.new
-            into = fit_norm(old_norm, norm, basis, tokens, damping)
-            inputs = tokens.through(old_norm, norm)
-            if isinstance(old, Attention) and isinstance(new, Attention):
-                repair_attention(part.name, old, new, into, basis, removed, inputs, targets, damping)
-            elif isinstance(old, Mlp) and isinstance(new, Mlp):
-                _repair_mlp(part.name, old, new, into, basis, removed, inputs, targets, damping)
-            tokens = Pairs(after, _add(new, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
-        if i + 1 == len(parts) or parts[i + 1].block != part.block:
-            step()
+    """In place; the stream behind the block comes back. Both blocks have the same branches."""
+    if dense.norm1 is not None and dense.attn is not None:
+        assert pruned.norm1 is not None
+        assert pruned.attn is not None
+        into = fit_norm(dense.norm1, pruned.norm1, basis, tokens, damping)
+        inputs = tokens.through(dense.norm1, pruned.norm1)
+        after, targets = _aim(dense.attn, basis, inputs, tokens)
+        repair_attention(f"{name}.attn", dense.attn, pruned.attn, into, basis, removed, inputs, targets, damping)
+        tokens = Pairs(after, _add(pruned.attn, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
+    if dense.norm2 is not None and dense.mlp is not None:
+        assert pruned.norm2 is not None
+        assert pruned.mlp is not None
+        into = fit_norm(dense.norm2, pruned.norm2, basis, tokens, damping)
+        inputs = tokens.through(dense.norm2, pruned.norm2)
+        after, targets = _aim(dense.mlp, basis, inputs, tokens)
+        _repair_mlp(f"{name}.mlp", dense.mlp, pruned.mlp, into, basis, removed, inputs, targets, damping)
+        tokens = Pairs(after, _add(pruned.mlp, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
     return tokens
 
 
-def _run(parts: Iterable[_Part], tokens: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """The dense stream behind these branches."""
-    for norm, branch in (part.old for part in parts):
-        tokens = _add(branch, [norm(x) for x in tokens], tokens, sizes)
-    return tokens
+def _aim(
+    branch: Callable[..., Tensor], basis: Basis, inputs: Pairs, tokens: Pairs
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The dense stream behind the branch, and what the pruned stream lacks of it."""
+    after = _add(branch, inputs.dense, tokens.dense, tokens.sizes)
+    return after, [basis.project(x) - old for x, old in zip(after, tokens.pruned, strict=True)]
 
 
 def _add(
