@@ -181,12 +181,19 @@ def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dic
     """The inverse of `to_ours`, in the names that the dialect's own files have (hf: as on disk).
 
     Names only: whether the other tool shares the numerics and expects the widths is the caller's to see. ValueError
-    for a folded decode head, and for keys and values of different widths where they share one layer.
+    for a folded decode head, for a block without attention or FFN, and for keys and values of different widths where
+    they share one layer.
     """
     if dialect not in NUMERICS:
         raise ValueError(f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}.")
     if spec.folded:
         raise ValueError(f"The decode head is folded, which {dialect} cannot name; unfold it with segprune.fold first.")
+    bare = [i for i, s in enumerate(spec.stages, 1) for b in s.blocks if not (b.has_attention and b.has_ffn)]
+    if bare:
+        raise ValueError(
+            f"Stage {bare[0]} has a block without attention or FFN, which {dialect} cannot name; "
+            "write a network whose blocks are whole."
+        )
     home = "nvlabs" if dialect == "bubbliiiing" else dialect
     return _rename_back(state_dict, next(layout for layout in LAYOUTS if layout.dialect == home))
 

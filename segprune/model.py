@@ -118,17 +118,30 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """Two residual branches, attention and FFN, each behind its LayerNorm; of a branch that is gone both are None."""
+
+    norm1: nn.LayerNorm | None
+    attn: Attention | None
+    norm2: nn.LayerNorm | None
+    mlp: Mlp | None
+
     def __init__(self, stage: StageSpec, block: BlockSpec, numerics: Numerics, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
-        self.attn = Attention(stage.width, block, stage.reduction_ratio, numerics.embed_norm_eps)
-        self.norm2 = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
-        self.mlp = Mlp(stage.width, block.ffn_dim, numerics.gelu)
+        self.norm1, self.attn, self.norm2, self.mlp = None, None, None, None
+        if block.has_attention:
+            self.norm1 = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
+            self.attn = Attention(stage.width, block, stage.reduction_ratio, numerics.embed_norm_eps)
+        if block.has_ffn:
+            self.norm2 = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
+            self.mlp = Mlp(stage.width, block.ffn_dim, numerics.gelu)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), height, width))
-        return x + self.drop_path(self.mlp(self.norm2(x), height, width))
+        if self.norm1 is not None and self.attn is not None:
+            x = x + self.drop_path(self.attn(self.norm1(x), height, width))
+        if self.norm2 is not None and self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x), height, width))
+        return x
 
 
 class Stage(nn.Module):
@@ -150,6 +163,12 @@ class Stage(nn.Module):
         return to_map(self.norm(tokens), height, width)
 
 
+def drop_path_rates(spec: Spec) -> list[float]:
+    """Of every block: from 0 for the first, evenly up to the spec's rate for the last (arXiv 1603.09382)."""
+    depth = sum(len(stage.blocks) for stage in spec.stages)
+    return [spec.numerics.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+
+
 class Encoder(nn.Module):
     """Mix Transformer. Images B 3 H W to four maps B C_s H/4·2^(s-1) W/4·2^(s-1).
 
@@ -160,8 +179,7 @@ class Encoder(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.checkpointing = False
-        depth = sum(len(stage.blocks) for stage in spec.stages)
-        rates = [spec.numerics.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        rates = drop_path_rates(spec)
         self.stages = nn.ModuleList()
         in_channels = 3
         for stage in spec.stages:

@@ -50,7 +50,11 @@ class Numerics:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One transformer block: `qk_dim` and `v_dim` are per head, `ffn_dim` is the hidden width."""
+    """One transformer block: `qk_dim` and `v_dim` are per head, `ffn_dim` is the hidden width.
+
+    A branch that was removed has widths 0: a block without attention is 0 0 0 in its heads, with no reduction and
+    scale 0, one without FFN has `ffn_dim` 0. One of the two is always there.
+    """
 
     num_heads: int
     qk_dim: int
@@ -58,6 +62,20 @@ class BlockSpec:
     ffn_dim: int
     reduction_dim: int | None  # channels of the reduced keys' and values' source; None: no reduction
     qk_scale: float  # what q·k is multiplied with; kept when channels are cut, never recomputed
+
+    @property
+    def has_attention(self) -> bool:
+        return self.num_heads > 0
+
+    @property
+    def has_ffn(self) -> bool:
+        return self.ffn_dim > 0
+
+    def without_attention(self) -> BlockSpec:
+        return BlockSpec(0, 0, 0, self.ffn_dim, None, 0.0)
+
+    def without_ffn(self) -> BlockSpec:
+        return replace(self, ffn_dim=0)
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,11 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
-    """The inverse of `spec_to_dict`; a missing or unknown key, a width below 1, unknown numerics are refused."""
+    """The inverse of `spec_to_dict`.
+
+    Refused: a missing or unknown key, a width below 1 but of a branch that is gone, a block without branches, a stage
+    without blocks, unknown numerics.
+    """
     try:
         stages = tuple(
             _record(StageSpec, stage | {"blocks": tuple(_record(BlockSpec, b) for b in stage["blocks"])})
@@ -163,10 +185,17 @@ def _check_widths(spec: Spec) -> None:
     for stage in spec.stages:
         widths.append(stage.width)
         for block in stage.blocks:
-            widths += [block.num_heads, block.qk_dim, block.v_dim, block.ffn_dim]
-            widths.append(1 if block.reduction_dim is None else block.reduction_dim)
+            if block != block.without_attention():
+                widths += [block.num_heads, block.qk_dim, block.v_dim]
+                widths.append(1 if block.reduction_dim is None else block.reduction_dim)
+            if block != block.without_ffn():
+                widths.append(block.ffn_dim)
     if not all(type(width) is int and width >= 1 for width in widths):
         raise ValueError("This segprune spec has a width that is not a whole number from 1 up; the file is damaged.")
+    if not all(stage.blocks and all(b.has_attention or b.has_ffn for b in stage.blocks) for stage in spec.stages):
+        raise ValueError(
+            "This segprune spec has a block without attention and FFN, or a stage without blocks; the file is damaged."
+        )
 
 
 def _check_numerics(numerics: Numerics) -> None:

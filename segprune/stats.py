@@ -114,22 +114,29 @@ def _norm(name: str, dim: int) -> Layer:
 
 
 def _block_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int) -> Iterator[Layer]:
+    width = stage.width
+    if block.has_attention:
+        yield _norm(f"{prefix}.norm1", width)
+        yield from _attention_layers(f"{prefix}.attn", stage, block, area, reduced)
+    if block.has_ffn:
+        yield _norm(f"{prefix}.norm2", width)
+        yield Layer(f"{prefix}.mlp.fc1", "product", width, block.ffn_dim, area)
+        yield Layer(f"{prefix}.mlp.dwconv", "depthwise", block.ffn_dim, block.ffn_dim, area, 9)
+        yield Layer(f"{prefix}.mlp.fc2", "product", block.ffn_dim, width, area)
+
+
+def _attention_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int) -> Iterator[Layer]:
     width, qk, v = stage.width, block.num_heads * block.qk_dim, block.num_heads * block.v_dim
     source = width
-    yield _norm(f"{prefix}.norm1", width)
     if block.reduction_dim is not None:
         source, kernel = block.reduction_dim, stage.reduction_ratio**2
-        yield Layer(f"{prefix}.attn.sr", "product", width, source, reduced, kernel)
-        yield _norm(f"{prefix}.attn.norm", source)
-    yield Layer(f"{prefix}.attn.q", "product", width, qk, area)
-    yield Layer(f"{prefix}.attn.k", "product", source, qk, reduced)
-    yield Layer(f"{prefix}.attn.v", "product", source, v, reduced)
-    yield Layer(f"{prefix}.attn", "attention", qk, v, area, reduced)
-    yield Layer(f"{prefix}.attn.proj", "product", v, width, area)
-    yield _norm(f"{prefix}.norm2", width)
-    yield Layer(f"{prefix}.mlp.fc1", "product", width, block.ffn_dim, area)
-    yield Layer(f"{prefix}.mlp.dwconv", "depthwise", block.ffn_dim, block.ffn_dim, area, 9)
-    yield Layer(f"{prefix}.mlp.fc2", "product", block.ffn_dim, width, area)
+        yield Layer(f"{prefix}.sr", "product", width, source, reduced, kernel)
+        yield _norm(f"{prefix}.norm", source)
+    yield Layer(f"{prefix}.q", "product", width, qk, area)
+    yield Layer(f"{prefix}.k", "product", source, qk, reduced)
+    yield Layer(f"{prefix}.v", "product", source, v, reduced)
+    yield Layer(prefix, "attention", qk, v, area, reduced)
+    yield Layer(f"{prefix}.proj", "product", v, width, area)
 
 
 def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:

@@ -86,6 +86,19 @@ def test_there_and_back_is_the_identity(dialect: str, trained_like: Fill) -> Non
         assert_same_state(back, theirs)
 
 
+@pytest.mark.parametrize("dialect", NUMERICS)
+def test_a_network_with_a_missing_branch_has_no_name_elsewhere(dialect: str, small_spec: Spec) -> None:
+    stages = list(small_spec.stages)
+    stages[2] = replace(stages[2], blocks=(stages[2].blocks[0], stages[2].blocks[1].without_ffn()))
+    spec = replace(small_spec, stages=tuple(stages))
+    message = (
+        f"^Stage 3 has a block without attention or FFN, which {dialect} cannot name; "
+        r"write a network whose blocks are whole\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        from_ours(expected_state(spec), spec, dialect)
+
+
 def test_hugging_face_names_are_written_as_save_pretrained_writes_them(trained_like: Fill, tmp_path: Path) -> None:
     theirs = hf_model("b0", trained_like)
     theirs.save_pretrained(tmp_path)

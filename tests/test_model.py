@@ -25,6 +25,14 @@ def test_a_variant_has_the_published_number_of_parameters(variant: str, paramete
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def without_branches(spec: Spec) -> Spec:
+    """The first stage's first block without attention, the last stage's only block without FFN."""
+    first, *middle, last = spec.stages
+    first = replace(first, blocks=(first.blocks[0].without_attention(), *first.blocks[1:]))
+    last = replace(last, blocks=(last.blocks[0].without_ffn(),))
+    return replace(spec, stages=(first, *middle, last))
+
+
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (65, 97), (33, 130)])
 def test_logits_have_the_input_s_size(small_spec: Spec, size: tuple[int, int], folded: bool) -> None:
@@ -33,8 +41,10 @@ def test_logits_have_the_input_s_size(small_spec: Spec, size: tuple[int, int], f
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_every_parameter_receives_a_gradient(small_spec: Spec, folded: bool) -> None:
-    model = SegFormer(replace(small_spec, branch_dims=None) if folded else small_spec)
+@pytest.mark.parametrize("shallow", [False, True])
+def test_every_parameter_receives_a_gradient(small_spec: Spec, folded: bool, shallow: bool) -> None:
+    spec = replace(small_spec, branch_dims=None) if folded else small_spec
+    model = SegFormer(without_branches(spec) if shallow else spec)
     model(torch.randn(2, 3, 64, 96)).square().mean().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
@@ -112,6 +122,17 @@ def test_drop_path_keeps_or_drops_whole_samples_and_the_mean() -> None:
     assert out.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert out.mean().item() == pytest.approx(1.0, abs=0.05)
     assert torch.equal(drop.eval()(out), out)
+
+
+def test_a_missing_branch_leaves_no_modules_and_the_stream_passes(small_spec: Spec) -> None:
+    model = SegFormer(without_branches(small_spec))
+    first, last = model.encoder.stages[0].blocks[0], model.encoder.stages[3].blocks[0]
+    assert [name for name, _ in first.named_children()] == ["norm2", "mlp", "drop_path"]
+    assert [name for name, _ in last.named_children()] == ["norm1", "attn", "drop_path"]
+    x = torch.randn(2, 12, 16)
+    assert torch.equal(first(x, 3, 4), x + first.mlp(first.norm2(x), 3, 4))
+    x = torch.randn(2, 12, 48)
+    assert torch.equal(last(x, 3, 4), x + last.attn(last.norm1(x), 3, 4))
 
 
 def test_fresh_weights_are_drawn_as_published() -> None:

@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -98,6 +98,39 @@ def test_a_missing_or_unknown_key_is_refused(small_spec: Spec, path: tuple, valu
 def test_a_width_that_is_no_whole_number_from_1_up_is_refused(small_spec: Spec, path: tuple, value: object) -> None:
     with pytest.raises(ValueError, match="has a width that is not a whole number from 1 up; the file is damaged"):
         spec_from_dict(_changed(spec_to_dict(small_spec), path, value))
+
+
+@pytest.mark.parametrize("missing", ["attention", "ffn"])
+def test_a_block_may_lack_one_branch_and_its_widths_are_then_0(small_spec: Spec, missing: str) -> None:
+    block = small_spec.stages[2].blocks[0]
+    bare = block.without_attention() if missing == "attention" else block.without_ffn()
+    assert (bare.has_attention, bare.has_ffn) == (missing != "attention", missing != "ffn")
+    if missing == "attention":
+        assert (bare.num_heads, bare.qk_dim, bare.v_dim, bare.reduction_dim, bare.qk_scale) == (0, 0, 0, None, 0.0)
+        assert bare.ffn_dim == block.ffn_dim
+    else:
+        assert bare == replace(block, ffn_dim=0)
+    stages = list(small_spec.stages)
+    stages[2] = replace(stages[2], blocks=(bare, stages[2].blocks[1]))
+    spec = replace(small_spec, stages=tuple(stages))
+    assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
+
+
+@pytest.mark.parametrize("name", ["num_heads", "qk_dim", "v_dim"])
+def test_half_an_attention_is_refused(small_spec: Spec, name: str) -> None:
+    data = _changed(spec_to_dict(small_spec), ("stages", 2, "blocks", 0, name), 0)
+    with pytest.raises(ValueError, match="has a width that is not a whole number from 1 up; the file is damaged"):
+        spec_from_dict(data)
+
+
+def test_a_block_without_branches_and_a_stage_without_blocks_are_refused(small_spec: Spec) -> None:
+    empty = asdict(small_spec.stages[1].blocks[0].without_attention().without_ffn())
+    message = (
+        r"^This segprune spec has a block without attention and FFN, or a stage without blocks; the file is damaged\.$"
+    )
+    for path, value in ((("stages", 1, "blocks", 0), empty), (("stages", 1, "blocks"), [])):
+        with pytest.raises(ValueError, match=message):
+            spec_from_dict(_changed(spec_to_dict(small_spec), path, value))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,16 @@ def narrowed(spec: Spec) -> Spec:
     return replace(spec, stages=stages, decoder_dim=spec.decoder_dim - 7, branch_dims=branch_dims)
 
 
+def shallower(spec: Spec) -> Spec:
+    """As removing branches leaves it: every stage's first block without attention, its last without FFN."""
+
+    def stage(old: StageSpec) -> StageSpec:
+        first, *_, last = old.blocks
+        return replace(old, blocks=(first.without_attention(), *old.blocks[1:-1], last.without_ffn()))
+
+    return replace(spec, stages=tuple(stage(s) for s in spec.stages))
+
+
 def folded(spec: Spec) -> Spec:
     return replace(spec, branch_dims=None)
 
@@ -40,6 +50,8 @@ CHANGES = {
     "folded": folded,
     "pruned": narrowed,
     "folded and pruned": lambda spec: narrowed(folded(spec)),
+    "without branches": shallower,
+    "folded, pruned and without branches": lambda spec: shallower(narrowed(folded(spec))),
 }
 
 
@@ -63,9 +75,11 @@ def test_macs_agree_with_the_paper(variant: str, giga_macs: float) -> None:
     assert count(standard_spec(variant, 150), (512, 512)).macs / 1e9 == pytest.approx(giga_macs, abs=0.1)
 
 
-def test_every_layer_is_named_and_costs_as_its_module(small_spec: Spec) -> None:
-    model = SegFormer(small_spec)
-    rows = [row for row in layers(small_spec, (64, 64)) if row.kind != "attention"]
+@pytest.mark.parametrize("change", [lambda spec: spec, shallower], ids=["dense", "without branches"])
+def test_every_layer_is_named_and_costs_as_its_module(change) -> None:
+    spec = change(standard_spec("b0", 8))
+    model = SegFormer(spec)
+    rows = [row for row in layers(spec, (64, 64)) if row.kind != "attention"]
     own = {
         name: sum(p.numel() for p in module.parameters(recurse=False))
         for name, module in model.named_modules()

@@ -67,5 +67,5 @@ def _head(found: Checkpoint) -> str:
 
 
 def _block(block: BlockSpec) -> list[str]:
-    reduction = "–" if block.reduction_dim is None else str(block.reduction_dim)
-    return [str(block.num_heads), str(block.qk_dim), str(block.v_dim), reduction, str(block.ffn_dim)]
+    widths = (block.num_heads, block.qk_dim, block.v_dim, block.reduction_dim, block.ffn_dim)
+    return [str(width) if width else "–" for width in widths]  # a branch that was removed has widths 0

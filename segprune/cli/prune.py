@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from segprune.cli.common import (
     show_settings,
     show_table,
 )
+from segprune.cli.cutting import cut_network
 from segprune.cli.journal import check_kept
 from segprune.cli.plans import PLAN, show_plan, write_plan
-from segprune.cli.pruning import PruneConfig, asked_rates, check_flags, label, pruner_of
+from segprune.cli.pruning import PruneConfig, check_flags, label, pruner_of
 from segprune.cli.settings import TrainSettings, check_settings, with_rates
 from segprune.cli.train import fit_with
 from segprune.data import Source
@@ -67,7 +67,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     if config.plan_only:
         _show_plan(dense, config, given, images, folder / PLAN)
         return
-    pruned = _pruned(dense, config, given, images)  # before any scoring: what cannot be met is said at once
+    pruned = cut_network(dense, config, given, images)  # before any scoring: what cannot be met is said at once
     extra = dict(found.extra) | {"pruning": _pruning_config(config, images)}
     checkpoint.save(pruned, path, extra=extra)
     scores = {}
@@ -149,39 +149,6 @@ def _show_plan(dense: SegFormer, config: PruneConfig, given: frozenset[str], ima
     console.print(f"{goes}Nothing was cut; --plan carries this file out: {path}", soft_wrap=True)
 
 
-def _pruned(dense: SegFormer, config: PruneConfig, given: frozenset[str], images: list[Tensor]) -> SegFormer:
-    x = torch.empty(1, 3, *config.input_shape, device="meta")
-    images = [batch.to(next(dense.parameters()).device) for batch in images]
-    model = dense
-    for step in range(config.steps):
-        text = "pruning" if config.steps == 1 else f"pruning, step {step + 1} of {config.steps}"
-        with progress_bar(text) as advance:
-            rates = _rates_of_step(step, dense, model, config, asked_rates(config, given))
-            model = pruner_of(config, given, model, images, rates, advance).prune(x)
-    return model
-
-
-def _rates_of_step(
-    step: int, dense: SegFormer, model: SegFormer, config: PruneConfig, rates: Mapping[str, float]
-) -> Mapping[str, float]:
-    """What this step removes of the network it finds: all take equal shares of the dense one, folding apart."""
-    if config.steps == 1:
-        return rates
-    shape = config.input_shape
-    whole, now = count(dense.spec, shape), count(model.spec, shape)
-    folded = whole if config.keep_decoder else count(replace(dense.spec, branch_dims=None), shape)
-    found = {}
-    for unit, rate in rates.items():
-        start, gone = 0.0, rate * step / config.steps
-        if unit in ("params", "macs"):
-            size = {"params": "parameters"}.get(unit, unit)
-            start = 1.0 - getattr(folded, size) / getattr(whole, size)
-            gone = 1.0 - getattr(now, size) / getattr(whole, size)
-        aim = rate if rate <= start else start + (rate - start) * (step + 1) / config.steps
-        found[unit] = 1.0 - (1.0 - aim) / (1.0 - gone)
-    return found
-
-
 def _fine_tuning(config: PruneConfig, path: Path) -> TrainSettings:
     return TrainSettings(
         data=config.data,
@@ -220,7 +187,7 @@ def _pruning_config(config: PruneConfig, images: list[Tensor]) -> dict[str, Any]
             "rates",
             "ignore",
         ),
-        *("plan", "steps", "heads", "keep_decoder", "seed"),
+        *("plan", "steps", "depth", "heads", "keep_decoder", "seed"),
     )
     repaired = bool(images) and config.repair is not False
     known = {"method": config.pruning_method, "repaired": repaired, "num_images": sum(map(len, images))}

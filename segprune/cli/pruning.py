@@ -120,6 +120,14 @@ class PruneConfig:
     steps: Annotated[
         int, Option("--steps", min=1, help="Prune in so many steps of equal size, each repaired by itself.")
     ] = 1
+    depth: Annotated[
+        float,
+        Option(
+            "--depth",
+            help="Share that goes as whole attention or FFN branches, and blocks, before channels are cut; part of the "
+            "rate. 0.2 to 0.3 did well.",
+        ),
+    ] = 0.0
     heads: Annotated[bool, switch("--heads", "Whole attention heads may go too.")] = False
     keep_decoder: Annotated[bool, switch("--keep_decoder", "Do not fold the decode head.")] = False
     data: Annotated[
@@ -195,6 +203,16 @@ def check_flags(config: PruneConfig, given: frozenset[str]) -> None:
         raise ValueError("--repair needs pictures; give them as --images DIR or --data, labels are not needed.")
     if config.steps > 1 and (config.plan_only or config.rates):
         raise ValueError("--steps has no effect with --plan_only or --rates; leave it out.")
+    if not 0.0 <= config.depth < 1.0:
+        raise ValueError(f"--depth is {config.depth:g}; it must be at least 0 and below 1.")
+    too_much = [unit for unit, rate in asked_rates(config, given).items() if config.depth >= rate > 0.0]
+    if config.depth and too_much:
+        raise ValueError(f"--depth {config.depth:g} is a part of the rate of the {too_much[0]}; it must be below that.")
+    if config.depth and (config.plan_only or config.plan or {"latency", "channels"} & set(asked_rates(config, given))):
+        raise ValueError(
+            "--depth goes with a rate of params or macs and without a plan; leave it out, or prune twice: first with "
+            "--depth alone as the rate."
+        )
     if config.plan_only and config.plan:
         raise ValueError("--plan_only has no effect with --plan, which is decided already; leave one of them out.")
 
@@ -228,7 +246,7 @@ def pruner_of(
         normalise=config.normalise,
         max_rate=parse_values(config.max_rate, "--max_rate"),
         rates=parse_values(config.rates, "--rates"),
-        ignore=[part.strip() for part in config.ignore.split(",") if part.strip()],
+        ignore=split_names(config.ignore),
         sensitivity=read_sensitivity(Path(config.sensitivity)) if config.sensitivity else {},
         widths=read_plan(Path(config.plan)) if config.plan else None,
         seed=config.seed,
@@ -241,6 +259,10 @@ def _latency_table(model: SegFormer) -> Any:
     from segprune.pruning.latency import LatencyTable, default_folder
 
     return LatencyTable(next(model.parameters()).device, folder=default_folder())
+
+
+def split_names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def asked_rates(config: PruneConfig, given: frozenset[str]) -> Mapping[str, float]:

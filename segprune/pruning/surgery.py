@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from segprune.model import Attention, SegFormer
+from segprune.model import Attention, Block, SegFormer
 from segprune.pruning.groups import Group, Side
 from segprune.pruning.plan import Plan
 from segprune.pruning.trace import NORMS, TRANSPOSED_CONVS, is_depthwise, width_of
@@ -94,10 +94,9 @@ def read_spec(model: SegFormer) -> Spec:
         prefix = f"encoder.stages.{i}"
         blocks = []
         for j, block in enumerate(stage.blocks):
-            attention = model.get_submodule(f"{prefix}.blocks.{j}.attn")
-            assert isinstance(attention, Attention)
-            ffn_dim = width_of(model.get_submodule(f"{prefix}.blocks.{j}.mlp.fc1"), "out")
-            blocks.append(_read_block(block, attention, ffn_dim))
+            module = model.get_submodule(f"{prefix}.blocks.{j}")
+            assert isinstance(module, Block)
+            blocks.append(_read_block(block, module))
         width = width_of(model.get_submodule(f"{prefix}.patch_embed.proj"), "out")
         stages.append(replace(stage, width=width, blocks=tuple(blocks)))
     head = model.decode_head
@@ -110,12 +109,16 @@ def read_spec(model: SegFormer) -> Spec:
     )
 
 
-def _read_block(block: BlockSpec, attention: Attention, ffn_dim: int) -> BlockSpec:
+def _read_block(block: BlockSpec, module: Block) -> BlockSpec:
+    if module.mlp is not None:
+        block = replace(block, ffn_dim=module.mlp.fc1.out_features)
+    attention = module.attn
+    if attention is None:
+        return block
     return replace(
         block,
         num_heads=attention.num_heads,
         qk_dim=attention.q.out_features // attention.num_heads,
         v_dim=attention.v.out_features // attention.num_heads,
-        ffn_dim=ffn_dim,
         reduction_dim=None if attention.sr is None else attention.sr.out_channels,
     )

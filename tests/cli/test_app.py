@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from segprune.cli import _COMMANDS, door
-from segprune.cli.prune import PruneConfig
+from segprune.cli.pruning import PruneConfig
 from tests.commands import invoke
 
 MANUAL = {
@@ -31,7 +31,8 @@ def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None
     assert (status, errors) == (0, "")
     shown = set(re.findall(r"^│ +(?:\* +)?--(\w+)", out, re.MULTILINE))
     names = {"json_path": "json", "as_json": "json"}
-    arguments = {"shapes": {"folder"}}.get(name, {"model_path"} if name in ("info", "eval", "predict") else set())
+    takes_file = ("info", "eval", "predict", "scan")
+    arguments = {"shapes": {"folder"}}.get(name, {"model_path"} if name in takes_file else set())
     fields = {names.get(field.name, field.name) for field in dataclasses.fields(config)} - arguments
     assert shown == fields | {"help"}
     assert ("─ Arguments ─" in out) == bool(arguments)
@@ -39,7 +40,7 @@ def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None
 
 def test_the_help_lists_every_command_and_comes_without_one_too() -> None:
     _, out, _ = invoke("--help")
-    assert all(re.search(rf"│ {name} +\w", out) for name in ("prune", "train", "eval", "predict", "info", "shapes"))
+    assert all(re.search(rf"│ {name} +\w", out) for name, *_ in _COMMANDS)
     _, bare, errors = invoke()
     assert out.split() in (bare.split(), errors.split())
 

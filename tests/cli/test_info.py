@@ -10,6 +10,7 @@ from segprune.checkpoint import read, save
 from segprune.cli.common import console
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
+from segprune.pruning.depth import remove
 from segprune.spec import spec_from_dict
 from segprune.stats import count
 from tests.commands import done, invoke, refused
@@ -47,6 +48,16 @@ def test_the_tables_show_every_blocks_widths(small: Path) -> None:
 def test_a_folded_head_is_said_to_be_one(small_model: SegFormer, tmp_path: Path) -> None:
     save(fold_decoder(small_model.float()), tmp_path / "folded.pth")
     assert "decode head folded, width 44" in done("info", tmp_path / "folded.pth")
+
+
+def test_of_a_branch_that_was_removed_no_widths_are_shown(small_model: SegFormer, tmp_path: Path) -> None:
+    blocks = "encoder.stages.{}.blocks.{}.{}"
+    save(remove(small_model.float(), [blocks.format(0, 0, "attn"), blocks.format(2, 1, "mlp")]), tmp_path / "a.pth")
+    out = done("info", tmp_path / "a.pth")
+    assert "│ 1.0 │ 16 │ – │ – │ – │ – │ 40 │" in out
+    assert "│ 3.1 │ 40 │ 4 │ 8 │ 10 │ 40 │ – │" in out
+    record = json.loads(invoke("info", tmp_path / "a.pth", "--json")[1])
+    assert spec_from_dict(record["spec"]) == read(tmp_path / "a.pth").spec
 
 
 def test_what_was_assumed_of_a_foreign_file_is_noted_and_can_be_overruled(trained_like: Fill, tmp_path: Path) -> None:

@@ -144,6 +144,20 @@ def test_pruning_in_steps_meets_the_rate(flags: tuple[object, ...], dense: Path,
         assert 1 - after.parameters / before.parameters == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize(("unit", "depth"), [("params", 0.3), ("macs", 0.1)])
+def test_branches_go_first_and_count_towards_the_rate(unit: str, depth: float, dense: Path, tmp_path: Path) -> None:
+    flags = ("--rate_of", unit, "--pruning_rate", 0.8, "--depth", depth, "--ignore", "stages.3.blocks.0.mlp")
+    out = done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
+    (named,) = re.findall(r"Branches that go: (.+?)\. ", out)
+    path = tmp_path / "l1/b0/b0_pruned_0.8.pth"
+    branches = [(b.has_attention, b.has_ffn) for stage in load(path).spec.stages for b in stage.blocks]
+    assert sum(map(sum, branches)) < 16
+    assert "stages.3.blocks.0.mlp" not in named.split(", ")
+    before, after = (count(load(file).spec, SHAPE) for file in (dense, path))
+    size = {"params": "parameters"}.get(unit, unit)
+    assert 1 - getattr(after, size) / getattr(before, size) == pytest.approx(0.8, abs=0.01)
+
+
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--plan", "missing.json"), r"missing\.json does not exist; give the JSON file of a plan or a scan\."),
     (("--plan", "broken.json"), r"broken\.json is not valid JSON \(.*\); write it anew, or mend it there\."),
@@ -179,6 +193,9 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--images", "nowhere"), r"--images nowhere holds no picture; give a folder with .*\.png.* files\."),
     (("--price", "dear"), r"Price 'dear' is unknown; choose one of both, params, macs, none\."),
     (("--normalise", "sum"), r"Normalisation 'sum' is unknown; choose one of share, mean, max, none\."),
+    (("--depth", 1), r"--depth is 1; it must be at least 0 and below 1\."),
+    (("--depth", 0.5), r"--depth 0\.5 is a part of the rate of the params; it must be below that\."),
+    (("--depth", 0.1, "--rate_of", "latency"), r"--depth goes with a rate of params or macs and without a plan;"),
     (("--steps", 2, "--plan_only"), r"--steps has no effect with --plan_only or --rates; leave it out\."),
     (("--plan_only", "--epochs", 1, "--data", "."), r"--epochs has no effect with --plan_only, which cuts nothing;"),
 ]

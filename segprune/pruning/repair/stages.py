@@ -52,10 +52,12 @@ def _normalised_stream(dense: Stage, tokens: list[Tensor], sizes: list[tuple[int
     """The dense stream B N D as each of its LayerNorms sees it."""
     for x, size in zip(tokens, sizes, strict=True):
         for block in _blocks(dense):
-            yield normalised(block.norm1, x)
-            x = x + block.attn(block.norm1(x), *size)
-            yield normalised(block.norm2, x)
-            x = x + block.mlp(block.norm2(x), *size)
+            if block.norm1 is not None and block.attn is not None:
+                yield normalised(block.norm1, x)
+                x = x + block.attn(block.norm1(x), *size)
+            if block.norm2 is not None and block.mlp is not None:
+                yield normalised(block.norm2, x)
+                x = x + block.mlp(block.norm2(x), *size)
         yield normalised(dense.norm, x)
 
 
@@ -89,18 +91,24 @@ def _repair_embedding(
 def _repair_block(
     name: str, dense: Block, pruned: Block, basis: Basis, removed: Removed, tokens: Pairs, damping: float
 ) -> Pairs:
-    """In place; the stream behind the block comes back."""
-    into = fit_norm(dense.norm1, pruned.norm1, basis, tokens, damping)
-    inputs = tokens.through(dense.norm1, pruned.norm1)
-    after, targets = _aim(dense.attn, basis, inputs, tokens)
-    repair_attention(f"{name}.attn", dense.attn, pruned.attn, into, basis, removed, inputs, targets, damping)
-    tokens = Pairs(after, _add(pruned.attn, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
-
-    into = fit_norm(dense.norm2, pruned.norm2, basis, tokens, damping)
-    inputs = tokens.through(dense.norm2, pruned.norm2)
-    after, targets = _aim(dense.mlp, basis, inputs, tokens)
-    _repair_mlp(f"{name}.mlp", dense.mlp, pruned.mlp, into, basis, removed, inputs, targets, damping)
-    return Pairs(after, _add(pruned.mlp, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
+    """In place; the stream behind the block comes back. Both blocks have the same branches."""
+    if dense.norm1 is not None and dense.attn is not None:
+        assert pruned.norm1 is not None
+        assert pruned.attn is not None
+        into = fit_norm(dense.norm1, pruned.norm1, basis, tokens, damping)
+        inputs = tokens.through(dense.norm1, pruned.norm1)
+        after, targets = _aim(dense.attn, basis, inputs, tokens)
+        repair_attention(f"{name}.attn", dense.attn, pruned.attn, into, basis, removed, inputs, targets, damping)
+        tokens = Pairs(after, _add(pruned.attn, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
+    if dense.norm2 is not None and dense.mlp is not None:
+        assert pruned.norm2 is not None
+        assert pruned.mlp is not None
+        into = fit_norm(dense.norm2, pruned.norm2, basis, tokens, damping)
+        inputs = tokens.through(dense.norm2, pruned.norm2)
+        after, targets = _aim(dense.mlp, basis, inputs, tokens)
+        _repair_mlp(f"{name}.mlp", dense.mlp, pruned.mlp, into, basis, removed, inputs, targets, damping)
+        tokens = Pairs(after, _add(pruned.mlp, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
+    return tokens
 
 
 def _aim(

@@ -1,0 +1,92 @@
+"""Branches taken out of a network, and their mean outputs kept as a bias."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from segprune.model import Attention, Block, SegFormer, check_input, drop_path_rates
+from segprune.pruning.depth.branches import blocks_of, parts_of, singles, stages_of, without
+from segprune.pruning.trace import eval_mode
+
+
+@torch.no_grad()
+def remove(model: SegFormer, names: Collection[str], batches: Iterable[Tensor] = ()) -> SegFormer:
+    """A new network without these branches; a block that loses both goes, and those behind it move up.
+
+    With `batches` (normalised images B 3 H W) the mean of what a removed branch puts out on them stays, in the bias of
+    what wrote to the stream before: exact for a branch that puts out a constant. Stochastic depth is spread anew over
+    the blocks that remain. Refused: a name that is no branch, a stage that would lose all its blocks, images of another
+    shape.
+    """
+    spec, gone = without(model.spec, names), singles(model.spec, names)
+    images = images_for(model, batches)
+    means = _mean_outputs(model, gone, images) if images else {}
+    result = copy.deepcopy(model)
+    for i, stage in enumerate(stages_of(result)):
+        bias = stage.patch_embed.norm.bias
+        for j, block in enumerate(blocks_of(stage)):
+            for kind, _, module in list(parts_of(block)):
+                name = f"encoder.stages.{i}.blocks.{j}.{kind}"
+                if name not in gone:
+                    bias = (module.proj if isinstance(module, Attention) else module.fc2).bias
+                    continue
+                if name in means:
+                    bias.add_(means[name])
+                _drop(block, kind)
+        for j in reversed(range(len(stage.blocks))):
+            if not any(True for _ in parts_of(blocks_of(stage)[j])):
+                del stage.blocks[j]
+    left = [block for stage in stages_of(result) for block in blocks_of(stage)]
+    for block, rate in zip(left, drop_path_rates(spec), strict=True):
+        block.drop_path.rate = rate
+    result.spec = spec
+    return result
+
+
+def _drop(block: Block, kind: str) -> None:
+    if kind == "attn":
+        block.norm1, block.attn = None, None
+    else:
+        block.norm2, block.mlp = None, None
+
+
+def images_for(model: SegFormer, batches: Iterable[Tensor]) -> list[Tensor]:
+    """Checked, where the network is and in its precision; empty batches left out."""
+    parameter = model.decode_head.classifier.weight
+    images = []
+    for batch in batches:
+        check_input(tuple(batch.shape))
+        if not bool(batch.isfinite().all()):
+            raise ValueError("An image holds values that are not finite; check how the images are normalised.")
+        if len(batch):
+            images.append(batch.to(parameter.device, parameter.dtype))
+    return images
+
+
+def _mean_outputs(model: SegFormer, names: Collection[str], images: list[Tensor]) -> dict[str, Tensor]:
+    """What each single branch puts out, averaged over images and positions; in float64."""
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+
+    def watcher(name: str) -> Callable[..., None]:
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = output.double().flatten(0, -2)  # B N C -> B·N C
+            sums[name] = sums[name] + rows.sum(0) if name in sums else rows.sum(0)
+            counts[name] += len(rows)
+
+        return watch
+
+    hooks = [model.get_submodule(name).register_forward_hook(watcher(name)) for name in names]
+    try:
+        with eval_mode(model):
+            for x in images:
+                model.encoder(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: sums[name] / counts[name] for name in names}

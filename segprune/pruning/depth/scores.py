@@ -1,0 +1,117 @@
+"""What each branch does: how far the logits move without it, on images or on noise that stands in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from segprune.model import SegFormer, to_map
+from segprune.pruning.depth.branches import Branch, blocks_of, branches, parts_of, stages_of
+from segprune.pruning.depth.removal import images_for
+from segprune.pruning.trace import eval_mode
+
+Distance = Literal["kl", "mse"]
+Place = tuple[int, int]  # stage, block
+Size = tuple[int, int]  # height and width of the map that tokens come from
+
+
+@torch.no_grad()
+def branch_scores(
+    model: SegFormer,
+    batches: Iterable[Tensor],
+    *,
+    distance: Distance = "kl",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """By name, how far the classes' probabilities move when this branch alone is skipped; 0 or above.
+
+    `batches` are normalised images B 3 H W, without labels. Per pixel of the logits before the last upsampling: the
+    Kullback-Leibler divergence from the network's own probabilities in nats, or the mean square. A branch's mean output
+    counts although `remove` may keep it: rankings that left it out chose worse. In evaluation mode; what runs before a
+    branch runs once for all that come after it. `progress` is called with the blocks done, those of every batch, and
+    their number. Refused: no image, images of another shape, an unknown distance.
+    """
+    if distance not in get_args(Distance):
+        raise ValueError(f"Distance {distance!r} is unknown; choose kl or mse.")
+    images = images_for(model, batches)
+    if not images:
+        raise ValueError("Scoring branches needs images, and there are none; give a few dozen, labels are not needed.")
+    found = branches(model.spec)
+    by_block: dict[Place, list[Branch]] = {}
+    for branch in found:
+        by_block.setdefault((branch.stage, branch.block), []).append(branch)
+    totals = dict.fromkeys((branch.name for branch in found), 0.0)
+    done, steps = 0, len(images) * len(by_block)
+    with eval_mode(model):
+        for x in images:
+            dense = model.parts(x)[1]
+            for place, tokens, maps, size in _walk(model, x):
+                for branch in by_block[place]:
+                    stream = _skipping(model, branch, tokens, size)
+                    totals[branch.name] += len(x) * _far(distance, dense, _finish(model, place, stream, maps, size))
+                done += 1
+                if progress is not None:
+                    progress(done, steps)
+    count = sum(len(x) for x in images)
+    return {name: total / count for name, total in totals.items()}
+
+
+def _walk(model: SegFormer, x: Tensor) -> Iterator[tuple[Place, Tensor, list[Tensor], Size]]:
+    """Before every block: where, the stream B N C, the maps of the stages behind, the size."""
+    maps: list[Tensor] = []
+    for i, stage in enumerate(stages_of(model)):
+        tokens, height, width = stage.patch_embed(x)
+        for j, block in enumerate(blocks_of(stage)):
+            yield (i, j), tokens, maps, (height, width)
+            tokens = block(tokens, height, width)
+        x = to_map(stage.norm(tokens), height, width)
+        maps = [*maps, x]
+
+
+def _skipping(model: SegFormer, branch: Branch, tokens: Tensor, size: Size) -> Tensor:
+    """The stream behind the branch's block without what the branch adds to it."""
+    name = f"encoder.stages.{branch.stage}.blocks.{branch.block}"
+    for kind, norm, module in parts_of(blocks_of(stages_of(model)[branch.stage])[branch.block]):
+        if f"{name}.{kind}" not in branch.singles:
+            tokens = tokens + module(norm(tokens), *size)
+    return tokens
+
+
+def _finish(model: SegFormer, place: Place, tokens: Tensor, maps: list[Tensor], size: Size) -> Tensor:
+    """The logits B K H/4 W/4 that come of the stream behind the block at `place`."""
+    stages = stages_of(model)
+    stage = stages[place[0]]
+    for block in blocks_of(stage)[place[1] + 1 :]:
+        tokens = block(tokens, *size)
+    maps = [*maps, to_map(stage.norm(tokens), *size)]
+    for later in stages[place[0] + 1 :]:
+        maps.append(later(maps[-1]))
+    logits: Tensor = model.decode_head(maps)
+    return logits
+
+
+def _far(distance: Distance, dense: Tensor, other: Tensor) -> float:
+    wanted, found = (logits.double().log_softmax(1) for logits in (dense, other))
+    if distance == "mse":
+        return float((wanted.exp() - found.exp()).square().mean())
+    return float((wanted.exp() * (wanted - found)).sum(1).mean().clamp_min(0.0))
+
+
+def noise(input_shape: Size, count: int = 32, seed: int = 0) -> list[Tensor]:
+    """One batch B 3 H W to give in place of images where there are none, on the CPU.
+
+    Structure of all sizes, as photographs have it: a spectrum that falls with one over the frequency, colours that
+    agree more than they differ, standardised. On b0s trained on generated pictures it ranked branches much as these do,
+    and its means were better than none; white noise did worse at both.
+    """
+    height, width = input_shape
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(count, 3, height, width, generator=generator)
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1 / max(height, width)  # the mean, as strong as the longest wave
+    pink = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
+    pink = pink + pink.mean(1, keepdim=True) * 3.0
+    return [(pink - pink.mean()) / pink.std()]
