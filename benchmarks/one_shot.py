@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
+    parser.add_argument("--methods", nargs="+", default=[*THEIRS, *OURS], help="as the table names them")
     flags = parser.parse_args()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
@@ -54,6 +55,8 @@ def main() -> None:
         bench = Bench(flags.folder / str(seed), seed, accelerator)
         for budget in flags.budgets:
             for name, prune in methods(bench, budget).items():
+                if name.partition(" ")[2] not in flags.methods:
+                    continue
                 found = bench.cached(f"one-shot {budget} {name}", partial(_measured, bench, prune))
                 shares = [miou / bench.dense_miou for miou in found[:2]]
                 rows.setdefault((budget, name), []).append((*shares, *found[2:]))
