@@ -74,11 +74,8 @@ def methods(bench: Bench, budget: str) -> dict[str, Callable[[], nn.Module]]:
     """By name, what prunes the bench's dense network to the budget."""
     unit, _, share = budget.partition("=")
     rate, x = float(share), torch.randn(1, 3, *SIZE)
-    chosen = [bench.splits.train[i * NUM_TRAIN // NUM_IMAGES] for i in range(NUM_IMAGES)]
-    data = SegmentationData(chosen, NUM_CLASSES, EvalTransform(SIZE))
-    pairs = [data[i] for i in range(NUM_IMAGES)]
-    batches = [tuple(map(torch.stack, zip(*pairs[i : i + 8], strict=True))) for i in range(0, NUM_IMAGES, 8)]
-    images: list[Tensor] = [batch[0] for batch in batches]
+    batches = _training_batches(bench)
+    images = [batch[0] for batch in batches]
     dense = bench.dense
     start = dense if unit == "params" else fold_decoder(dense)
     whole = num_parameters(dense) if unit == "params" else num_macs(dense, x)
@@ -91,6 +88,19 @@ def methods(bench: Bench, budget: str) -> dict[str, Callable[[], nn.Module]]:
             lambda options: Pruner(dense, rate, rate_of=unit, data=images, **options).prune(x), options
         )
     return found
+
+
+def training_images(bench: Bench) -> list[Tensor]:
+    """64 of them, in batches B 3 H W."""
+    return [batch[0] for batch in _training_batches(bench)]
+
+
+def _training_batches(bench: Bench) -> list[tuple[Tensor, Tensor]]:
+    chosen = [bench.splits.train[i * NUM_TRAIN // NUM_IMAGES] for i in range(NUM_IMAGES)]
+    data = SegmentationData(chosen, NUM_CLASSES, EvalTransform(SIZE))
+    pairs = [data[i] for i in range(NUM_IMAGES)]
+    images, labels = (torch.stack(column) for column in zip(*pairs, strict=True))
+    return list(zip(images.split(8), labels.split(8), strict=True))
 
 
 def _measured(bench: Bench, prune: Callable[[], nn.Module]) -> list[float]:

@@ -1,0 +1,73 @@
+"""Is a network pruned down better than one that is small from the start? b1 cut to b0's size, beside b0, equal steps.
+
+    python -m benchmarks.native DIR [--seeds 1 2 3]
+
+For each seed a b0 and a b1 are trained from scratch on the data set of benchmarks.recovery in DIR: the b0 for 1000
+steps, the b1 for 800, after which it is cut to the parameters and MACs of the b0 with its decode head folded,
+repaired with 64 training pictures, and fine-tuned for the other 200 with the dense b1 as the teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import segprune
+from benchmarks.one_shot import training_images
+from benchmarks.recovery import DENSE, NUM_CLASSES, NUM_TRAIN, SIZE, Bench, spread
+from segprune import SegFormer, count
+from segprune.fold import fold_decoder
+from segprune.pruning.pruner import Pruner
+from segprune.spec import standard_spec
+from segprune.training.distill import Distillation
+from segprune.training.loop import train
+from segprune.training.state import Splits
+
+SHARE, EPOCHS, LR = 0.8, 4, 0.5  # of the steps for the dense b1; of its learning rate when fine-tuned
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    flags = parser.parse_args()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    rows = []
+    for seed in flags.seeds:
+        bench = Bench(flags.folder / str(seed), seed, accelerator)
+        rows.append((bench.dense_miou, *_pruned_down(bench)))
+        print(f"seed {seed}: native b0 {rows[-1][0]:.4f}, dense b1, cut, fine-tuned {rows[-1][1:]}", flush=True)
+    print("\n| | mIoU, mean (lowest and highest) |\n|---|---|")
+    names = ("b0, native", "b1, dense", "b1 cut to b0's size and repaired", "fine-tuned")
+    for name, column in zip(names, zip(*rows, strict=True), strict=True):
+        print(f"| {name} | {spread(column, '.4f')} |")
+
+
+def _pruned_down(bench: Bench) -> list[float]:
+    path = bench.folder / "b1.pth"
+    if not path.is_file():
+        torch.manual_seed(bench.seed)
+        spec = standard_spec("b1", NUM_CLASSES)
+        model = SegFormer(replace(spec, numerics=replace(spec.numerics, drop_path=0.0)))
+        steps = round(SHARE * (NUM_TRAIN // DENSE.batch_size))  # an epoch's
+        part = Splits(bench.splits.train[: steps * DENSE.batch_size], bench.splits.val)
+        train(model, replace(DENSE, seed=bench.seed), part, accelerator=bench.accelerator)
+        segprune.save(model, path)
+    dense = segprune.load(path)
+    small, large = (count(spec, SIZE) for spec in (fold_decoder(bench.dense).spec, dense.spec))
+    budgets = {"params": 1 - small.parameters / large.parameters, "macs": 1 - small.macs / large.macs}
+    pruned = Pruner(dense, budgets, repaired=True, data=training_images(bench)).prune(torch.empty(1, 3, *SIZE))
+    found = [bench.score(dense), bench.score(pruned)]
+    steps = round((1 - SHARE) * DENSE.epochs * (NUM_TRAIN // DENSE.batch_size) / EPOCHS)
+    part = Splits(bench.splits.train[: steps * DENSE.batch_size], bench.splits.val)
+    config = replace(bench.config(EPOCHS, LR), distillation=Distillation())
+    train(pruned, config, part, accelerator=bench.accelerator, teacher=fold_decoder(dense))
+    return [*found, bench.score(pruned)]
+
+
+if __name__ == "__main__":
+    main()
