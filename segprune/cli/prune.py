@@ -27,7 +27,7 @@ from segprune.cli.common import (
 )
 from segprune.cli.journal import check_kept
 from segprune.cli.settings import TrainSettings, check_settings, with_rates
-from segprune.cli.train import fit_with
+from segprune.cli.train import check_teacher_names, fit_with
 from segprune.data import Source
 from segprune.model import SegFormer, check_input
 from segprune.report import environment, network_record, network_size, reduction_record, score_record
@@ -125,7 +125,8 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
         check_settings(fine_tuning)
     show_settings("Pruning", asdict(config) | {"dialect": found.dialect})
     show_notes((*found.notes, reason) if config.epochs else found.notes)
-    source, pixels = _open(config) if config.data else (None, ())
+    teacher = found if config.epochs and fine_tuning.teacher else None
+    source, pixels = _open(config, teacher) if config.data else (None, ())
     checkpoint.check_writable(folder)
 
     dense = checkpoint.build(found).to(device)
@@ -141,7 +142,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     checkpoint.write_json(record, folder / RESULTS)
     if config.epochs and source is not None:
         del dense
-        done = fit_with(fine_tuning, pruned, source, pixels, extra)
+        done = fit_with(fine_tuning, pruned, source, pixels, extra, teacher)
         record["finetuned_model"] = record["pruned_model"] | score_record(done.score) | {"best_epoch": done.epoch}
         record["finetuned_save_path"] = str(done.path)
         checkpoint.write_json(record, folder / RESULTS)
@@ -186,7 +187,7 @@ def _read(config: PruneConfig) -> Checkpoint:
     return Checkpoint(model.spec, model.state_dict(), "segprune", (note,), backbone_only=False, extra={})
 
 
-def _open(config: PruneConfig) -> tuple[Source, tuple[int, ...]]:
+def _open(config: PruneConfig, teacher: Checkpoint | None) -> tuple[Source, tuple[int, ...]]:
     """The data set, its labels checked, and the labelled pixels of each class."""
     assert config.num_classes is not None
     splits = ("train", "val") if config.epochs else ("val",)
@@ -197,6 +198,12 @@ def _open(config: PruneConfig) -> tuple[Source, tuple[int, ...]]:
         splits,
         skip_bad=config.skip_bad,
         num_workers=config.num_workers,
+        classes=lambda names: check_teacher_names(
+            f"--model_path {config.model_path}",
+            teacher,
+            names,
+            "give data of the same classes, or leave the teacher out with --no_distill",
+        ),
     )
     return source, labels.pixels
 
