@@ -11,18 +11,16 @@ from typer import Option
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
+from segprune.cli.closing import RESULTS, add_finetuned, finetuned_folder, show_closing
 from segprune.cli.common import (
     Layout,
     SkipBad,
     choose_device,
     console,
-    latency_text,
-    measured_on,
     open_data,
     progress_bar,
     show_notes,
     show_settings,
-    show_table,
     switch,
 )
 from segprune.cli.journal import check_kept
@@ -30,13 +28,12 @@ from segprune.cli.settings import TrainSettings, check_settings, with_rates
 from segprune.cli.train import check_teacher_names, fit_with
 from segprune.data import Source
 from segprune.model import SegFormer, check_input
-from segprune.report import environment, network_record, network_size, reduction_record, score_record
+from segprune.report import environment, network_record, network_size, reduction_record
 from segprune.spec import spec_to_dict, standard_spec
 from segprune.stats import Latency, count, measure_latency
 from segprune.training.evaluate import EvalMode, Score, evaluate
 
 METHODS = ("l1",)
-RESULTS = "pruning_results.json"
 
 
 @dataclass(frozen=True)
@@ -143,10 +140,8 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     if config.epochs and source is not None:
         del dense
         done = fit_with(fine_tuning, pruned, source, pixels, extra, teacher)
-        record["finetuned_model"] = record["pruned_model"] | score_record(done.score) | {"best_epoch": done.epoch}
-        record["finetuned_save_path"] = str(done.path)
-        checkpoint.write_json(record, folder / RESULTS)
-    _show(record, latencies, config, folder / RESULTS)
+        add_finetuned(record, done, folder)
+    show_closing(record, folder)
 
 
 def _check_flags(config: PruneConfig, given: frozenset[str]) -> None:
@@ -260,7 +255,7 @@ def _fine_tuning(config: PruneConfig, path: Path) -> TrainSettings:
         amp=config.amp,
         cuda=config.cuda,
         seed=config.seed,
-        save_dir=str(path.with_suffix("")) + "_finetuned",
+        save_dir=str(finetuned_folder(path)),
     )
 
 
@@ -294,34 +289,3 @@ def _record(
         "settings": asdict(config),
         "environment": environment(),
     }
-
-
-def _show(record: dict[str, Any], latencies: list[Latency], config: PruneConfig, results: Path) -> None:
-    """The closing table."""
-    dense, pruned = (latency_text(latency) for latency in latencies)
-    networks = [("dense", "original_model", dense), ("pruned", "pruned_model", pruned)]
-    if record["folded_model"]["parameters"] < record["original_model"]["parameters"]:
-        networks.insert(1, ("decode head folded", "folded_model", "–"))
-    if "finetuned_model" in record:
-        networks.append(("fine-tuned", "finetuned_model", pruned))
-    rows = []
-    for name, key, latency in networks:
-        values = record[key]
-        miou = f"{values['miou']:.4f}" if "miou" in values else "–"
-        rows.append([name, f"{values['parameters_M']:.3f}", f"{values['macs_G']:.3f}", latency, miou])
-    show_table("Results", ["network", "params (M)", "MACs (G)", "latency (ms)", "mIoU"], rows)
-    reduction = record["reduction"]
-    console.print(
-        f"Parameters −{reduction['parameters_reduction_percent']:.1f} % "
-        f"(folding {reduction['parameters_by_folding_percent']:.1f}), "
-        f"FLOPs −{reduction['flops_reduction_percent']:.1f} % (folding {reduction['flops_by_folding_percent']:.1f}), "
-        f"{reduction['speedup']:.2f} × faster."
-    )
-    console.print(measured_on(latencies[0], config.input_shape))
-    for label, path in (
-        ("Pruned network", record["model_save_path"]),
-        ("Fine-tuned network", record.get("finetuned_save_path")),
-        ("All numbers", results),
-    ):
-        if path:
-            console.print(f"{label}: {path}", soft_wrap=True)

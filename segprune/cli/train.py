@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint, check_writable
+from segprune.cli.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.common import (
     choose_device,
     console,
@@ -68,6 +70,10 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
     done = fit_with(config, model, source, labels.pixels, extra, teacher, resumed)
     show_score(f"Best epoch {done.epoch} on val", done.score, source.class_names)
     console.print(f"Saved: {folder / BEST}\n       {folder / LAST}", soft_wrap=True)
+    record = unfinished(folder, config.epochs) if config.resume else None
+    if record is not None and os.environ.get("RANK", "0") == "0":  # of several processes one writes
+        add_finetuned(record, done, folder.resolve().parent)
+        show_closing(record, folder.resolve().parent)
 
 
 def fit_with(
