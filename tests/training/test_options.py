@@ -279,7 +279,9 @@ def test_a_compiled_student_takes_the_steps_of_one_that_is_not(
     weights = {}
     for compiled in (False, True):
         model = quiet_model()
-        losses[compiled], _ = losses_of(model, taught(data, epochs=1, freeze_epochs=0, compile=compiled), cpu, quiet_model(7))
+        losses[compiled], _ = losses_of(
+            model, taught(data, epochs=1, freeze_epochs=0, compile=compiled), cpu, quiet_model(7)
+        )
         weights[compiled] = weights_of(model)
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     for name, tensor in weights[False].items():
