@@ -6,9 +6,9 @@ Three runs take turns, in an order that is reversed from round to round: our loo
 with the same network folded and pruned, and a bare loop with the dense one: forward, upsampling, cross-entropy,
 backward, AdamW, over batches that lie in memory. Our loop reads the same generated pictures in as many processes as
 --num_workers says, augments them, and sets rates; scoring is left out. Ratios are of two runs of the same round:
-their median, lowest and highest. Without --batch it is 8 for b0 and b1 and 2 for larger variants. On a machine that others
-use too, --cpu_time counts the training process's processor time instead of the wall clock's; what waits for pictures
-is then not seen.
+their median, lowest and highest. Without --batch it is 8 for b0 and b1 and 2 for larger variants. On a machine that
+others use too, --cpu_time counts the training process's processor time instead of the wall clock's; what waits for
+pictures is then not seen.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def _batches(pictures: list[Drawn], config: TrainConfig, device: torch.device) -
     ]
 
 
-def _ours(model: nn.Module, config: TrainConfig, pictures: list[Drawn], accelerator: Accelerator, warmup: int) -> float:
+def _ours(
+    model: nn.Module, config: TrainConfig, pictures: list[Drawn], accelerator: Accelerator, warmup: int, clock: Clock
+) -> float:
     """Seconds of the steps after the warm-up; the loop reads every step's loss, so the device is done by then."""
     ends: list[float] = []
     note = lambda done, total, loss, lr: ends.append(clock())  # noqa: E731
