@@ -176,12 +176,16 @@ def open_data(
     *,
     skip_bad: bool = False,
     num_workers: int = 0,
+    classes: Callable[[tuple[str, ...]], None] | None = None,
 ) -> tuple[Source, LabelReport]:
     """A data set whose labels were checked, with bars and the check's notes printed.
 
     With `skip_bad` every picture of the splits is read once, and those that cannot be are left out, counted and named.
+    `classes` may refuse the classes' names before anything that takes long.
     """
     source = open_source(data, layout)
+    if classes is not None:
+        classes(source.class_names)
     if skip_bad:
         for split in splits:
             with progress_bar(f"reading {split}") as advance:

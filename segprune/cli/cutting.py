@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,14 @@ from segprune.model import SegFormer
 from segprune.stats import count
 
 
-def cut_network(dense: SegFormer, config: PruneConfig, given: frozenset[str], images: list[Tensor]) -> SegFormer:
+def cut_network(
+    dense: SegFormer,
+    config: PruneConfig,
+    given: frozenset[str],
+    images: list[Tensor],
+    trained: Callable[[SegFormer, int], SegFormer] | None = None,
+) -> SegFormer:
+    """The network as the flags ask for it; `trained` trains it on between two steps, whose number from 1 it gets."""
     x = torch.empty(1, 3, *config.input_shape, device="meta")
     images = [batch.to(next(dense.parameters()).device) for batch in images]
     start = model = _without_branches(dense, config, given, images) if config.depth else dense
@@ -23,6 +30,8 @@ def cut_network(dense: SegFormer, config: PruneConfig, given: frozenset[str], im
         with progress_bar(text) as advance:
             rates = _rates_of_step(step, dense, start, model, config, asked_rates(config, given))
             model = pruner_of(config, given, model, images, rates, advance).prune(x)
+        if trained is not None and step + 1 < config.steps:
+            model = trained(model, step + 1)
     return model
 
 

@@ -12,31 +12,27 @@ from torch import Tensor
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
 from segprune.cli.calibration import images_for
+from segprune.cli.closing import RESULTS, add_finetuned, finetuned_folder, show_closing
 from segprune.cli.common import (
     choose_device,
     console,
-    latency_text,
-    measured_on,
     open_data,
     progress_bar,
     show_notes,
     show_settings,
-    show_table,
 )
 from segprune.cli.cutting import cut_network
 from segprune.cli.journal import check_kept
 from segprune.cli.plans import PLAN, show_plan, write_plan
 from segprune.cli.pruning import PruneConfig, check_flags, label, pruner_of
 from segprune.cli.settings import TrainSettings, check_settings, with_rates
-from segprune.cli.train import fit_with
+from segprune.cli.train import check_teacher_names, fit_with
 from segprune.data import Source
 from segprune.model import SegFormer, check_input
-from segprune.report import environment, network_record, network_size, reduction_record, score_record
+from segprune.report import environment, network_record, network_size, reduction_record
 from segprune.spec import spec_to_dict, standard_spec
 from segprune.stats import Latency, count, measure_latency
 from segprune.training.evaluate import EvalMode, Score, evaluate
-
-RESULTS = "pruning_results.json"
 
 
 def run(config: PruneConfig, given: frozenset[str]) -> None:
@@ -59,7 +55,8 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
         check_settings(fine_tuning)
     show_settings("Pruning", asdict(config) | {"dialect": found.dialect})
     show_notes((*found.notes, reason) if config.epochs else found.notes)
-    source, pixels = _open(config) if config.data else (None, ())
+    teacher = found if config.epochs and fine_tuning.teacher else None
+    source, pixels = _open(config, teacher) if config.data else (None, ())
     checkpoint.check_writable(folder)
 
     dense = checkpoint.build(found).to(device)
@@ -67,8 +64,20 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     if config.plan_only:
         _show_plan(dense, config, given, images, folder / PLAN)
         return
-    pruned = cut_network(dense, config, given, images)  # before any scoring: what cannot be met is said at once
     extra = dict(found.extra) | {"pruning": _pruning_config(config, images)}
+
+    def trained(model: SegFormer, step: int) -> SegFormer:
+        """Between two steps of pruning."""
+        assert source is not None
+        cut = path.with_name(f"{path.stem}_step{step}.pth")
+        checkpoint.save(model, cut, extra=extra)
+        settings = replace(
+            fine_tuning, model_path=str(cut), epochs=config.step_epochs, save_dir=str(finetuned_folder(cut))
+        )
+        return checkpoint.load(fit_with(settings, model, source, pixels, extra, teacher).path).to(device)
+
+    # before any scoring: what cannot be met is said at once
+    pruned = cut_network(dense, config, given, images, trained if config.step_epochs else None)
     checkpoint.save(pruned, path, extra=extra)
     scores = {}
     if source is not None:
@@ -80,11 +89,9 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     checkpoint.write_json(record, folder / RESULTS)
     if config.epochs and source is not None:
         del dense
-        done = fit_with(fine_tuning, pruned, source, pixels, extra)
-        record["finetuned_model"] = record["pruned_model"] | score_record(done.score) | {"best_epoch": done.epoch}
-        record["finetuned_save_path"] = str(done.path)
-        checkpoint.write_json(record, folder / RESULTS)
-    _show(record, latencies, config, folder / RESULTS)
+        done = fit_with(fine_tuning, pruned, source, pixels, extra, teacher)
+        add_finetuned(record, done, folder)
+    show_closing(record, folder)
 
 
 def _read(config: PruneConfig) -> Checkpoint:
@@ -110,7 +117,7 @@ def _read(config: PruneConfig) -> Checkpoint:
     return Checkpoint(model.spec, model.state_dict(), "segprune", (note,), backbone_only=False, extra={})
 
 
-def _open(config: PruneConfig) -> tuple[Source, tuple[int, ...]]:
+def _open(config: PruneConfig, teacher: Checkpoint | None) -> tuple[Source, tuple[int, ...]]:
     """The data set, its labels checked, and the labelled pixels of each class."""
     assert config.num_classes is not None
     splits = ("train", "val") if config.epochs else ("val",)
@@ -121,6 +128,12 @@ def _open(config: PruneConfig) -> tuple[Source, tuple[int, ...]]:
         splits,
         skip_bad=config.skip_bad,
         num_workers=config.num_workers,
+        classes=lambda names: check_teacher_names(
+            f"--model_path {config.model_path}",
+            teacher,
+            names,
+            "give data of the same classes, or leave the teacher out with --no_distill",
+        ),
     )
     return source, labels.pixels
 
@@ -169,7 +182,7 @@ def _fine_tuning(config: PruneConfig, path: Path) -> TrainSettings:
         amp=config.amp,
         cuda=config.cuda,
         seed=config.seed,
-        save_dir=str(path.with_suffix("")) + "_finetuned",
+        save_dir=str(finetuned_folder(path)),
     )
 
 
@@ -224,34 +237,3 @@ def _record(
         "settings": asdict(config),
         "environment": environment(),
     }
-
-
-def _show(record: dict[str, Any], latencies: list[Latency], config: PruneConfig, results: Path) -> None:
-    """The closing table."""
-    dense, pruned = (latency_text(latency) for latency in latencies)
-    networks = [("dense", "original_model", dense), ("pruned", "pruned_model", pruned)]
-    if record["folded_model"]["parameters"] < record["original_model"]["parameters"]:
-        networks.insert(1, ("decode head folded", "folded_model", "–"))
-    if "finetuned_model" in record:
-        networks.append(("fine-tuned", "finetuned_model", pruned))
-    rows = []
-    for name, key, latency in networks:
-        values = record[key]
-        miou = f"{values['miou']:.4f}" if "miou" in values else "–"
-        rows.append([name, f"{values['parameters_M']:.3f}", f"{values['macs_G']:.3f}", latency, miou])
-    show_table("Results", ["network", "params (M)", "MACs (G)", "latency (ms)", "mIoU"], rows)
-    reduction = record["reduction"]
-    console.print(
-        f"Parameters −{reduction['parameters_reduction_percent']:.1f} % "
-        f"(folding {reduction['parameters_by_folding_percent']:.1f}), "
-        f"FLOPs −{reduction['flops_reduction_percent']:.1f} % (folding {reduction['flops_by_folding_percent']:.1f}), "
-        f"{reduction['speedup']:.2f} × faster."
-    )
-    console.print(measured_on(latencies[0], config.input_shape))
-    for text, path in (
-        ("Pruned network", record["model_save_path"]),
-        ("Fine-tuned network", record.get("finetuned_save_path")),
-        ("All numbers", results),
-    ):
-        if path:
-            console.print(f"{text}: {path}", soft_wrap=True)

@@ -120,6 +120,9 @@ class PruneConfig:
     steps: Annotated[
         int, Option("--steps", min=1, help="Prune in so many steps of equal size, each repaired by itself.")
     ] = 1
+    step_epochs: Annotated[
+        int, Option("--step_epochs", min=0, help="Fine-tune so many epochs between two steps, on --data.")
+    ] = 0
     depth: Annotated[
         float,
         Option(
@@ -201,6 +204,8 @@ def check_flags(config: PruneConfig, given: frozenset[str]) -> None:
         raise ValueError("--num_images has no effect without --images or --data; say where the pictures lie.")
     if config.repair and not (config.data or config.images):
         raise ValueError("--repair needs pictures; give them as --images DIR or --data, labels are not needed.")
+    if config.step_epochs and not (config.steps > 1 and config.epochs):
+        raise ValueError("--step_epochs has no effect without --steps 2 or more and --epochs; give both.")
     if config.steps > 1 and (config.plan_only or config.rates):
         raise ValueError("--steps has no effect with --plan_only or --rates; leave it out.")
     if not 0.0 <= config.depth < 1.0:

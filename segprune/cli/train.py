@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from segprune import checkpoint
-from segprune.checkpoint import check_writable
+from segprune.checkpoint import Checkpoint, check_writable
+from segprune.cli.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.common import (
     choose_device,
     console,
@@ -50,6 +52,7 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
     choose_device(config.cuda)
     config, reason = with_rates(config, extra)
     check_settings(config)
+    teacher = _read_teacher(config, model.spec.num_classes)
     show_settings("Resumed training" if config.resume else "Training", asdict(config))
     show_notes((*notes, reason))
     source, labels = open_data(
@@ -59,11 +62,18 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
         ("train", "val"),
         skip_bad=config.skip_bad,
         num_workers=config.num_workers,
+        classes=lambda names: check_teacher_names(
+            f"--teacher {config.teacher}", teacher, names, "give a teacher that was trained for the same classes"
+        ),
     )
     check_writable(folder)
-    done = fit_with(config, model, source, labels.pixels, extra, resumed)
+    done = fit_with(config, model, source, labels.pixels, extra, teacher, resumed)
     show_score(f"Best epoch {done.epoch} on val", done.score, source.class_names)
     console.print(f"Saved: {folder / BEST}\n       {folder / LAST}", soft_wrap=True)
+    record = unfinished(folder, config.epochs) if config.resume else None
+    if record is not None and os.environ.get("RANK", "0") == "0":  # of several processes one writes
+        add_finetuned(record, done, folder.resolve().parent)
+        show_closing(record, folder.resolve().parent)
 
 
 def fit_with(
@@ -72,11 +82,12 @@ def fit_with(
     source: Source,
     pixels: tuple[int, ...],
     extra: dict[str, Any],
+    teacher: Checkpoint | None,
     resumed: Resumable | None = None,
 ) -> Fit:
     """One run as the settings say, their rates chosen; `pixels` of each class are what the label check counted.
 
-    `extra` is what the checkpoint carries on from the one it started from.
+    `extra` is what the checkpoint carries on from the one it started from; `teacher` is the one that settings name.
     """
     assert config.lr is not None
     from_scratch = config.lr if not config.model_path else 10 * config.lr  # the rate whose tenth suits what comes next
@@ -90,29 +101,33 @@ def fit_with(
         cuda=config.cuda,
         settings=asdict(config),
         extra={"lr": from_scratch} | extra | classes,
-        teacher=_teacher(config, model, source.class_names) if config.teacher else None,
+        teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
         resumed=resumed,
         keep=config.keep,
         tensorboard=config.tensorboard,
     )
 
 
-def _teacher(config: TrainSettings, student: SegFormer, names: tuple[str, ...]) -> SegFormer:
-    """The dense network with its head folded; refused if it knows other classes than the student."""
+def _read_teacher(config: TrainSettings, num_classes: int) -> Checkpoint | None:
+    """The dense network to learn from, if there is to be one; refused if it has another number of classes."""
+    if not config.teacher:
+        return None
     found = checkpoint.read(config.teacher, dialect=config.teacher_dialect)  # which refuses a bare backbone
-    if found.spec.num_classes != student.spec.num_classes:
+    if found.spec.num_classes != num_classes:
         raise ValueError(
             f"--teacher {config.teacher} has {found.spec.num_classes} classes and the network to train "
-            f"{student.spec.num_classes}; give a teacher that was trained for the same classes (another number often "
+            f"{num_classes}; give a teacher that was trained for the same classes (another number often "
             "means another rule of which label is ignored)."
         )
-    for number, (theirs, ours) in enumerate(zip(found.extra.get("class_names", ()), names, strict=False)):
-        if theirs != ours:
-            raise ValueError(
-                f"--teacher {config.teacher} calls class {number} {theirs!r} and the data {ours!r}; "
-                "give a teacher that was trained for the same classes."
-            )
-    return fold_decoder(checkpoint.build(found))
+    return found
+
+
+def check_teacher_names(flag: str, teacher: Checkpoint | None, names: tuple[str, ...], remedy: str) -> None:
+    """ValueError where the teacher, which `flag` gave, and the data name a class differently, as far as both do."""
+    theirs = () if teacher is None else teacher.extra.get("class_names", ())
+    for number, (their, our) in enumerate(zip(theirs, names, strict=False)):
+        if their != our:
+            raise ValueError(f"{flag} calls class {number} {their!r} and the data {our!r}; {remedy}.")
 
 
 def _check_flags(config: TrainSettings, given: frozenset[str]) -> None:

@@ -29,6 +29,11 @@ def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
     processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started > processes:
         raise ValueError(f"{started} processes were started but only {processes} joined; start them with torchrun.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):  # set by accelerate, which on CPUs
+        raise ValueError(  # would do without it and say nothing
+            "FSDP was asked for, but scores and saved states need the whole network in every process; leave it out and "
+            "start with torchrun, which gives DDP."
+        )
     used = accelerator.mixed_precision
     if config.mixed_precision != used:
         raise ValueError(f"mixed_precision is {config.mixed_precision}, the accelerator's {used}; give both the same.")

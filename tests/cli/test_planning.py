@@ -158,6 +158,22 @@ def test_branches_go_first_and_count_towards_the_rate(unit: str, depth: float, d
     assert 1 - getattr(after, size) / getattr(before, size) == pytest.approx(0.8, abs=0.01)
 
 
+def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path: Path) -> None:
+    steps = ("--steps", 2, "--step_epochs", 1, "--epochs", 1, "--num_images", 2)
+    done("prune", "--model_path", dense, *SIZE, *HERE, *steps, "--data", data, "--save_dir", tmp_path)
+    folder = tmp_path / "l1/b0"
+    sizes = [
+        count(load(folder / name).spec, SHAPE).parameters
+        for name in (
+            "b0_pruned_0.5_step1.pth",
+            "b0_pruned_0.5_step1_finetuned/best_epoch_weights.pth",
+            "b0_pruned_0.5.pth",
+        )
+    ]
+    assert sizes[0] == sizes[1] > sizes[2] == pytest.approx(count(load(dense).spec, SHAPE).parameters / 2, rel=0.02)
+    assert "finetuned_model" in json.loads((folder / "pruning_results.json").read_text(encoding="utf-8"))
+
+
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--plan", "missing.json"), r"missing\.json does not exist; give the JSON file of a plan or a scan\."),
     (("--plan", "broken.json"), r"broken\.json is not valid JSON \(.*\); write it anew, or mend it there\."),
@@ -196,6 +212,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--depth", 1), r"--depth is 1; it must be at least 0 and below 1\."),
     (("--depth", 0.5), r"--depth 0\.5 is a part of the rate of the params; it must be below that\."),
     (("--depth", 0.1, "--rate_of", "latency"), r"--depth goes with a rate of params or macs and without a plan;"),
+    (("--step_epochs", 1), r"--step_epochs has no effect without --steps 2 or more and --epochs; give both\."),
     (("--steps", 2, "--plan_only"), r"--steps has no effect with --plan_only or --rates; leave it out\."),
     (("--plan_only", "--epochs", 1, "--data", "."), r"--epochs has no effect with --plan_only, which cuts nothing;"),
 ]

@@ -18,7 +18,7 @@ from segprune.pruning import pruner_l1
 from segprune.stats import count
 from segprune.training.distill import Distillation
 from segprune.training.evaluate import EvalMode, evaluate
-from tests.commands import HERE, SIZE, done, interrupted, refused, told
+from tests.commands import HERE, SIZE, done, interrupted, refused, told, training
 
 SHAPE = (64, 32)
 
@@ -196,7 +196,7 @@ def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monk
     plan = ("--price", "macs", "--normalise", "mean", "--max_rate", 0.8, "--rates", "head=0.5", "--ignore", "a.*, b")
     here = ("--keep_decoder", "--seed", 5, "--save_dir", tmp_path)
     assert refused("prune", "--model_path", dense, *flags, *plan, *here) == "Seen."
-    del seen["progress"]
+    del seen["progress"], seen["latency_table"]
     assert seen == {
         "rate": {"channels": 0.4},
         "method": "l1",
@@ -283,18 +283,40 @@ def test_a_wrong_flag_is_refused_without_a_checkpoint_too(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_fine_tuning_goes_on_as_the_message_says(dense: Path, data: Path, tmp_path: Path) -> None:
-    here = (*SIZE, *HERE, "--data", data, "--save_dir", tmp_path)
-    status, errors = interrupted(1, "prune", "--model_path", dense, *here, "--epochs", 1)
+def test_an_interrupted_fine_tuning_goes_on_as_the_message_says_and_ends_as_if_it_had_not_been(
+    tuned: tuple[Path, str], dense: Path, data: Path, tmp_path: Path
+) -> None:
+    here = (*SIZE, *HERE, "--data", data, "--save_dir", tmp_path, "--batch_size", 4)
+    status, errors = interrupted(3, "prune", "--model_path", dense, *here, "--epochs", 2)
     folder = tmp_path / "l1/b0/b0_pruned_0.5_finetuned"
     command = f"python -m segprune train --resume --save_dir {folder}"
     assert (status, errors) == (
         130,
-        f"Training was interrupted in epoch 1 after 1 batches. Go on with: {command}\n",
+        f"Training was interrupted in epoch 2 after 1 batches. Go on with: {command}\n",
     )
-    done(*command.split()[3:])
-    assert read(folder / "best_epoch_weights.pth").spec == read(folder.with_name("b0_pruned_0.5.pth")).spec
-    assert record_in(tmp_path)["pruned_model"]["miou"] > 0  # what was measured before the interrupt is kept
+    before = record_in(tmp_path)
+    assert "finetuned_model" not in before
+    out = done(*command.split()[3:])
+    after = record_in(tmp_path)
+    assert {name: after[name] for name in before} == before  # what was measured before the interrupt is kept
+    whole = record_in(tuned[0])["finetuned_model"]
+    for name in ("miou", "iou", "best_epoch", "parameters", "spec"):
+        assert after["finetuned_model"][name] == whole[name]
+    assert after.keys() == record_in(tuned[0]).keys()
+    assert after["finetuned_save_path"] == str(folder / "best_epoch_weights.pth")
+    assert re.search(rf"fine-tuned │ .* │ {whole['miou']:.4f} │", out)
+    assert f"All numbers: {tmp_path}/l1/b0/pruning_results.json" in out
+    assert "Results" not in done(*command.split()[3:])  # it was complete
+
+
+def test_other_training_beside_a_pruned_file_leaves_its_results_alone(dense: Path, data: Path, tmp_path: Path) -> None:
+    done("prune", "--model_path", dense, *SIZE, *HERE, "--data", data, "--save_dir", tmp_path)
+    path, before = tmp_path / "l1/b0/b0_pruned_0.5.pth", record_in(tmp_path)
+    for name in ("mine", "b0_pruned_0.5_finetuned"):  # the second not asked for when it was pruned
+        folder = path.with_name(name)
+        interrupted(1, *training(data, folder, "--model_path", path, "--epochs", 1))
+        assert "Results" not in done("train", "--resume", "--save_dir", folder)
+    assert record_in(tmp_path) == before
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--amp", "fp8"), ("--lr", -1.0), ("--freeze_epochs", -1)])

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from segprune.checkpoint import load, read, save
 from segprune.model import SegFormer
 from segprune.training.distill import Distillation
-from tests.commands import LAST, done, interrupted, refused, results_in, same, told, training
+from tests.commands import HERE, LAST, SIZE, done, interrupted, refused, results_in, same, told, training
 from tests.dialects import state_in
 
 
@@ -56,8 +57,17 @@ def test_weights_and_teacher_reach_the_loop(data: Path, small: Path, teacher: Pa
     assert (alone.config.distillation, alone.options["teacher"]) == (None, None)
 
 
+def unread(*_: object, **__: object) -> None:
+    raise AssertionError("the pictures were read before the teacher was refused")
+
+
 def refused_teacher(path: Path, data: Path, small: Path, tmp_path: Path, *flags: object) -> str:
-    said = refused(*training(data, tmp_path / "out", "--model_path", small, "--teacher", path, "--epochs", 1, *flags))
+    """What is said, before the label check or anything else that takes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("segprune.cli.common.check_labels", unread)
+        patch.setattr("segprune.cli.common.readable", unread)
+        here = ("--teacher", path, "--epochs", 1, "--skip_bad", *flags)
+        said = refused(*training(data, tmp_path / "out", "--model_path", small, *here))
     assert not any((tmp_path / "out").rglob("*"))
     return said
 
@@ -80,6 +90,22 @@ def test_a_teacher_of_other_classes_is_refused(data: Path, small: Path, tmp_path
     )
 
 
+def test_pruning_refuses_a_teacher_of_other_classes_as_early_and_does_without(
+    data: Path, dense: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.pth"
+    save(load(dense), path, extra={"class_names": ["background", "disc", "cat", *"abcde"]})
+    here = ("prune", "--model_path", path, *SIZE, *HERE, "--data", data, "--save_dir", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("segprune.cli.common.check_labels", unread)
+        assert refused(*here, "--epochs", 1) == (
+            f"--model_path {path} calls class 2 'cat' and the data 'square'; give data of the same classes, or leave "
+            "the teacher out with --no_distill."
+        )
+    assert not (tmp_path / "out").exists()
+    assert told(*here, "--epochs", 1, "--no_distill").options["teacher"] is None
+
+
 def test_names_are_compared_as_far_as_both_go(data: Path, small: Path, tmp_path: Path) -> None:
     path = tmp_path / "some.pth"
     save(load(small), path, extra={"class_names": ["background", "disc"]})
@@ -96,12 +122,14 @@ def test_a_bare_backbone_is_no_teacher(
     assert said.endswith("or a whole network.")
 
 
-def test_a_teacher_that_is_not_there_or_gets_no_weight_is_refused(
+def test_a_teacher_that_is_not_there_or_not_of_its_dialect_or_gets_no_weight_is_refused(
     data: Path, small: Path, teacher: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "gone.pth"
     said = refused_teacher(path, data, small, tmp_path)
     assert said == f"{path} does not exist; give the path of a checkpoint."
+    said = refused_teacher(teacher, data, small, tmp_path, "--teacher_dialect", "hf")
+    assert said == f"{teacher}: The file is segprune's own, but --dialect hf was given; leave --dialect out."
     off = [word for name in ("pixel", "channel", "feature") for word in (f"--distill_{name}", 0)]
     said = refused_teacher(teacher, data, small, tmp_path, *off)
     assert said.startswith("All weights of distillation are 0; raise one of pixel, channel, feature or drop")

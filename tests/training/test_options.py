@@ -26,10 +26,12 @@ from tests.training.tiny import (
     Pointwise,
     config_of,
     interrupt,
+    losses_of,
     quiet_model,
     recorded,
     same,
     splits_of,
+    taught,
     tiny_model,
     weights_of,
 )
@@ -266,3 +268,21 @@ def test_a_student_comes_nearer_to_its_teacher_than_the_labels_bring_it(data: Pa
     assert distance(taught) < 0.9 * min(start, distance(alone))
     assert same(weights_of(teacher), before)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_compiled_student_takes_the_steps_of_one_that_is_not(
+    data: Path, cpu: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(Student, "compile", lambda student: compile_(student, backend="aot_eager"))  # without C++
+    losses: dict[bool, list[float]] = {}
+    weights = {}
+    for compiled in (False, True):
+        model = quiet_model()
+        losses[compiled], _ = losses_of(
+            model, taught(data, epochs=1, freeze_epochs=0, compile=compiled), cpu, quiet_model(7)
+        )
+        weights[compiled] = weights_of(model)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    for name, tensor in weights[False].items():
+        torch.testing.assert_close(weights[True][name], tensor, rtol=1e-3, atol=1e-4)

@@ -34,6 +34,14 @@ def test_processes_that_accelerate_did_not_join_are_refused(
         train(Pointwise(), *config_of(data), accelerator=cpu)
 
 
+def test_sharding_the_network_itself_is_refused(data: Path, cpu: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch --use_fsdp does
+    with pytest.raises(
+        ValueError, match=r"FSDP was asked for, but .*; leave it out and start with torchrun, which gives"
+    ):
+        train(Pointwise(), *config_of(data), accelerator=cpu)
+
+
 @pytest.mark.parametrize(
     ("processes", "changes", "said"),
     [

@@ -1,0 +1,181 @@
+"""What learns, and one step of it: the network and its projections, their optimiser, the loss, the moving average.
+
+A step shares its batch with the other processes and takes its part in pieces. Where a run stands, what it is scored
+and saved with is the loop's affair.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from segprune.data import IGNORE_INDEX
+from segprune.training.config import TrainConfig
+from segprune.training.distill import Projections
+from segprune.training.ema import Ema
+from segprune.training.objective import Objective, Student
+from segprune.training.optim import make_optimizer, parameter_groups
+from segprune.training.schedule import lr_factor
+from segprune.training.state import TrainState
+
+
+class Learner:
+    """Trains `model` in place on the accelerator's device; `close` lets go of it."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, accelerator: Accelerator, teacher: nn.Module | None
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.processes = accelerator.num_processes
+        self.bare = model.to(accelerator.device)
+        self.encoder = _encoder_parameters(model) if config.freeze_epochs else []
+        self.objective = Objective(
+            config.loss, config.distillation, _frozen(teacher, accelerator), accelerator.autocast
+        )
+        self.projections = _projections(model, teacher, config)
+        groups = parameter_groups(model, config.weight_decay, config.head_lr_factor, config.layer_decay)
+        if self.projections is not None:
+            self.projections.to(accelerator.device)
+            groups += parameter_groups(self.projections, config.weight_decay)
+        self.bare_optimizer = make_optimizer(config.optimizer, groups, config.lr, config.momentum)  # type: ignore[arg-type]
+        self.ema = Ema(model, config.ema) if config.ema else None
+        self.wrapped = False
+
+    @property
+    def lr(self) -> float:
+        """The run's, of which each group has its own share."""
+        group = self.bare_optimizer.param_groups[0]
+        return float(group["lr"] / group["lr_scale"])
+
+    def prepare(self, epoch: int) -> None:
+        """Hand the network to accelerate; once more when the encoder is freed, since DDP looks at what trains."""
+        self.bare.train()
+        frozen = epoch < self.config.freeze_epochs
+        if self.wrapped and not (self.encoder and epoch == self.config.freeze_epochs):
+            return
+        for parameter in self.encoder:
+            parameter.requires_grad_(not frozen)
+        self._release()
+        student = Student(self.bare, self.projections, distilled=self.config.distillation is not None)
+        if self.config.compile:
+            student.compile()
+        self.student, self.optimizer = self.accelerator.prepare(student, self.bare_optimizer)
+        self.wrapped = True
+
+    def close(self) -> None:
+        """Let go of everything: a process group that something still holds can abort the interpreter's exit."""
+        for parameter in self.encoder:
+            parameter.requires_grad_(True)
+        self.student = self.optimizer = None
+        self._release()
+
+    def _release(self) -> None:
+        """Take back what accelerate holds on to; collecting garbage takes most of a second, so only if need be."""
+        if self.processes > 1:
+            self.accelerator.free_memory()
+        else:
+            self.accelerator._models.clear()
+            self.accelerator._optimizers.clear()
+
+    def step(
+        self, pixels: Tensor, labels: Tensor, steps_done: int, total_steps: int, stop: threading.Event
+    ) -> tuple[float, bool]:
+        """Take one, from this process's share of the batch, B 3 H W and B H W.
+
+        Returns the loss of the whole batch, and whether any process was told to stop. Raises FloatingPointError
+        when the loss is not finite, before the weights are touched.
+        """
+        self._set_lr(steps_done, total_steps)
+        pieces = self.config.accumulate
+        labelled = self.summed((labels != IGNORE_INDEX).sum().float())
+        num_labelled = labelled / (self.processes * pieces)  # then the mean over all pieces is that of the batch
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=pixels.device)
+        for number, (x, y) in enumerate(zip(pixels.chunk(pieces), labels.chunk(pieces), strict=True), start=1):
+            with nullcontext() if number == pieces else self.accelerator.no_sync(self.student):
+                loss = self.objective(self.student, x, y, num_labelled) / pieces
+                self.accelerator.backward(loss)
+            total += loss.detach() / self.processes
+        told = total.new_full((), float(stop.is_set()))
+        value, stopped = self.summed(torch.stack([total, told])).tolist()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"The loss became {value}")
+        if self.config.clip_norm:
+            self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.bare)
+        return value, stopped > 0
+
+    def _set_lr(self, steps_done: int, total_steps: int) -> None:
+        config = self.config
+        factor = lr_factor(
+            steps_done,
+            total_steps,
+            warmup_steps=round(config.warmup * total_steps),
+            decay=config.decay,
+            min_factor=config.min_factor,
+            hold_steps=round(config.hold * total_steps),
+        )
+        for group in self.bare_optimizer.param_groups:
+            group["lr"] = config.lr * factor * group["lr_scale"]
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        return tensor if self.processes == 1 else self.accelerator.reduce(tensor, "sum")
+
+    def weights(self) -> dict[str, Tensor]:
+        return _copied(self.bare.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """The fields of a TrainState that are not the loop's, in copies."""
+        scaler = self.accelerator.scaler
+        return {
+            "projections": {} if self.projections is None else _copied(self.projections.state_dict()),
+            "optimizer": deepcopy(self.bare_optimizer.state_dict()),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def restore(self, state: TrainState) -> None:
+        self.bare.load_state_dict(state.model)
+        if self.projections is not None:
+            self.projections.load_state_dict(state.projections)
+        self.bare_optimizer.load_state_dict(deepcopy(state.optimizer))
+        if state.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        if self.ema is not None and state.ema is not None:
+            self.ema.load_state_dict(state.ema)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _frozen(teacher: nn.Module | None, accelerator: Accelerator) -> nn.Module | None:
+    return None if teacher is None else teacher.to(accelerator.device).eval().requires_grad_(False)
+
+
+def _projections(model: nn.Module, teacher: nn.Module | None, config: TrainConfig) -> Projections | None:
+    """Of the student's maps to the teacher's widths; from torch's seed, whatever was drawn before."""
+    if config.distillation is None or not config.distillation.feature:
+        return None
+    torch.manual_seed(config.seed)
+    widths = [[stage.width for stage in network.spec.stages] for network in (model, teacher)]  # type: ignore[union-attr]
+    return Projections(*widths)
+
+
+def _encoder_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What freeze_epochs holds still; parameters that did not train anyway are left as they are."""
+    encoder = getattr(model, "encoder", None)
+    if encoder is None:
+        raise ValueError(f"freeze_epochs needs a submodule `encoder`, which {type(model).__name__} lacks; set it to 0.")
+    return [parameter for parameter in encoder.parameters() if parameter.requires_grad]
