@@ -76,6 +76,16 @@ STUDIES: dict[str, tuple[Setting, ...]] = {
         replace(HARD, name="features alone", distillation=Distillation(pixel=0, channel=0)),
         replace(HARD, name="pixels and channels", distillation=Distillation(feature=0)),
     ),
+    "weights": tuple(
+        replace(HARD, name=f"{name}, learning rate × 1", lr=1.0, distillation=distillation)
+        for name, distillation in (
+            ("labels alone", None),
+            ("pixels 1", Distillation(channel=0, feature=0)),
+            ("pixels 1, features 1", Distillation(channel=0)),
+            ("pixels 3", Distillation(pixel=3, channel=0, feature=0)),
+            ("channels 0.3", Distillation(pixel=0, channel=0.3, feature=0)),
+        )
+    ),
     "head": (
         replace(HARD_TAUGHT, name="folded head"),
         replace(HARD_TAUGHT, name="original head", keep_decoder=True),
