@@ -163,6 +163,8 @@ def _ranked(
     slots = [_slot_scores(scores[group.name], group) for group in groups]
     if options.scope == "isomorphic":
         return _isomorphic_ranks(groups, slots)
+    if options.sensitivity and not options.sensitivity.keys() & {group.name for group in groups}:
+        raise ValueError("The sensitivities are of another network: they name none of its groups; scan this one.")
     factors = [weight * options.sensitivity.get(g.name, 1.0) for g, weight in zip(groups, weights, strict=True)]
     return [factor * _losses(s, options.normalise) for factor, s in zip(factors, slots, strict=True)]
 

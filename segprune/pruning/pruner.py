@@ -135,18 +135,23 @@ class Pruner:
         if self._asks_nothing():
             return copy.deepcopy(self.model)
         prepared = self.prepare(example_inputs)
-        model = self._cut(prepared, example_inputs) if prepared.latency is None else self._cut_to_latency(prepared)
+        if self.repaired and not prepared.wholes:
+            raise ValueError(f"{type(self.model).__name__} is not a stock SegFormer; only those can be repaired.")
+        found = self.scores(prepared)
+        if prepared.latency is not None:
+            self.plan, model = self._cut_to_latency(prepared, found)
+        else:
+            self.plan = self._planned(prepared, found, self.rates_of)
+            model = self._cut(prepared, self.plan, example_inputs)
         if not self.repaired:
             return model
-        assert self.plan is not None
-        if not (isinstance(model, SegFormer) and isinstance(prepared.model, SegFormer) and prepared.wholes):
-            raise ValueError(f"{type(model).__name__} is not a stock SegFormer; only those can be repaired.")
+        assert isinstance(model, SegFormer)
+        assert isinstance(prepared.model, SegFormer)
         return repair(model, prepared.model, prepared.groups, self.plan, self.data, progress=self.progress)
 
-    def _cut(self, prepared: Prepared, example_inputs: Any) -> nn.Module:
-        self.plan = self._planned(prepared)
+    def _cut(self, prepared: Prepared, plan: Plan, example_inputs: Any) -> nn.Module:
         model = copy.deepcopy(prepared.model) if self.repaired or prepared.latency is not None else prepared.model
-        cut(model, prepared.groups, self.plan)
+        cut(model, prepared.groups, plan)
         if isinstance(model, SegFormer) and prepared.wholes:
             model.spec = read_spec(model)
         else:
@@ -154,35 +159,32 @@ class Pruner:
                 _check_run(model, example_inputs)
         return model
 
-    def _cut_to_latency(self, prepared: Prepared) -> nn.Module:
+    def _cut_to_latency(self, prepared: Prepared, found: Mapping[str, Scores]) -> tuple[Plan, nn.Module]:
         """Cut, measure, correct, until the measured latency is what is asked, or less where other budgets bind."""
-        costs, asked, dense_ms = prepared.latency, dict(self.rates_of), prepared.wholes["latency"]
+        costs, dense_ms, plans = prepared.latency, prepared.wholes["latency"], []
         assert costs is not None
 
         def at(target_ms: float) -> tuple[nn.Module, float]:
-            self.rates_of = asked | {"latency": 1.0 - target_ms / dense_ms}
-            network = self._cut(prepared, None)
-            assert self.plan is not None
-            return network, (1.0 - self.plan.removed["latency"]) * dense_ms
+            plan = self._planned(prepared, found, {**self.rates_of, "latency": 1.0 - target_ms / dense_ms})
+            plans.append(plan)
+            return self._cut(prepared, plan, None), (1.0 - plan.removed["latency"]) * dense_ms
 
-        try:
+        with eval_mode(self.model):
             met = meet(
-                1.0 - asked["latency"],
+                1.0 - self.rates_of["latency"],
                 self.model,
                 dense_ms,
                 at,
                 costs.input_shape,
                 device=costs.table.place.device,
-                at_most=len(asked) > 1,
+                at_most=len(self.rates_of) > 1,
             )
-        finally:
-            self.rates_of = asked
-        return met.network
+        return plans[-1], met.network
 
     def decide(self, example_inputs: Any = None) -> tuple[Plan, tuple[Group, ...]]:
         """What `prune` would do, and the groups it could choose from; nothing is cut."""
         prepared = self.prepare(example_inputs)
-        self.plan = self._planned(prepared)
+        self.plan = self._planned(prepared, self.scores(prepared), self.rates_of)
         return self.plan, prepared.groups
 
     def _asks_nothing(self) -> bool:
@@ -206,15 +208,15 @@ class Pruner:
         fallback = "l1" if self.method == "bn" else None  # for groups without a normalisation
         return scores(self.method, prepared.model, prepared.groups, self.data, seed=self.seed, fallback=fallback)
 
-    def _planned(self, prepared: Prepared) -> Plan:
-        groups, found = prepared.groups, self.scores(prepared)
-        units: list[RateOf] = [*self.rates_of, "params", "macs"]
-        limits = {unit: prepared.limit(unit, self.rates_of.get(unit, 0.0)) for unit in units}
+    def _planned(self, prepared: Prepared, found: Mapping[str, Scores], rates_of: Mapping[RateOf, float]) -> Plan:
+        groups = prepared.groups
+        units: list[RateOf] = [*rates_of, "params", "macs"]
+        limits = {unit: prepared.limit(unit, rates_of.get(unit, 0.0)) for unit in units}
         if self.widths is not None:
             plan = plan_of(groups, found, _checked(self.widths, groups))
         else:
-            weights = loss_weights(prepared.rows, groups, next(iter(self.rates_of), "params"), self.price)
-            plan = solve([limits[unit] for unit in self.rates_of], groups, found, weights, self.options)
+            weights = loss_weights(prepared.rows, groups, next(iter(rates_of), "params"), self.price)
+            plan = solve([limits[unit] for unit in rates_of], groups, found, weights, self.options)
         widths = np.array([len(plan.keep[group.name]) // group.parts for group in groups], dtype=np.int64)
         return replace(plan, removed={unit: limit.removed(widths) for unit, limit in limits.items()})
 
@@ -249,7 +251,8 @@ class Pruner:
         if "latency" in self.rates_of:
             table = self.latency_table or LatencyTable(parameter.device)
             latency = LatencyCosts(model.spec, groups, table, (height, width), progress=self.progress)
-            wholes["latency"] = dense_in_predicted_ms(self.model, model, latency)
+            with eval_mode(self.model):
+                wholes["latency"] = dense_in_predicted_ms(self.model, model, latency)
         return Prepared(model, groups, layers(model.spec, (height, width)), wholes, latency=latency)
 
     def _prepare_traced(self, example_inputs: Any, protected: set[str]) -> Prepared:

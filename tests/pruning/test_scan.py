@@ -60,3 +60,10 @@ def test_a_part_that_is_sensitive_is_spared(small_model: SegFormer) -> None:
         Pruner(small_model, 0.5, round_to=1, sensitivity=factors).decide()[0] for factors in ({}, {spared: 9.0})
     )
     assert len(careful.keep[spared]) > len(plain.keep[spared])
+
+
+def test_a_scan_of_another_network_is_refused(small_model: SegFormer) -> None:
+    with pytest.raises(
+        ValueError, match=r"The sensitivities are of another network: they name none of its groups; scan"
+    ):
+        Pruner(small_model, 0.5, round_to=1, sensitivity={"stages.9.width": 2.0}).decide()
