@@ -25,7 +25,7 @@ from segprune.cli.cutting import cut_network
 from segprune.cli.journal import check_kept
 from segprune.cli.plans import PLAN, show_plan, write_plan
 from segprune.cli.pruning import PruneConfig, check_flags, label, pruner_of
-from segprune.cli.settings import TrainSettings, check_settings, with_rates
+from segprune.cli.settings import TrainSettings, advice, check_settings, with_rates
 from segprune.cli.train import check_teacher_names, fit_with
 from segprune.data import Source
 from segprune.model import SegFormer, check_input
@@ -88,6 +88,8 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     record = _record(config, found, pruned, latencies, scores, images) | {"model_save_path": str(path)}
     checkpoint.write_json(record, folder / RESULTS)
     if config.epochs and source is not None:
+        if "lr" not in given and fine_tuning.lr is not None:
+            show_notes(advice(scores["dense"].miou, scores["pruned"].miou, fine_tuning.lr))
         del dense
         done = fit_with(fine_tuning, pruned, source, pixels, extra, teacher)
         add_finetuned(record, done, folder)

@@ -18,6 +18,7 @@ from segprune.training.optim import check_optimizer
 from segprune.training.schedule import voc_lr, voc_schedule
 
 SCRATCH_LR, PRETRAINED_LR = 1e-3, 6e-5  # the first as measured on the generated data, the second the paper's
+MUCH_LOST = 0.9  # of the mIoU still there; see docs/log.md
 VOC_LR = {"adamw": 1e-4, "sgd": 1e-2}  # what the VOC scripts start from
 
 
@@ -160,6 +161,16 @@ def with_rates(config: TrainSettings, extra: Mapping[str, Any]) -> tuple[TrainSe
         return replace(config, lr=lr), f"Learning rate {lr:g}: a tenth of what the network was trained with."
     return replace(config, lr=PRETRAINED_LR), (
         f"Learning rate {PRETRAINED_LR:g}: the paper's, since the file does not say what it was trained with."
+    )
+
+
+def advice(before: float, after: float, lr: float) -> tuple[str, ...]:
+    """A note where pruning took more of the mIoU than a tenth of the original learning rate brings back; else none."""
+    if after >= MUCH_LOST * before:
+        return ()
+    return (
+        f"The cut network keeps {after / max(before, 1e-9):.0%} of the dense mIoU. Where so much is lost, the original "
+        f"learning rate brings more of it back than the tenth taken here; --lr {10 * lr:g} is worth a try.",
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from segprune.cli.settings import advice
 from tests.commands import interrupted, refused, told, training
 from tests.dialects import state_in
 
@@ -91,3 +92,10 @@ def test_the_decay_over_the_blocks_reaches_the_loop(data: Path, small: Path, tmp
     flags = training(data, tmp_path, "--model_path", small)
     assert told(*flags).config.layer_decay == 1.0
     assert told(*flags, "--layer_decay", 0.9).config.layer_decay == 0.9
+
+
+def test_where_much_was_lost_a_higher_rate_is_advised() -> None:
+    assert advice(0.8, 0.73, 1e-4) == ()
+    (note,) = advice(0.8, 0.4, 1e-4)
+    assert note.startswith("The cut network keeps 50% of the dense mIoU. ")
+    assert note.endswith("; --lr 0.001 is worth a try.")
