@@ -83,7 +83,11 @@ STUDIES: dict[str, tuple[Setting, ...]] = {
             ("pixels 1", Distillation(channel=0, feature=0)),
             ("pixels 1, features 1", Distillation(channel=0)),
             ("pixels 3", Distillation(pixel=3, channel=0, feature=0)),
+            ("channels 0.1", Distillation(pixel=0, channel=0.1, feature=0)),
             ("channels 0.3", Distillation(pixel=0, channel=0.3, feature=0)),
+            ("channels 1", Distillation(pixel=0, channel=1, feature=0)),
+            ("pixels 1, channels 0.3", Distillation(channel=0.3, feature=0)),
+            ("pixels 1, channels 0.3, features 1", Distillation(channel=0.3)),
         )
     ),
     "head": (
