@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from segprune.cli.common import console, progress_bar
+from segprune.cli.plans import widths_by_group
 from segprune.cli.pruning import PruneConfig, asked_rates, pruner_of, split_names
 from segprune.model import SegFormer
 from segprune.stats import count
+from segprune.training.learner import Penalty
+
+if TYPE_CHECKING:  # importing it needs torch-pruning, which other commands do without
+    from segprune.pruning.pruner import Pruner
 
 
 def cut_network(
@@ -19,9 +25,9 @@ def cut_network(
     config: PruneConfig,
     given: frozenset[str],
     images: list[Tensor],
-    trained: Callable[[SegFormer, int], SegFormer] | None = None,
+    trained: Callable[[SegFormer, str, Penalty | None], SegFormer],
 ) -> SegFormer:
-    """The network as the flags ask for it; `trained` trains it on between two steps, whose number from 1 it gets."""
+    """The network as the flags ask for it; `trained` trains it on, named by what for, between steps or before all."""
     x = torch.empty(1, 3, *config.input_shape, device="meta")
     images = [batch.to(next(dense.parameters()).device) for batch in images]
     start = model = _without_branches(dense, config, given, images) if config.depth else dense
@@ -29,10 +35,34 @@ def cut_network(
         text = "pruning" if config.steps == 1 else f"pruning, step {step + 1} of {config.steps}"
         with progress_bar(text) as advance:
             rates = _rates_of_step(step, dense, start, model, config, asked_rates(config, given))
-            model = pruner_of(config, given, model, images, rates, advance).prune(x)
-        if trained is not None and step + 1 < config.steps:
-            model = trained(model, step + 1)
+            pruner = pruner_of(config, given, model, images, rates, advance)
+            if not config.sparse_epochs:
+                model = pruner.prune(x)
+        if config.sparse_epochs:
+            model = _cut_once_sparse(pruner, config, given, images, trained)
+        if config.step_epochs and step + 1 < config.steps:
+            model = trained(model, f"step{step + 1}", None)
     return model
+
+
+def _cut_once_sparse(
+    pruner: Pruner,
+    config: PruneConfig,
+    given: frozenset[str],
+    images: list[Tensor],
+    trained: Callable[[SegFormer, str, Penalty | None], SegFormer],
+) -> SegFormer:
+    """Decide, train the network until what goes is worth little, and cut it then."""
+    from segprune.pruning.sparsity import group_lasso
+
+    x = torch.empty(1, 3, *config.input_shape, device="meta")
+    plan, groups = pruner.decide(x)
+    lasso, whole = group_lasso(groups, plan), pruner.prepare(x).model
+    assert isinstance(whole, SegFormer)
+    model = trained(whole, "sparse", lambda network: config.sparse_weight * lasso(network))
+    widths = {group.name: width for group, width in widths_by_group(plan, groups)}
+    with progress_bar("pruning") as advance:
+        return pruner_of(config, given, model, images, {}, advance, widths=widths).prune(x)
 
 
 def _without_branches(dense: SegFormer, config: PruneConfig, given: frozenset[str], images: list[Tensor]) -> SegFormer:

@@ -21,6 +21,7 @@ from segprune.model import SegFormer
 from segprune.spec import Spec, spec_from_dict
 from segprune.training.config import TrainConfig
 from segprune.training.evaluate import EvalMode
+from segprune.training.learner import Penalty
 from segprune.training.loop import train
 from segprune.training.state import Splits, TrainingDiverged, TrainingInterrupted, TrainState
 
@@ -45,6 +46,7 @@ def fit(
     settings: Mapping[str, Any],
     extra: Mapping[str, Any],
     teacher: SegFormer | None = None,
+    penalty: Penalty | None = None,
     resumed: Resumable | None = None,
     keep: int = 0,
     tensorboard: bool = False,
@@ -52,7 +54,7 @@ def fit(
     """Train `model` on the source's train and val, and keep the folder's files up to date after every epoch.
 
     `settings` is saved for --resume and with the results, `extra` inside the checkpoints. Ctrl-C leaves
-    resume.pth and raises KeyboardInterrupt with the command that goes on.
+    resume.pth and raises KeyboardInterrupt with the command that goes on. `penalty` of the weights adds to the loss.
     """
     accelerator = Accelerator(cpu=not cuda, mixed_precision=config.mixed_precision)
     splits = Splits(source.split("train"), source.split("val"))
@@ -69,7 +71,7 @@ def fit(
         tensorboard=tensorboard and accelerator.is_main_process,
     )
     try:
-        with _told(journal, folder, accelerator):
+        with _told(journal, folder, accelerator, resumable=penalty is None):
             with training_view() as view:
                 train(
                     model,
@@ -77,6 +79,7 @@ def fit(
                     splits,
                     accelerator=accelerator,
                     teacher=teacher,
+                    penalty=penalty,
                     state=state,
                     on_step=_both(view.step, journal.step_done),
                     on_epoch=_both(journal.epoch_done, lambda result, state: view.epoch(result)),
@@ -93,12 +96,17 @@ def fit(
 
 
 @contextmanager
-def _told(journal: Journal, folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """What ends a run early, with where it can go on from; an interrupted one's state is saved first."""
+def _told(journal: Journal, folder: Path, accelerator: Accelerator, *, resumable: bool) -> Iterator[None]:
+    """What ends a run early, with where it can go on from; an interrupted one's state is saved first.
+
+    A run with a penalty is part of a pruning run, which knows it, and has to be begun again.
+    """
     resume = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
     try:
         yield
     except TrainingInterrupted as interrupted:
+        if not resumable:
+            raise KeyboardInterrupt(f"{interrupted} Begin again with the same command.") from interrupted
         if accelerator.is_main_process:
             journal.save_state(interrupted.state)
         raise KeyboardInterrupt(f"{interrupted} Go on with: {resume}") from interrupted

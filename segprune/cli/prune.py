@@ -33,6 +33,7 @@ from segprune.report import environment, network_record, network_size, reduction
 from segprune.spec import spec_to_dict, standard_spec
 from segprune.stats import Latency, count, measure_latency
 from segprune.training.evaluate import EvalMode, Score, evaluate
+from segprune.training.learner import Penalty
 
 
 def run(config: PruneConfig, given: frozenset[str]) -> None:
@@ -66,18 +67,20 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
         return
     extra = dict(found.extra) | {"pruning": _pruning_config(config, images)}
 
-    def trained(model: SegFormer, step: int) -> SegFormer:
-        """Between two steps of pruning."""
+    def trained(model: SegFormer, name: str, penalty: Penalty | None) -> SegFormer:
+        """Between two steps of pruning, or with a penalty before the cut."""
         assert source is not None
-        cut = path.with_name(f"{path.stem}_step{step}.pth")
-        checkpoint.save(model, cut, extra=extra)
-        settings = replace(
-            fine_tuning, model_path=str(cut), epochs=config.step_epochs, save_dir=str(finetuned_folder(cut))
-        )
-        return checkpoint.load(fit_with(settings, model, source, pixels, extra, teacher).path).to(device)
+        start = path.with_name(f"{path.stem}_{name}.pth")
+        checkpoint.save(model, start, extra=extra)
+        epochs = config.step_epochs if penalty is None else config.sparse_epochs
+        settings = replace(fine_tuning, model_path=str(start), epochs=epochs, save_dir=str(finetuned_folder(start)))
+        done = fit_with(settings, model, source, pixels, extra, teacher, penalty=penalty)
+        if penalty is None:
+            return checkpoint.load(done.path).to(device)
+        return model.to(device)  # of a penalty the last epoch has felt most
 
     # before any scoring: what cannot be met is said at once
-    pruned = cut_network(dense, config, given, images, trained if config.step_epochs else None)
+    pruned = cut_network(dense, config, given, images, trained)
     checkpoint.save(pruned, path, extra=extra)
     scores = {}
     if source is not None:
@@ -202,7 +205,7 @@ def _pruning_config(config: PruneConfig, images: list[Tensor]) -> dict[str, Any]
             "rates",
             "ignore",
         ),
-        *("plan", "steps", "depth", "heads", "keep_decoder", "seed"),
+        *("plan", "steps", "sparse_epochs", "depth", "heads", "keep_decoder", "seed"),
     )
     repaired = bool(images) and config.repair is not False
     known = {"method": config.pruning_method, "repaired": repaired, "num_images": sum(map(len, images))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,17 @@ class PruneConfig:
     step_epochs: Annotated[
         int, Option("--step_epochs", min=0, help="Fine-tune so many epochs between two steps, on --data.")
     ] = 0
+    sparse_epochs: Annotated[
+        int,
+        Option(
+            "--sparse_epochs",
+            min=0,
+            help="Before the cut, train so many epochs on --data with a penalty on the channels that will go.",
+        ),
+    ] = 0
+    sparse_weight: Annotated[
+        float, Option("--sparse_weight", help="Of that penalty, the sum of the channels' norms, beside the loss.")
+    ] = 1e-3
     depth: Annotated[
         float,
         Option(
@@ -204,6 +216,12 @@ def check_flags(config: PruneConfig, given: frozenset[str]) -> None:
         raise ValueError("--num_images has no effect without --images or --data; say where the pictures lie.")
     if config.repair and not (config.data or config.images):
         raise ValueError("--repair needs pictures; give them as --images DIR or --data, labels are not needed.")
+    if config.sparse_epochs and (not config.epochs or config.steps > 1 or config.plan or config.plan_only):
+        raise ValueError("--sparse_epochs needs --epochs, and goes with neither --steps nor a plan; mend these flags.")
+    if "sparse_weight" in given and not config.sparse_epochs:
+        raise ValueError("--sparse_weight has no effect without --sparse_epochs; give the epochs.")
+    if not 0.0 < config.sparse_weight < math.inf:
+        raise ValueError(f"--sparse_weight is {config.sparse_weight:g}; it must be above 0.")
     if config.step_epochs and not (config.steps > 1 and config.epochs):
         raise ValueError("--step_epochs has no effect without --steps 2 or more and --epochs; give both.")
     if config.steps > 1 and (config.plan_only or config.rates):
@@ -229,8 +247,10 @@ def pruner_of(
     images: list[Tensor],
     rates: Mapping[str, float] | None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    widths: Mapping[str, int] | None = None,
 ) -> Any:
-    """The pruner that the flags ask for; `rates` by unit, None for those of the flags."""
+    """The pruner that the flags ask for; `rates` by unit, None for those of the flags; `widths` in place of a plan."""
     from segprune.pruning.patterns import parse_values
     from segprune.pruning.pruner import Pruner
     from segprune.pruning.pruner_l1 import L1Pruner
@@ -253,7 +273,7 @@ def pruner_of(
         rates=parse_values(config.rates, "--rates"),
         ignore=split_names(config.ignore),
         sensitivity=read_sensitivity(Path(config.sensitivity)) if config.sensitivity else {},
-        widths=read_plan(Path(config.plan)) if config.plan else None,
+        widths=read_plan(Path(config.plan)) if config.plan else widths,
         seed=config.seed,
         latency_table=_latency_table(model) if "latency" in asked else None,
         progress=progress,

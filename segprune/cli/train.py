@@ -27,6 +27,7 @@ from segprune.data import Source
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer, check_input
 from segprune.spec import Spec, standard_spec
+from segprune.training.learner import Penalty
 
 TEACHER_FLAGS = ("distill_pixel", "distill_channel", "distill_feature", "teacher_dialect")
 
@@ -84,6 +85,7 @@ def fit_with(
     extra: dict[str, Any],
     teacher: Checkpoint | None,
     resumed: Resumable | None = None,
+    penalty: Penalty | None = None,
 ) -> Fit:
     """One run as the settings say, their rates chosen; `pixels` of each class are what the label check counted.
 
@@ -102,6 +104,7 @@ def fit_with(
         settings=asdict(config),
         extra={"lr": from_scratch} | extra | classes,
         teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
+        penalty=penalty,
         resumed=resumed,
         keep=config.keep,
         tensorboard=config.tensorboard,

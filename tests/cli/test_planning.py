@@ -18,6 +18,7 @@ from segprune.stats import count
 from tests.commands import HERE, SIZE, done, refused
 
 SHAPE = (32, 32)
+SPARSE_LAST = "b0_pruned_0.4_sparse_finetuned/last_epoch_weights.pth"
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,21 @@ def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path:
     assert "finetuned_model" in json.loads((folder / "pruning_results.json").read_text(encoding="utf-8"))
 
 
+def test_before_the_cut_the_network_is_trained_to_miss_little(dense: Path, data: Path, tmp_path: Path) -> None:
+    flags = ("--sparse_epochs", 2, "--sparse_weight", 0.1, "--epochs", 1, "--no_repair", "--pruning_rate", 0.4)
+    faster = ("--batch_size", 2, "--lr", 0.01)
+    done("prune", "--model_path", dense, *SIZE, *HERE, *flags, *faster, "--data", data, "--save_dir", tmp_path)
+    folder = tmp_path / "l1/b0"
+    start, sparse = (load(folder / name) for name in ("b0_pruned_0.4_sparse.pth", SPARSE_LAST))
+    planned = tmp_path / "planned"
+    done("prune", "--model_path", dense, *SIZE, "--pruning_rate", 0.4, "--plan_only", "--save_dir", planned)
+    pruned = load(folder / "b0_pruned_0.4.pth").spec
+    assert widths(planned / "l1/b0/plan.json")["encoder.stages.3.width"] == pruned.stages[3].width
+    name = "encoder.stages.3.blocks.0.mlp.fc2.weight"
+    norms = [model.state_dict()[name].norm(dim=0).sort().values for model in (start, sparse)]
+    assert norms[1][:100].mean() < 0.5 * norms[0][:100].mean()  # of those that go; without a penalty none shrinks
+
+
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--plan", "missing.json"), r"missing\.json does not exist; give the JSON file of a plan or a scan\."),
     (("--plan", "broken.json"), r"broken\.json is not valid JSON \(.*\); write it anew, or mend it there\."),
@@ -212,6 +228,15 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--depth", 1), r"--depth is 1; it must be at least 0 and below 1\."),
     (("--depth", 0.5), r"--depth 0\.5 is a part of the rate of the params; it must be below that\."),
     (("--depth", 0.1, "--rate_of", "latency"), r"--depth goes with a rate of params or macs and without a plan;"),
+    (
+        ("--sparse_epochs", 1),
+        r"--sparse_epochs needs --epochs, and goes with neither --steps nor a plan; mend these flags\.",
+    ),
+    (("--sparse_weight", 1), r"--sparse_weight has no effect without --sparse_epochs; give the epochs\."),
+    (
+        ("--sparse_epochs", 1, "--epochs", 1, "--data", ".", "--sparse_weight", 0),
+        r"--sparse_weight is 0; it must be above 0\.",
+    ),
     (("--step_epochs", 1), r"--step_epochs has no effect without --steps 2 or more and --epochs; give both\."),
     (("--steps", 2, "--plan_only"), r"--steps has no effect with --plan_only or --rates; leave it out\."),
     (("--plan_only", "--epochs", 1, "--data", "."), r"--epochs has no effect with --plan_only, which cuts nothing;"),
