@@ -187,7 +187,7 @@ def test_before_the_cut_the_network_is_trained_to_miss_little(dense: Path, data:
     assert widths(planned / "l1/b0/plan.json")["encoder.stages.3.width"] == pruned.stages[3].width
     name = "encoder.stages.3.blocks.0.mlp.fc2.weight"
     norms = [model.state_dict()[name].norm(dim=0).sort().values for model in (start, sparse)]
-    assert norms[1][:100].mean() < 0.5 * norms[0][:100].mean()  # of those that go; without a penalty none shrinks
+    assert norms[1][:20].mean() < 0.5 * norms[0][:20].mean()  # of those that go; without a penalty none shrinks
 
 
 REFUSED: list[tuple[tuple[object, ...], str]] = [
