@@ -83,9 +83,9 @@ def _projection(student_width: int, teacher_width: int) -> nn.Conv2d:
 class Distillation:
     """Weights and temperatures of the three losses; a weight of 0 switches its loss off, and it is not computed.
 
-    Defaults: temperature 4 of the channels is arXiv 2011.13256's; its weight 3 held short fine-tuning back and 0.3 helped
-    most (docs/log.md). Pixels at temperature 1 and weight 1 stand beside a cross-entropy of weight 1 as one more label
-    of each pixel.
+    Defaults: temperature 4 of the channels is arXiv 2011.13256's; its weight 3 held short fine-tuning back and 0.3
+    helped most (docs/log.md). Pixels at temperature 1 and weight 1 stand beside a cross-entropy of weight 1 as one more
+    label of each pixel.
     """
 
     pixel: float = 1.0
