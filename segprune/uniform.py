@@ -1,9 +1,9 @@
 """What the published classes can hold: stages of one width throughout; and a network in another tool's numerics.
 
 Hugging Face's SegformerConfig and NVlabs' MixVisionTransformer know one width, number of heads and whole FFN ratio
-per stage and one width in the decode head. Most numerics are no obstacle, since weights can make up for them exactly: a
-LayerNorm sees the same if its input is scaled by the root of the ratio of the two eps, an attention scale moves into the
-queries, and a BatchNorm's eps, in evaluation, into its weight.
+per stage and one width in the decode head. Most numerics are no obstacle, since weights can make up for them exactly:
+a LayerNorm sees the same if its input is scaled by the root of the ratio of the two eps, an attention scale moves into
+the queries, and a BatchNorm's eps, in evaluation, into its weight.
 """
 
 from __future__ import annotations

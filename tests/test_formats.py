@@ -1,28 +1,19 @@
 """Checkpoints in other tools' formats, against those tools' own classes or the plain network of tests/dialects.py."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, SegformerForSemanticSegmentation
+from torch import Tensor
+from transformers import SegformerForSemanticSegmentation
 
-from segprune.checkpoint import load, read
 from segprune.convert import NUMERICS
 from segprune.fold import fold_decoder
-from segprune.formats import write_file, write_folder
+from segprune.formats import write_folder
 from segprune.model import SegFormer
 from segprune.spec import Numerics, Spec, standard_spec
-from segprune.training.inference import EvalMode
-from tests.dialects import PUBLISHED, Fill, Reference
+from tests.dialects import Fill
 
 CLASSES = ("sky", "road", "tree", "car", "person")
 

@@ -126,7 +126,8 @@ import json, logging, random, signal, sys, warnings
 import segprune
 alone = sorted(name for name in sys.modules if name.startswith(("segprune.", "torch")))
 
-import accelerate, numpy, rich.progress, torch, torch_pruning, transformers.modeling_utils, typer  # what these do to the process is theirs
+import accelerate, numpy, rich.progress, torch, torch_pruning, typer  # what these do to the process is theirs
+import transformers.modeling_utils
 def state():
     return {
         "random": repr(random.getstate()),

@@ -51,4 +51,6 @@ def run(config: ConvertConfig, given: frozenset[str]) -> None:
         notes = write_file(model, config.target, config.to)
     show_notes(notes)
     size = count(found.spec, config.input_shape).parameters
-    console.print(f"Written for {config.to}, {found.spec.variant}, {size:,} parameters: {config.target}", soft_wrap=True)
+    console.print(
+        f"Written for {config.to}, {found.spec.variant}, {size:,} parameters: {config.target}", soft_wrap=True
+    )

@@ -40,7 +40,9 @@ class SegpruneForSemanticSegmentation(PreTrainedModel):
     def __init__(self, config: SegpruneConfig) -> None:
         super().__init__(config)
         if config.spec is None:
-            raise ValueError("This config has no spec, which says how wide the network is; load one with from_pretrained.")
+            raise ValueError(
+                "This config has no spec, which says how wide the network is; load one with from_pretrained."
+            )
         self.network = SegFormer(spec_from_dict(config.spec))
         self.post_init()
 

@@ -21,7 +21,9 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
     """
     path = Path(path)
     if path.suffix not in PICKLES:
-        raise ValueError(f"{path} ends in {path.suffix!r}; {dialect}'s code reads {', '.join(PICKLES)}: give such a name.")
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}; {dialect}'s code reads {', '.join(PICKLES)}: give such a name."
+        )
     problem = uniform_problem(model.spec)
     if problem is not None:
         raise ValueError(
