@@ -84,6 +84,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def stated_heads(config: Mapping[str, Any]) -> list[int] | None:
+    """Of each stage, where the config says it and stages can be that."""
+    heads, widths = config.get("num_attention_heads"), config.get("hidden_sizes")
+    if not isinstance(heads, list) or not isinstance(widths, list) or not len(heads) == len(widths) == 4:
+        return None
+    whole = all(type(n) is int and n > 0 for n in (*heads, *widths))
+    return heads if whole and not any(width % n for width, n in zip(widths, heads, strict=True)) else None
+
+
 def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) -> tuple[Spec, tuple[str, ...]]:
     """The spec with config.json's dropout rates, and notes on what is not taken over.
 

@@ -147,6 +147,20 @@ def _standard_block(width: int, stage: int) -> BlockSpec:
     )
 
 
+def with_widths(stage: StageSpec, width: int, num_heads: int, ffn_dim: int) -> StageSpec:
+    """The stage with other widths in all its blocks alike, and the attention scale that follows from them."""
+    head_dim = width // num_heads
+    block = BlockSpec(
+        num_heads=num_heads,
+        qk_dim=head_dim,
+        v_dim=head_dim,
+        ffn_dim=ffn_dim,
+        reduction_dim=width if stage.reduction_ratio > 1 else None,
+        qk_scale=head_dim**-0.5,
+    )
+    return replace(stage, width=width, blocks=(block,) * len(stage.blocks))
+
+
 def spec_to_dict(spec: Spec) -> dict[str, Any]:
     """Plain dicts, lists and numbers, as JSON and `torch.load(weights_only=True)` know them."""
     return asdict(spec)

@@ -11,4 +11,14 @@ from segprune.formats.names import write_file
 
 FORMATS = ("hf", "nvlabs", "bubbliiiing")
 
-__all__ = ["FORMATS", "write_file", "write_folder"]
+__all__ = ["FORMATS", "register", "write_file", "write_folder"]
+
+
+def register() -> None:
+    """Make transformers' Auto classes load folders with networks of any widths in this process, without remote code."""
+    from transformers import AutoConfig, AutoModelForSemanticSegmentation
+
+    from segprune.formats.modeling_segprune import SegpruneConfig, SegpruneForSemanticSegmentation
+
+    AutoConfig.register("segprune", SegpruneConfig, exist_ok=True)
+    AutoModelForSemanticSegmentation.register(SegpruneConfig, SegpruneForSemanticSegmentation, exist_ok=True)
