@@ -28,6 +28,7 @@ from segprune.spec import Spec, StageSpec
 from segprune.stats import Counts, Layer, count
 
 TOLERANCE = 0.02  # how far, as a share of the whole, the result may be from the rate: steps are coarse
+NEAR = 0.005
 HEAD = "decode_head.width"
 
 
@@ -117,6 +118,13 @@ class Space:
         if lower:
             yield replace(choice, decoder_dim=lower[-1])
 
+    def changed(self, choice: Choice) -> Iterator[Choice]:
+        """Every choice that differs in one place."""
+        for i, options in enumerate(self.stages):
+            for o in options:
+                yield replace(choice, stages=(*choice.stages[:i], o, *choice.stages[i + 1 :]))
+        yield from (replace(choice, decoder_dim=dim) for dim in self.dims)
+
 
 def stage_widths(i: int, stage: StageSpec, width: int, ratio: int) -> Iterator[tuple[str, int, int]]:
     """Name, width per part and width now, of every group of stage `i`, made uniform."""
@@ -174,7 +182,11 @@ class Search:
         return (self._loss(then) - self._loss(now)) / max(gone, 1e-12)
 
     def descend(self, asked: Mapping[RateOf, float]) -> Choice:
-        """By the cheapest steps that overshoot by no more than `AIM`; the last one may, if it lands nearer."""
+        """By the cheapest steps that overshoot by no more than `AIM`.
+
+        Where all do, one step more and one thing set anew: of the choices within `NEAR` the one that loses least, or
+        the nearest.
+        """
 
         def missing(choice: Choice) -> float:
             return max(rate - self.removed(choice)[unit] for unit, rate in asked.items())
@@ -184,7 +196,9 @@ class Search:
             steps = sorted(self._space.steps(choice), key=lambda step: self.dearness(choice, step))
             gentle = next((step for step in steps if missing(step) >= -AIM), None)
             if gentle is None:
-                return min([choice, *steps], key=lambda step: abs(missing(step)))
+                around = [other for start in (choice, *steps) for other in (start, *self._space.changed(start))]
+                near = [other for other in around if abs(missing(other)) <= NEAR]
+                return min(near, key=self._loss) if near else min(around, key=lambda other: abs(missing(other)))
             choice = gentle
         return choice
 
