@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from segprune.files import (
     save_tensors,
     write_json,
 )
-from segprune.huggingface import apply_config, download, is_hub_name, read_folder
+from segprune.huggingface import apply_config, download, is_hub_name, read_folder, stated_heads
 from segprune.model import SegFormer
 from segprune.spec import Spec, check_variant, spec_from_dict, spec_to_dict
 
@@ -93,7 +93,8 @@ def read(
     """
     data, config = _read_any(path)
     try:
-        found = from_state_dict(data, dialect=dialect, variant=variant, num_classes=num_classes)
+        heads = None if config is None else stated_heads(config)
+        found = from_state_dict(data, dialect=dialect, variant=variant, num_classes=num_classes, heads=heads)
         if config is None:
             return found
         spec, notes = apply_config(found.spec, config, backbone_only=found.backbone_only)
@@ -108,14 +109,18 @@ def from_state_dict(
     dialect: str | None = None,
     variant: str | None = None,
     num_classes: int | None = None,
+    heads: Sequence[int] | None = None,
 ) -> Checkpoint:
-    """As `read`, of a dict in memory: a state dict, bare or in a training script's wrapper, or our file's content."""
+    """As `read`, of a dict in memory: a state dict, bare or in a training script's wrapper, or our file's content.
+
+    `heads` per stage, which no weights show, let stages of a foreign file be narrower than its variant's.
+    """
     if variant is not None:
         check_variant(variant)
     if isinstance(state_dict, Mapping) and state_dict.get("format") == FORMAT:
         found = _from_ours(state_dict, dialect)
     else:
-        found = _from_foreign(state_dict, dialect, num_classes)
+        found = _from_foreign(state_dict, dialect, num_classes, heads)
     spec = found.spec
     if variant not in (None, spec.variant):
         raise ValueError(
@@ -202,7 +207,7 @@ def _from_ours(data: Mapping[str, Any], dialect: str | None) -> Checkpoint:
     return Checkpoint(spec, state, "segprune", notes, backbone_only=False, extra=dict(data["extra"]))
 
 
-def _from_foreign(data: Any, dialect: str | None, num_classes: int | None) -> Checkpoint:
+def _from_foreign(data: Any, dialect: str | None, num_classes: int | None, heads: Sequence[int] | None) -> Checkpoint:
     state_dict, wrapper = _unwrap(data)
     dialect, assumed = detect(state_dict.keys(), wrapper, dialect)
     if dialect == "segprune":
@@ -211,7 +216,7 @@ def _from_foreign(data: Any, dialect: str | None, num_classes: int | None) -> Ch
             "save the network with segprune.save(model, path)."
         )
     state_dict, notes = _float32(state_dict)
-    spec, state = convert(state_dict, dialect, num_classes=num_classes)
+    spec, state = convert(state_dict, dialect, num_classes=num_classes, heads=heads)
     backbone_only = "decode_head.classifier.weight" not in state
     if backbone_only:
         notes += (f"Only a backbone was found: the decode head for {spec.num_classes} classes is new and untrained.",)
@@ -257,11 +262,20 @@ def _float32(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[st
 
 
 def _read_any(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any] | None]:
-    """The content, and config.json if it is a Hugging Face folder."""
-    if is_hub_name(path):
-        return read_folder(download(str(path)))
-    if Path(path).is_dir():
-        return read_folder(Path(path))
+    """The content, and config.json if it is a folder of Hugging Face's own classes."""
+    if is_hub_name(path) or Path(path).is_dir():
+        data, config = read_folder(download(str(path)) if is_hub_name(path) else Path(path))
+        if config.get("model_type") != FORMAT:
+            return data, config
+        extra = {"class_names": list(config.get("id2label", {}).values())}
+        state = {name.removeprefix("network."): tensor for name, tensor in data.items()}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "spec": config.get("spec"),
+            "state_dict": state,
+            "extra": extra,
+        }, None
     data, metadata = read_file(path)
     if metadata.get("format") == FORMAT:
         data = _from_metadata(data, metadata, path)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from segprune.model import SegFormer
-from segprune.spec import DEPTHS, VARIANTS, WIDTHS, Numerics, Spec, standard_spec
+from segprune.spec import DEPTHS, NUM_HEADS, VARIANTS, WIDTHS, Numerics, Spec, standard_spec, with_widths
 
 NUMERICS = {
     "nvlabs": Numerics(),
@@ -143,15 +143,19 @@ def _find_layout(keys: Collection[str]) -> Layout:
 
 
 def convert(
-    state_dict: Mapping[str, Tensor], dialect: str, *, num_classes: int | None = None
+    state_dict: Mapping[str, Tensor],
+    dialect: str,
+    *,
+    num_classes: int | None = None,
+    heads: Sequence[int] | None = None,
 ) -> tuple[Spec, dict[str, Tensor]]:
     """Spec and weights in our names; of a bare backbone, the encoder's alone.
 
     Strict: ValueError names the file's own keys that are missing, unknown or of another shape than its variant's.
-    `num_classes` is that of the head which a bare backbone will get.
+    `num_classes` is that of the head which a bare backbone will get, `heads` as for `infer_spec`.
     """
     ours = to_ours(state_dict)
-    spec = infer_spec(ours, dialect, num_classes=num_classes)
+    spec = infer_spec(ours, dialect, num_classes=num_classes, heads=heads)
     layout = _find_layout(state_dict)
     known = {key: tensor for key, tensor in state_dict.items() if not key.startswith(layout.extras)}
     check_state(known, _rename_back(expected_state(spec, encoder_only=not layout.head), layout), spec.variant)
@@ -251,15 +255,23 @@ def _join_kv(state_dict: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
             yield key, k
 
 
-def infer_spec(ours: Mapping[str, Tensor], dialect: str, *, num_classes: int | None = None) -> Spec:
+def infer_spec(
+    ours: Mapping[str, Tensor], dialect: str, *, num_classes: int | None = None, heads: Sequence[int] | None = None
+) -> Spec:
     """The standard network that the shapes are of; heads are 1 2 5 8, which no shape shows.
 
-    The decode head may have any width. ValueError if stage widths and depths are those of no variant, or if there
-    is no decode head to read the number of classes off and `num_classes` is not given.
+    The decode head may have any width. Where `heads` says how many each stage has, so may FFNs and the stages behind
+    the first: the variant is then the one with that first stage and those depths. ValueError if stage widths and depths
+    are those of no variant, or if there is no decode head to read the number of classes off and `num_classes` is not
+    given.
     """
     widths = tuple(ours[f"encoder.stages.{i}.patch_embed.proj.weight"].shape[0] for i in range(NUM_STAGES))
     depths = tuple(_count_blocks(ours, f"encoder.stages.{i}.blocks.") for i in range(NUM_STAGES))
     variants = [name for name in VARIANTS if (WIDTHS[name], DEPTHS[name]) == (widths, depths)]
+    if variants:
+        heads = None if heads is None else NUM_HEADS
+    elif heads is not None:
+        variants = [name for name in VARIANTS if (WIDTHS[name][0], DEPTHS[name]) == (widths[0], depths)]
     if not variants:
         known = "; ".join(f"{name}: {_row(WIDTHS[name])}, {_row(DEPTHS[name])}" for name in VARIANTS)
         raise ValueError(
@@ -274,7 +286,12 @@ def infer_spec(ours: Mapping[str, Tensor], dialect: str, *, num_classes: int | N
             "This is a backbone without decode head, so its classes are unknown; give --num_classes to train it, "
             "or a whole network."
         )
-    return standard_spec(variants[0], num_classes, numerics=NUMERICS[dialect], decoder_dim=decoder_dim)
+    spec = standard_spec(variants[0], num_classes, numerics=NUMERICS[dialect], decoder_dim=decoder_dim)
+    if heads is None:
+        return spec
+    ffn_dims = [ours[f"encoder.stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(NUM_STAGES)]
+    stages = map(with_widths, spec.stages, widths, heads, ffn_dims)
+    return replace(spec, stages=tuple(stages))
 
 
 def expected_state(spec: Spec, *, encoder_only: bool = False) -> dict[str, Tensor]:

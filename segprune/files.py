@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,10 +46,33 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(
-            f"{path} could not be written ({error.strerror or error}); give another place, "
-            f"or see to it that {path.parent} is a folder with free space in which you may write."
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OSError:
+    return OSError(
+        f"{path} could not be written ({error.strerror or error}); give another place, "
+        f"or see to it that {path.parent} is a folder with free space in which you may write."
+    )
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `atomic_path`, of a folder that is not there yet, or empty; ValueError if something is there."""
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"{path} is there already, and would be written over; give another place, or remove it first.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        inside = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of a file in the folder
+        raise _unwritable(path, inside) from error
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from segprune.files import SUFFIXES, read_file
-from segprune.spec import Spec
+from segprune.spec import Gelu, Spec
 
+GELUS: dict[str, Gelu] = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # transformers' words
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -83,6 +84,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def stated_heads(config: Mapping[str, Any]) -> list[int] | None:
+    """Of each stage, where the config says it and stages can be that."""
+    heads, widths = config.get("num_attention_heads"), config.get("hidden_sizes")
+    if not isinstance(heads, list) or not isinstance(widths, list) or not len(heads) == len(widths) == 4:
+        return None
+    whole = all(type(n) is int and n > 0 for n in (*heads, *widths))
+    return heads if whole and not any(width % n for width, n in zip(widths, heads, strict=True)) else None
+
+
 def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) -> tuple[Spec, tuple[str, ...]]:
     """The spec with config.json's dropout rates, and notes on what is not taken over.
 
@@ -91,7 +101,6 @@ def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) 
     expected: dict[str, Any] = {
         "model_type": "segformer",
         "num_channels": 3,
-        "hidden_act": "gelu",
         "depths": [len(stage.blocks) for stage in spec.stages],
         "hidden_sizes": [stage.width for stage in spec.stages],
         "num_attention_heads": [stage.blocks[0].num_heads for stage in spec.stages],
@@ -102,6 +111,9 @@ def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) 
     }
     if not backbone_only:
         expected["decoder_hidden_size"] = spec.decoder_dim
+    activation = config.get("hidden_act", "gelu")
+    if activation not in GELUS:
+        expected["hidden_act"] = " or ".join(GELUS)
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise ValueError(
@@ -115,6 +127,7 @@ def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) 
     )
     numerics = replace(
         spec.numerics,
+        gelu=GELUS[activation],
         drop_path=float(config.get("drop_path_rate", spec.numerics.drop_path)),
         head_dropout=float(config.get("classifier_dropout_prob", spec.numerics.head_dropout)),
     )

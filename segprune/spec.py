@@ -127,7 +127,7 @@ def standard_spec(
             kernel_size=KERNEL_SIZES[i],
             stride=STRIDES[i],
             reduction_ratio=REDUCTION_RATIOS[i],
-            blocks=(_standard_block(width, i),) * DEPTHS[variant][i],
+            blocks=(_uniform_block(width, NUM_HEADS[i], FFN_RATIO * width, REDUCTION_RATIOS[i]),) * DEPTHS[variant][i],
         )
         for i, width in enumerate(WIDTHS[variant])
     )
@@ -135,16 +135,22 @@ def standard_spec(
     return Spec(variant, num_classes, stages, (dim,) * len(stages), dim, numerics or Numerics())
 
 
-def _standard_block(width: int, stage: int) -> BlockSpec:
-    head_dim = width // NUM_HEADS[stage]
+def _uniform_block(width: int, num_heads: int, ffn_dim: int, reduction_ratio: int) -> BlockSpec:
+    head_dim = width // num_heads
     return BlockSpec(
-        num_heads=NUM_HEADS[stage],
+        num_heads=num_heads,
         qk_dim=head_dim,
         v_dim=head_dim,
-        ffn_dim=FFN_RATIO * width,
-        reduction_dim=width if REDUCTION_RATIOS[stage] > 1 else None,
+        ffn_dim=ffn_dim,
+        reduction_dim=width if reduction_ratio > 1 else None,
         qk_scale=head_dim**-0.5,
     )
+
+
+def with_widths(stage: StageSpec, width: int, num_heads: int, ffn_dim: int) -> StageSpec:
+    """The stage with other widths in all its blocks alike, and the attention scale that follows from them."""
+    block = _uniform_block(width, num_heads, ffn_dim, stage.reduction_ratio)
+    return replace(stage, width=width, blocks=(block,) * len(stage.blocks))
 
 
 def spec_to_dict(spec: Spec) -> dict[str, Any]:

@@ -17,9 +17,9 @@ DOORS = ("prune_train", "train", "pruning")
 ROWS = (
     ("spec", "files"),
     ("model",),
-    ("convert", "huggingface", "stats", "fold", "data", "training"),
+    ("convert", "huggingface", "stats", "fold", "uniform", "data", "training"),
     ("checkpoint", "pruning"),
-    ("report", "plots", "pictures"),
+    ("report", "plots", "pictures", "formats"),
     ("cli",),
     ("doors",),
 )
@@ -127,6 +127,7 @@ import segprune
 alone = sorted(name for name in sys.modules if name.startswith(("segprune.", "torch")))
 
 import accelerate, numpy, rich.progress, torch, torch_pruning, typer  # what these do to the process is theirs
+import transformers.modeling_utils
 def state():
     return {
         "random": repr(random.getstate()),

@@ -97,7 +97,9 @@ def _rates_of_step(
         return rates
     shape = config.input_shape
     whole, now = count(dense.spec, shape), count(model.spec, shape)
-    folded = count(start.spec if config.keep_decoder else replace(start.spec, branch_dims=None), shape)
+    folded = count(
+        start.spec if config.keep_decoder or config.uniform else replace(start.spec, branch_dims=None), shape
+    )
     found = {}
     for unit, rate in rates.items():
         before, gone = 0.0, rate * step / config.steps

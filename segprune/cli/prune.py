@@ -205,7 +205,7 @@ def _pruning_config(config: PruneConfig, images: list[Tensor]) -> dict[str, Any]
             "rates",
             "ignore",
         ),
-        *("plan", "steps", "sparse_epochs", "depth", "heads", "keep_decoder", "seed"),
+        *("plan", "steps", "sparse_epochs", "depth", "heads", "keep_decoder", "uniform", "seed"),
     )
     repaired = bool(images) and config.repair is not False
     known = {"method": config.pruning_method, "repaired": repaired, "num_images": sum(map(len, images))}

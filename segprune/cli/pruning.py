@@ -145,6 +145,9 @@ class PruneConfig:
     ] = 0.0
     heads: Annotated[bool, switch("--heads", "Whole attention heads may go too.")] = False
     keep_decoder: Annotated[bool, switch("--keep_decoder", "Do not fold the decode head.")] = False
+    uniform: Annotated[
+        bool, switch("--uniform", "Keep every stage uniform, so that stock transformers can hold the network: convert.")
+    ] = False
     data: Annotated[
         str, Option("--data", help="Data set, in any layout of docs/data.md: score on its val part before and after.")
     ] = ""
@@ -236,6 +239,8 @@ def check_flags(config: PruneConfig, given: frozenset[str]) -> None:
             "--depth goes with a rate of params or macs and without a plan; leave it out, or prune twice: first with "
             "--depth alone as the rate."
         )
+    if config.uniform and config.depth:
+        raise ValueError("--depth takes out parts of blocks, which --uniform keeps; leave one of them out.")
     if config.plan_only and config.plan:
         raise ValueError("--plan_only has no effect with --plan, which is decided already; leave one of them out.")
 
@@ -267,6 +272,7 @@ def pruner_of(
         round_to=config.round_to,
         heads=config.heads,
         keep_decoder=config.keep_decoder,
+        uniform=config.uniform,
         price=config.price,
         normalise=config.normalise,
         max_rate=parse_values(config.max_rate, "--max_rate"),

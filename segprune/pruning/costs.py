@@ -88,8 +88,13 @@ def _rows_by_side(layers: Sequence[Layer]) -> dict[tuple[str, str], list[tuple[i
     return rows
 
 
+def reaches(layers: Sequence[Layer], groups: Sequence[Group]) -> list[int]:
+    """Of each group, the number of products that read or write it; at least 1."""
+    rows = _rows_by_side(layers)
+    return [_reach(group, layers, rows) for group in groups]
+
+
 def _reach(group: Group, layers: Sequence[Layer], rows: Mapping[tuple[str, str], list[tuple[int, int]]]) -> int:
-    """The number of products one of whose sides the group is; at least 1."""
     sides = {found for m in group.members for found in rows.get((m.layer, m.side), ())}
     return max(1, sum(layers[row].kind == "product" for _, row in sides))
 
@@ -136,9 +141,8 @@ def loss_weights(
     elif rate_of == "channels":
         parts = {"channels": 1.0}
     priced = [(weight, Costs(layers, groups, unit)) for unit, weight in parts.items()]
-    rows = _rows_by_side(layers)
     tiny = float(np.finfo(float).eps)
     return [
-        _reach(group, layers, rows) / (tiny + sum(weight * costs.share(g) for weight, costs in priced))
-        for g, group in enumerate(groups)
+        reach / (tiny + sum(weight * costs.share(g) for weight, costs in priced))
+        for g, reach in enumerate(reaches(layers, groups))
     ]

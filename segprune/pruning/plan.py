@@ -87,7 +87,7 @@ def solve(
     options = options or PlanOptions()
     full = np.array([group.slots for group in groups], dtype=np.int64)
     allowed = _allowed(groups, options)
-    ranked = _ranked(groups, scores, weights, options)
+    ranked = rank_slots(groups, scores, weights, options)
     floors, widths = (np.array([options[at] for options in allowed], dtype=np.int64) for at in (0, -1))
     for limit in limits:
         _check_reach(limit, floors, widths, bool(options.rates))
@@ -154,7 +154,7 @@ def _allowed(groups: Sequence[Group], options: PlanOptions) -> list[list[int]]:
     return allowed
 
 
-def _ranked(
+def rank_slots(
     groups: Sequence[Group], scores: Mapping[str, Scores], weights: Sequence[float], options: PlanOptions
 ) -> list[Scores]:
     """For each group what its slots lose, ascending: one threshold for all groups decides what goes."""

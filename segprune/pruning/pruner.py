@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segprune.fold import fold_decoder
+from segprune.fold import fold_decoder, unfold_decoder
 from segprune.model import DecodeHead, SegFormer
 from segprune.pruning.costs import RATES, Costs, Price, RateOf, loss_weights
 from segprune.pruning.groups import Group, Grouping, find_groups
@@ -23,8 +23,10 @@ from segprune.pruning.plan import Limit, Normalise, Plan, PlanOptions, Scope, pl
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut, read_spec
 from segprune.pruning.trace import eval_mode, run, tensors_in, trace
+from segprune.pruning.uniform import Problem, removed_unfolded, solve_uniform
 from segprune.spec import Spec
 from segprune.stats import Layer, layers
+from segprune.uniform import uniform_problem
 
 TRACE_SHAPE = (64, 64)  # H W at which a stock network is traced: its groups do not depend on the size
 
@@ -38,6 +40,7 @@ class Prepared:
     rows: list[Layer]
     wholes: Mapping[RateOf, float]  # the cost before folding; empty for what is not a stock SegFormer
     rest: int = 0  # parameters that lie in no row
+    input_shape: tuple[int, int] = (512, 512)  # H W at which MACs are counted
     latency: LatencyCosts | None = None  # where a rate of the latency is asked
 
     def limit(self, unit: RateOf, rate: float) -> Limit:
@@ -75,6 +78,7 @@ class Pruner:
         round_to: int = 8,
         heads: bool = False,
         keep_decoder: bool = False,
+        uniform: bool = False,
         price: Price = "both",
         normalise: Normalise = "share",
         max_rate: Mapping[str, float] | None = None,
@@ -91,8 +95,10 @@ class Pruner:
         stay, with all inside them; `ignore` the same by pattern (patterns.py). `method`: importance.METHODS. `data`:
         batches of normalised images B 3 H W, for methods that need them and for the repair, `repaired`. `scope`,
         `round_to`, `normalise`, `max_rate`, `rates`, `sensitivity`: see PlanOptions; `price`: see costs.loss_weights.
-        `heads`: whole heads may go too. `latency_table`: for a rate of the latency, times measured before. `progress`:
-        of measuring steps and of the repair. Raises ValueError for what is not allowed.
+        `heads`: whole heads may go too. `uniform`: every stage stays uniform and the head as published, so that
+        transformers' own classes can hold the network (uniform.py). `latency_table`: for a rate of the latency,
+        times measured before. `progress`: of measuring steps and of the repair. Raises ValueError for what is not
+        allowed.
         """
         self.model, self.latency_table = model, latency_table
         if not isinstance(pruning_rate, Mapping):
@@ -100,6 +106,7 @@ class Pruner:
         self.rates_of: Mapping[RateOf, float] = pruning_rate
         self.ignored_layers = list(ignored_layers)
         self.method, self.data, self.repaired, self.seed, self.progress = method, list(data), repaired, seed, progress
+        self.uniform = uniform
         self.heads, self.keep_decoder, self.ignore, self.price, self.widths = heads, keep_decoder, ignore, price, widths
         self.options = PlanOptions(round_to, scope, normalise, max_rate or {}, rates or {}, sensitivity or {})
         self.plan: Plan | None = None  # what the last prune() decided
@@ -123,8 +130,25 @@ class Pruner:
             raise ValueError(
                 f"round_to is {self.options.round_to}; widths are kept multiples of a whole number from 1 up."
             )
+        if self.uniform:
+            self._check_uniform()
         if self.repaired and not self.data:
             raise ValueError("Repair needs images, and there are none; give a few dozen, labels are not needed.")
+
+    def _check_uniform(self) -> None:
+        against = {
+            "heads": self.heads,
+            "keep_decoder": self.keep_decoder,
+            "rates": bool(self.options.rates),
+            f"scope {self.options.scope}": self.options.scope != "global",
+            "price none": self.price == "none",
+            **{f"a rate of the {unit}": unit in self.rates_of for unit in ("channels", "latency")},
+        }
+        for name, found in against.items():
+            if found:
+                raise ValueError(
+                    f"{name} does not go with uniform, whose stages have rules of their own; leave one out."
+                )
 
     def prune(self, example_inputs: Any = None) -> nn.Module:
         """A new, smaller network; the one given is left as it was. At rate 0 it is a plain copy.
@@ -143,17 +167,23 @@ class Pruner:
         else:
             self.plan = self._planned(prepared, found, self.rates_of)
             model = self._cut(prepared, self.plan, example_inputs)
-        if not self.repaired:
-            return model
+        if self.repaired:
+            model = self._repair(model, prepared, self.plan)
+        return unfold_decoder(model) if self.uniform and isinstance(model, SegFormer) else model
+
+    def _repair(self, model: nn.Module, prepared: Prepared, plan: Plan) -> SegFormer:
         assert isinstance(model, SegFormer)
         assert isinstance(prepared.model, SegFormer)
-        return repair(model, prepared.model, prepared.groups, self.plan, self.data, progress=self.progress)
+        return repair(model, prepared.model, prepared.groups, plan, self.data, progress=self.progress)
 
     def _cut(self, prepared: Prepared, plan: Plan, example_inputs: Any) -> nn.Module:
         model = copy.deepcopy(prepared.model) if self.repaired or prepared.latency is not None else prepared.model
         cut(model, prepared.groups, plan)
         if isinstance(model, SegFormer) and prepared.wholes:
             model.spec = read_spec(model)
+            problem = uniform_problem(model.spec) if self.uniform else None
+            if problem is not None:
+                raise ValueError(f"The plan is not uniform, since {problem}; mend it, or leave out --uniform.")
         else:
             with eval_mode(model), torch.no_grad():
                 _check_run(model, example_inputs)
@@ -212,6 +242,8 @@ class Pruner:
         groups = prepared.groups
         units: list[RateOf] = [*rates_of, "params", "macs"]
         limits = {unit: prepared.limit(unit, rates_of.get(unit, 0.0)) for unit in units}
+        if self.uniform:
+            return self._planned_uniform(prepared, dict(found))
         if self.widths is not None:
             plan = plan_of(groups, found, _checked(self.widths, groups))
         else:
@@ -219,6 +251,17 @@ class Pruner:
             plan = solve([limits[unit] for unit in rates_of], groups, found, weights, self.options)
         widths = np.array([len(plan.keep[group.name]) // group.parts for group in groups], dtype=np.int64)
         return replace(plan, removed={unit: limit.removed(widths) for unit, limit in limits.items()})
+
+    def _planned_uniform(self, prepared: Prepared, found: dict[str, Scores]) -> Plan:
+        dense, folded, groups = self.model, prepared.model, prepared.groups
+        if not (isinstance(dense, SegFormer) and isinstance(folded, SegFormer) and prepared.wholes):
+            raise ValueError(f"{type(dense).__name__} is not a stock SegFormer; only those have uniform stages.")
+        shape, widths = prepared.input_shape, self.widths
+        if widths is None:
+            problem = Problem(folded.spec, dense.spec, shape, groups, prepared.rows)
+            widths = solve_uniform(problem, self.rates_of, found, self.options, self.price)
+        plan = plan_of(groups, found, _checked(widths, groups))
+        return replace(plan, removed=removed_unfolded(folded.spec, dense.spec, shape, groups, plan))
 
     def _collect_ignored_layers(self) -> list[nn.Module]:
         """Layers whose outputs are never cut: the first convolution, the classifier, and what the user named."""
@@ -253,7 +296,8 @@ class Pruner:
             latency = LatencyCosts(model.spec, groups, table, (height, width), progress=self.progress)
             with eval_mode(self.model):
                 wholes["latency"] = dense_in_predicted_ms(self.model, model, latency)
-        return Prepared(model, groups, layers(model.spec, (height, width)), wholes, latency=latency)
+        rows = layers(model.spec, (height, width))
+        return Prepared(model, groups, rows, wholes, latency=latency, input_shape=(height, width))
 
     def _prepare_traced(self, example_inputs: Any, protected: set[str]) -> Prepared:
         if "latency" in self.rates_of:

@@ -1,0 +1,72 @@
+"""State dicts as NVlabs' and bubbliiiing's code saves them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from segprune.convert import NUMERICS, from_ours
+from segprune.files import PICKLES, save_record
+from segprune.fold import unfold_decoder
+from segprune.model import SegFormer
+from segprune.spec import VARIANTS, Spec, standard_spec
+from segprune.uniform import uniform_problem, with_numerics
+
+
+def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> tuple[str, ...]:
+    """Write a .pth, .pt or .bin file that `dialect`'s own code loads, and return notes for whoever will use it.
+
+    nvlabs: {"meta", "state_dict"}, as its training leaves it; bubbliiiing: the bare state dict. A folded head is
+    unfolded. ValueError for another ending, for a network that their classes cannot hold, and for another GELU.
+    """
+    path = Path(path)
+    if path.suffix not in PICKLES:
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}; {dialect}'s code reads {', '.join(PICKLES)}: give such a name."
+        )
+    problem = uniform_problem(model.spec)
+    if problem is not None:
+        raise ValueError(
+            f"{dialect}'s classes cannot hold this network, since {problem}; prune with --uniform for them, or write "
+            "--to hf, which needs no uniform widths."
+        )
+    whole = unfold_decoder(model)
+    state, spec = with_numerics(whole.state_dict(), whole.spec, NUMERICS[dialect])
+    named = {name: tensor.detach().cpu().clone() for name, tensor in from_ours(state, spec, dialect).items()}
+    save_record({"meta": {}, "state_dict": named} if dialect == "nvlabs" else named, path)
+    return tuple(_notes(whole.spec, dialect))
+
+
+def _notes(spec: Spec, dialect: str) -> list[str]:
+    notes = []
+    if spec.numerics.align_corners != NUMERICS[dialect].align_corners:
+        notes.append(
+            f"The network's last upsampling has align_corners={spec.numerics.align_corners} and theirs "
+            f"{not spec.numerics.align_corners}; set it there, or the rims of masks differ."
+        )
+    if not _is_standard(spec):
+        notes.append(f"Build it with their base classes, not with a variant's: {_arguments(spec)}.")
+    return notes
+
+
+def _is_standard(spec: Spec) -> bool:
+    if spec.variant not in VARIANTS:
+        return False
+    dense = standard_spec(spec.variant, spec.num_classes)
+    return [(s.width, len(s.blocks), s.blocks[0].ffn_dim) for s in dense.stages] == [
+        (s.width, len(s.blocks), s.blocks[0].ffn_dim) for s in spec.stages
+    ] and dense.decoder_dim == spec.decoder_dim
+
+
+def _arguments(spec: Spec) -> str:
+    """Of MixVisionTransformer and SegFormerHead."""
+    stages = spec.stages
+    encoder = {
+        "embed_dims": [stage.width for stage in stages],
+        "num_heads": [stage.blocks[0].num_heads for stage in stages],
+        "mlp_ratios": [stage.blocks[0].ffn_dim // stage.width for stage in stages],
+        "depths": [len(stage.blocks) for stage in stages],
+        "sr_ratios": [stage.reduction_ratio for stage in stages],
+    }
+    listed = ", ".join(f"{name}={value}" for name, value in encoder.items())
+    return f"MixVisionTransformer({listed}), decode head width {spec.decoder_dim}"

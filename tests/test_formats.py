@@ -1,0 +1,246 @@
+"""Checkpoints in other tools' formats, against those tools' own classes or the plain network of tests/dialects.py."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    SegformerForSemanticSegmentation,
+    pipeline,
+)
+
+from segprune.checkpoint import load, read
+from segprune.convert import NUMERICS
+from segprune.data.transforms import normalise
+from segprune.fold import fold_decoder
+from segprune.formats import register, write_file, write_folder
+from segprune.formats.modeling_segprune import SegpruneConfig, SegpruneForSemanticSegmentation
+from segprune.model import SegFormer
+from segprune.pruning.pruner import Pruner
+from segprune.spec import Numerics, Spec, standard_spec
+from segprune.stats import count
+from segprune.uniform import with_numerics
+from tests.dialects import PUBLISHED, Fill, Reference
+
+CLASSES = ("sky", "road", "tree", "car", "person")
+
+
+def network(fill: Fill, numerics: Numerics, spec: Spec | None = None) -> SegFormer:
+    model = fill(SegFormer(replace(spec or standard_spec("b0", 5), numerics=numerics)).eval())
+    assert isinstance(model, SegFormer)
+    return model
+
+
+def logits(model: SegFormer, x: Tensor) -> Tensor:
+    """Before the last upsampling, which transformers leaves to the user."""
+    with torch.inference_mode():
+        return model.parts(x)[1]
+
+
+@pytest.mark.parametrize("dialect", NUMERICS)
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_dense_network_has_the_same_logits_in_stock_transformers(
+    dialect: str, folded: bool, trained_like: Fill, tmp_path: Path
+) -> None:
+    model = network(trained_like, NUMERICS[dialect])
+    write_folder(fold_decoder(model) if folded else model, tmp_path / "hf", class_names=CLASSES)
+    theirs, info = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values())
+    x = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        found = theirs(x).logits
+    expected = logits(model, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert theirs.config.id2label == dict(enumerate(CLASSES))
+
+
+APART = """
+import json, sys
+
+class NoSegprune:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "segprune":
+            raise ImportError("segprune is not here")
+
+sys.meta_path.insert(0, NoSegprune())
+import torch
+from transformers import AutoModelForSemanticSegmentation
+
+folder, trusted = sys.argv[1], sys.argv[2] == "trusted"
+model, info = AutoModelForSemanticSegmentation.from_pretrained(
+    folder, output_loading_info=True, **({"trust_remote_code": True} if trusted else {})
+)
+with torch.inference_mode():
+    logits = model.eval()(torch.load(sys.argv[3])).logits
+problems = [str(value) for value in info.values() if value]
+torch.save({"logits": logits, "class": type(model).__name__, "problems": problems}, sys.argv[4])
+"""
+
+
+def in_a_process_without_segprune(folder: Path, x: Tensor, *, trusted: bool) -> dict[str, Any]:
+    work = folder.parent
+    torch.save(x, work / "x.pt")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [str(folder), "trusted" if trusted else "", str(work / "x.pt"), str(work / "y.pt")]
+    result = subprocess.run(
+        [sys.executable, "-c", APART, *arguments],
+        cwd=work,
+        env=env | {"HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return torch.load(work / "y.pt")
+
+
+def test_a_uniformly_pruned_b0_is_one_for_stock_transformers_where_segprune_is_not(
+    trained_like: Fill, tmp_path: Path
+) -> None:
+    dense = network(trained_like, Numerics())
+    pruned = Pruner(dense, 0.5, uniform=True).prune()
+    assert isinstance(pruned, SegFormer)
+    before, after = (count(model.spec, (64, 64)).parameters for model in (dense, pruned))
+    assert 1 - after / before == pytest.approx(0.5, abs=0.02)
+    assert write_folder(pruned, tmp_path / "hf", class_names=CLASSES) == ()
+    x = torch.randn(1, 3, 64, 96)
+    found = in_a_process_without_segprune(tmp_path / "hf", x, trusted=False)
+    assert (found["class"], found["problems"]) == ("SegformerForSemanticSegmentation", [])
+    expected = logits(pruned, x)
+    assert float((found["logits"] - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+    back = read(tmp_path / "hf")
+    assert back.spec.stages == with_numerics(pruned.state_dict(), pruned.spec, NUMERICS["hf"])[1].stages
+    torch.testing.assert_close(logits(load(tmp_path / "hf"), x), expected, rtol=0, atol=1e-5)
+
+
+def test_any_other_network_goes_with_its_code_where_segprune_is_not(small_model: SegFormer, tmp_path: Path) -> None:
+    model = fold_decoder(small_model.float())
+    notes = write_folder(model, tmp_path / "hf", class_names=CLASSES)
+    assert len(notes) == 1
+    assert (
+        "since block 0 of stage 1 has values of width 12 per head where the stage's width 16 asks for 16;" in notes[0]
+    )
+    assert "trust_remote_code=True" in notes[0]
+    x = torch.randn(1, 3, 64, 96)
+    found = in_a_process_without_segprune(tmp_path / "hf", x, trusted=True)
+    assert (found["class"], found["problems"]) == ("SegpruneForSemanticSegmentation", [])
+    assert torch.equal(found["logits"], logits(model, x))
+
+    back = read(tmp_path / "hf")
+    assert (back.spec, back.extra, back.dialect) == (model.spec, {"class_names": list(CLASSES)}, "segprune")
+    assert torch.equal(logits(load(tmp_path / "hf"), x), logits(model, x))
+
+
+def test_the_classes_can_be_registered_and_give_a_loss(small_model: SegFormer, tmp_path: Path) -> None:
+    register()
+    write_folder(small_model.float(), tmp_path / "hf")
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "hf").eval()
+    assert type(model).__module__ == "segprune.formats.modeling_segprune"
+    x, labels = torch.randn(2, 3, 32, 64), torch.full((2, 32, 64), 255)
+    labels[:, :8] = 3
+    out = model(x, labels=labels)
+    expected = nn.functional.cross_entropy(small_model(x)[:, :, :8], labels[:, :8])
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(model(x, return_dict=False)[0], out.logits)
+    register()  # a second time does no harm
+
+
+def test_a_config_without_spec_is_refused() -> None:
+    with pytest.raises(ValueError, match="This config has no spec, which says how wide the network is; load one with"):
+        SegpruneForSemanticSegmentation(SegpruneConfig())
+
+
+def test_the_image_processor_and_the_pipeline_take_the_folder(trained_like: Fill, tmp_path: Path) -> None:
+    model = network(trained_like, NUMERICS["hf"])
+    write_folder(model, tmp_path / "hf", class_names=CLASSES, input_shape=(64, 96))
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    ready = AutoImageProcessor.from_pretrained(tmp_path / "hf")(Image.fromarray(image), return_tensors="pt")
+    expected = normalise(image)[None]
+    torch.testing.assert_close(ready["pixel_values"], expected, rtol=0, atol=1e-5)
+    segments = pipeline("image-segmentation", model=str(tmp_path / "hf"))(Image.fromarray(image))
+    classes = model(expected)[0].argmax(0)
+    assert [segment["label"] for segment in segments] == [CLASSES[k] for k in classes.unique()]
+    for segment in segments:
+        ours = (classes == CLASSES.index(segment["label"])).numpy()
+        assert ((np.asarray(segment["mask"]) > 0) == ours).mean() > 0.999
+
+
+@pytest.mark.parametrize("source", ["nvlabs", "bubbliiiing", "hf"])
+@pytest.mark.parametrize("dialect", ["nvlabs", "bubbliiiing"])
+def test_a_dense_network_in_another_codes_names_has_that_codes_logits(
+    source: str, dialect: str, trained_like: Fill, tmp_path: Path
+) -> None:
+    model = network(trained_like, NUMERICS[source])
+    path = tmp_path / "theirs.pth"
+    if NUMERICS[source].gelu != NUMERICS[dialect].gelu:
+        with pytest.raises(ValueError, match=r"GELU where theirs is the .* one, which no weights make up for; choose"):
+            write_file(model, path, dialect)
+        return
+    assert write_file(fold_decoder(model), path, dialect) == ()
+    data = torch.load(path, weights_only=True)
+    theirs = Reference("b0", 5, PUBLISHED[dialect]).eval()
+    theirs.load_state_dict(data["state_dict"] if dialect == "nvlabs" else data)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = model(x)
+        torch.testing.assert_close(theirs(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        back = read(path)
+        assert back.dialect == dialect
+        torch.testing.assert_close(load(path)(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_what_a_user_has_to_set_in_the_other_code_is_noted(trained_like: Fill, tmp_path: Path) -> None:
+    pruned = Pruner(network(trained_like, NUMERICS["smp"]), 0.5, uniform=True).prune()
+    assert isinstance(pruned, SegFormer)
+    rims, classes = write_file(pruned, tmp_path / "a.pth", "nvlabs")
+    assert rims.startswith("The network's last upsampling has align_corners=True and theirs False; set it there")
+    widths = [stage.width for stage in pruned.spec.stages]
+    assert classes.startswith(
+        f"Build it with their base classes, not with a variant's: MixVisionTransformer(embed_dims={widths}"
+    )
+    (rims,) = write_folder(pruned, tmp_path / "hf")
+    assert "align_corners=True and that of transformers' image processor False" in rims
+
+
+def test_what_their_classes_cannot_hold_is_refused_by_name(small_model: SegFormer, tmp_path: Path) -> None:
+    message = (
+        r"^bubbliiiing's classes cannot hold this network, since block 0 of stage 1 has values of width 12 .*; prune "
+        r"with --uniform for them, or write --to hf, which needs no uniform widths\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        write_file(small_model.float(), tmp_path / "a.pth", "bubbliiiing")
+    with pytest.raises(
+        ValueError, match=r"a\.onnx ends in '\.onnx'; nvlabs's code reads \.pth, \.pt, \.bin: give such"
+    ):
+        write_file(small_model, tmp_path / "a.onnx", "nvlabs")
+
+
+def test_a_folder_in_use_and_names_that_do_not_fit_are_refused_and_nothing_is_left(
+    small_model: SegFormer, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="There are 2 class names where the network has 5 classes; give one for each"):
+        write_folder(small_model, tmp_path / "hf", class_names=("a", "b"))
+    with pytest.raises(ValueError, match="The input is 16×64 pixels; both sides must be at least 32"):
+        write_folder(small_model, tmp_path / "hf", input_shape=(16, 64))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine.txt").write_text("kept")
+    with pytest.raises(
+        ValueError, match="hf is there already, and would be written over; give another place, or remove"
+    ):
+        write_folder(small_model, tmp_path / "hf")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/hf could not be written \(.*\); give another place"):
+        write_folder(small_model, tmp_path / "file" / "hf")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "hf", "mine.txt"]

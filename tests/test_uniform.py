@@ -1,0 +1,75 @@
+"""What published classes can hold, and the same network in other numerics."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from segprune.fold import fold_decoder
+from segprune.model import SegFormer
+from segprune.spec import BlockSpec, Numerics, Spec, standard_spec
+from segprune.uniform import uniform_problem, with_numerics
+
+
+def changed(spec: Spec, **widths: int | None) -> Spec:
+    """The last block of stage 2 with other widths."""
+    stage = spec.stages[1]
+    block: BlockSpec = replace(stage.blocks[-1], **widths)
+    stages = (spec.stages[0], replace(stage, blocks=(*stage.blocks[:-1], block)), *spec.stages[2:])
+    return replace(spec, stages=stages)
+
+
+@pytest.mark.parametrize("variant", ["b0", "b2"])
+def test_dense_networks_are_uniform_folded_or_not(variant: str) -> None:
+    spec = standard_spec(variant, 5)
+    assert uniform_problem(spec) is None
+    assert uniform_problem(replace(spec, branch_dims=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("widths", "problem"),
+    [
+        ({"qk_dim": 24}, "queries and keys of width 24 per head where the stage's width 64 asks for 32"),
+        ({"v_dim": 24}, "values of width 24 per head where the stage's width 64 asks for 32"),
+        ({"reduction_dim": 56}, "a reduction of width 56 where the stage has 64"),
+        ({"ffn_dim": 200}, "an FFN of width 200, which is no multiple of the stage's width 64"),
+        ({"ffn_dim": 192}, "an FFN of width 192 where block 0 has 256"),
+        ({"num_heads": 1}, "1 heads where block 0 has 2"),
+        ({"ffn_dim": 0}, "no attention or no FFN"),
+    ],
+)
+def test_what_is_in_the_way_is_said(widths: dict[str, int], problem: str) -> None:
+    assert uniform_problem(changed(standard_spec("b0", 5), **widths)) == f"block 1 of stage 2 has {problem}"
+
+
+def test_heads_have_to_divide_the_width_and_branches_to_be_as_wide_as_the_head() -> None:
+    spec = standard_spec("b0", 5)
+    odd = replace(spec, stages=(spec.stages[0], replace(spec.stages[1], width=63), *spec.stages[2:]))
+    assert uniform_problem(odd) == "block 0 of stage 2 has 2 heads, which do not divide the stage's width 63"
+    problem = "the decode head's branches have widths 8 8 8 256 where it has 256"
+    assert uniform_problem(replace(spec, branch_dims=(8, 8, 8, 256))) == problem
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_other_numerics_have_the_same_logits(folded: bool, small_model: SegFormer) -> None:
+    """In float64, with every eps a hundred times as large, which changes the logits if nothing makes up for it."""
+    model = fold_decoder(small_model) if folded else small_model
+    target = Numerics(norm_eps=1e-4, embed_norm_eps=1e-3, bn_eps=1e-3)
+    state, spec = with_numerics(model.state_dict(), model.spec, target)
+    assert (spec.numerics.norm_eps, spec.numerics.embed_norm_eps, spec.numerics.bn_eps) == (1e-4, 1e-3, 1e-3)
+    assert (spec.numerics.drop_path, spec.numerics.head_dropout) == (0.0, 0.0)
+    other = SegFormer(spec).double().eval()
+    assert all(b.qk_scale == b.qk_dim**-0.5 for stage in spec.stages for b in stage.blocks)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        other.load_state_dict(model.state_dict())
+        assert (other(x) - model(x)).abs().max() > 1e-4
+        other.load_state_dict(state)
+        torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-10)
+
+
+def test_another_gelu_is_refused() -> None:
+    model = SegFormer(standard_spec("b0", 5))
+    message = "The network has the exact GELU where theirs is the tanh-approximated one, which no weights make up for"
+    with pytest.raises(ValueError, match=message):
+        with_numerics(model.state_dict(), model.spec, Numerics(gelu="tanh"))
