@@ -31,7 +31,9 @@ def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None
     assert (status, errors) == (0, "")
     shown = set(re.findall(r"^│ +(?:\* +)?--(\w+)", out, re.MULTILINE))
     names = {"json_path": "json", "as_json": "json"}
-    arguments = {"shapes": {"folder"}}.get(name, {"model_path"} if name in ("info", "eval", "predict") else set())
+    arguments = {"shapes": {"folder"}}.get(
+        name, {"model_path"} if name in ("info", "eval", "predict", "export") else set()
+    )
     fields = {names.get(field.name, field.name) for field in dataclasses.fields(config)} - arguments
     assert shown == fields | {"help"}
     assert ("─ Arguments ─" in out) == bool(arguments)
@@ -39,7 +41,9 @@ def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None
 
 def test_the_help_lists_every_command_and_comes_without_one_too() -> None:
     _, out, _ = invoke("--help")
-    assert all(re.search(rf"│ {name} +\w", out) for name in ("prune", "train", "eval", "predict", "info", "shapes"))
+    assert all(
+        re.search(rf"│ {name} +\w", out) for name in ("prune", "train", "eval", "predict", "export", "info", "shapes")
+    )
     _, bare, errors = invoke()
     assert out.split() in (bare.split(), errors.split())
 
