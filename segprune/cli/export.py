@@ -137,7 +137,8 @@ def _check_effects(config: ExportConfig, given: frozenset[str], baked: frozenset
         ("split", not config.data, "without --data"),
         ("num_calibration", not pictures, "without --data or --calibration"),
         ("tolerance", "argmax" in baked, "with --bake argmax, which leaves no logits to compare"),
-        ("tensorrt", config.format != "onnx", f"with --format {config.format}; TensorRT reads onnx"),
+        ("tensorrt", config.format != "onnx", f"with --format {config.format}, where TensorRT reads onnx"),
+        ("tensorrt", config.precision == "int8", "with --precision int8, whose scales are made for ONNX Runtime"),
     ):
         if flag in given and without_effect:
             raise ValueError(f"--{flag} has no effect {where}; leave it out.")
@@ -188,11 +189,10 @@ def _spread(found: Sequence[T], number: int) -> list[T]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch's exporter warns in the log that torchvision is missing, which nothing here needs."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporters' logs: that torchvision is missing, which nothing here needs, and how quantising goes on."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logging.disable(before)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from segprune.data.transforms import Bytes
-from segprune.export import onnx
+from segprune.export import onnx, openvino, torch_files
 from segprune.export.job import Job
 from segprune.export.manifest import PRECISIONS, Manifest, Precision
 from segprune.export.network import Deployed
@@ -56,7 +57,11 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", ("fp32", "fp16"), onnx.write),
+    "onnx": Format(".onnx", PRECISIONS, onnx.write),
+    "openvino": Format(".xml", PRECISIONS, openvino.write),
+    "pt2": Format(".pt2", ("fp32", "fp16"), torch_files.write_pt2),
+    "aotinductor": Format(".pt2", ("fp32", "fp16"), torch_files.write_aotinductor),
+    "torchscript": Format(".torchscript", ("fp32", "fp16"), torch_files.write_torchscript),
 }
 
 
@@ -105,7 +110,9 @@ def export(
     )
     job = Job(network, manifest, size, pictures)
     with atomic_files(path) as temporary:
-        FORMATS[format].write(job, temporary)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's exporters call functions that PyTorch deprecates
+            FORMATS[format].write(job, temporary)
         difference = compare(reference, open_exported(temporary), job)
         if not difference.within(limits or LIMITS[precision]):
             raise ValueError(_too_far(difference, limits or LIMITS[precision], precision))

@@ -142,18 +142,21 @@ def _open_pt2(path: Path) -> Runtime:
     return Runtime(f"torch.export {torch.__version__}", from_text(kept[f"{KEY}.json"]), _without_grad(module))
 
 
-def is_compiled(path: Path) -> bool:
+def is_compiled(path: str | Path) -> bool:
     """Whether a .pt2 file is an AOTInductor package, which holds machine code, and no graph of torch.export's."""
+    if Path(path).suffix != ".pt2" or not zipfile.is_zipfile(path):
+        return False
     with zipfile.ZipFile(path) as archive:
         return any("/aotinductor/" in name for name in archive.namelist())
 
 
 def _open_aotinductor(path: Path) -> Runtime:
+    with zipfile.ZipFile(path) as archive:  # read before the package is loaded, which runs its code
+        texts = [archive.read(name) for name in archive.namelist() if name.endswith("_metadata.json")]
+    manifest = from_text(json.loads(texts[0]).get(KEY, "") if texts else "")
     from torch._inductor import aoti_load_package
 
-    package = aoti_load_package(str(path))
-    manifest = from_text(json.loads(package.get_metadata().get(KEY, '""')))
-    return Runtime(f"AOTInductor {torch.__version__}", manifest, _without_grad(package))
+    return Runtime(f"AOTInductor {torch.__version__}", manifest, _without_grad(aoti_load_package(str(path))))
 
 
 def _open_torchscript(path: Path) -> Runtime:

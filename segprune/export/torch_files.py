@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
@@ -28,14 +27,11 @@ def write_aotinductor(job: Job, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package
 
     settings = {"aot_inductor.metadata": {KEY: job.manifest.text}}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad():
         aoti_compile_and_package(job.traced(), package_path=str(path), inductor_configs=settings)
 
 
 def write_torchscript(job: Job, path: Path) -> None:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated by PyTorch, which is why torch.export has a format here, too
-        trace = torch.jit.trace(job.network, job.example())
-        trace = torch.jit.freeze(trace)
+    with torch.no_grad():
+        trace = torch.jit.freeze(torch.jit.trace(job.network, job.example()))
         torch.jit.save(trace, str(path), _extra_files={f"{KEY}.json": job.manifest.text})
