@@ -64,7 +64,7 @@ def _fold_batchnorm(head: DecodeHead) -> None:
         branch.weight.copy_(factor[:, None] * branch.weight.double())  # D C
     bias = norm.bias.double() - mean.double() * factor
     head.branches[-1].bias = nn.Parameter(bias.to(norm.bias.dtype), requires_grad=False)  # where the map is smallest
-    head.norm = nn.Identity()  # type: ignore[assignment]
+    head.norm = nn.Identity().eval()  # type: ignore[assignment]
 
 
 def _with_head(

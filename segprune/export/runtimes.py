@@ -7,6 +7,7 @@ on processors that have bfloat16 it would otherwise take that.
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,13 +76,14 @@ class Runtime:
 
 def require(package: str, purpose: str) -> Any:
     """A package of the `export` extra; ImportError in one sentence where it is missing."""
+    root = package.partition(".")[0]
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package.partition(".")[0]:
-            raise
+        if (error.name or "").partition(".")[0] != root:
+            raise  # it is there, and one of its own needs is not
         raise ImportError(
-            f'{purpose} needs {error.name}, which is not installed; run: pip install "segprune[export]".'
+            f'{purpose} needs {root}, which is not installed; run: pip install "segprune[export]".'
         ) from error
 
 
@@ -161,7 +163,9 @@ def _open_aotinductor(path: Path) -> Runtime:
 
 def _open_torchscript(path: Path) -> Runtime:
     kept = {f"{KEY}.json": ""}
-    module = torch.jit.load(str(path), map_location="cpu", _extra_files=kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch deprecates TorchScript
+        module = torch.jit.load(str(path), map_location="cpu", _extra_files=kept)
     text = kept[f"{KEY}.json"]
     manifest = from_text(text.decode() if isinstance(text, bytes) else text)
     return Runtime(f"TorchScript {torch.__version__}", manifest, _without_grad(module))
