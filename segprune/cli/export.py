@@ -148,7 +148,7 @@ def _output(config: ExportConfig) -> Path:
     """--output, or the checkpoint's name with the precision if it is not fp32, in exported/."""
     suffix = FORMATS[config.format].suffix
     if config.output:
-        if Path(config.output).suffix != suffix:
+        if not config.output.endswith(suffix):
             raise ValueError(f"--output {config.output} must end in {suffix}, as files of {config.format} do.")
         return Path(config.output)
     source = Path(config.model_path)

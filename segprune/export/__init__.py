@@ -5,6 +5,7 @@
     pt2          a graph of torch.export
     aotinductor  that graph compiled for this machine; also .pt2
     torchscript  a trace, for programs written around torch.jit
+    ncnn         for phones and small boards, three files: .ncnn.param, .ncnn.bin and .ncnn.json
 
 Exports run on the CPU. What a file takes and gives stands in its `Manifest`, which lies inside the file.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segprune.data.transforms import Bytes
-from segprune.export import onnx, openvino, torch_files
+from segprune.export import ncnn, onnx, openvino, torch_files
 from segprune.export.job import Job
 from segprune.export.manifest import PRECISIONS, Manifest, Precision
 from segprune.export.network import Deployed
@@ -49,19 +50,24 @@ BAKED = ("preprocess", "argmax")
 
 @dataclass(frozen=True)
 class Format:
-    """`write` makes the file, which ends in `suffix`, and others beside it if the format has more than one."""
+    """`write` makes the file, which ends in `suffix`, and others beside it if the format has more than one.
+
+    With `stores_half`, fp16 is how `write` stores the weights; elsewhere the network computes in it.
+    """
 
     suffix: str
     precisions: tuple[Precision, ...]
     write: Callable[[Job, Path], None]
+    stores_half: bool = False
 
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", PRECISIONS, onnx.write),
-    "openvino": Format(".xml", PRECISIONS, openvino.write),
+    "openvino": Format(".xml", PRECISIONS, openvino.write, stores_half=True),
     "pt2": Format(".pt2", ("fp32", "fp16"), torch_files.write_pt2),
     "aotinductor": Format(".pt2", ("fp32", "fp16"), torch_files.write_aotinductor),
     "torchscript": Format(".torchscript", ("fp32", "fp16"), torch_files.write_torchscript),
+    "ncnn": Format(ncnn.SUFFIX, ("fp32", "fp16"), ncnn.write, stores_half=True),
 }
 
 
@@ -98,12 +104,13 @@ def export(
     check_choice(format, precision)
     check_input((batch, 3, *size))
     path = Path(path)
-    if path.suffix != FORMATS[format].suffix:
-        raise ValueError(f"{path} ends in {path.suffix!r}; a file of the format {format} in {FORMATS[format].suffix}.")
+    if not path.name.endswith(suffix := FORMATS[format].suffix):
+        raise ValueError(f"{path} ends in {path.suffix!r}, where a file of the format {format} ends in {suffix}.")
     if precision == "int8" and not pictures:
         raise ValueError("int8 needs pictures to calibrate on, like those the network will see; give some.")
     reference = copy.deepcopy(model).cpu().float().eval()
-    network = Deployed(reference, half=precision == "fp16", preprocess=preprocess, argmax=argmax)
+    half = precision == "fp16" and not FORMATS[format].stores_half
+    network = Deployed(reference, half=half, preprocess=preprocess, argmax=argmax)
     shape = None if dynamic else (batch, *size)
     manifest = Manifest(
         model.spec.variant, model.spec.num_classes, format, precision, shape, preprocess, argmax, tuple(class_names)

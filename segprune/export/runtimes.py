@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def is_exported(path: str) -> bool:
 
 
 def open_exported(path: str | Path) -> Runtime:
-    """An .onnx, .xml, .pt2 or .torchscript file that `segprune export` wrote; ValueError for any other.
+    """An .onnx, .xml, .pt2, .torchscript or .ncnn.param file that `segprune export` wrote; ValueError for any other.
 
     An AOTInductor package is machine code, which opening runs.
     """
@@ -171,6 +172,28 @@ def _open_torchscript(path: Path) -> Runtime:
     return Runtime(f"TorchScript {torch.__version__}", manifest, _without_grad(module))
 
 
+def _open_ncnn(path: Path) -> Runtime:
+    ncnn = require("ncnn", "Running an ncnn file")
+    stem = path.with_suffix("")  # name.ncnn of name.ncnn.param
+    words = stem.with_suffix(".ncnn.json")
+    manifest = from_text(words.read_text(encoding="utf-8") if words.is_file() else "")
+    net = ncnn.Net()
+    net.opt.num_threads = torch.get_num_threads()
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = manifest.precision == "fp16"
+    if net.load_param(str(path)) or net.load_model(str(stem.with_suffix(".ncnn.bin"))):
+        raise ValueError("ncnn cannot load it")
+
+    def run(x: Tensor) -> Tensor:
+        extractor = net.create_extractor()
+        extractor.input("in0", ncnn.Mat(x[0].numpy()))  # 3 H W: ncnn knows no batch
+        status, out = extractor.extract("out0")
+        if status:
+            raise ValueError("ncnn cannot run it")
+        return torch.from_numpy(np.array(out))[None]
+
+    return Runtime(f"ncnn {ncnn.__version__}", manifest, run)
+
+
 def _without_grad(module: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -184,4 +207,5 @@ OPENERS: dict[str, Callable[[Path], Runtime]] = {
     ".xml": _open_openvino,
     ".pt2": _open_pt2,
     ".torchscript": _open_torchscript,
+    ".param": _open_ncnn,
 }

@@ -168,7 +168,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
     [
         (
             ("--format", "coreml"),
-            "The format 'coreml' is unknown; choose one of onnx, openvino, pt2, aotinductor, torchscript.",
+            "The format 'coreml' is unknown; choose one of onnx, openvino, pt2, aotinductor, torchscript, ncnn.",
         ),
         (("--precision", "int4"), "The format onnx does not come in 'int4'; choose one of fp32, fp16, int8."),
         (
@@ -231,6 +231,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         ("onnx", "onnxscript", "Exporting to ONNX"),
         ("onnx", "onnx", "Exporting to ONNX"),
         ("openvino", "openvino", "Exporting to OpenVINO"),
+        ("ncnn", "pnnx", "Exporting to ncnn"),
     ],
 )
 def test_a_missing_package_is_named_with_the_extra(

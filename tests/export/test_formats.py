@@ -18,7 +18,7 @@ from segprune.model import SegFormer
 from tests.exporting import tiny_network
 
 SIZE = (64, 96)
-LEFT = {"openvino": ["it.bin", "it.xml"]}
+LEFT = {"openvino": ["it.bin", "it.xml"], "ncnn": ["it.ncnn.bin", "it.ncnn.json", "it.ncnn.param"]}
 CASES: dict[str, dict[str, Any]] = {
     "onnx": {"format": "onnx"},
     "onnx baked": {"format": "onnx", "preprocess": True, "argmax": True, "batch": 1},
@@ -28,6 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "openvino fp16": {"format": "openvino", "precision": "fp16", "preprocess": True},
     "pt2": {"format": "pt2", "preprocess": True},
     "torchscript": {"format": "torchscript"},
+    "ncnn": {"format": "ncnn", "batch": 1},
+    "ncnn fp16": {"format": "ncnn", "batch": 1, "precision": "fp16"},
     "torchscript any size": {"format": "torchscript", "dynamic": True},
 }
 
@@ -136,7 +138,7 @@ def test_int8_in_openvino_agrees_and_refuses_to_calibrate_in_batches(network: Se
     ("options", "message"),
     [
         ({"precision": "int8"}, "int8 needs pictures to calibrate on, like those the network will see; give some."),
-        ({"format": "pt2"}, r"it.onnx ends in '.onnx'; a file of the format pt2 in .pt2."),
+        ({"format": "pt2"}, r"it.onnx ends in '.onnx', where a file of the format pt2 ends in .pt2.$"),
         ({"format": "tflite"}, "The format 'tflite' is unknown; choose one of onnx, openvino, pt2, aotinductor, torch"),
         ({"size": (31, 64)}, "The input is 31×64 pixels; both sides must be at least 32"),
     ],
@@ -149,11 +151,29 @@ def test_what_cannot_be_exported_is_refused(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2", ".torchscript"])
+@pytest.mark.parametrize("options", [{"dynamic": True}, {"batch": 2}, {"preprocess": True}, {"argmax": True}])
+def test_what_ncnn_cannot_take_is_refused(options: dict[str, Any], network: SegFormer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"takes one normalised picture of one size and gives logits; leave out --dyn"):
+        export(network, tmp_path / "it.ncnn.param", format="ncnn", size=SIZE, **options)
+
+
+def test_a_network_that_pnnx_cannot_convert_is_refused(
+    network: SegFormer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pnnx
+
+    monkeypatch.setattr(pnnx, "EXEC_PATH", "false")
+    with pytest.raises(ValueError, match=r"^pnnx could not convert the network \(.*\); choose another format\.$"):
+        export(network, tmp_path / "it.ncnn.param", format="ncnn", size=SIZE)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2", ".torchscript", ".ncnn.param"])
 def test_a_file_of_the_right_name_and_the_wrong_content_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"bad{suffix}"
     path.write_bytes(np.random.default_rng(0).bytes(2000))
-    with pytest.raises(ValueError, match=r"bad\.\w+ is no file that segprune export wrote \(.+\); export it again\.$"):
+    with pytest.raises(
+        ValueError, match=r"bad\.[\w.]+ is no file that segprune export wrote \(.+\); export it again\.$"
+    ):
         open_exported(path)
 
 

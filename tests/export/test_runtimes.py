@@ -62,7 +62,7 @@ def test_classes_become_logits_whose_highest_they_are() -> None:
 
 
 def test_the_names_of_exported_files_are_known() -> None:
-    assert all(is_exported(f"a/b{suffix}") for suffix in (".onnx", ".xml", ".pt2", ".torchscript"))
+    assert all(is_exported(f"a/b{suffix}") for suffix in (".onnx", ".xml", ".pt2", ".torchscript", ".ncnn.param"))
     assert not any(is_exported(name) for name in ("a.pth", "a.pt", "nvidia/segformer", "a.safetensors", "onnx"))
 
 
