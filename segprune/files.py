@@ -49,6 +49,28 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _unwritable(path, error) from error
 
 
+@contextmanager
+def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `atomic_path`, of a file that others go with: yields a path of the same name in a temporary folder.
+
+    On success all files in that folder move beside `path`, which comes last.
+    """
+    path = Path(path)
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield folder / path.name
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+                file.replace(path.with_name(file.name))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 def _unwritable(path: Path, error: OSError) -> OSError:
     return OSError(
         f"{path} could not be written ({error.strerror or error}); give another place, "

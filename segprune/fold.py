@@ -4,6 +4,9 @@ Branch, bilinear upsampling and fuse convolution are linear, and a product over 
 upsampling over space; so the product is taken at the stage's own, smaller resolution. The branches' biases pass
 through upsampling unchanged and end, summed, before the BatchNorm, which subtracts them again: they move into its
 running mean, exactly, in training as in evaluation. BatchNorm itself stays apart, so a folded head trains.
+
+For deployment, where nothing is trained any more, the BatchNorm goes into the products as well, and the scale of
+attention into the queries.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ import copy
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from segprune.model import DecodeHead, SegFormer
+from segprune.model import Attention, DecodeHead, SegFormer
 
 
 def fold_decoder(model: SegFormer) -> SegFormer:
@@ -32,6 +35,36 @@ def unfold_decoder(model: SegFormer) -> SegFormer:
     dims = (model.spec.decoder_dim,) * len(model.spec.stages)
     spec = replace(model.spec, branch_dims=dims)
     return _with_head(model, DecodeHead(spec), dims, _unfolded_state(model.decode_head))
+
+
+def fold_for_inference(model: SegFormer) -> SegFormer:
+    """A new network with the same logits (to rounding) in evaluation: head folded, no BatchNorm, no attention scale.
+
+    It has parameters that its spec knows nothing of, so it can be run and exported, not saved or trained.
+    """
+    new = fold_decoder(model).eval().requires_grad_(False)
+    _fold_batchnorm(new.decode_head)
+    for module in new.modules():
+        if isinstance(module, Attention):
+            for tensor in module.q.parameters():
+                tensor.mul_(module.qk_scale)
+            module.qk_scale = 1.0
+    return new
+
+
+def _fold_batchnorm(head: DecodeHead) -> None:
+    """BatchNorm's factors into the rows of the products; what it adds becomes a bias, which upsampling leaves alone."""
+    norm = head.norm
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    factor = norm.weight.double() / (variance.double() + norm.eps).sqrt()
+    for branch in head.branches:
+        assert isinstance(branch, nn.Linear)
+        branch.weight.copy_(factor[:, None] * branch.weight.double())  # D C
+    bias = norm.bias.double() - mean.double() * factor
+    head.branches[-1].bias = nn.Parameter(bias.to(norm.bias.dtype), requires_grad=False)  # where the map is smallest
+    head.norm = nn.Identity().eval()  # type: ignore[assignment]
 
 
 def _with_head(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from segprune.files import atomic_path, check_writable, load_record, read_file, save_record, write_json
+from segprune.files import atomic_files, atomic_path, check_writable, load_record, read_file, save_record, write_json
 
 
 @contextmanager
@@ -54,6 +54,32 @@ def test_a_failure_while_writing_keeps_the_old_file_and_removes_the_new_one(tmp_
         write()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_files_that_belong_together_come_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "a.xml"
+
+    def write(text: str) -> None:
+        with atomic_files(path) as temporary:
+            assert temporary.name == "a.xml"
+            temporary.write_text(text)
+            temporary.with_suffix(".bin").write_text(text)
+            if text == "bad":
+                raise KeyboardInterrupt
+
+    write("one")
+    with pytest.raises(KeyboardInterrupt):
+        write("bad")
+    with (
+        disk_full(monkeypatch),
+        pytest.raises(OSError, match=r"a.xml could not be written \(No space left on device\)"),
+    ):
+        write("full")
+    assert {name: (path.parent / name).read_text() for name in os.listdir(path.parent)} == dict.fromkeys(
+        ("a.xml", "a.bin"), "one"
+    )
 
 
 def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ ROWS = (
     ("spec", "files"),
     ("model",),
     ("convert", "huggingface", "stats", "fold", "uniform", "data", "training"),
-    ("checkpoint", "pruning"),
+    ("checkpoint", "pruning", "export"),
     ("report", "plots", "pictures", "formats"),
     ("cli",),
     ("doors",),
@@ -32,6 +32,7 @@ NEVER = {  # though they point down: what a room must work without
     ("pruning", "data"): "pruning takes batches",
     ("pruning", "training"): "pruning takes batches",
     ("pruning", "files"): "only checkpoint reads and writes networks",
+    ("export", "training"): "an exported file runs without the training code",
     ("checkpoint", "data"): "a network loads without pictures",
     ("checkpoint", "training"): "a network loads without its training",
 }

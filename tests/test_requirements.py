@@ -37,7 +37,7 @@ DEV = by_name(requirements_in("requirements_dev.txt"))
 @pytest.mark.parametrize("requirement", [*PINS.values(), *DEV.values()], ids=str)
 def test_a_requirement_of_a_clone_is_one_exact_version(requirement: Requirement) -> None:
     assert [specifier.operator for specifier in requirement.specifier] == ["=="]
-    assert re.fullmatch(r"\d+(\.\d+)+", pin(requirement))
+    assert re.fullmatch(r"\d+(\.\d+)*", pin(requirement))
     assert requirement.url is None
     assert not requirement.extras
 

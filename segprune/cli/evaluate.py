@@ -9,11 +9,12 @@ mIoU.png, mPA.png, mRecall.png, mPrecision.png   bars per class, the mean in the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from typer import Argument, Option
 
 from segprune import checkpoint
@@ -29,10 +30,11 @@ from segprune.cli.common import (
     show_settings,
     switch,
 )
+from segprune.export.runtimes import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.model import check_input
 from segprune.report import environment, score_record
-from segprune.training.evaluate import EvalMode, Score, evaluate
+from segprune.training.evaluate import EvalMode, Predict, Score, evaluate
 
 SCORES, TABLE, MATRIX = "scores.json", "scores.csv", "confusion_matrix.csv"
 
@@ -40,7 +42,11 @@ SCORES, TABLE, MATRIX = "scores.json", "scores.csv", "confusion_matrix.csv"
 @dataclass(frozen=True)
 class EvalConfig:
     model_path: Annotated[
-        str, Argument(metavar="FILE", help=".pth, .pt, .safetensors, a Hugging Face folder or hub name.")
+        str,
+        Argument(
+            metavar="FILE",
+            help=".pth, .pt, .safetensors, a Hugging Face folder or hub name, or what segprune export wrote.",
+        ),
     ]
     data: Annotated[str, Option("--data", help="Data set: a folder, a list file or a Hugging Face name.")] = "VOCdevkit"
     layout: Layout = None
@@ -77,12 +83,13 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
 
     The score is that of the original pixels: logits are resized to each mask's own size. Every picture counts once.
     """
-    how = _eval_mode(config, given)
     device = choose_device(config.cuda)
-    found = checkpoint.read(config.model_path, dialect=config.dialect)
-    num_classes = found.spec.num_classes
-    read = {"dialect": found.dialect, "variant": found.spec.variant, "num_classes": num_classes}
-    show_settings("Evaluation", asdict(config) | read)
+    found = _find(config, given, device)
+    if found.shape is not None and config.mode != "whole" and "input_shape" not in given:
+        config = replace(config, input_shape=found.shape)
+    how = _eval_mode(config, given)
+    num_classes = found.num_classes
+    show_settings("Evaluation", asdict(config) | found.read | {"num_classes": num_classes})
     show_notes(found.notes)
     if config.save_dir:
         check_writable(config.save_dir)
@@ -95,7 +102,7 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
         num_workers=config.num_workers,
     )
     samples, names = source.split(config.split), source.class_names
-    model = checkpoint.build(found).to(device)
+    model = found.network()
     with progress_bar("scoring") as advance:
         score = evaluate(
             model,
@@ -116,6 +123,32 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
     if config.save_dir:
         _save(record, score, names, Path(config.save_dir))
         console.print(f"Saved: {SCORES}, {TABLE}, {MATRIX} and plots in {config.save_dir}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What there is to score; `shape` is the only H, W that it takes, if there is one."""
+
+    network: Callable[[], Predict]
+    num_classes: int
+    read: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    shape: tuple[int, int] | None = None
+
+
+def _find(config: EvalConfig, given: frozenset[str], device: torch.device) -> _Found:
+    if not is_exported(config.model_path):
+        found = checkpoint.read(config.model_path, dialect=config.dialect)
+        read = {"dialect": found.dialect, "variant": found.spec.variant}
+        return _Found(lambda: checkpoint.build(found).to(device), found.spec.num_classes, read, found.notes)
+    for flag in ("dialect", "cuda"):
+        if flag in given:
+            raise ValueError(f"--{flag} has no effect on an exported file, which runs on the CPU; leave it out.")
+    runtime = open_exported(config.model_path)
+    manifest = runtime.manifest
+    read = {"runtime": runtime.name, "variant": manifest.variant, "precision": manifest.precision}
+    shape = None if manifest.shape is None else manifest.shape[1:]
+    return _Found(lambda: runtime, manifest.num_classes, read, shape=shape)
 
 
 def _eval_mode(config: EvalConfig, given: frozenset[str]) -> EvalMode:

@@ -31,7 +31,7 @@ def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None
     assert (status, errors) == (0, "")
     shown = set(re.findall(r"^│ +(?:\* +)?--(\w+)", out, re.MULTILINE))
     names = {"json_path": "json", "as_json": "json"}
-    takes_file = ("info", "eval", "predict", "scan")
+    takes_file = ("info", "eval", "predict", "scan", "export")
     arguments = {"shapes": {"folder"}, "convert": {"model_path", "target"}}.get(
         name, {"model_path"} if name in takes_file else set()
     )

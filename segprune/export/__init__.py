@@ -1,0 +1,139 @@
+"""A network out to what other runtimes read; every file is run again and compared before it is kept.
+
+    onnx         for ONNX Runtime, TensorRT and most others
+    openvino     Intel's IR, two files: .xml and .bin
+    pt2          a graph of torch.export
+    aotinductor  that graph compiled for this machine; also .pt2
+    torchscript  a trace, for programs written around torch.jit
+    ncnn         for phones and small boards, three files: .ncnn.param, .ncnn.bin and .ncnn.json
+
+Exports run on the CPU. What a file takes and gives stands in its `Manifest`, which lies inside the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from segprune.data.transforms import Bytes
+from segprune.export import ncnn, onnx, openvino, torch_files
+from segprune.export.job import Job
+from segprune.export.manifest import PRECISIONS, Manifest, Precision
+from segprune.export.network import Deployed
+from segprune.export.runtimes import Runtime, is_exported, open_exported
+from segprune.export.verify import LIMITS, Difference, Limits, compare
+from segprune.files import atomic_files
+from segprune.model import SegFormer, check_input
+
+__all__ = [
+    "BAKED",
+    "FORMATS",
+    "LIMITS",
+    "PRECISIONS",
+    "Difference",
+    "Limits",
+    "Manifest",
+    "Precision",
+    "Runtime",
+    "check_choice",
+    "export",
+    "is_exported",
+    "open_exported",
+]
+
+BAKED = ("preprocess", "argmax")
+
+
+@dataclass(frozen=True)
+class Format:
+    """`write` makes the file, which ends in `suffix`, and others beside it if the format has more than one.
+
+    With `stores_half`, fp16 is how `write` stores the weights; elsewhere the network computes in it.
+    """
+
+    suffix: str
+    precisions: tuple[Precision, ...]
+    write: Callable[[Job, Path], None]
+    stores_half: bool = False
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format(".onnx", PRECISIONS, onnx.write),
+    "openvino": Format(".xml", PRECISIONS, openvino.write, stores_half=True),
+    "pt2": Format(".pt2", ("fp32", "fp16"), torch_files.write_pt2),
+    "aotinductor": Format(".pt2", ("fp32", "fp16"), torch_files.write_aotinductor),
+    "torchscript": Format(".torchscript", ("fp32", "fp16"), torch_files.write_torchscript),
+    "ncnn": Format(ncnn.SUFFIX, ("fp32", "fp16"), ncnn.write, stores_half=True),
+}
+
+
+def check_choice(format: str, precision: str) -> None:
+    """ValueError for a format that is unknown or does not come in the precision."""
+    if format not in FORMATS:
+        raise ValueError(f"The format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
+    if precision not in FORMATS[format].precisions:
+        allowed = ", ".join(FORMATS[format].precisions)
+        raise ValueError(f"The format {format} does not come in {precision!r}; choose one of {allowed}.")
+
+
+def export(
+    model: SegFormer,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "onnx",
+    precision: Precision = "fp32",
+    size: tuple[int, int] = (512, 512),
+    batch: int = 1,
+    dynamic: bool = False,
+    preprocess: bool = False,
+    argmax: bool = False,
+    class_names: Sequence[str] = (),
+    pictures: Sequence[Bytes] = (),
+    limits: Limits | None = None,
+) -> tuple[Manifest, Difference]:
+    """Write the network to `path`, run the file and compare it with the network.
+
+    `pictures` [H, W, 3] uint8 RGB of `size` calibrate int8, which needs some, and are what is compared; without them
+    generated ones are. ValueError for what cannot be done and where the file is further off than `limits`, which then
+    is not kept; OSError where `path` cannot be written.
+    """
+    check_choice(format, precision)
+    check_input((batch, 3, *size))
+    path = Path(path)
+    if not path.name.endswith(suffix := FORMATS[format].suffix):
+        raise ValueError(f"{path} ends in {path.suffix!r}, where a file of the format {format} ends in {suffix}.")
+    if precision == "int8" and not pictures:
+        raise ValueError("int8 needs pictures to calibrate on, like those the network will see; give some.")
+    reference = copy.deepcopy(model).cpu().float().eval()
+    half = precision == "fp16" and not FORMATS[format].stores_half
+    network = Deployed(reference, half=half, preprocess=preprocess, argmax=argmax)
+    shape = None if dynamic else (batch, *size)
+    manifest = Manifest(
+        model.spec.variant, model.spec.num_classes, format, precision, shape, preprocess, argmax, tuple(class_names)
+    )
+    job = Job(network, manifest, size, pictures)
+    with atomic_files(path) as temporary:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's exporters call functions that PyTorch deprecates
+            FORMATS[format].write(job, temporary)
+        difference = compare(reference, open_exported(temporary), job)
+        if not difference.within(limits or LIMITS[precision]):
+            raise ValueError(_too_far(difference, limits or LIMITS[precision], precision))
+    return manifest, difference
+
+
+def _too_far(difference: Difference, limits: Limits, precision: Precision) -> str:
+    allowed = "" if difference.relative is None or limits.tolerance is None else f"at most {limits.tolerance:g} and "
+    remedy = {
+        "fp32": "give a larger --tolerance if that is enough for you",
+        "fp16": "export as fp32, whose range is larger",
+        "int8": "give more pictures to calibrate on, or a lower --agreement and score the file with segprune eval",
+    }[precision]
+    return (
+        f"The exported file is too far from the network ({difference.text}; {allowed}at least "
+        f"{100 * limits.agreement:g} % were allowed) and was not kept; {remedy}."
+    )

@@ -1,0 +1,52 @@
+"""What every format's writer is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segprune.data.transforms import Bytes, normalise
+from segprune.export.manifest import MIN_DYNAMIC, Manifest
+from segprune.export.network import Deployed
+
+
+@dataclass(frozen=True)
+class Job:
+    """The network, what its file will say of itself, and pictures [H, W, 3] uint8 for calibration."""
+
+    network: Deployed
+    manifest: Manifest
+    size: tuple[int, int]  # H W of the example; with a static shape the only one
+    pictures: Sequence[Bytes]
+
+    def example(self) -> Tensor:
+        """An input to trace the network with. Of a dynamic one no two sizes are equal and none is 1."""
+        if self.manifest.shape is not None:
+            return self.input(np.zeros((self.manifest.shape[0], *self.size, 3), dtype=np.uint8))
+        return self.input(np.zeros((2, 2 * MIN_DYNAMIC, 2 * MIN_DYNAMIC + 32, 3), dtype=np.uint8))
+
+    def input(self, pictures: Sequence[Bytes] | Bytes) -> Tensor:
+        """Pictures as the file takes them: B H W 3 uint8 or normalised B 3 H W."""
+        if self.manifest.preprocess:
+            return torch.from_numpy(np.stack(list(pictures)))
+        return torch.stack([normalise(picture) for picture in pictures])
+
+    def batches(self) -> list[Tensor]:
+        """The pictures in batches that the file takes; the last one is filled up with the first pictures."""
+        size = 1 if self.manifest.shape is None else self.manifest.shape[0]
+        pictures = list(self.pictures)
+        pictures += pictures[: -len(pictures) % size]
+        return [self.input(pictures[i : i + size]) for i in range(0, len(pictures), size)]
+
+    def traced(self) -> torch.export.ExportedProgram:
+        """The graph as torch.export has it."""
+        height, width = (1, 2) if self.manifest.preprocess else (2, 3)
+        dynamic = torch.export.Dim.DYNAMIC
+        sides = {height: dynamic(min=MIN_DYNAMIC), width: dynamic(min=MIN_DYNAMIC)}
+        shapes = None if self.manifest.shape is not None else ({0: dynamic(min=1)} | sides,)
+        with torch.no_grad():
+            return torch.export.export(self.network, (self.example(),), dynamic_shapes=shapes)

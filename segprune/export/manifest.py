@@ -1,0 +1,44 @@
+"""What an exported file takes and gives, as plain data that is kept in the file itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+MIN_DYNAMIC = 64  # sides that a file of any size takes from: below, a stage's map is one pixel high and traced as such
+KEY = "segprune"  # under which a file keeps its manifest
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`shape` is the only batch, height and width that the file takes; None: any, with sides from `MIN_DYNAMIC` up.
+
+    With `preprocess` the file takes uint8 RGB B H W 3, else normalised float32 B 3 H W. With `argmax` it gives
+    classes uint8 B H W, else logits float32 B K H W.
+    """
+
+    variant: str
+    num_classes: int
+    format: str
+    precision: Precision
+    shape: tuple[int, int, int] | None
+    preprocess: bool
+    argmax: bool
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def from_text(text: str) -> Manifest:
+    """The inverse of `Manifest.text`; ValueError for anything else."""
+    try:
+        data = json.loads(text)
+        shape = None if data["shape"] is None else tuple(map(int, data["shape"]))
+        return Manifest(**data | {"shape": shape, "class_names": tuple(data["class_names"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError("it holds no word of segprune's on what it takes and gives") from error

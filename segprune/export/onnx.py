@@ -1,0 +1,102 @@
+"""ONNX: traced by torch.export, translated and simplified by PyTorch's exporter, quantised by ONNX Runtime.
+
+int8 is static, with quantise and dequantise nodes around every convolution and every product with weights: these
+symmetric per channel in 7 bits, since processors without VNNI add up products of 8 bits in 16 and overflow;
+activations in 8 bits by the smallest and largest value that the pictures gave. The two products inside attention stay
+in float32: what a softmax gives lies so unevenly in [0, 1] that 256 levels hold it badly, and they gained no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segprune.export.job import Job
+from segprune.export.manifest import KEY
+from segprune.export.runtimes import require
+
+OPSET = 18  # the exporter's own, and old enough for every runtime that is kept up
+PURPOSE = "Exporting to ONNX"
+
+
+def write(job: Job, path: Path) -> None:
+    onnx = require("onnx", PURPOSE)
+    model = _translated(job)
+    if job.manifest.precision == "int8":
+        model = _quantised(model, job)
+    onnx.helper.set_model_props(model, {KEY: job.manifest.text})
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def _translated(job: Job) -> Any:
+    """The ONNX model; its inputs, outputs and free sizes are named by what they are."""
+    require("onnxscript", PURPOSE)
+    source = "pixels" if job.manifest.preprocess else "images"
+    result = "classes" if job.manifest.argmax else "logits"
+    program = torch.onnx.export(
+        job.traced(),
+        (job.example(),),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[source],
+        output_names=[result],
+        verbose=False,
+        optimize=True,
+    )
+    assert program is not None
+    model = program.model_proto
+    if job.manifest.shape is None:
+        _name_sizes(model, job)
+    return model
+
+
+def _name_sizes(model: Any, job: Job) -> None:
+    """The exporter calls free sizes s0, s53, …"""
+    sides = (0, 1, 2) if job.manifest.preprocess else (0, 2, 3)
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    names = {dims[i].dim_param: name for i, name in zip(sides, ("batch", "height", "width"), strict=True)}
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+
+
+def _quantised(model: Any, job: Job) -> Any:
+    onnx, tools = require("onnx", PURPOSE), require("onnxruntime.quantization", "Quantising ONNX to int8")
+    shapes = require("onnxruntime.quantization.shape_inference", "Quantising ONNX to int8")
+    with TemporaryDirectory() as folder:
+        plain, ready, done = (str(Path(folder) / name) for name in ("plain.onnx", "ready.onnx", "done.onnx"))
+        onnx.save(model, plain)
+        shapes.quant_pre_process(plain, ready, skip_symbolic_shape=True)  # joins products and biases
+        graph = onnx.load(ready).graph
+        weights = {tensor.name for tensor in graph.initializer}
+        tools.quantize_static(
+            ready,
+            done,
+            _Reader(graph.input[0].name, iter(job.batches())),
+            quant_format=tools.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            nodes_to_exclude=[n.name for n in graph.node if n.op_type == "MatMul" and not weights & set(n.input)],
+            activation_type=tools.QuantType.QUInt8,
+            weight_type=tools.QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,
+        )
+        return onnx.load(done)
+
+
+class _Reader:
+    """Hands out batches as ONNX Runtime's calibration asks for them."""
+
+    def __init__(self, name: str, batches: Iterator[Tensor]) -> None:
+        self.name, self.batches = name, batches
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {self.name: batch.numpy()}

@@ -1,0 +1,79 @@
+"""What stands between an exported file and whoever calls it, with a function in the file's place."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from segprune.data import MEAN, STD
+from segprune.export.manifest import Manifest, from_text
+from segprune.export.runtimes import Runtime, is_exported, require
+
+
+def manifest(
+    shape: tuple[int, int, int] | None = (2, 4, 6), preprocess: bool = False, argmax: bool = False
+) -> Manifest:
+    return Manifest("b0", 3, "onnx", "fp32", shape, preprocess, argmax, ("a", "b", "c"))
+
+
+def test_a_manifest_comes_back_from_its_text() -> None:
+    for one in (manifest(), manifest(None, preprocess=True, argmax=True)):
+        assert from_text(one.text) == one
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"variant": "b0"}', manifest().text[:-1]])
+def test_what_is_no_manifest_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="it holds no word of segprune's"):
+        from_text(text)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_fixed_batch_is_filled_up_and_cut_again(number: int) -> None:
+    seen = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return x * 2
+
+    x = torch.randn(number, 3, 4, 6)
+    assert torch.equal(Runtime("it", manifest(), run)(x), x * 2)
+    assert seen == [2] * ((number + 1) // 2)
+
+
+def test_baked_preprocessing_gets_back_the_pixels_there_were() -> None:
+    pixels = torch.arange(256).repeat_interleave(3)[: 2 * 4 * 6 * 3].reshape(2, 4, 6, 3).to(torch.uint8)
+    seen = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x.permute(0, 3, 1, 2).float()
+
+    normalised = ((pixels.float() - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
+    Runtime("it", manifest(preprocess=True), run)(normalised)
+    assert torch.equal(seen[0], pixels)
+
+
+def test_classes_become_logits_whose_highest_they_are() -> None:
+    classes = torch.randint(3, (2, 4, 6)).to(torch.uint8)
+    logits = Runtime("it", manifest(argmax=True), lambda x: classes)(torch.randn(2, 3, 4, 6))
+    assert logits.shape == (2, 3, 4, 6)
+    assert torch.equal(logits.argmax(1), classes.long())
+
+
+def test_the_names_of_exported_files_are_known() -> None:
+    assert all(is_exported(f"a/b{suffix}") for suffix in (".onnx", ".xml", ".pt2", ".torchscript", ".ncnn.param"))
+    assert not any(is_exported(name) for name in ("a.pth", "a.pt", "nvidia/segformer", "a.safetensors", "onnx"))
+
+
+@pytest.mark.parametrize(
+    ("package", "missing"), [("onnxruntime", "onnxruntime"), ("onnxruntime.quantization", "onnxruntime")]
+)
+def test_a_missing_package_is_named_with_the_extra(package: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "onnxruntime.quantization", raising=False)
+    with pytest.raises(ImportError) as caught:
+        require(package, "Running an .onnx file")
+    assert str(caught.value) == (
+        'Running an .onnx file needs onnxruntime, which is not installed; run: pip install "segprune[export]".'
+    )
