@@ -117,10 +117,9 @@ def trade_off(points: Mapping[str, Sequence[tuple[float, float]]], y_name: str, 
     figure = Figure(figsize=(7.5, 4.8))
     axes = figure.subplots()
     for name, own in points.items():
-        if own:
-            x, y = zip(*own, strict=True)
-            label = (name if len(name) <= LONGEST_PATH else "…" + name[1 - LONGEST_PATH :]).replace("$", r"\$")
-            axes.plot(x, y, "o", markersize=7, alpha=0.8, label=" " + label)  # a leading _ would hide it
+        label = (name if len(name) <= LONGEST_PATH else "…" + name[1 - LONGEST_PATH :]).replace("$", r"\$")
+        x, y = [point[0] for point in own], [point[1] for point in own]
+        axes.plot(x, y, "o", markersize=7, alpha=0.8, label=" " + label)  # a leading _ would hide it
     axes.set_xscale("log")
     axes.set_xlabel("latency of a pass, median (ms)")
     axes.set_ylabel(y_name)

@@ -181,7 +181,7 @@ def measure_latency(
     with torch.inference_mode():
         for model in models:
             model(small)
-        turns = [Turn(partial(model, x), device=device) for model in models]
+        turns = [Turn(partial(model, x), cuda=device.type == "cuda") for model in models]
         times = interleaved(turns, max_rounds=max_runs, max_seconds=max_seconds, progress=progress)
     return [_latency(row, batch, x) for row in times]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from segprune import checkpoint
 from segprune.export import FORMATS, Manifest, Precision, export, is_exported, open_exported
 from segprune.export.manifest import MIN_DYNAMIC
+from segprune.export.runtimes import require
 from segprune.model import check_input
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -22,6 +23,7 @@ RUNTIMES: dict[str, tuple[str, ...]] = {  # and the dtypes that each computes a 
     "pt2": ("fp32", "fp16"),
     "torchscript": ("fp32", "fp16"),
 }
+PACKAGE_OF = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 LIVE = ("torch", "compile")  # run checkpoints themselves, on a GPU as well
 FORMAT_OF = {name: "onnx" if name == "onnxruntime" else name for name in RUNTIMES if name not in LIVE}
 RUNTIME_OF = {format: name for name, format in FORMAT_OF.items()}
@@ -64,7 +66,8 @@ def grid(
 ) -> list[Case]:
     """All combinations, the first file's first; a file that `segprune export` wrote has one runtime and one dtype.
 
-    Without `runtimes` checkpoints run in torch. ValueError for what is unknown, too small or does not go together.
+    Without `runtimes` checkpoints run in torch. ValueError for what is unknown, too small or does not go together,
+    ImportError where a runtime's package is missing.
     """
     _check_numbers(sizes, batches, threads)
     for runtime in runtimes:
@@ -98,6 +101,8 @@ def _check_numbers(sizes: Sequence[tuple[int, int]], batches: Sequence[int], thr
 
 def _check_ways(ways: Sequence[tuple[str, str]]) -> None:
     for runtime, dtype in ways:
+        if runtime in PACKAGE_OF:
+            require(PACKAGE_OF[runtime], f"Running in {runtime}")
         if dtype not in RUNTIMES[runtime]:
             raise ValueError(
                 f"{runtime} does not compute in {dtype} here, only in {', '.join(RUNTIMES[runtime])}; "
@@ -112,7 +117,9 @@ def _ways_of_exported(
     manifest = open_exported(path).manifest
     runtime = RUNTIME_OF[manifest.format]
     if runtimes and runtime not in runtimes:
-        raise ValueError(f"{path} runs in {runtime} alone, which is not among --runtimes; add it, or leave out the file.")
+        raise ValueError(
+            f"{path} runs in {runtime} alone, which is not among --runtimes; add it, or leave out the file."
+        )
     for size, batch in product(sizes, batches):
         _check_taken(path, manifest, size, batch)
     return [(runtime, manifest.precision)]

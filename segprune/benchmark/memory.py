@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-from segprune.benchmark.cases import Case
+from segprune.benchmark.cases import PACKAGE_OF, Case
 from segprune.benchmark.opened import open_case
 from segprune.export.runtimes import require
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-PACKAGE_OF = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
 def peak_memory(case: Case) -> int | None:

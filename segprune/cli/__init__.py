@@ -1,4 +1,4 @@
-"""The command line: `segprune prune | train | eval | predict | export | benchmark | info | shapes`, one file per command.
+"""The command line, one file per command: `segprune prune`, `train`, `eval`, `predict`, `export`, `benchmark`, …
 
 A command's flags are the fields of its frozen config. Only here is anything printed, and only here are devices and
 paths chosen.

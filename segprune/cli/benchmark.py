@@ -8,7 +8,7 @@ benchmark.png    mIoU, or without --data MACs, against latency
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from typer import Argument, Option
 
+from segprune import checkpoint
 from segprune.benchmark import (
     DTYPES,
     RUNTIMES,
@@ -41,6 +42,8 @@ from segprune.cli.common import (
     show_table,
     switch,
 )
+from segprune.data import Sample
+from segprune.export import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.report import benchmark_record, environment
 from segprune.training.evaluate import EvalMode, evaluate
@@ -109,10 +112,12 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
     show_settings("Benchmark", asdict(config) | {"cases": len(cases)})
     if config.save_dir:
         check_writable(config.save_dir)
+    classes = {path: _num_classes(path) for path in dict.fromkeys(config.model_paths)}
+    samples = {number: _samples(config, number) for number in set(classes.values())} if config.data else {}
     threads = torch.get_num_threads()
     try:
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            records, peaks = _measured(config, cases, Path(folder))
+            records, peaks = _measured(config, cases, samples, Path(folder))
     finally:
         torch.set_num_threads(threads)
     _show(records, peaks)
@@ -123,8 +128,8 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
 def _cases(config: BenchmarkConfig, given: frozenset[str], device: torch.device) -> list[Case]:
     cases = grid(
         config.model_paths,
-        runtimes=_words(config.runtimes),
-        dtypes=_words(config.dtypes),
+        runtimes=_parsed("runtimes", config.runtimes, str, "torch,onnxruntime") if config.runtimes else (),
+        dtypes=_parsed("dtypes", config.dtypes, str, "fp32,bf16"),
         sizes=_parsed("sizes", config.sizes, _size, "512x512,1024x512"),
         batches=_parsed("batch_sizes", config.batch_sizes, int, "1,8"),
         threads=_parsed("threads", config.threads, int, "1,2") if config.threads else (torch.get_num_threads(),),
@@ -134,6 +139,20 @@ def _cases(config: BenchmarkConfig, given: frozenset[str], device: torch.device)
     if "dtypes" in given and all(case.is_exported for case in cases):
         raise ValueError("--dtypes has no effect on exported files, which have one of their own; leave it out.")
     return cases
+
+
+def _num_classes(path: str) -> int:
+    """Reads the file, so that one that is missing or damaged is told of before anything runs."""
+    if is_exported(path):
+        return open_exported(path).manifest.num_classes
+    found = checkpoint.read(path)
+    show_notes(found.notes)
+    return found.spec.num_classes
+
+
+def _samples(config: BenchmarkConfig, num_classes: int) -> Sequence[Sample]:
+    source, _ = open_data(config.data, config.layout, num_classes, (config.split,), num_workers=config.num_workers)
+    return source.split(config.split)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -157,7 +176,7 @@ def _size(word: str) -> tuple[int, int]:
 
 
 def _measured(
-    config: BenchmarkConfig, cases: Sequence[Case], folder: Path
+    config: BenchmarkConfig, cases: Sequence[Case], samples: Mapping[int, Sequence[Sample]], folder: Path
 ) -> tuple[list[dict[str, Any]], dict[int, float]]:
     """The record of every row, and the machine's peaks."""
     with progress_bar("exporting") as advance, quiet_exporters():
@@ -168,7 +187,7 @@ def _measured(
         for done, case in enumerate(cases):
             advance(done, len(cases), case.text)
             opened.append(open_case(case))
-    scores = _scores(config, opened) if config.data else {}
+    scores = _scores(config, opened, samples) if config.data else {}
     with progress_bar("rounds") as advance:
         rows, peaks = measure(opened, max_rounds=config.rounds, max_seconds=config.seconds, progress=advance)
     return [benchmark_record(row, memory.get(_alike(row)), scores.get(_alike(row))) for row in rows], peaks
@@ -189,23 +208,21 @@ def _memory(cases: Sequence[Case]) -> dict[Case, int | None]:
     return found
 
 
-def _scores(config: BenchmarkConfig, opened: Sequence[Opened]) -> dict[Case, float]:
-    """mIoU of every file in every runtime, dtype and size, the pictures letterboxed; threads share it."""
+def _scores(
+    config: BenchmarkConfig, opened: Sequence[Opened], samples: Mapping[int, Sequence[Sample]]
+) -> dict[Case, float]:
+    """mIoU of every file in every runtime, dtype, size and batch, the pictures letterboxed; threads share it."""
     found: dict[Case, float] = {}
-    checked = {}
     for one in opened:
-        case, number = one.case, one.num_classes
+        case = one.case
         if _alike(case) in found:
             continue
-        if number not in checked:
-            source, _ = open_data(config.data, config.layout, number, (config.split,), num_workers=config.num_workers)
-            checked[number] = source.split(config.split)
         one.ready()
         with progress_bar(f"scoring {case.text}") as advance:
             score = evaluate(
                 one.predict,
-                checked[number],
-                number,
+                samples[one.num_classes],
+                one.num_classes,
                 EvalMode(input_shape=case.size),
                 device=case.device,
                 batch_size=case.batch,
@@ -224,9 +241,13 @@ def _show(records: Sequence[dict[str, Any]], peaks: dict[int, float]) -> None:
     shown = [key for key in COLUMNS if (key in known if key in MEASURED else key not in same)]
     title = ", ".join(f"{COLUMNS[key]} {_text(key, records[0][key])}" for key in same)
     rows = [[_text(key, row.get(key)) for key in shown] for row in records]
-    show_table(f"Median of {records[0]['runs']} rounds{f'; {title}' if title else ''}", [COLUMNS[k] for k in shown], rows)
+    show_table(
+        f"Median of {records[0]['runs']} rounds{f'; {title}' if title else ''}", [COLUMNS[k] for k in shown], rows
+    )
     measured = ", ".join(f"{peak:.0f} with {number} threads" for number, peak in peaks.items())
-    console.print(f"Peak: GMAC/s of a product of large float32 matrices in the same rounds, {measured}.", soft_wrap=True)
+    console.print(
+        f"Peak: GMAC/s of a product of large float32 matrices in the same rounds, {measured}.", soft_wrap=True
+    )
     if records[0]["runs"] < 100:
         show_notes(("With fewer than 100 rounds p99 is near the longest pass; raise --rounds and --seconds.",))
 

@@ -37,7 +37,7 @@ def measure(
     device = torch.device(opened[0].case.device)
     threads = sorted({one.case.threads for one in opened})
     products = [product(device, partial(torch.set_num_threads, number)) for number in threads]
-    turns = [Turn(one.run, one.ready, device) for one in opened] + [turn for turn, _ in products]
+    turns = [Turn(one.run, one.ready, device.type == "cuda") for one in opened] + [turn for turn, _ in products]
     times = interleaved(turns, max_rounds=max_rounds, max_seconds=max_seconds, settle=True, progress=progress)
     peaks = {
         number: macs / median(row) / 1e6  # per ms -> G per s
