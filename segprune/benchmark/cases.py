@@ -14,19 +14,13 @@ from segprune.export.runtimes import require
 from segprune.model import check_input
 
 DTYPES = ("fp32", "bf16", "fp16")
-RUNTIMES: dict[str, tuple[str, ...]] = {  # and the dtypes that each computes a checkpoint in
-    "torch": DTYPES,
-    "compile": DTYPES,
-    "onnxruntime": ("fp32", "fp16"),
-    "openvino": ("fp32",),
-    "aotinductor": ("fp32", "fp16"),
-    "pt2": ("fp32", "fp16"),
-    "torchscript": ("fp32", "fp16"),
-}
-PACKAGE_OF = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 LIVE = ("torch", "compile")  # run checkpoints themselves, on a GPU as well
-FORMAT_OF = {name: "onnx" if name == "onnxruntime" else name for name in RUNTIMES if name not in LIVE}
+COMPUTE_IN_HALF = ("onnx", "pt2", "aotinductor", "torchscript")  # others keep weights in fp16 and compute in float32
+FORMAT_OF = {"onnxruntime" if format == "onnx" else format: format for format in FORMATS}
 RUNTIME_OF = {format: name for name, format in FORMAT_OF.items()}
+PACKAGE_OF = {name: name for name in ("onnxruntime", "openvino", "ncnn")}
+RUNTIMES: dict[str, tuple[str, ...]] = dict.fromkeys(LIVE, DTYPES)  # and the dtypes that each computes checkpoints in
+RUNTIMES |= {name: ("fp32", "fp16") if f in COMPUTE_IN_HALF else ("fp32",) for name, f in FORMAT_OF.items()}
 
 
 @dataclass(frozen=True)

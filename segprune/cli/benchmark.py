@@ -109,7 +109,7 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
             raise ValueError(f"--{flag} has no effect without --data; leave it out.")
     device = choose_device(config.cuda)
     cases = _cases(config, given, device)
-    show_settings("Benchmark", asdict(config) | {"cases": len(cases)})
+    show_settings("Benchmark", asdict(config) | {"model_paths": ", ".join(config.model_paths), "cases": len(cases)})
     if config.save_dir:
         check_writable(config.save_dir)
     classes = {path: _num_classes(path) for path in dict.fromkeys(config.model_paths)}

@@ -7,6 +7,7 @@ on processors that have bfloat16 it would otherwise take that.
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,7 +162,9 @@ def _open_aotinductor(path: Path) -> Runtime:
 
 def _open_torchscript(path: Path) -> Runtime:
     kept = {f"{KEY}.json": ""}
-    module = torch.jit.load(str(path), map_location="cpu", _extra_files=kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch deprecates TorchScript
+        module = torch.jit.load(str(path), map_location="cpu", _extra_files=kept)
     text = kept[f"{KEY}.json"]
     manifest = from_text(text.decode() if isinstance(text, bytes) else text)
     return Runtime(f"TorchScript {torch.__version__}", manifest, _without_grad(module))
