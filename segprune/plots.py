@@ -31,6 +31,7 @@ CJK_FONTS = (  # beginnings of file names tried first; then whatever has the cha
 )
 BLUE, ORANGE, GREY = "#2a6fb0", "#d9822b", "#9a9a9a"
 LONGEST_NAME = 24  # characters
+LONGEST_PATH = 70
 FEW_CLASSES = 24  # up to so many, the matrix has its numbers written in
 DPI = 120
 
@@ -126,6 +127,24 @@ def curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         written.append(folder / "epoch_miou.png")
         _save(figure, written[1])
     return written
+
+
+def trade_off(points: Mapping[str, Sequence[tuple[float, float]]], y_name: str, path: Path) -> None:
+    """What each file takes, in ms and left of what is slower, against what it gives; a colour for each file."""
+    figure = Figure(figsize=(7.5, 4.8))
+    axes = figure.subplots()
+    for name, own in points.items():
+        label = (name if len(name) <= LONGEST_PATH else "…" + name[1 - LONGEST_PATH :]).replace("$", r"\$")
+        x, y = [point[0] for point in own], [point[1] for point in own]
+        axes.plot(x, y, "o", markersize=7, alpha=0.8, label=" " + label)  # a leading _ would hide it
+    axes.set_xscale("log")
+    axes.set_xlabel("latency of a pass, median (ms)")
+    axes.set_ylabel(y_name)
+    axes.grid(True, which="both", color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+    _save(figure, path)
 
 
 def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, colour: str) -> None:

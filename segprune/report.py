@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import segprune
+from segprune.benchmark import Row
 from segprune.stats import Counts, Latency
 from segprune.training.evaluate import Score
 
@@ -38,6 +39,29 @@ def network_record(counts: Counts, latency: Latency | None = None, score: Score 
     if score is not None:
         record |= score_record(score)
     return record
+
+
+def benchmark_record(row: Row, peak_memory: int | None, miou: float | None) -> dict[str, Any]:
+    """A row of a benchmark, flat; None where something is not known or was not measured."""
+    case = row.case
+    return {
+        "file": case.path,
+        "runtime": row.runtime,
+        "dtype": case.dtype,
+        "input_shape": list(case.size),
+        "batch": case.batch,
+        "threads": case.threads,
+        "device": case.device,
+        "fold": case.fold,
+        **asdict(row.latency),
+        "images_per_second": row.images_per_second,
+        "faster": row.faster,
+        "peak_memory_mb": None if peak_memory is None else peak_memory / 1e6,
+        "macs_G": None if row.macs is None else row.macs / 1e9,
+        "gmacs_per_second": row.gmacs_per_second,
+        "peak_share": row.peak_share,
+        "miou": miou,
+    }
 
 
 def score_record(score: Score) -> dict[str, Any]:

@@ -9,9 +9,9 @@ Units: MACs and FLOPs for one image, latency in milliseconds for one batch.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,9 +19,9 @@ from torch import nn
 
 from segprune.model import MIN_SIZE, check_input
 from segprune.spec import BlockSpec, Spec, StageSpec
+from segprune.timing import Turn, interleaved
 
 Unit = Literal["params", "macs"]
-MIN_RUNS = 3  # of a latency, so that its median is none of the extremes
 
 
 @dataclass(frozen=True)
@@ -177,38 +177,20 @@ def measure_latency(
 ) -> list[Latency]:
     """Forward times of several networks, run in turn so that their ratios mean something on a noisy machine.
 
-    After a warm-up of each on an image half as high and wide come rounds in which each runs once: at least
-    `MIN_RUNS`, at most `max_runs`, and no new one once `max_seconds` have passed. The networks are moved to `device`
-    and put into eval mode.
+    After a warm-up of each on an image half as high and wide come `timing.interleaved`'s rounds, at most `max_runs`.
+    The networks are moved to `device` and put into eval mode.
     """
     device = torch.device(device)
     x = torch.randn(batch, 3, *input_shape, device=device)
     for model in models:
         model.to(device).eval()
-    times: list[list[float]] = [[] for _ in models]
+    small = x[..., : max(input_shape[0] // 2, MIN_SIZE), : max(input_shape[1] // 2, MIN_SIZE)]
     with torch.inference_mode():
-        small = x[..., : max(input_shape[0] // 2, MIN_SIZE), : max(input_shape[1] // 2, MIN_SIZE)]
         for model in models:
-            _timed_ms(model, small)
-        start = time.perf_counter()
-        for done in range(max_runs):
-            if done >= MIN_RUNS and time.perf_counter() - start > max_seconds:
-                break
-            for model, row in zip(models, times, strict=True):
-                row.append(_timed_ms(model, x))
-            if progress is not None:
-                progress(done + 1, max_runs)
+            model(small)
+        turns = [Turn(partial(model, x), cuda=device.type == "cuda") for model in models]
+        times = interleaved(turns, max_rounds=max_runs, max_seconds=max_seconds, progress=progress)
     return [_latency(row, batch, x) for row in times]
-
-
-def _timed_ms(model: nn.Module, x: torch.Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    start = time.perf_counter()
-    model(x)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return (time.perf_counter() - start) * 1e3
 
 
 def _latency(times_ms: list[float], batch: int, x: torch.Tensor) -> Latency:

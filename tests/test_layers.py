@@ -15,10 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOORS = ("prune_train", "train", "pruning")
 ROWS = (
-    ("spec", "files"),
+    ("spec", "files", "timing"),
     ("model",),
     ("convert", "huggingface", "stats", "fold", "uniform", "data", "training"),
     ("checkpoint", "pruning", "export"),
+    ("benchmark",),
     ("report", "plots", "pictures", "formats"),
     ("cli",),
     ("doors",),
@@ -33,6 +34,8 @@ NEVER = {  # though they point down: what a room must work without
     ("pruning", "training"): "pruning takes batches",
     ("pruning", "files"): "only checkpoint reads and writes networks",
     ("export", "training"): "an exported file runs without the training code",
+    ("benchmark", "training"): "times need no pictures",
+    ("benchmark", "data"): "times need no pictures",
     ("checkpoint", "data"): "a network loads without pictures",
     ("checkpoint", "training"): "a network loads without its training",
 }

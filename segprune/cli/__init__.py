@@ -1,4 +1,4 @@
-"""The command line: `segprune prune | train | eval | predict | export | …`, one file per command.
+"""The command line, one file per command: `segprune prune`, `train`, `eval`, `predict`, `export`, `benchmark`, …
 
 A command's flags are the fields of its frozen config. Only here is anything printed, and only here are devices and
 paths chosen.
@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from segprune.cli import convert, evaluate, export, info, predict, prune, pruning, scan, settings, shapes, train
+from segprune.cli import benchmark, convert, evaluate, export, info, predict, prune, pruning, scan, settings, shapes, train
 from segprune.cli.common import CONTEXT, command, keep_freed_memory
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ _COMMANDS: tuple[tuple[str, type[Any], Callable[[Any, frozenset[str]], None]], .
     ("eval", evaluate.EvalConfig, evaluate.run),
     ("predict", predict.PredictConfig, predict.run),
     ("export", export.ExportConfig, export.run),
+    ("benchmark", benchmark.BenchmarkConfig, benchmark.run),
     ("convert", convert.ConvertConfig, convert.run),
     ("scan", scan.ScanConfig, scan.run),
     ("info", info.InfoConfig, info.run),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -166,6 +167,17 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
             progress.update(task, completed=done, total=total, text=text)
 
         yield advance
+
+
+@contextmanager
+def quiet_exporters() -> Iterator[None]:
+    """The exporters' logs: that torchvision is missing, which nothing here needs, and how quantising goes on."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def open_data(

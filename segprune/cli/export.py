@@ -6,10 +6,8 @@ NAME.onnx.json          the settings and how far the file is from the network in
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from typer import Argument, Option
 
 from segprune import checkpoint
-from segprune.cli.common import Layout, console, open_data, show_notes, show_settings, switch
+from segprune.cli.common import Layout, console, open_data, quiet_exporters, show_notes, show_settings, switch
 from segprune.cli.inputs import find_pictures, load_picture
 from segprune.data import letterbox
 from segprune.data.transforms import Bytes
@@ -84,7 +82,7 @@ def run(config: ExportConfig, given: frozenset[str]) -> None:
     show_notes(found.notes)
     check_writable(output.parent)
     names = found.extra.get("class_names")
-    with _quiet():
+    with quiet_exporters():
         manifest, difference = export(
             checkpoint.build(found),
             output,
@@ -185,14 +183,3 @@ def _spread(found: Sequence[T], number: int) -> list[T]:
     """At most so many, from the whole length: neighbours in a data set are often alike."""
     number = min(number, len(found))
     return [found[i * len(found) // number] for i in range(number)]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters' logs: that torchvision is missing, which nothing here needs, and how quantising goes on."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -112,9 +112,8 @@ def export(
     half = precision == "fp16" and not FORMATS[format].stores_half
     network = Deployed(reference, half=half, preprocess=preprocess, argmax=argmax)
     shape = None if dynamic else (batch, *size)
-    manifest = Manifest(
-        model.spec.variant, model.spec.num_classes, format, precision, shape, preprocess, argmax, tuple(class_names)
-    )
+    names, spec = tuple(class_names), network.network.spec
+    manifest = Manifest(spec.variant, spec.num_classes, format, precision, shape, preprocess, argmax, names, spec)
     job = Job(network, manifest, size, pictures)
     with atomic_files(path) as temporary:
         with warnings.catch_warnings():

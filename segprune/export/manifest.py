@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from segprune.spec import Spec, spec_from_dict
+
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MIN_DYNAMIC = 64  # sides that a file of any size takes from: below, a stage's map is one pixel high and traced as such
@@ -17,7 +19,7 @@ class Manifest:
     """`shape` is the only batch, height and width that the file takes; None: any, with sides from `MIN_DYNAMIC` up.
 
     With `preprocess` the file takes uint8 RGB B H W 3, else normalised float32 B 3 H W. With `argmax` it gives
-    classes uint8 B H W, else logits float32 B K H W.
+    classes uint8 B H W, else logits float32 B K H W. `spec` is of the network as it runs, for its MACs.
     """
 
     variant: str
@@ -28,6 +30,7 @@ class Manifest:
     preprocess: bool
     argmax: bool
     class_names: tuple[str, ...] = ()
+    spec: Spec | None = None
 
     @property
     def text(self) -> str:
@@ -39,6 +42,7 @@ def from_text(text: str) -> Manifest:
     try:
         data = json.loads(text)
         shape = None if data["shape"] is None else tuple(map(int, data["shape"]))
-        return Manifest(**data | {"shape": shape, "class_names": tuple(data["class_names"])})
+        spec = None if data["spec"] is None else spec_from_dict(data["spec"])
+        return Manifest(**data | {"shape": shape, "class_names": tuple(data["class_names"]), "spec": spec})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError("it holds no word of segprune's on what it takes and gives") from error

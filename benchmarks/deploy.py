@@ -1,0 +1,81 @@
+"""Dense in PyTorch eager, as it was loaded, against rate 0.5, folded, in the runtimes that deploy it.
+
+    python -m benchmarks.deploy [--variant b2] [--rate 0.5] [--threads 2] [--rounds 20] [--seconds 300]
+
+Random weights with trained-like statistics, 512×512, 150 classes, batch 1, float32, logits of the input's size. All
+run in turns; ratios are of medians. Needs the export extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+import segprune
+from benchmarks.trained_like import fill
+from segprune.benchmark import Row, export_cases, grid, measure, open_case
+from segprune.cli.common import keep_freed_memory
+from segprune.spec import standard_spec
+
+SHAPE, NUM_CLASSES = (512, 512), 150
+RUNTIMES = ("onnxruntime", "openvino")
+TARGETS = {"in PyTorch eager": 12.0, "in the same runtime": 4.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="b2")
+    parser.add_argument("--rate", type=float, default=0.5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=300.0, help="no new round after so long")
+    flags = parser.parse_args()
+    keep_freed_memory()  # as the commands do
+    with TemporaryDirectory() as folder:
+        dense, pruned = _write(flags.variant, flags.rate, Path(folder))
+        how = {"sizes": (SHAPE,), "threads": (flags.threads,)}
+        cases = grid([dense], runtimes=("torch", *RUNTIMES), **how)
+        cases += grid([pruned], runtimes=RUNTIMES, **how)
+        cases += grid([pruned], fold=True, **how)
+        opened = [open_case(case) for case in export_cases(cases, Path(folder))]
+        rows, peaks = measure(opened, max_rounds=flags.rounds, max_seconds=flags.seconds)
+    peak = f"peak {peaks[flags.threads]:.0f} GMAC/s"
+    print(f"{flags.variant}, {flags.threads} threads, {rows[0].latency.runs} rounds, {peak}\n")
+    _show(rows)
+
+
+def _write(variant: str, rate: float, folder: Path) -> tuple[str, str]:
+    """The checkpoints of the dense and of the pruned network."""
+    torch.manual_seed(0)
+    dense = fill(segprune.SegFormer(standard_spec(variant, NUM_CLASSES))).eval()
+    assert isinstance(dense, segprune.SegFormer)
+    pruned = segprune.L1Pruner(dense, rate).prune(torch.empty(1, 3, *SHAPE, device="meta"))
+    assert isinstance(pruned, segprune.SegFormer)
+    paths = str(folder / "dense.pth"), str(folder / "pruned.pth")
+    for model, path in zip((dense, pruned), paths, strict=True):
+        segprune.save(model, path)
+    return paths
+
+
+def _show(rows: list[Row]) -> None:
+    print("| network | runtime | latency (ms), p90 | GMACs | GMAC/s | of peak | × faster |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        assert row.macs is not None
+        print(
+            f"| {Path(row.case.path).stem} | {row.runtime} | {row.latency.median_ms:.0f} ({row.latency.p90_ms:.0f}) "
+            f"| {row.macs / 1e9:.2f} | {row.gmacs_per_second:.1f} | {row.peak_share:.0%} | {row.faster:.2f} |"
+        )
+    best = min(rows[1 + len(RUNTIMES) : -1], key=lambda row: row.latency.median_ms)
+    same = next(row for row in rows if row.case.runtime == best.case.runtime)
+    print("\n| pruned in its best runtime against the dense one | × faster | target |")
+    print("|---|---|---|")
+    for (where, target), other in zip(TARGETS.items(), (rows[0], same), strict=True):
+        print(f"| {where} | {other.latency.median_ms / best.latency.median_ms:.1f} | {target:g} |")
+
+
+if __name__ == "__main__":
+    main()

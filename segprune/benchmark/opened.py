@@ -1,0 +1,99 @@
+"""One case open and ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from segprune import checkpoint
+from segprune.benchmark.cases import LIVE, Case
+from segprune.export import open_exported
+from segprune.fold import fold_for_inference
+from segprune.stats import count
+
+DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP = 2  # passes: in the first one runtimes compile and allocate
+
+
+@dataclass(frozen=True)
+class Opened:
+    """`predict` takes normalised images B 3 H W and gives logits B K H W; `run` is one pass on random pictures.
+
+    `macs` are of one image, None where an exported file does not tell.
+    """
+
+    case: Case
+    name: str  # of the runtime, with its version
+    num_classes: int
+    macs: int | None
+    predict: Callable[[Tensor], Tensor]
+    run: Callable[[], Tensor]
+
+    def ready(self) -> None:
+        torch.set_num_threads(self.case.threads)
+
+
+def open_case(case: Case) -> Opened:
+    """The case after `WARM_UP` passes. PyTorch is left with the case's threads; exported files keep theirs.
+
+    ValueError where the runtime cannot run it.
+    """
+    torch.set_num_threads(case.threads)
+    opened = _open_live(case) if case.runtime in LIVE else _open_exported(case)
+    try:
+        for _ in range(WARM_UP):
+            opened.run()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every runtime fails in its own ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"{case.text} did not run ({reason}); leave it out.") from error
+    return opened
+
+
+def _open_live(case: Case) -> Opened:
+    model, dtype = checkpoint.load(case.file), DTYPE_OF[case.dtype]
+    if case.fold:
+        model = fold_for_inference(model)
+    model = model.to(case.device, dtype)
+    network: Callable[[Tensor], Tensor] = model if case.runtime == "torch" else _compiled(model)
+    x = _noise(case).to(case.device, dtype)
+
+    @torch.no_grad()
+    def predict(images: Tensor) -> Tensor:
+        return network(images.to(dtype)).float()
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return network(x)
+
+    name = f"PyTorch {torch.__version__}" + (", compiled" if case.runtime == "compile" else "")
+    return Opened(case, name, model.spec.num_classes, count(model.spec, case.size).macs, predict, run)
+
+
+def _compiled(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    """Compiled for one shape. PyTorch keeps compiled code by code object, a few for each: every case needs its own."""
+
+    def forward(x: Tensor) -> Tensor:
+        return model(x)
+
+    own = FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+def _open_exported(case: Case) -> Opened:
+    runtime = open_exported(case.file)
+    manifest, x = runtime.manifest, _noise(case)
+    if manifest.preprocess:
+        x = (x.permute(0, 2, 3, 1) * 64 + 128).clamp(0, 255).to(torch.uint8)  # B H W 3
+    x = x.contiguous()
+    macs = None if manifest.spec is None else count(manifest.spec, case.size).macs
+    return Opened(case, runtime.name, manifest.num_classes, macs, runtime, lambda: runtime.run(x))
+
+
+def _noise(case: Case) -> Tensor:
+    return torch.randn(case.batch, 3, *case.size, generator=torch.Generator().manual_seed(0))
