@@ -12,7 +12,20 @@ from typing import Any
 
 import typer
 
-from segprune.cli import benchmark, convert, evaluate, export, info, predict, prune, pruning, scan, settings, shapes, train
+from segprune.cli import (
+    benchmark,
+    convert,
+    evaluate,
+    export,
+    info,
+    predict,
+    prune,
+    pruning,
+    scan,
+    settings,
+    shapes,
+    train,
+)
 from segprune.cli.common import CONTEXT, command, keep_freed_memory
 
 app = typer.Typer(
