@@ -32,7 +32,7 @@ def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None
     shown = set(re.findall(r"^│ +(?:\* +)?--(\w+)", out, re.MULTILINE))
     names = {"json_path": "json", "as_json": "json"}
     takes_file = ("info", "eval", "predict", "scan", "export")
-    arguments = {"shapes": {"folder"}, "benchmark": {"files"}, "convert": {"model_path", "target"}}.get(
+    arguments = {"shapes": {"folder"}, "benchmark": {"model_paths"}, "convert": {"model_path", "target"}}.get(
         name, {"model_path"} if name in takes_file else set()
     )
     fields = {names.get(field.name, field.name) for field in dataclasses.fields(config)} - arguments
