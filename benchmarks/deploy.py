@@ -3,7 +3,9 @@
     python -m benchmarks.deploy [--variant b2] [--rate 0.5] [--threads 2] [--rounds 20] [--seconds 300]
 
 Random weights with trained-like statistics, 512×512, 150 classes, batch 1, float32, logits of the input's size. All
-run in turns; ratios are of medians. Needs the export extra.
+run in turns; ratios are of medians. `original` is the dense network exported as it was loaded, with nothing folded,
+which `segprune export` never writes; `dense` in the runtimes is what it writes of the same checkpoint. Needs the
+export extra.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import segprune
 from benchmarks.trained_like import fill
 from segprune.benchmark import Row, export_cases, grid, measure, open_case
 from segprune.cli.common import keep_freed_memory
+from segprune.export import Manifest, onnx, openvino
+from segprune.export.job import Job
+from segprune.export.network import Deployed
 from segprune.spec import standard_spec
 
 SHAPE, NUM_CLASSES = (512, 512), 150
@@ -37,8 +42,8 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         dense, pruned = _write(flags.variant, flags.rate, Path(folder))
         how = {"sizes": (SHAPE,), "threads": (flags.threads,)}
-        cases = grid([dense], runtimes=("torch", *RUNTIMES), **how)
-        cases += grid([pruned], runtimes=RUNTIMES, **how)
+        cases = grid([dense, *_write_original(dense, Path(folder))], **how)
+        cases += grid([dense, pruned], runtimes=RUNTIMES, **how)
         cases += grid([pruned], fold=True, **how)
         opened = [open_case(case) for case in export_cases(cases, Path(folder))]
         rows, peaks = measure(opened, max_rounds=flags.rounds, max_seconds=flags.seconds)
@@ -60,6 +65,28 @@ def _write(variant: str, rate: float, folder: Path) -> tuple[str, str]:
     return paths
 
 
+def _write_original(checkpoint: str, folder: Path) -> list[str]:
+    """The network of the checkpoint in every one of `RUNTIMES`, unfolded."""
+    model = segprune.load(checkpoint)
+    network = Deployed(model)
+    network.network = model
+    paths = []
+    for writer, format, suffix in ((onnx, "onnx", ".onnx"), (openvino, "openvino", ".xml")):
+        manifest = Manifest(
+            model.spec.variant,
+            NUM_CLASSES,
+            format,
+            "fp32",
+            (1, *SHAPE),
+            preprocess=False,
+            argmax=False,
+            spec=model.spec,
+        )
+        paths.append(str(folder / f"original{suffix}"))
+        writer.write(Job(network, manifest, SHAPE, ()), Path(paths[-1]))
+    return paths
+
+
 def _show(rows: list[Row]) -> None:
     print("| network | runtime | latency (ms), p90 | GMACs | GMAC/s | of peak | × faster |")
     print("|---|---|---|---|---|---|---|")
@@ -69,9 +96,10 @@ def _show(rows: list[Row]) -> None:
             f"| {Path(row.case.path).stem} | {row.runtime} | {row.latency.median_ms:.0f} ({row.latency.p90_ms:.0f}) "
             f"| {row.macs / 1e9:.2f} | {row.gmacs_per_second:.1f} | {row.peak_share:.0%} | {row.faster:.2f} |"
         )
-    best = min(rows[1 + len(RUNTIMES) : -1], key=lambda row: row.latency.median_ms)
-    same = next(row for row in rows if row.case.runtime == best.case.runtime)
-    print("\n| pruned in its best runtime against the dense one | × faster | target |")
+    pruned = [row for row in rows if Path(row.case.path).stem == "pruned" and row.case.runtime in RUNTIMES]
+    best = min(pruned, key=lambda row: row.latency.median_ms)
+    same = next(row for row in rows if row.case.runtime == best.case.runtime)  # the original's come first
+    print("\n| pruned in its best runtime against the dense original | × faster | target |")
     print("|---|---|---|")
     for (where, target), other in zip(TARGETS.items(), (rows[0], same), strict=True):
         print(f"| {where} | {other.latency.median_ms / best.latency.median_ms:.1f} | {target:g} |")
