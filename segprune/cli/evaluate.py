@@ -85,7 +85,7 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
     """
     device = choose_device(config.cuda)
     found = _find(config, given, device)
-    if found.shape is not None and config.mode != "whole" and "input_shape" not in given:
+    if found.shape is not None and "input_shape" not in given:
         config = replace(config, input_shape=found.shape)
     how = _eval_mode(config, given)
     num_classes = found.num_classes
@@ -148,6 +148,11 @@ def _find(config: EvalConfig, given: frozenset[str], device: torch.device) -> _F
     manifest = runtime.manifest
     read = {"runtime": runtime.name, "variant": manifest.variant, "precision": manifest.precision}
     shape = None if manifest.shape is None else manifest.shape[1:]
+    if shape is not None and config.mode == "whole":
+        raise ValueError(
+            f"The file takes pictures of {shape[0]}×{shape[1]} alone, where --mode whole gives every picture's own "
+            "size; choose another --mode, or export it again with --dynamic."
+        )
     return _Found(lambda: runtime, manifest.num_classes, read, shape=shape)
 
 

@@ -90,6 +90,11 @@ def test_eval_of_an_exported_file_refuses_what_has_no_effect_and_sizes_it_cannot
     path, _ = script
     said = refused("eval", path, "--data", shapes, "--dialect", "nvlabs")
     assert said == "--dialect has no effect on an exported file, which runs on the CPU; leave it out."
+    said = refused("eval", path, "--data", shapes, "--mode", "whole")
+    assert said == (
+        "The file takes pictures of 64×64 alone, where --mode whole gives every picture's own size; choose another "
+        "--mode, or export it again with --dynamic."
+    )
     said = refused("eval", path, "--data", shapes, *HERE, "--input_shape", 32, 96)
     assert said == (
         "The file takes pictures of 64×64 alone, got 32×96; give --input_shape 64 64, or export it again with "
