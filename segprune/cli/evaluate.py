@@ -150,8 +150,8 @@ def _find(config: EvalConfig, given: frozenset[str], device: torch.device) -> _F
     shape = None if manifest.shape is None else manifest.shape[1:]
     if shape is not None and config.mode == "whole":
         raise ValueError(
-            f"The file takes pictures of {shape[0]}×{shape[1]} alone, and --mode whole gives each picture's own size; "
-            "choose another --mode, or export it again with --dynamic."
+            f"The file takes pictures of {shape[0]}×{shape[1]} alone, where --mode whole gives every picture's own "
+            "size; choose another --mode, or export it again with --dynamic."
         )
     return _Found(lambda: runtime, manifest.num_classes, read, shape=shape)
 
