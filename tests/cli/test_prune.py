@@ -214,6 +214,7 @@ def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monk
         "sensitivity": {},
         "widths": None,
         "seed": 5,
+        "uniform": False,
     }
 
 
