@@ -3,52 +3,29 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segprune.fold import fold_decoder, unfold_decoder
+from segprune.fold import unfold_decoder
 from segprune.model import DecodeHead, SegFormer
-from segprune.pruning.costs import RATES, Costs, Price, RateOf, loss_weights
-from segprune.pruning.groups import Group, Grouping, find_groups
+from segprune.pruning.costs import RATES, Price, RateOf, loss_weights
+from segprune.pruning.groups import Group
 from segprune.pruning.importance import METHODS, Scores, scores
-from segprune.pruning.latency import LatencyCosts, LatencyTable, dense_in_predicted_ms, meet
+from segprune.pruning.latency import LatencyCosts, LatencyTable, meet
 from segprune.pruning.patterns import matching_names
-from segprune.pruning.plan import Limit, Normalise, Plan, PlanOptions, Scope, plan_of, solve
+from segprune.pruning.plan import Normalise, Plan, PlanOptions, Scope, plan_of, solve
+from segprune.pruning.prepare import Prepared, prepare_stock, prepare_traced, stock_spec
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut, read_spec
-from segprune.pruning.trace import eval_mode, run, tensors_in, trace
+from segprune.pruning.trace import eval_mode, run
 from segprune.pruning.uniform import Problem, removed_unfolded, solve_uniform
 from segprune.spec import Spec
-from segprune.stats import Layer, layers
 from segprune.uniform import uniform_problem
-
-TRACE_SHAPE = (64, 64)  # H W at which a stock network is traced: its groups do not depend on the size
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A copy of the network that can be cut, what can go, and what it costs."""
-
-    model: nn.Module
-    groups: tuple[Group, ...]
-    rows: list[Layer]
-    wholes: Mapping[RateOf, float]  # the cost before folding; empty for what is not a stock SegFormer
-    rest: int = 0  # parameters that lie in no row
-    input_shape: tuple[int, int] = (512, 512)  # H W at which MACs are counted
-    latency: LatencyCosts | None = None  # where a rate of the latency is asked
-
-    def limit(self, unit: RateOf, rate: float) -> Limit:
-        if unit == "latency":
-            assert self.latency is not None
-            return Limit(self.latency, rate, unit, self.wholes[unit])
-        costs = Costs(self.rows, self.groups, unit, self.rest if unit == "params" else 0)
-        return Limit(costs, rate, unit, self.wholes.get(unit))
 
 
 class Pruner:
@@ -223,15 +200,31 @@ class Pruner:
     def prepare(self, example_inputs: Any = None) -> Prepared:
         """A copy of the network, folded if it is to be, and the groups that may be cut in it."""
         protected = self._protected_names()
-        spec = stock_spec(self.model)
-        if spec is not None:
-            return self._prepare_stock(spec, example_inputs, protected)
+        if stock_spec(self.model) is not None:
+            assert isinstance(self.model, SegFormer)
+            return prepare_stock(
+                self.model,
+                example_inputs,
+                protected,
+                heads=self.heads,
+                keep_decoder=self.keep_decoder,
+                latency=self._latency_costs if "latency" in self.rates_of else None,
+            )
+        kind = type(self.model).__name__
         if example_inputs is None:
             raise ValueError(
-                f"{type(self.model).__name__} is not a stock SegFormer and must be traced: "
+                f"{kind} is not a stock SegFormer and must be traced: "
                 "pass example_inputs to prune(), for instance torch.randn(1, 3, 512, 512)."
             )
-        return self._prepare_traced(example_inputs, protected)
+        if "latency" in self.rates_of:
+            raise ValueError(
+                f"{kind} is not a stock SegFormer; its latency cannot be predicted: ask for a rate of params or macs."
+            )
+        return prepare_traced(self.model, example_inputs, protected, heads=self.heads)
+
+    def _latency_costs(self, spec: Spec, groups: tuple[Group, ...], shape: tuple[int, int]) -> LatencyCosts:
+        table = self.latency_table or LatencyTable(next(self.model.parameters()).device)
+        return LatencyCosts(spec, groups, table, shape, progress=self.progress)
 
     def scores(self, prepared: Prepared) -> dict[str, Scores]:
         """By group name, a score per channel."""
@@ -276,56 +269,6 @@ class Pruner:
         by_pattern = matching_names(self.ignore, names, "--ignore")
         return by_pattern | {name for name, module in self.model.named_modules() if id(module) in inside}
 
-    def _prepare_stock(self, spec: Spec, example_inputs: Any, protected: set[str]) -> Prepared:
-        assert isinstance(self.model, SegFormer)
-        height, width = (512, 512) if example_inputs is None else tensors_in(example_inputs)[0].shape[2:]
-        dense_rows = layers(spec, (height, width))
-        fold = not (self.keep_decoder or protected & {f"decode_head.{n}" for n in _FOLDED_AWAY})
-        model = fold_decoder(self.model) if fold else copy.deepcopy(self.model)
-        parameter = next(model.parameters())
-        x = torch.zeros(1, 3, *TRACE_SHAPE, device=parameter.device, dtype=parameter.dtype)
-        grouping = find_groups(model, x, protected, heads=self.heads)
-        assert not grouping.unsupported
-        wholes: dict[RateOf, float] = {
-            "params": float(sum(row.cost("params") for row in dense_rows)),
-            "macs": float(sum(row.cost("macs") for row in dense_rows)),
-        }
-        groups, latency = _some(grouping, model), None
-        if "latency" in self.rates_of:
-            table = self.latency_table or LatencyTable(parameter.device)
-            latency = LatencyCosts(model.spec, groups, table, (height, width), progress=self.progress)
-            with eval_mode(self.model):
-                wholes["latency"] = dense_in_predicted_ms(self.model, model, latency)
-        rows = layers(model.spec, (height, width))
-        return Prepared(model, groups, rows, wholes, latency=latency, input_shape=(height, width))
-
-    def _prepare_traced(self, example_inputs: Any, protected: set[str]) -> Prepared:
-        if "latency" in self.rates_of:
-            raise ValueError(
-                f"{type(self.model).__name__} is not a stock SegFormer; its latency cannot be predicted: ask for a "
-                "rate of params or macs."
-            )
-        model = copy.deepcopy(self.model)
-        seen = trace(model, example_inputs)
-        names = [name for name, _ in model.named_modules()]
-        inside = {n for owner in seen.unknown_attention for n in names if not owner or f"{n}.".startswith(f"{owner}.")}
-        grouping = find_groups(model, example_inputs, protected | inside, heads=self.heads)
-        unsupported = {name: kind for name, kind in grouping.unsupported.items() if name not in inside}
-        _warn_left_alone(seen.unknown_attention, unsupported)
-        listed = {row.name: row for row in seen.layers}
-        total = sum(p.numel() for p in model.parameters())
-        rest = total - sum(row.cost("params") for row in listed.values())
-        return Prepared(model, _some(grouping, model), seen.layers, {}, rest)
-
-
-def _some(grouping: Grouping, model: nn.Module) -> tuple[Group, ...]:
-    if not grouping.groups:
-        raise ValueError(
-            f"Nothing in {type(model).__name__} can be pruned: every group of channels is protected, "
-            "leads to the network's outputs or belongs to attention that is not known."
-        )
-    return grouping.groups
-
 
 def _checked(widths: Mapping[str, int], groups: Sequence[Group]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """The widths in the order of the groups. ValueError for names or widths that do not fit."""
@@ -349,40 +292,3 @@ def _check_run(model: nn.Module, example_inputs: Any) -> None:
             f"{type(model).__name__} no longer runs once its channels are cut ({error}); something in it depends on "
             "their number in a way that tracing does not see: name its layers in ignored_layers."
         ) from error
-
-
-_FOLDED_AWAY = ("fuse", *(f"branches.{i}" for i in range(4)))
-
-
-def stock_spec(model: nn.Module) -> Spec | None:
-    """The spec if `model` is a SegFormer exactly as its spec builds it, else None."""
-    if type(model) is not SegFormer:
-        return None
-    with torch.device("meta"):
-        reference = SegFormer(model.spec)
-    same_modules = [(n, type(m)) for n, m in model.named_modules()] == [
-        (n, type(m)) for n, m in reference.named_modules()
-    ]
-    shapes = {n: p.shape for n, p in model.state_dict().items()}
-    return model.spec if same_modules and shapes == {n: p.shape for n, p in reference.state_dict().items()} else None
-
-
-def _warn_left_alone(attention: dict[str, str], unsupported: dict[str, str]) -> None:
-    """One warning for all that was traced but cannot be cut."""
-    parts = []
-    if attention:
-        parts.append(f"attention that segprune does not know: {_listing(attention)}")
-    if unsupported:
-        parts.append(f"layers that it cannot cut: {_listing(unsupported)}")
-    if parts:
-        warnings.warn(f"Left as it is, with all channels tied to it: {'; '.join(parts)}.", stacklevel=5)
-
-
-def _listing(names: dict[str, str]) -> str:
-    """Classes with how often, and the first name of each: SegformerAttention (8, first encoder.block.0)."""
-    by_class: dict[str, list[str]] = {}
-    for name, kind in names.items():
-        by_class.setdefault(kind, []).append(name)
-    return ", ".join(
-        f"{kind} ({len(found)}, first {found[0] or 'the network itself'})" for kind, found in by_class.items()
-    )

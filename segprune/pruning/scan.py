@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from segprune.model import SegFormer
 from segprune.pruning.groups import Group
 from segprune.pruning.plan import plan_of
-from segprune.pruning.pruner import Prepared, Pruner
+from segprune.pruning.prepare import Prepared
+from segprune.pruning.pruner import Pruner
 from segprune.pruning.surgery import cut, read_spec
 from segprune.pruning.trace import eval_mode
 

@@ -15,7 +15,7 @@ from segprune.fold import fold_decoder
 from segprune.model import DropPath, SegFormer
 from segprune.pruning.depth import branch_costs, branch_scores, branches, choose, noise, remove, without
 from segprune.pruning.groups import find_groups
-from segprune.pruning.pruner import stock_spec
+from segprune.pruning.prepare import stock_spec
 from segprune.pruning.pruner_l1 import L1Pruner
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import read_spec

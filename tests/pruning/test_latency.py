@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
+from segprune.pruning import prepare as preparing
 from segprune.pruning import pruner
 from segprune.pruning.costs import loss_weights
 from segprune.pruning.groups import Group, find_groups
@@ -382,7 +383,7 @@ def test_the_pruner_meets_a_latency_alone_and_beside_other_budgets(
     def measure(models: Sequence[SegFormer], *_: object, **__: object) -> list[Latency]:
         return [Latency(1.1 * ms(model), 0.0, 0.0, 3, 1, "float32", "cpu", 1) for model in models]
 
-    monkeypatch.setattr(pruner, "dense_in_predicted_ms", lambda dense, model, costs: ms(dense))
+    monkeypatch.setattr(preparing, "dense_in_predicted_ms", lambda dense, model, costs: ms(dense))
     monkeypatch.setattr(pruner, "meet", partial(meet, measure=measure))
     work = Pruner(dense, budgets, latency_table=table)
     pruned = work.prune(torch.empty(1, 3, *SHAPE, device="meta"))

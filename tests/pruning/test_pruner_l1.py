@@ -14,7 +14,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
 from segprune.pruning.groups import find_groups
-from segprune.pruning.pruner import stock_spec
+from segprune.pruning.prepare import stock_spec
 from segprune.pruning.pruner_l1 import L1Pruner
 from segprune.pruning.trace import width_of
 from segprune.spec import Spec, standard_spec
