@@ -10,43 +10,48 @@ from torch import Tensor
 
 from segprune.cli.common import show_notes
 from segprune.cli.inputs import PICTURES
-from segprune.cli.pruning import PruneConfig
+from segprune.cli.pruning import PruneConfig, needs_images
 from segprune.data import Source, letterbox, load_image, normalise
 from segprune.data.pixels import Place
+from segprune.data.transforms import Bytes
 
 BATCH = 8
 
 
-def load_images(places: Sequence[Place], number: int, shape: tuple[int, int]) -> list[Tensor]:
-    """`number` of the pictures, evenly spread over all, as batches B 3 H W: letterboxed into `shape`, normalised.
+def load_pictures(places: Sequence[Place], number: int, shape: tuple[int, int]) -> list[Bytes]:
+    """`number` of the pictures at most, letterboxed into `shape`: [H, W, 3] uint8. ValueError for one that is damaged.
 
-    ValueError for one that cannot be read.
+    They are spread over all, since neighbours in a data set are often alike.
     """
     number = min(number, len(places))
     chosen = [places[i * len(places) // number] for i in range(number)]
-    images = [normalise(letterbox(load_image(place, upright=True), None, shape)[0]) for place in chosen]
+    return [letterbox(load_image(place, upright=True), None, shape)[0] for place in chosen]
+
+
+def load_images(places: Sequence[Place], number: int, shape: tuple[int, int]) -> list[Tensor]:
+    """The same as batches B 3 H W, normalised."""
+    images = [normalise(picture) for picture in load_pictures(places, number, shape)]
     return [torch.stack(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
 
 
-def places_in(folder: str) -> Sequence[Place]:
+def places_in(folder: str, flag: str = "--images") -> Sequence[Place]:
     """All pictures below a folder, in order of their names. FileNotFoundError where there is none."""
     found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
     if not found:
-        raise FileNotFoundError(f"--images {folder} holds no picture; give a folder with {', '.join(PICTURES)} files.")
+        raise FileNotFoundError(f"{flag} {folder} holds no picture; give a folder with {', '.join(PICTURES)} files.")
     return found
 
 
-def places_of(source: Source) -> Sequence[Place]:
-    """The training pictures of a data set."""
-    return [pair.image for pair in source.split("train")]
+def places_of(source: Source, split: str = "train") -> Sequence[Place]:
+    """The pictures of a part of a data set."""
+    return [pair.image for pair in source.split(split)]
 
 
 def images_for(config: PruneConfig, source: Source | None) -> list[Tensor]:
     """Pictures for the method and the repair: none where nobody needs them, or by default where --data has none."""
     from segprune.pruning.importance import NEED_DATA
 
-    needed = config.repair or config.pruning_method in NEED_DATA
-    if not needed and (config.repair is False or config.plan_only):
+    if not needs_images(config):
         return []
     try:
         if config.images:
@@ -56,7 +61,7 @@ def images_for(config: PruneConfig, source: Source | None) -> list[Tensor]:
         else:
             return []
     except FileNotFoundError as error:
-        if needed or config.images:
+        if config.images or config.repair or config.pruning_method in NEED_DATA:
             raise
         show_notes((f"No repair, since there are no pictures for it: {error}",))
         return []

@@ -70,12 +70,7 @@ def _without_branches(dense: SegFormer, config: PruneConfig, given: frozenset[st
     from segprune.pruning.depth import branch_scores, choose, noise, remove
     from segprune.pruning.patterns import matches
 
-    rates = asked_rates(config, given)
-    unit = next(iter(rates), "params")
-    if rates and config.depth >= rates[unit]:
-        raise ValueError(
-            f"--depth {config.depth:g} is part of the rate of the {unit}; it must be below {rates[unit]:g}."
-        )
+    unit = next(iter(asked_rates(config, given)), "params")
     seen = images or [batch.to(next(dense.parameters()).device) for batch in noise(config.input_shape)]
     with progress_bar("skipping one branch at a time") as advance:
         scores = branch_scores(dense, seen, progress=advance)

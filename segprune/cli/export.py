@@ -10,23 +10,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from segprune import checkpoint
+from segprune.cli.calibration import load_pictures, places_in, places_of
 from segprune.cli.common import Layout, console, open_data, quiet_exporters, show_notes, show_settings, switch
-from segprune.cli.inputs import find_pictures, load_picture
-from segprune.data import letterbox
 from segprune.data.transforms import Bytes
 from segprune.export import BAKED, FORMATS, LIMITS, PRECISIONS, Limits, Precision, check_choice, export
 from segprune.export.tensorrt import command_line
 from segprune.files import check_writable, write_json
 from segprune.model import check_input
 from segprune.report import environment
-from segprune.training.inference import EvalMode
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,22 +160,11 @@ def _limits(config: ExportConfig) -> Limits:
 
 def _pictures(config: ExportConfig, num_classes: int) -> Sequence[Bytes]:
     """Those of --data or --calibration, letterboxed to --input_shape [H, W, 3]."""
-    if config.data:
+    if config.calibration:
+        places = places_in(config.calibration, "--calibration")
+    elif config.data:
         source, _ = open_data(config.data, config.layout, num_classes, (config.split,))
-        samples = _spread(source.split(config.split), config.num_calibration)
-        images = (sample.load()[0] for sample in samples)
-    elif config.calibration:
-        if not Path(config.calibration).is_dir():
-            raise FileNotFoundError(f"--calibration {config.calibration} is no folder; give a folder of pictures.")
-        files, _ = find_pictures(config.calibration, save_dir=str(_output(config).parent))
-        how = EvalMode(mode="whole")
-        images = (load_picture(file.path, how).image for file in _spread(files, config.num_calibration))
+        places = places_of(source, config.split)
     else:
         return ()
-    return [letterbox(image, None, config.input_shape)[0] for image in images]
-
-
-def _spread(found: Sequence[T], number: int) -> list[T]:
-    """At most so many, from the whole length: neighbours in a data set are often alike."""
-    number = min(number, len(found))
-    return [found[i * len(found) // number] for i in range(number)]
+    return load_pictures(places, config.num_calibration, config.input_shape)

@@ -47,6 +47,7 @@ def fit(
     extra: Mapping[str, Any],
     teacher: SegFormer | None = None,
     penalty: Penalty | None = None,
+    partial: bool = False,
     resumed: Resumable | None = None,
     keep: int = 0,
     tensorboard: bool = False,
@@ -55,6 +56,7 @@ def fit(
 
     `settings` is saved for --resume and with the results, `extra` inside the checkpoints. Ctrl-C leaves
     resume.pth and raises KeyboardInterrupt with the command that goes on. `penalty` of the weights adds to the loss.
+    `partial` says that the run is a part of another command, which has to be begun again.
     """
     accelerator = Accelerator(cpu=not cuda, mixed_precision=config.mixed_precision)
     splits = Splits(source.split("train"), source.split("val"))
@@ -71,7 +73,7 @@ def fit(
         tensorboard=tensorboard and accelerator.is_main_process,
     )
     try:
-        with _told(journal, folder, accelerator, resumable=penalty is None):
+        with _told(journal, folder, accelerator, partial=partial):
             with training_view() as view:
                 train(
                     model,
@@ -96,16 +98,13 @@ def fit(
 
 
 @contextmanager
-def _told(journal: Journal, folder: Path, accelerator: Accelerator, *, resumable: bool) -> Iterator[None]:
-    """What ends a run early, with where it can go on from; an interrupted one's state is saved first.
-
-    A run with a penalty is part of a pruning run, which knows it, and has to be begun again.
-    """
+def _told(journal: Journal, folder: Path, accelerator: Accelerator, *, partial: bool) -> Iterator[None]:
+    """What ends a run early, with where it can go on from; an interrupted one's state is saved first."""
     resume = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
     try:
         yield
     except TrainingInterrupted as interrupted:
-        if not resumable:
+        if partial:
             raise KeyboardInterrupt(f"{interrupted} Begin again with the same command.") from interrupted
         if accelerator.is_main_process:
             journal.save_state(interrupted.state)
@@ -113,7 +112,7 @@ def _told(journal: Journal, folder: Path, accelerator: Accelerator, *, resumable
     except TrainingDiverged as diverged:
         raise ValueError(f"{str(diverged).removesuffix('.')}; {journal.last_good()}.") from diverged
     except OSError as error:
-        if not journal.resumable:
+        if partial or not journal.resumable:
             raise
         raise OSError(f"{str(error).removesuffix('.')}; then {resume} goes on, and {journal.last_good()}.") from error
 

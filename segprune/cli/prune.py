@@ -24,7 +24,7 @@ from segprune.cli.common import (
 from segprune.cli.cutting import cut_network
 from segprune.cli.journal import check_kept
 from segprune.cli.plans import PLAN, show_plan, write_plan
-from segprune.cli.pruning import PruneConfig, check_flags, label, pruner_of
+from segprune.cli.pruning import PruneConfig, asked_rates, check_flags, label, pruner_of
 from segprune.cli.settings import TrainSettings, advice, check_settings, with_rates
 from segprune.cli.train import check_teacher_names, fit_with
 from segprune.data import Source
@@ -65,7 +65,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     if config.plan_only:
         _show_plan(dense, config, given, images, folder / PLAN)
         return
-    extra = dict(found.extra) | {"pruning": _pruning_config(config, images)}
+    extra = dict(found.extra) | {"pruning": _pruning_config(config, given, images)}
 
     def trained(model: SegFormer, name: str, penalty: Penalty | None) -> SegFormer:
         """Between two steps of pruning, or with a penalty before the cut."""
@@ -74,7 +74,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
         checkpoint.save(model, start, extra=extra)
         epochs = config.step_epochs if penalty is None else config.sparse_epochs
         settings = replace(fine_tuning, model_path=str(start), epochs=epochs, save_dir=str(finetuned_folder(start)))
-        done = fit_with(settings, model, source, pixels, extra, teacher, penalty=penalty)
+        done = fit_with(settings, model, source, pixels, extra, teacher, penalty=penalty, partial=True)
         if penalty is None:
             return checkpoint.load(done.path).to(device)
         return model.to(device)  # of a penalty the last epoch has felt most
@@ -88,7 +88,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
             scores[name] = _score(model, source, config, device, f"scoring {name}")
     with progress_bar("timing dense and pruned") as advance:
         latencies = measure_latency([dense, pruned], config.input_shape, device=device, progress=advance)
-    record = _record(config, found, pruned, latencies, scores, images) | {"model_save_path": str(path)}
+    record = _record(config, given, found, pruned, latencies, scores, images) | {"model_save_path": str(path)}
     checkpoint.write_json(record, folder / RESULTS)
     if config.epochs and source is not None:
         if "lr" not in given and fine_tuning.lr is not None:
@@ -191,29 +191,24 @@ def _fine_tuning(config: PruneConfig, path: Path) -> TrainSettings:
     )
 
 
-def _pruning_config(config: PruneConfig, images: list[Tensor]) -> dict[str, Any]:
-    names = (
-        *(
-            "pruning_rate",
-            "rate_of",
-            "budgets",
-            "scope",
-            "price",
-            "normalise",
-            "round_to",
-            "max_rate",
-            "rates",
-            "ignore",
-        ),
-        *("plan", "steps", "sparse_epochs", "depth", "heads", "keep_decoder", "uniform", "seed"),
-    )
+NOTED = (
+    *("budgets", "scope", "price", "normalise", "round_to", "max_rate", "rates", "ignore", "plan", "steps"),
+    *("sparse_epochs", "depth", "heads", "keep_decoder", "uniform", "seed"),
+)  # flags that say what was removed
+
+
+def _pruning_config(config: PruneConfig, given: frozenset[str], images: list[Tensor]) -> dict[str, Any]:
+    """What was asked; `pruning_rate` is None where another flag than it said so."""
+    rate = None if config.budgets else asked_rates(config, given).get(config.rate_of)
     repaired = bool(images) and config.repair is not False
-    known = {"method": config.pruning_method, "repaired": repaired, "num_images": sum(map(len, images))}
-    return known | {name: getattr(config, name) for name in names}
+    known = {"method": config.pruning_method, "pruning_rate": rate, "rate_of": config.rate_of}
+    known |= {"repaired": repaired, "num_images": sum(map(len, images))}
+    return known | {name: getattr(config, name) for name in NOTED}
 
 
 def _record(
     config: PruneConfig,
+    given: frozenset[str],
     found: Checkpoint,
     pruned: SegFormer,
     latencies: list[Latency],
@@ -233,7 +228,7 @@ def _record(
             "model_path": config.model_path,
             "random_weights": not config.model_path,
         },
-        "pruning_config": _pruning_config(config, images),
+        "pruning_config": _pruning_config(config, given, images),
         "original_model": network_record(original, latencies[0], scores.get("dense")),
         "folded_model": network_size(folded),
         "pruned_model": network_record(after, latencies[1], scores.get("pruned")) | {"spec": spec_to_dict(pruned.spec)},

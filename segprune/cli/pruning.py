@@ -21,6 +21,7 @@ PLANNING_FLAGS = (
     *("pruning_rate", "rate_of", "budgets", "scope", "price", "normalise", "round_to"),
     *("max_rate", "rates", "sensitivity", "steps"),
 )  # a finished plan leaves nothing to them
+RANKING_FLAGS = ("price", "normalise", "sensitivity")  # nor does another scope than global to these
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ class PruneConfig:
         float,
         Option(
             "--depth",
-            help="Share that goes as whole attention or FFN branches, and blocks, before channels are cut; part of the "
-            "rate. 0.2 to 0.3 did well.",
+            help="Share of the network that goes as whole attention or FFN branches, and blocks, before channels are "
+            "cut; a part of the rate.",
         ),
     ] = 0.0
     heads: Annotated[bool, switch("--heads", "Whole attention heads may go too.")] = False
@@ -178,6 +179,14 @@ class PruneConfig:
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
 
 
+def needs_images(config: PruneConfig) -> bool:
+    """Whether pictures, if there are some, are of use: to the repair, the method or the choice of branches."""
+    from segprune.pruning.importance import NEED_DATA
+
+    will_repair = config.repair is not False and not config.plan_only
+    return will_repair or config.pruning_method in NEED_DATA or config.depth > 0.0
+
+
 def label(config: PruneConfig, given: frozenset[str]) -> str:
     """What was asked, for the name of the file: the rate, or which flag said it otherwise."""
     for name in ("plan", "budgets", "rates"):
@@ -209,16 +218,37 @@ def check_flags(config: PruneConfig, given: frozenset[str]) -> None:
     for name in DATA_FLAGS:
         if name in given and not config.data:
             raise ValueError(f"--{name} has no effect without --data; give the data set to score on.")
-    for name in PLANNING_FLAGS:
-        if name in given and config.plan:
+    if "num_images" in given and not (config.data or config.images):
+        raise ValueError("--num_images has no effect without --images or --data; say where the pictures lie.")
+    for name in ("images", "num_images"):
+        if name in given and not needs_images(config):
+            raise ValueError(f"--{name} has no effect where nothing is repaired or ranked by pictures; leave it out.")
+    if "repair" in given and config.plan_only:
+        raise ValueError("--repair and --no_repair have no effect with --plan_only, which cuts nothing; leave it out.")
+    if config.repair and not (config.data or config.images):
+        raise ValueError("--repair needs pictures; give them as --images DIR or --data, labels are not needed.")
+    _check_planning(config, given)
+    _check_steps(config, given)
+
+
+def _check_planning(config: PruneConfig, given: frozenset[str]) -> None:
+    rates_alone = bool(config.rates) and not asked_rates(config, given)
+    for name in (name for name in PLANNING_FLAGS if name in given):
+        if config.plan:
             raise ValueError(f"--{name} has no effect with --plan, which says what stays; leave one of them out.")
+        if rates_alone and name not in ("rates", "round_to", "steps"):
+            raise ValueError(f"--{name} has no effect with --rates alone, which say all that goes; give a rate too.")
+        if config.scope != "global" and name in RANKING_FLAGS:
+            raise ValueError(f"--{name} has no effect with --scope {config.scope}, which ranks otherwise; drop one.")
     for name in ("pruning_rate", "rate_of"):
         if name in given and config.budgets:
             raise ValueError(f"--{name} contradicts --budgets, which names the rates by unit; leave one of them out.")
-    if "num_images" in given and not (config.data or config.images):
-        raise ValueError("--num_images has no effect without --images or --data; say where the pictures lie.")
-    if config.repair and not (config.data or config.images):
-        raise ValueError("--repair needs pictures; give them as --images DIR or --data, labels are not needed.")
+    if config.plan_only and config.plan:
+        raise ValueError("--plan_only has no effect with --plan, which is decided already; leave one of them out.")
+
+
+def _check_steps(config: PruneConfig, given: frozenset[str]) -> None:
+    """Of pruning in several steps, training in between or before, and whole branches."""
     if config.sparse_epochs and (not config.epochs or config.steps > 1 or config.plan or config.plan_only):
         raise ValueError("--sparse_epochs needs --epochs, and goes with neither --steps nor a plan; mend these flags.")
     if "sparse_weight" in given and not config.sparse_epochs:
@@ -236,13 +266,10 @@ def check_flags(config: PruneConfig, given: frozenset[str]) -> None:
         raise ValueError(f"--depth {config.depth:g} is a part of the rate of the {too_much[0]}; it must be below that.")
     if config.depth and (config.plan_only or config.plan or {"latency", "channels"} & set(asked_rates(config, given))):
         raise ValueError(
-            "--depth goes with a rate of params or macs and without a plan; leave it out, or prune twice: first with "
-            "--depth alone as the rate."
+            "--depth goes with a rate of params or macs, and without --plan_only or --plan; leave one of them out."
         )
     if config.uniform and config.depth:
         raise ValueError("--depth takes out parts of blocks, which --uniform keeps; leave one of them out.")
-    if config.plan_only and config.plan:
-        raise ValueError("--plan_only has no effect with --plan, which is decided already; leave one of them out.")
 
 
 def pruner_of(

@@ -86,6 +86,7 @@ def fit_with(
     teacher: Checkpoint | None,
     resumed: Resumable | None = None,
     penalty: Penalty | None = None,
+    partial: bool = False,
 ) -> Fit:
     """One run as the settings say, their rates chosen; `pixels` of each class are what the label check counted.
 
@@ -105,6 +106,7 @@ def fit_with(
         extra={"lr": from_scratch} | extra | classes,
         teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
         penalty=penalty,
+        partial=partial,
         resumed=resumed,
         keep=config.keep,
         tensorboard=config.tensorboard,

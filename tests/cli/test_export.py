@@ -189,7 +189,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
         (("--input_shape", 16, 64), "The input is 16×64 pixels; both sides must be at least 32, since the last stage"),
         (("--output", "x.engine"), "--output x.engine must end in .onnx, as files of onnx do."),
         (("--data", "a", "--calibration", "b"), "--data and --calibration are two sources of the same pictures;"),
-        (("--calibration", "nowhere"), "--calibration nowhere is no folder; give a folder of pictures."),
+        (("--calibration", "nowhere"), "--calibration nowhere holds no picture; give a folder with"),
         (("--dynamic", "--batch_size", 2), "--batch_size has no effect with --dynamic, which takes any batch;"),
         (("--num_calibration", 2), "--num_calibration has no effect without --data or --calibration; leave it out."),
         (("--split", "val"), "--split has no effect without --data; leave it out."),

@@ -15,7 +15,7 @@ from segprune import load
 from segprune.cli.calibration import load_images, places_of
 from segprune.data import open_source
 from segprune.stats import count
-from tests.commands import HERE, SIZE, done, refused
+from tests.commands import HERE, SIZE, done, interrupted, refused
 
 SHAPE = (32, 32)
 SPARSE_LAST = "b0_pruned_0.4_sparse_finetuned/last_epoch_weights.pth"
@@ -190,6 +190,25 @@ def test_before_the_cut_the_network_is_trained_to_miss_little(dense: Path, data:
     assert norms[1][:20].mean() < 0.5 * norms[0][:20].mean()  # of those that go; without a penalty none shrinks
 
 
+@pytest.mark.parametrize("part", [("--sparse_epochs", 1), ("--steps", 2, "--step_epochs", 1)])
+def test_training_that_is_a_part_of_pruning_has_to_be_begun_again(
+    part: tuple[object, ...], dense: Path, data: Path, tmp_path: Path
+) -> None:
+    here = (*SIZE, *HERE, "--num_images", 2, "--data", data, "--epochs", 1, "--save_dir", tmp_path)
+    status, errors = interrupted(1, "prune", "--model_path", dense, *part, *here)
+    assert (status, errors) == (
+        130,
+        "Training was interrupted in epoch 1 after 1 batches. Begin again with the same command.\n",
+    )
+
+
+def test_the_results_name_no_rate_that_was_not_asked(dense: Path, tmp_path: Path) -> None:
+    done("prune", "--model_path", dense, *SIZE, "--rates", "head=0.5", "--save_dir", tmp_path)
+    record = json.loads((tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
+    assert record["pruning_config"]["pruning_rate"] is None
+    assert record["pruning_config"]["rates"] == "head=0.5"
+
+
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--plan", "missing.json"), r"missing\.json does not exist; give the JSON file of a plan or a scan\."),
     (("--plan", "broken.json"), r"broken\.json is not valid JSON \(.*\); write it anew, or mend it there\."),
@@ -225,9 +244,14 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--images", "nowhere"), r"--images nowhere holds no picture; give a folder with .*\.png.* files\."),
     (("--price", "dear"), r"Price 'dear' is unknown; choose one of both, params, macs, none\."),
     (("--normalise", "sum"), r"Normalisation 'sum' is unknown; choose one of share, mean, max, none\."),
+    (("--scope", "local", "--normalise", "mean"), r"--normalise has no effect with --scope local, which ranks"),
+    (("--scope", "local", "--sensitivity", "other.json"), r"--sensitivity has no effect with --scope local, which"),
+    (("--rates", "head=0.5", "--price", "macs"), r"--price has no effect with --rates alone, which say all"),
+    (("--images", ".", "--no_repair"), r"--images has no effect where nothing is repaired or ranked by pictures;"),
+    (("--no_repair", "--plan_only"), r"--repair and --no_repair have no effect with --plan_only, which cuts"),
     (("--depth", 1), r"--depth is 1; it must be at least 0 and below 1\."),
     (("--depth", 0.5), r"--depth 0\.5 is a part of the rate of the params; it must be below that\."),
-    (("--depth", 0.1, "--rate_of", "latency"), r"--depth goes with a rate of params or macs and without a plan;"),
+    (("--depth", 0.1, "--rate_of", "latency"), r"--depth goes with a rate of params or macs, and without"),
     (
         ("--sparse_epochs", 1),
         r"--sparse_epochs needs --epochs, and goes with neither --steps nor a plan; mend these flags\.",

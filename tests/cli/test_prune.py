@@ -186,23 +186,25 @@ def test_macs_are_cut_by_the_rate_with_the_decode_head_kept(dense: Path, tmp_pat
 
 def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
+    scopes: list[str] = []
 
     def pruner(model: object, rate: object, **options: Any) -> None:
         seen.update(options, rate=rate)
+        scopes.append(options["scope"])
         raise ValueError("Seen.")
 
     monkeypatch.setattr(pruner_l1, "L1Pruner", pruner)
-    flags = ("--pruning_rate", 0.4, "--rate_of", "channels", "--scope", "local", "--round_to", 4, "--heads")
+    flags = ("--pruning_rate", 0.4, "--rate_of", "channels", "--round_to", 4, "--heads")
     plan = ("--price", "macs", "--normalise", "mean", "--max_rate", 0.8, "--rates", "head=0.5", "--ignore", "a.*, b")
     here = ("--keep_decoder", "--seed", 5, "--save_dir", tmp_path)
     assert refused("prune", "--model_path", dense, *flags, *plan, *here) == "Seen."
-    del seen["progress"], seen["latency_table"]
-    assert seen == {
+    reached = {name: value for name, value in seen.items() if name not in ("progress", "latency_table")}
+    assert reached == {
         "rate": {"channels": 0.4},
         "method": "l1",
         "data": [],
         "repaired": False,
-        "scope": "local",
+        "scope": "global",
         "round_to": 4,
         "heads": True,
         "keep_decoder": True,
@@ -216,6 +218,8 @@ def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monk
         "seed": 5,
         "uniform": False,
     }
+    refused("prune", "--model_path", dense, "--scope", "local", *SIZE, "--save_dir", tmp_path)
+    assert scopes == ["global", "local"]
 
 
 def test_the_seed_decides_the_random_weights(tmp_path: Path) -> None:
