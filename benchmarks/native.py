@@ -20,6 +20,7 @@ import segprune
 from benchmarks.one_shot import training_images
 from benchmarks.recovery import DENSE, NUM_CLASSES, NUM_TRAIN, SIZE, Bench, spread
 from segprune import SegFormer, count
+from segprune.cli.common import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.pruning.pruner import Pruner
 from segprune.spec import standard_spec
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flags = parser.parse_args()
+    keep_freed_memory()  # as the commands do
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rows = []
     for seed in flags.seeds:

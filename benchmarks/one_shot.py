@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import num_macs, num_parameters, prune_to
 from benchmarks.recovery import DENSE, NUM_CLASSES, NUM_TRAIN, SIZE, Bench, spread
+from segprune.cli.common import keep_freed_memory
 from segprune.data import EvalTransform, SegmentationData
 from segprune.fold import fold_decoder
 from segprune.pruning.pruner import Pruner
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", default=[*THEIRS, *OURS], help="as the table names them")
     flags = parser.parse_args()
+    keep_freed_memory()  # as the commands do
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for seed in flags.seeds:

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 
 import segprune
 from segprune import L1Pruner, SegFormer
+from segprune.cli.common import keep_freed_memory
 from segprune.data import open_source, write_shapes
 from segprune.fold import fold_decoder
 from segprune.pruning.costs import RateOf
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--studies", nargs="*", default=list(STUDIES), choices=list(STUDIES))
     flags = parser.parse_args()
+    keep_freed_memory()  # as the commands do
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rows: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for seed in flags.seeds:
