@@ -1,6 +1,6 @@
 """Is a network pruned down better than one that is small from the start? b1 cut to b0's size, beside b0, equal steps.
 
-    python -m benchmarks.native DIR [--seeds 1 2 3]
+    python -m benchmarks.native DIR [--context] [--seeds 1 2 3]
 
 For each seed a b0 and a b1 are trained from scratch on the data set of benchmarks.recovery in DIR: the b0 for 1000
 steps, the b1 for 800, after which it is cut to the parameters and MACs of the b0 with its decode head folded,
@@ -18,12 +18,11 @@ from accelerate import Accelerator
 
 import segprune
 from benchmarks.one_shot import training_images
-from benchmarks.recovery import DENSE, NUM_CLASSES, NUM_TRAIN, SIZE, Bench, spread
-from segprune import SegFormer, count
+from benchmarks.recovery import DENSE, NUM_TRAIN, SIZE, Bench, spread
+from segprune import count
 from segprune.cli.common import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.pruning.pruner import Pruner
-from segprune.spec import standard_spec
 from segprune.training.distill import Distillation
 from segprune.training.loop import train
 from segprune.training.state import Splits
@@ -34,13 +33,14 @@ SHARE, EPOCHS, LR = 0.8, 4, 0.5  # of the steps for the dense b1; of its learnin
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--context", action="store_true", help="pictures whose classes depend on what else they show")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flags = parser.parse_args()
     keep_freed_memory()  # as the commands do
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rows = []
     for seed in flags.seeds:
-        bench = Bench(flags.folder / str(seed), seed, accelerator)
+        bench = Bench(flags.folder / str(seed), seed, accelerator, context=flags.context)
         rows.append((bench.dense_miou, *_pruned_down(bench)))
         print(f"seed {seed}: native b0 {rows[-1][0]:.4f}, dense b1, cut, fine-tuned {rows[-1][1:]}", flush=True)
     print("\n| | mIoU, mean (lowest and highest) |\n|---|---|")
@@ -53,11 +53,10 @@ def _pruned_down(bench: Bench) -> list[float]:
     path = bench.folder / "b1.pth"
     if not path.is_file():
         torch.manual_seed(bench.seed)
-        spec = standard_spec("b1", NUM_CLASSES)
-        model = SegFormer(replace(spec, numerics=replace(spec.numerics, drop_path=0.0)))
+        model = bench.new("b1")
         steps = round(SHARE * (NUM_TRAIN // DENSE.batch_size))  # an epoch's
         part = Splits(bench.splits.train[: steps * DENSE.batch_size], bench.splits.val)
-        train(model, replace(DENSE, seed=bench.seed), part, accelerator=bench.accelerator)
+        train(model, bench.dense_config, part, accelerator=bench.accelerator)
         segprune.save(model, path)
     dense = segprune.load(path)
     small, large = (count(spec, SIZE) for spec in (fold_decoder(bench.dense).spec, dense.spec))

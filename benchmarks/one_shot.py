@@ -1,6 +1,6 @@
 """mIoU right after pruning, and after a short equal fine-tune: segprune beside torch-pruning, at equal size and work.
 
-    python -m benchmarks.one_shot DIR [--seeds 1 2 3] [--budgets params=0.5 macs=0.9]
+    python -m benchmarks.one_shot DIR [--context] [--seeds 1 2 3] [--budgets params=0.5 macs=0.9]
 
 For each seed DIR holds a data set and a dense b0, made where they are missing (2000 + 200 pictures of 64×64; see
 benchmarks.recovery). Criteria that need pictures, and the repair, see the same 64 training pictures; only
@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from benchmarks.baselines import num_macs, num_parameters, prune_to
-from benchmarks.recovery import DENSE, NUM_CLASSES, NUM_TRAIN, SIZE, Bench, spread
+from benchmarks.recovery import DENSE, NUM_TRAIN, SIZE, Bench, spread
 from segprune.cli.common import keep_freed_memory
 from segprune.data import EvalTransform, SegmentationData
 from segprune.fold import fold_decoder
@@ -46,6 +46,7 @@ OURS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--context", action="store_true", help="pictures whose classes depend on what else they show")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", default=[*THEIRS, *OURS], help="as the table names them")
@@ -54,7 +55,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for seed in flags.seeds:
-        bench = Bench(flags.folder / str(seed), seed, accelerator)
+        bench = Bench(flags.folder / str(seed), seed, accelerator, context=flags.context)
         for budget in flags.budgets:
             for name, prune in methods(bench, budget).items():
                 if name.partition(" ")[2] not in flags.methods:
@@ -99,7 +100,7 @@ def training_images(bench: Bench) -> list[Tensor]:
 
 def _training_batches(bench: Bench) -> list[tuple[Tensor, Tensor]]:
     chosen = [bench.splits.train[i * NUM_TRAIN // NUM_IMAGES] for i in range(NUM_IMAGES)]
-    data = SegmentationData(chosen, NUM_CLASSES, EvalTransform(SIZE))
+    data = SegmentationData(chosen, bench.num_classes, EvalTransform(SIZE))
     pairs = [data[i] for i in range(NUM_IMAGES)]
     images, labels = (torch.stack(column) for column in zip(*pairs, strict=True))
     return list(zip(images.split(8), labels.split(8), strict=True))

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 import segprune
 from segprune import L1Pruner, SegFormer
 from segprune.cli.common import keep_freed_memory
-from segprune.data import open_source, write_shapes
+from segprune.data import CLASS_NAMES, CONTEXT_CLASS_NAMES, open_source, write_shapes
 from segprune.fold import fold_decoder
 from segprune.pruning.costs import RateOf
 from segprune.spec import standard_spec
@@ -34,9 +34,16 @@ from segprune.training.evaluate import EvalMode, evaluate
 from segprune.training.loop import train
 from segprune.training.state import Splits
 
-SIZE, NUM_CLASSES, NUM_TRAIN, NUM_VAL = (64, 64), 8, 2000, 200
+SIZE, NUM_TRAIN, NUM_VAL = (64, 64), 2000, 200
 DENSE = TrainConfig(
-    NUM_CLASSES, input_shape=SIZE, epochs=8, batch_size=16, lr=1e-3, scale=(0.75, 1.5), num_workers=1, eval_every=99
+    len(CLASS_NAMES),
+    input_shape=SIZE,
+    epochs=8,
+    batch_size=16,
+    lr=1e-3,
+    scale=(0.75, 1.5),
+    num_workers=1,
+    eval_every=99,
 )
 
 
@@ -138,27 +145,36 @@ def spread(values: Any, form: str) -> str:
 class Bench:
     """One seed's data, dense network and results."""
 
-    def __init__(self, folder: Path, seed: int, accelerator: Accelerator) -> None:
+    def __init__(self, folder: Path, seed: int, accelerator: Accelerator, *, context: bool = False) -> None:
         self.folder, self.seed, self.accelerator = folder, seed, accelerator
+        self.num_classes = len(CONTEXT_CLASS_NAMES if context else CLASS_NAMES)
         if not (folder / "shapes").is_dir():
-            write_shapes(folder / "shapes", num_train=NUM_TRAIN, num_val=NUM_VAL, size=SIZE, seed=seed)
+            numbers = {"num_train": NUM_TRAIN, "num_val": NUM_VAL}
+            write_shapes(folder / "shapes", **numbers, size=SIZE, seed=seed, context=context)
         source = open_source(folder / "shapes")
         self.splits = Splits(source.split("train"), source.split("val"))
         path = folder / "dense.pth"
         if not path.is_file():
             torch.manual_seed(seed)
-            spec = standard_spec("b0", NUM_CLASSES)
-            model = SegFormer(replace(spec, numerics=replace(spec.numerics, drop_path=0.0)))
-            train(model, replace(DENSE, seed=seed), self.splits, accelerator=accelerator)
+            model = self.new("b0")
+            train(model, self.dense_config, self.splits, accelerator=accelerator)
             segprune.save(model, path)
         self.dense = segprune.load(path)
         self.dense_miou = self.cached("dense", lambda: [self.score(self.dense)])[0]
+
+    @property
+    def dense_config(self) -> TrainConfig:
+        return replace(DENSE, num_classes=self.num_classes, seed=self.seed)
+
+    def new(self, variant: str) -> SegFormer:
+        spec = standard_spec(variant, self.num_classes)
+        return SegFormer(replace(spec, numerics=replace(spec.numerics, drop_path=0.0)))
 
     def score(self, model: torch.nn.Module) -> float:
         model.to(self.accelerator.device)
         how = EvalMode(input_shape=SIZE)
         device = self.accelerator.device
-        return evaluate(model, self.splits.val, NUM_CLASSES, how, device=device, batch_size=20).miou
+        return evaluate(model, self.splits.val, self.num_classes, how, device=device, batch_size=20).miou
 
     def cached(self, name: str, compute: Any) -> list[float]:
         path = self.folder / "results.json"
@@ -170,7 +186,7 @@ class Bench:
 
     def config(self, epochs: int, lr: float) -> TrainConfig:
         """Of fine-tuning; `lr` as a share of the dense network's."""
-        return replace(DENSE, epochs=epochs, lr=lr * DENSE.lr, seed=self.seed)
+        return replace(self.dense_config, epochs=epochs, lr=lr * DENSE.lr)
 
     def recovered(self, setting: Setting) -> tuple[float, float]:
         """mIoU after pruning and after fine-tuning."""

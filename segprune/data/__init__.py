@@ -7,7 +7,7 @@ from segprune.data.check import LabelReport, check_labels
 from segprune.data.layouts import LAYOUTS, open_source
 from segprune.data.pixels import SampleError, load_image, load_mask, voc_palette
 from segprune.data.samples import Pair, Sample, SegmentationData, Source, readable
-from segprune.data.shapes import CLASS_NAMES, draw_shapes, write_shapes
+from segprune.data.shapes import CLASS_NAMES, CONTEXT_CLASS_NAMES, draw_shapes, write_shapes
 from segprune.data.transforms import (
     IGNORE_INDEX,
     MEAN,
@@ -21,6 +21,7 @@ from segprune.data.transforms import (
 
 __all__ = [
     "CLASS_NAMES",
+    "CONTEXT_CLASS_NAMES",
     "IGNORE_INDEX",
     "LAYOUTS",
     "MEAN",

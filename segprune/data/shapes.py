@@ -4,12 +4,15 @@ Every class has its shape, its texture and its hue. Hues overlap between neighbo
 pairs, shapes are turned, stretched and occluded, and now and then one of shape or texture is another class's: two
 cues are needed to tell. Clutter, light, blur and noise come on top. Lengths are shares of the picture's shorter
 side unless named `_PX`; the difficulty lies in the constants below.
+
+With `context`, every object but the ring is of another class if a ring is anywhere in the picture: what a pixel
+shows no longer tells its class, and a network needs its deep stages.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +64,9 @@ _LOOKS = (
     _Look("bar", "noise", 6 / 7),
 )
 CLASS_NAMES = ("background", *(look.name for look in _LOOKS))
+_KEY = CLASS_NAMES.index("ring") - 1
+_OTHERS = [k for k in range(len(_LOOKS)) if k != _KEY]
+CONTEXT_CLASS_NAMES = (*CLASS_NAMES, *(f"{_LOOKS[k].name} in a picture with a ring" for k in _OTHERS))
 
 
 def write_shapes(
@@ -70,6 +76,8 @@ def write_shapes(
     size: tuple[int, int] = (128, 128),
     seed: int = 11,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    context: bool = False,
 ) -> Path:
     """Writes `folder/VOCdevkit/VOC2007` and returns its path; `size` is (H, W), at least 32 each.
 
@@ -82,14 +90,14 @@ def write_shapes(
             f"num_train {num_train}, num_val {num_val}, size {size} and seed {seed} came, where at least 1, "
             "1, (32, 32) and 0 are allowed; give larger ones."
         )
-    root = _prepare(Path(folder))
+    root = _prepare(Path(folder), CONTEXT_CLASS_NAMES if context else CLASS_NAMES)
     lists = root / "ImageSets" / "Segmentation"
     palette = voc_palette()
     numbers = dict(zip(SPLITS, (num_train, num_val), strict=True))
     done = 0
     for split, number in numbers.items():
         for index in range(number):
-            image, mask = draw_shapes(seed, split, index, size)
+            image, mask = draw_shapes(seed, split, index, size, context=context)
             name = _name(split, index)
             Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY)
             indexed = Image.fromarray(mask)
@@ -99,49 +107,63 @@ def write_shapes(
             if progress is not None:
                 progress(done, sum(numbers.values()))
     for split, number in numbers.items():
-        text = "".join(f"{_name(split, index)}\n" for index in range(number))
         unfinished = lists / f"{split}.part"
-        unfinished.write_bytes(text.encode())
+        unfinished.write_bytes(_lines(_name(split, index) for index in range(number)))
         unfinished.replace(lists / f"{split}.txt")
     return root
 
 
-def draw_shapes(seed: int, split: str, index: int, size: tuple[int, int]) -> tuple[Bytes, Bytes]:
+def draw_shapes(
+    seed: int, split: str, index: int, size: tuple[int, int], *, context: bool = False
+) -> tuple[Bytes, Bytes]:
     """Image [H, W, 3] and mask [H, W] of one sample; any seven pictures in a row show every class."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     canvas = _background(rng, size)
     mask = np.zeros(size, dtype=np.uint8)
     for _ in range(rng.integers(0, MAX_BLOBS + 1)):
         _paint_blob(rng, canvas)
-    # the class whose turn it is comes last and so lies on top
-    turn = index % len(_LOOKS)
-    others = [k for k in rng.permutation(len(_LOOKS)) if k != turn]
-    count = int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1))
     centres: list[tuple[float, float]] = []
-    for k in [*others[: count - 1], turn]:
+    for k, label in _choose(rng, index % len(_LOOKS), context):
         centres.append(_place(rng, centres, size))
-        _paint_object(rng, canvas, mask, int(k), centres[-1])
+        _paint_object(rng, canvas, mask, k, label, centres[-1])
     for _ in range(rng.integers(0, MAX_BARS + 1)):
         _paint_bar(rng, canvas, mask)
     return _photograph(rng, canvas), mask
+
+
+def _choose(rng: np.random.Generator, turn: int, context: bool) -> list[tuple[int, int]]:
+    """The looks and classes of a picture's objects; the one whose turn it is comes last and so lies on top."""
+    others = [int(k) for k in rng.permutation(len(_LOOKS)) if k != turn]
+    others = others[: int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)) - 1]
+    if not context:
+        return [(k, k + 1) for k in (*others, turn)]
+    with_key = turn == _KEY or rng.random() < 0.5
+    others = [k for k in others if k != _KEY] + [_KEY] * (with_key and turn != _KEY)
+    shift = len(_LOOKS) + 1
+    return [(k, shift + _OTHERS.index(k) if with_key and k != _KEY else k + 1) for k in (*others, turn)]
+
+
+def _lines(names: Iterable[str]) -> bytes:
+    return "".join(f"{name}\n" for name in names).encode()
 
 
 def _name(split: str, index: int) -> str:
     return f"{split}_{index:05d}"
 
 
-def _prepare(folder: Path) -> Path:
+def _prepare(folder: Path, class_names: tuple[str, ...]) -> Path:
     """The set's folders, with classes.txt first as the sign that they are ours and without lists."""
     root = folder / "VOCdevkit" / "VOC2007"
-    sign, text = root / "classes.txt", "".join(f"{name}\n" for name in CLASS_NAMES).encode()
-    ours = sign.is_file() and sign.read_bytes() == text
+    sign = root / "classes.txt"
+    known = [_lines(names) for names in (CLASS_NAMES, CONTEXT_CLASS_NAMES)]
+    ours = sign.is_file() and sign.read_bytes() in known
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"{folder} exists and is no generated data set, where a new or empty folder is allowed; "
             "choose another name."
         )
     root.mkdir(parents=True, exist_ok=True)
-    sign.write_bytes(text)
+    sign.write_bytes(_lines(class_names))
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
@@ -269,8 +291,10 @@ def _place(rng: np.random.Generator, centres: list[tuple[float, float]], size: t
     return max(places, key=lambda p: min((np.hypot(p[0] - y, p[1] - x) for y, x in centres), default=0.0))
 
 
-def _paint_object(rng: np.random.Generator, canvas: Floats, mask: Bytes, k: int, centre: tuple[float, float]) -> None:
-    """One object of class k + 1, over what was there."""
+def _paint_object(
+    rng: np.random.Generator, canvas: Floats, mask: Bytes, k: int, label: int, centre: tuple[float, float]
+) -> None:
+    """One object that looks like number k, over what was there."""
     look = _LOOKS[k]
     odd = rng.random()
     any_look, any_texture = _LOOKS[rng.integers(len(_LOOKS))], TEXTURES[rng.integers(len(TEXTURES))]
@@ -284,7 +308,7 @@ def _paint_object(rng: np.random.Generator, canvas: Floats, mask: Bytes, k: int,
     dark = _texture(texture, u / period, v / period, rng)
     colour = _colour(rng, look.hue + HUE_SIGMA * rng.standard_normal(), OBJECT_SATURATION, OBJECT_VALUE)
     canvas[window][inside] = _shaded(rng, colour, dark)[inside]
-    mask[window][inside] = k + 1
+    mask[window][inside] = label
 
 
 def _paint_bar(rng: np.random.Generator, canvas: Floats, mask: Bytes) -> None:

@@ -21,6 +21,12 @@ def test_the_suggested_command_trains_on_what_was_written(tmp_path: Path) -> Non
     assert f"Saved: {tmp_path}/logs/best_epoch_weights.pth" in out
 
 
+def test_with_context_there_are_fourteen_classes(tmp_path: Path) -> None:
+    out = done("shapes", tmp_path, "--num_train", 4, "--num_val", 2, "--size", 32, 32, "--with_context")
+    assert "6 pictures, 14 classes, in " in out
+    assert "--num_classes 14 " in out
+
+
 def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
     files = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segprune.data import CLASS_NAMES, check_labels, draw_shapes, open_source, voc_palette, write_shapes
+from segprune.data import (
+    CLASS_NAMES,
+    CONTEXT_CLASS_NAMES,
+    check_labels,
+    draw_shapes,
+    open_source,
+    voc_palette,
+    write_shapes,
+)
 from segprune.data.shapes import JPEG_QUALITY, inside_shape
 
 SMALL = {"num_train": 3, "num_val": 2, "size": (32, 48)}
@@ -86,6 +94,23 @@ def test_all_eight_classes_occur_and_the_check_has_nothing_to_say(tmp_path: Path
     assert min(report.pixels) > 0
     assert report.ignored == 0
     assert report.notes == ()
+
+
+def test_with_context_all_fourteen_classes_occur_and_a_ring_decides_which_the_others_are(tmp_path: Path) -> None:
+    write_shapes(tmp_path, num_train=56, num_val=7, size=(64, 64), context=True)
+    source = open_source(tmp_path)
+    assert source.class_names == CONTEXT_CLASS_NAMES
+    assert len(set(CONTEXT_CLASS_NAMES)) == 14
+    report = check_labels(source, 14)
+    assert min(report.pixels) > 0
+    ring, seen = CLASS_NAMES.index("ring"), set()
+    for index in range(56):
+        _, mask = draw_shapes(11, "train", index, (64, 64), context=True)
+        labels = set(np.unique(mask)) - {0}
+        plain, beside_a_ring = {k for k in labels if k < 8 and k != ring}, {k for k in labels if k >= 8}
+        assert not (plain and (beside_a_ring or ring in labels))
+        seen |= {(bool(plain), bool(beside_a_ring), ring in labels)}
+    assert {(True, False, False), (False, True, True)} <= seen
 
 
 def test_the_class_whose_turn_it_is_can_be_seen() -> None:
