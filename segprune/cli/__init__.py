@@ -38,20 +38,30 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings=CONTEXT,
 )
-_COMMANDS: tuple[tuple[str, type[Any], Callable[[Any, frozenset[str]], None]], ...] = (
-    ("prune", pruning.PruneConfig, prune.run),
-    ("train", settings.TrainSettings, train.run),
-    ("eval", evaluate.EvalConfig, evaluate.run),
-    ("predict", predict.PredictConfig, predict.run),
-    ("export", export.ExportConfig, export.run),
-    ("benchmark", benchmark.BenchmarkConfig, benchmark.run),
-    ("convert", convert.ConvertConfig, convert.run),
-    ("scan", scan.ScanConfig, scan.run),
-    ("info", info.InfoConfig, info.run),
-    ("shapes", shapes.ShapesConfig, shapes.run),
+_COMMANDS: tuple[tuple[str, type[Any], Callable[[Any, frozenset[str]], None], str], ...] = (  # with an example
+    (
+        *("prune", pruning.PruneConfig, prune.run),
+        "--model_path logs/your_model.pth --pruning_rate 0.5 --data VOCdevkit --epochs 50",
+    ),
+    (
+        *("train", settings.TrainSettings, train.run),
+        "--model_path b2_pruned_0.5.pth --teacher logs/your_model.pth --data VOCdevkit --save_dir logs_finetuned",
+    ),
+    ("eval", evaluate.EvalConfig, evaluate.run, "logs/your_model.pth --data VOCdevkit --mode slide --flip"),
+    ("predict", predict.PredictConfig, predict.run, "logs/your_model.pth --input photos --kind all"),
+    ("export", export.ExportConfig, export.run, "b2_pruned_0.5.pth --format onnx --bake preprocess,argmax"),
+    (
+        *("benchmark", benchmark.BenchmarkConfig, benchmark.run),
+        "logs/your_model.pth b2_pruned_0.5.pth --runtimes torch,onnxruntime",
+    ),
+    ("convert", convert.ConvertConfig, convert.run, "b2_pruned_0.5.pth my_folder --to hf"),
+    ("scan", scan.ScanConfig, scan.run, "logs/your_model.pth --images photos"),
+    ("info", info.InfoConfig, info.run, "logs/your_model.pth"),
+    ("shapes", shapes.ShapesConfig, shapes.run, "data/shapes --num_train 2000"),
 )
-for _name, _config, _run in _COMMANDS:
-    app.command(_name, context_settings=CONTEXT)(command(_config, _run))
+for _name, _config, _run, _example in _COMMANDS:
+    _epilog = f"Example: segprune {_name} {_example}"
+    app.command(_name, context_settings=CONTEXT, epilog=_epilog)(command(_config, _run))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import inspect
 import logging
@@ -9,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import torch
 import typer
@@ -41,19 +42,33 @@ SkipBad = Annotated[bool, switch("--skip_bad", "Go on without pictures that cann
 
 
 def command(config: type[C], run: Callable[[C, frozenset[str]], None]) -> Callable[..., None]:
-    """A function whose parameters are the config's fields; `run` gets the config and the names of the flags given."""
+    """A function whose parameters are the config's fields; `run` gets the config and the names of the flags given.
+
+    A config may have `PANELS`: by field, the title under which --help lists it and those after it.
+    """
 
     def body(context: typer.Context, **flags: Any) -> None:
         given = {name for name in flags if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
         with one_sentence():
             run(config(**flags), frozenset(given))
 
-    parameters = inspect.signature(config, eval_str=True).parameters
+    parameters = _in_panels(inspect.signature(config, eval_str=True).parameters, getattr(config, "PANELS", {}))
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     body.__signature__ = inspect.Signature([context, *parameters.values()])  # type: ignore[attr-defined]
     body.__annotations__ = {"context": typer.Context} | {n: p.annotation for n, p in parameters.items()}
     body.__doc__ = run.__doc__
     return body
+
+
+def _in_panels(parameters: Mapping[str, inspect.Parameter], panels: Mapping[str, str]) -> dict[str, inspect.Parameter]:
+    placed, title = {}, None
+    for name, parameter in parameters.items():
+        title = panels.get(name, title)
+        kind, option = get_args(parameter.annotation)
+        option = copy.copy(option)  # several commands share some
+        option.rich_help_panel = title
+        placed[name] = parameter.replace(annotation=Annotated[kind, option])
+    return placed
 
 
 def keep_freed_memory() -> None:

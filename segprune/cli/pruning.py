@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 from typer import Option
@@ -26,6 +26,17 @@ RANKING_FLAGS = ("price", "normalise", "sensitivity")  # nor does another scope 
 
 @dataclass(frozen=True)
 class PruneConfig:
+    PANELS: ClassVar[Mapping[str, str]] = {
+        "model_path": "The network",
+        "pruning_method": "How much goes, and which channels",
+        "plan_only": "A plan to look at and to edit",
+        "images": "Repair, without labels",
+        "steps": "In several steps, with training towards the cut",
+        "depth": "What else may go, or may not",
+        "data": "Scoring and fine-tuning",
+        "cuda": "The run",
+    }
+
     model_path: Annotated[
         str,
         Option(

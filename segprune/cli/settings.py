@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from typer import Option
 
@@ -24,6 +24,19 @@ VOC_LR = {"adamw": 1e-4, "sgd": 1e-2}  # what the VOC scripts start from
 
 @dataclass(frozen=True)
 class TrainSettings:
+    PANELS: ClassVar[Mapping[str, str]] = {
+        "data": "Data",
+        "model_path": "The network",
+        "epochs": "How long",
+        "teacher": "Learning from a teacher",
+        "loss": "Loss",
+        "optimizer": "Optimiser and learning rate",
+        "scale": "Augmentation and regularisation",
+        "checkpointing": "Memory and speed",
+        "eval_every": "What is saved, and when",
+        "num_workers": "The run",
+    }
+
     data: Annotated[
         str, Option("--data", help="Data set: a folder, a list file or a Hugging Face name; see docs/data.md.")
     ] = "VOCdevkit"

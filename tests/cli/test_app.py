@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from segprune.cli import _COMMANDS, door
+from segprune.cli import _COMMANDS, app, door
 from segprune.cli.pruning import PruneConfig
+from segprune.cli.settings import TrainSettings
 from tests.commands import invoke
 
 MANUAL = {
@@ -25,7 +29,7 @@ MANUAL = {
 }
 
 
-@pytest.mark.parametrize(("name", "config"), [(name, config) for name, config, _ in _COMMANDS])
+@pytest.mark.parametrize(("name", "config"), [(name, config) for name, config, *_ in _COMMANDS])
 def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None:
     status, out, errors = invoke(name, "--help")
     assert (status, errors) == (0, "")
@@ -38,6 +42,23 @@ def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None
     fields = {names.get(field.name, field.name) for field in dataclasses.fields(config)} - arguments
     assert shown == fields | {"help"}
     assert ("─ Arguments ─" in out) == bool(arguments)
+
+
+@pytest.mark.parametrize(("name", "example"), [(name, example) for name, *_, example in _COMMANDS])
+def test_the_example_in_a_command_s_help_can_be_typed_as_it_stands(name: str, example: str) -> None:
+    _, out, _ = invoke(name, "--help")
+    assert " ".join(out.split()).endswith(f"Example: segprune {name} {example}")
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    command.make_context(name, shlex.split(example))
+
+
+@pytest.mark.parametrize("config", [PruneConfig, TrainSettings])
+def test_many_flags_come_under_titles(config: Any) -> None:
+    name = next(name for name, kind, *_ in _COMMANDS if kind is config)
+    _, out, _ = invoke(name, "--help")
+    titles = re.findall(r"^╭─ (.+?) ─+╮$", out, re.MULTILINE)
+    assert titles == ["Options", *config.PANELS.values()]
+    assert config.PANELS.keys() <= {field.name for field in dataclasses.fields(config)}
 
 
 def test_the_help_lists_every_command_and_comes_without_one_too() -> None:
