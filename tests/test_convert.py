@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import SegformerForImageClassification, SegformerModel
 
-from segprune.convert import NUMERICS, convert, detect, expected_state, from_ours, to_ours
+from segprune.convert import convert, expected_state, from_ours, to_ours
+from segprune.dialects import NUMERICS, detect
 from segprune.model import SegFormer
 from segprune.spec import DEPTHS, VARIANTS, Numerics, Spec, standard_spec
 from tests.dialects import PUBLISHED, Fill, hf_model, reference, state_in

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from segprune.checkpoint import load, read
-from segprune.convert import NUMERICS
 from segprune.data.transforms import normalise
+from segprune.dialects import NUMERICS
 from segprune.fold import fold_decoder
 from segprune.formats import register, write_file, write_folder
 from segprune.formats.modeling_segprune import SegpruneConfig, SegpruneForSemanticSegmentation

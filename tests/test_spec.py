@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from segprune.convert import NUMERICS
+from segprune.dialects import NUMERICS
 from segprune.spec import (
     DEPTHS,
     NUM_HEADS,

@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from segprune.convert import NUMERICS, from_ours
+from segprune.convert import from_ours
 from segprune.data.transforms import MEAN, STD
+from segprune.dialects import NUMERICS
 from segprune.files import atomic_folder, save_tensors, write_json
 from segprune.fold import unfold_decoder
 from segprune.huggingface import GELUS

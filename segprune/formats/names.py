@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from segprune.convert import NUMERICS, from_ours
+from segprune.convert import from_ours
+from segprune.dialects import NUMERICS
 from segprune.files import PICKLES, save_record
 from segprune.fold import unfold_decoder
 from segprune.model import SegFormer
