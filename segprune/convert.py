@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from segprune.dialects import (
+    CONV_DECODER_DIM,
+    HEADS,
+    JOINED,
     LAYOUTS,
     NUM_STAGES,
     NUMERICS,
     Layout,
     count_blocks,
     find_layout,
+    join_key,
     layer_names,
     listed,
+    split_key,
 )
 from segprune.model import SegFormer
 from segprune.spec import DEPTHS, NUM_HEADS, VARIANTS, WIDTHS, Spec, standard_spec, with_widths
@@ -43,7 +48,7 @@ def convert(
 
 
 def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under our names, keys and values apart.
+    """The same tensors under our names, layers that are one there taken apart.
 
     Left out are decode_head.conv_seg, which nvlabs saves and does not use, and a bare backbone's image classifier.
     Any other unknown key, and a layer without weight, is a ValueError that names it.
@@ -52,26 +57,33 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {theirs: ours for ours, theirs in layer_names(layout, state_dict).items()}
     ours, unknown = {}, []
     for key, tensor in state_dict.items():
-        module, _, leaf = key.rpartition(".")
-        if module in names:
-            ours[f"{names[module]}.{leaf}"] = tensor
+        layer, leaf = split_key(key)
+        if layer in names:
+            ours[f"{names[layer]}.{leaf}"] = tensor
         elif not key.startswith(layout.extras):
             unknown.append(key)
-    _check_keys([f"{name}.weight" for name in names if f"{name}.weight" not in state_dict], unknown)
-    return dict(_split_kv(ours))
+    weights = [join_key(layer, "weight") for layer in names]
+    _check_keys([key for key in weights if key not in state_dict], unknown)
+    return dict(_taken_apart(ours, layout))
 
 
 def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dict[str, Tensor]:
     """The inverse of `to_ours`, in the names that the dialect's own files have (hf: as on disk).
 
     Names only: whether the other tool shares the numerics and expects the widths is the caller's to see. ValueError
-    for a folded decode head, for a block without attention or FFN, and for keys and values of different widths where
-    they share one layer.
+    for a folded decode head and for another kind of head, for a block without attention or FFN, and for layers of
+    different shapes that are one there.
     """
     if dialect not in NUMERICS:
         raise ValueError(f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}.")
     if spec.folded:
         raise ValueError(f"The decode head is folded, which {dialect} cannot name; unfold it with segprune.fold first.")
+    if spec.head != HEADS[dialect]:
+        kinds = {"mlp": "linear branches", "conv": "a BatchNorm and a ReLU in each branch"}
+        others = ", ".join(name for name, head in HEADS.items() if head == spec.head)
+        raise ValueError(
+            f"The decode head has {kinds[spec.head]}, which {dialect} cannot name; write the names of {others}."
+        )
     bare = [i for i, s in enumerate(spec.stages, 1) for b in s.blocks if not (b.has_attention and b.has_ffn)]
     if bare:
         raise ValueError(
@@ -84,36 +96,57 @@ def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dic
 
 def _rename_back(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     names = layer_names(layout, state_dict, ours_in=True)
-    fused = any(name.endswith("attn.kv") for name in names)
     renamed = {}
-    for key, tensor in _join_kv(state_dict) if fused else state_dict.items():
-        module, _, leaf = key.rpartition(".")
-        renamed[f"{names[module]}.{leaf}"] = tensor
+    for key, tensor in _put_together(state_dict, names):
+        layer, _, leaf = key.rpartition(".")
+        if tensor.dim() == 2 and layer.endswith(layout.pointwise):
+            tensor = tensor[:, :, None, None]
+        renamed[join_key(names[layer], leaf)] = tensor
     return renamed
 
 
-def _split_kv(state_dict: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+def _taken_apart(state_dict: Mapping[str, Tensor], layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Our names for layers that are one there; 1×1 convolutions as linear layers. Odd shapes are left for the check."""
     for key, tensor in state_dict.items():
-        if ".attn.kv." in key:
-            half = tensor.shape[0] // 2
-            yield key.replace(".kv.", ".k."), tensor[:half]  # K's rows, then V's
-            yield key.replace(".kv.", ".v."), tensor[half:]
-        else:
+        layer, _, leaf = key.rpartition(".")
+        if tensor.shape[2:] == (1, 1) and layer.endswith(layout.pointwise):
+            tensor = tensor.flatten(1)
+        whole = next((whole for whole in JOINED if layer.endswith(whole)), None)
+        if whole is None or tensor.dim() <= JOINED[whole][1]:
             yield key, tensor
+            continue
+        parts, dim = JOINED[whole]
+        for part, piece in zip(parts, tensor.tensor_split(len(parts), dim), strict=True):
+            yield f"{layer.removesuffix(whole)}{part}.{leaf}", piece
 
 
-def _join_kv(state_dict: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    for key, k in state_dict.items():
-        if ".attn.k." in key:
-            v = state_dict[key.replace(".k.", ".v.")]
-            if k.shape != v.shape:
-                raise ValueError(
-                    f"{key} has {k.shape[0]} rows and the values have {v.shape[0]}, which one layer for both cannot "
-                    "hold; write the names of hf."
-                )
-            yield key.replace(".k.", ".kv."), torch.cat([k, v])
-        elif ".attn.v." not in key:
-            yield key, k
+def _put_together(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The inverse, for the layers in `names`."""
+    joined: dict[str, tuple[str, list[str], int]] = {}
+    for name in names:
+        for whole, (parts, dim) in JOINED.items():
+            if name.endswith(whole):
+                ours = [name.removesuffix(whole) + part for part in parts]
+                joined |= dict.fromkeys(ours, (name, ours, dim))
+    for key, tensor in state_dict.items():
+        layer, _, leaf = key.rpartition(".")
+        if layer not in joined:
+            yield key, tensor
+            continue
+        name, ours, dim = joined[layer]
+        if layer == ours[0]:
+            yield f"{name}.{leaf}", _side_by_side({f"{o}.{leaf}": state_dict[f"{o}.{leaf}"] for o in ours}, dim)
+
+
+def _side_by_side(tensors: Mapping[str, Tensor], dim: int) -> Tensor:
+    (first, tensor), *others = tensors.items()
+    for key, other in others:
+        if other.shape != tensor.shape:
+            raise ValueError(
+                f"{first} has the shape {_row(tensor.shape)} and {key} {_row(other.shape)}, which one layer for both "
+                "cannot hold; write the names of a code base that keeps them apart."
+            )
+    return torch.cat(list(tensors.values()), dim)
 
 
 def infer_spec(
@@ -139,15 +172,16 @@ def infer_spec(
             f"Its stage widths {_row(widths)} and depths {_row(depths)} are those of no variant ({known}); give the "
             "network as it was before another tool changed it, since weights alone do not tell its heads."
         )
-    decoder_dim = None
-    if "decode_head.fuse.weight" in ours:
-        decoder_dim, num_classes = (ours[f"decode_head.{name}.weight"].shape[0] for name in ("fuse", "classifier"))
+    decoder_dim = CONV_DECODER_DIM if HEADS[dialect] == "conv" else None
+    if "decode_head.norm.weight" in ours:
+        decoder_dim, num_classes = (ours[f"decode_head.{name}.weight"].shape[0] for name in ("norm", "classifier"))
     if num_classes is None:
         raise ValueError(
             "This is a backbone without decode head, so its classes are unknown; give --num_classes to train it, "
             "or a whole network."
         )
     spec = standard_spec(variants[0], num_classes, numerics=NUMERICS[dialect], decoder_dim=decoder_dim)
+    spec = replace(spec, head=HEADS[dialect])
     if heads is None:
         return spec
     ffn_dims = [ours[f"encoder.stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(NUM_STAGES)]
