@@ -232,23 +232,27 @@ class DecodeHead(nn.Module):
         self.classifier = nn.Conv2d(dim, spec.num_classes, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        size = maps[0].shape[2:]
-        branched = [self._resize(self._branch(i, x), size) for i, x in enumerate(maps)]
-        if self.fuse is None:
-            fused = branched[3]  # fresh from a product, so that it can be added to in place
-            for x in branched[2::-1]:
-                fused += x
-        else:
-            fused = self.fuse(torch.cat(branched[::-1], dim=1))
-        return self.classifier(self.dropout(self.act(self.norm(fused))))
+        return self.classifier(self.dropout(self.act(self.norm(self.fused(maps)))))
 
-    def _branch(self, i: int, x: Tensor) -> Tensor:
-        """Stage i's part of what is fused, at the stage's own size."""
-        size = x.shape[2:]
-        x = to_map(self.branches[i](to_tokens(x)), *size)
-        if self.branch_norms is None or self.fuses is None:
-            return x
-        return to_map(self.fuses[i](to_tokens(self.act(self.branch_norms[i](x)))), *size)
+    def fused(self, maps: list[Tensor]) -> Tensor:
+        """What the BatchNorm reads, B D H/4 W/4."""
+        size, parts = maps[0].shape[2:], []
+        for i, x in enumerate(maps):
+            x = self.hidden(i, x)
+            if self.fuses is not None:
+                x = to_map(self.fuses[i](to_tokens(x)), *x.shape[2:])
+            parts.append(self._resize(x, size))
+        if self.fuse is not None:
+            return self.fuse(torch.cat(parts[::-1], dim=1))
+        fused = parts[3]  # fresh from a product, so that it can be added to in place
+        for x in parts[2::-1]:
+            fused += x
+        return fused
+
+    def hidden(self, i: int, x: Tensor) -> Tensor:
+        """Stage i's branch, at the stage's own size."""
+        x = to_map(self.branches[i](to_tokens(x)), *x.shape[2:])
+        return x if self.branch_norms is None else self.act(self.branch_norms[i](x))
 
     @staticmethod
     def _resize(x: Tensor, size: torch.Size) -> Tensor:
