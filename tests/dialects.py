@@ -144,10 +144,10 @@ class ReducedAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, width: int, heads: int, ratio: int, numbers: Published) -> None:
+    def __init__(self, width: int, hidden: int, heads: int, ratio: int, numbers: Published) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=numbers.eps), nn.LayerNorm(width, eps=numbers.eps)
-        self.attn, hidden = ReducedAttention(width, heads, ratio, numbers.inner_eps), 4 * width
+        self.attn = ReducedAttention(width, heads, ratio, numbers.inner_eps)
         depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         up, down = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, width, 1)
         self.ffn = nn.Module()
@@ -168,19 +168,29 @@ class ConvModule(nn.Module):
 
 
 class ConvReference(nn.Module):
-    """A dense variant under mmsegmentation 1.x's names."""
+    """A dense variant under mmsegmentation 1.x's names, or what its classes build with these arguments."""
 
-    def __init__(self, variant: str, num_classes: int, numbers: Published) -> None:
+    def __init__(
+        self,
+        variant: str,
+        num_classes: int,
+        numbers: Published,
+        *,
+        embed_dims: int | None = None,
+        mlp_ratio: int = 4,
+        channels: int = 256,
+    ) -> None:
         super().__init__()
         self.backbone, self.decode_head = nn.Module(), nn.Module()
         self.backbone.layers, self.decode_head.convs = nn.ModuleList(), nn.ModuleList()
-        inputs, dim = 3, 256
-        for i, (width, depth) in enumerate(zip(WIDTHS[variant], DEPTHS[variant], strict=True)):
+        inputs, dim = 3, channels
+        for i, depth in enumerate(DEPTHS[variant]):
             kernel, stride, heads, ratio = ((7, 4, 1, 8), (3, 2, 2, 4), (3, 2, 5, 2), (3, 2, 8, 1))[i]
+            width = heads * (embed_dims or WIDTHS[variant][0])
             embed = nn.Module()
             embed.projection = nn.Conv2d(inputs, width, kernel, stride, kernel // 2)
             embed.norm = nn.LayerNorm(width, eps=numbers.inner_eps)
-            blocks = nn.ModuleList(Layer(width, heads, ratio, numbers) for _ in range(depth))
+            blocks = nn.ModuleList(Layer(width, mlp_ratio * width, heads, ratio, numbers) for _ in range(depth))
             self.backbone.layers.append(nn.ModuleList([embed, blocks, nn.LayerNorm(width, eps=numbers.eps)]))
             self.decode_head.convs.append(ConvModule(width, dim, numbers.bn_eps))
             inputs = width

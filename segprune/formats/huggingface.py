@@ -61,9 +61,10 @@ WEIGHTS = "model.safetensors"
 def _notes(spec: Spec, problem: str | None) -> list[str]:
     notes = []
     if problem:
+        without = " (prune with --uniform to do without)" if spec.head == "mlp" else ""
         notes.append(
             f"Transformers' own classes cannot hold this network, since {problem}; the folder has its code with it, "
-            "which from_pretrained runs with trust_remote_code=True (prune with --uniform to do without)."
+            f"which from_pretrained runs with trust_remote_code=True{without}."
         )
     if spec.numerics.align_corners:
         notes.append(
