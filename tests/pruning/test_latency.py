@@ -62,10 +62,11 @@ class Fake:
         return [self.formula(shape) for shape in shapes]
 
 
-@pytest.fixture(scope="module")
-def b0() -> tuple[SegFormer, tuple[Group, ...]]:
+@pytest.fixture(scope="module", params=["folded", "conv"])
+def b0(request: pytest.FixtureRequest) -> tuple[SegFormer, tuple[Group, ...]]:
     torch.manual_seed(0)
-    model = fold_decoder(SegFormer(standard_spec("b0", 8)))
+    spec = standard_spec("b0", 8)
+    model = fold_decoder(SegFormer(spec if request.param == "folded" else replace(spec, head="conv")))
     return model, find_groups(model, torch.zeros(1, 3, 64, 64), PROTECTED, heads=True).groups
 
 
