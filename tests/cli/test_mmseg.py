@@ -76,7 +76,7 @@ def test_it_is_exported_and_timed_with_its_batch_norms_in_the_products(
 
 
 def test_several_steps_by_macs_after_whole_branches_meet_the_rate(theirs: Path, tmp_path: Path) -> None:
-    flags = ("--rate_of", "macs", "--pruning_rate", 0.6, "--steps", 2, "--depth", 0.1, "--no-repair")
+    flags = ("--rate_of", "macs", "--pruning_rate", 0.6, "--steps", 2, "--depth", 0.1, "--no_repair")
     done("prune", "--model_path", theirs, *SIZE, *flags, "--save_dir", tmp_path)
     before, after = (count(load(path).spec, (32, 32)).macs for path in (theirs, record_in(tmp_path)["model_save_path"]))
     assert 1 - after / before == pytest.approx(0.6, abs=0.01)
