@@ -20,7 +20,7 @@ from segprune.pruning.groups import find_groups
 from segprune.pruning.prepare import stock_spec
 from segprune.pruning.pruner_l1 import L1Pruner
 from segprune.pruning.trace import width_of
-from segprune.spec import Spec, standard_spec
+from segprune.spec import Head, Spec, standard_spec
 from segprune.stats import count, layers
 from tests.dialects import reference
 
@@ -610,9 +610,10 @@ def test_nothing_is_warned_about_where_everything_can_be_cut(small_spec: Spec) -
     assert not warned
 
 
-def test_a_stock_network_is_counted_by_the_same_formula_when_traced(small_spec: Spec) -> None:
+@pytest.mark.parametrize("head", ["mlp", "conv"])
+def test_a_stock_network_is_counted_by_the_same_formula_when_traced(small_spec: Spec, head: Head) -> None:
     """The plan of a traced copy equals that of the formula: one channel more nowhere."""
-    model = fold_decoder(SegFormer(small_spec))
+    model = fold_decoder(SegFormer(replace(small_spec, head=head)))
     wrapped = Wrapped(model.spec)
     wrapped.net.load_state_dict(model.state_dict())
     stock, traced = L1Pruner(model, 0.5, round_to=1), L1Pruner(wrapped, 0.5, round_to=1)
