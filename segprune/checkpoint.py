@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segprune.convert import check_state, convert, detect, expected_state
+from segprune.convert import check_state, convert, expected_state
+from segprune.dialects import detect
 from segprune.files import (
     atomic_path,
     check_writable,

@@ -1,7 +1,8 @@
 """Files written whole or not at all, and opened without running what is in them.
 
 Tensors are read with `weights_only=True`, which builds nothing but tensors and plain containers. Training scripts
-often leave NumPy numbers in their wrappers; those are read by two stand-ins that turn them into Python's numbers.
+often leave NumPy numbers in their wrappers, which stand-ins turn into Python's numbers, and mmengine its histories of
+losses, of which nothing is built.
 """
 
 from __future__ import annotations
@@ -218,7 +219,21 @@ def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype=f"{dtype.order}{dtype.code}")[0].item()
 
 
+class _Unread:
+    """Stands in for what mmengine's training leaves beside the weights, its logs and their arrays: keeps nothing."""
+
+    def __new__(cls, *_: object) -> _Unread:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 _STAND_INS: list[Any] = [
+    (_Unread, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_Unread, "numpy.ndarray"),
+    (_Unread, "numpy.core.multiarray._reconstruct"),
+    (_Unread, "numpy._core.multiarray._reconstruct"),
     (_NumpyDtype, "numpy.dtype"),
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),

@@ -4,9 +4,10 @@ Branch, bilinear upsampling and fuse convolution are linear, and a product over 
 upsampling over space; so the product is taken at the stage's own, smaller resolution. The branches' biases pass
 through upsampling unchanged and end, summed, before the BatchNorm, which subtracts them again: they move into its
 running mean, exactly, in training as in evaluation. BatchNorm itself stays apart, so a folded head trains.
+A head whose branches are not linear (`head` "conv") has nothing to fold: see segprune/model.py.
 
-For deployment, where nothing is trained any more, the BatchNorm goes into the products as well, and the scale of
-attention into the queries.
+For deployment, where nothing is trained any more, every BatchNorm goes into the products before it as well, and the
+scale of attention into the queries.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from segprune.model import Attention, DecodeHead, SegFormer
+from segprune.spec import with_folded_head
 
 
 def fold_decoder(model: SegFormer) -> SegFormer:
-    """A new network with the same logits (to rounding) and a folded head; `model` is left as it was."""
-    if model.spec.folded:
+    """A new network with the same logits (to rounding) and a folded head; `model` is left as it was.
+
+    One with a conv head is copied as it is.
+    """
+    spec = with_folded_head(model.spec)
+    if spec == model.spec:
         return copy.deepcopy(model)
-    spec = replace(model.spec, branch_dims=None)
     return _with_head(model, DecodeHead(spec), spec.branch_dims, _folded_state(model.decode_head))
 
 
@@ -53,18 +58,29 @@ def fold_for_inference(model: SegFormer) -> SegFormer:
 
 
 def _fold_batchnorm(head: DecodeHead) -> None:
-    """BatchNorm's factors into the rows of the products; what it adds becomes a bias, which upsampling leaves alone."""
-    norm = head.norm
+    """Every BatchNorm's factors into the rows of its products; what it adds becomes a bias of the last of them.
+
+    Upsampling leaves a bias alone, and the last stage's map is the smallest.
+    """
+    if head.branch_norms is not None:
+        for i, norm in enumerate(head.branch_norms):
+            _into_products(norm, head.branches[i : i + 1])
+            head.branch_norms[i] = nn.Identity().eval()
+    _into_products(head.norm, head.branches if head.fuses is None else head.fuses)
+    head.norm = nn.Identity().eval()  # type: ignore[assignment]
+
+
+def _into_products(norm: nn.Module, products: nn.ModuleList) -> None:
+    assert isinstance(norm, nn.BatchNorm2d)
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
     factor = norm.weight.double() / (variance.double() + norm.eps).sqrt()
-    for branch in head.branches:
-        assert isinstance(branch, nn.Linear)
-        branch.weight.copy_(factor[:, None] * branch.weight.double())  # D C
+    for product in products:
+        assert isinstance(product, nn.Linear)
+        product.weight.copy_(factor[:, None] * product.weight.double())  # out in
     bias = norm.bias.double() - mean.double() * factor
-    head.branches[-1].bias = nn.Parameter(bias.to(norm.bias.dtype), requires_grad=False)  # where the map is smallest
-    head.norm = nn.Identity().eval()  # type: ignore[assignment]
+    products[-1].bias = nn.Parameter(bias.to(norm.bias.dtype), requires_grad=False)
 
 
 def _with_head(

@@ -201,43 +201,68 @@ class DecodeHead(nn.Module):
     As published, each map goes through its branch, is upsampled to a quarter of the input's size, and the
     concatenation c4, c3, c2, c1 through `fuse`. Folded (`branch_dims` None), branch and slice of `fuse` are one
     product per stage, taken before upsampling, and the upsampled maps are summed: see segprune/fold.py.
+
+    mmsegmentation's (`head` "conv") has a BatchNorm and a ReLU in each branch, so a branch cannot become one with its
+    slice of the fuse convolution. But the slice still commutes with upsampling; so there is one product per stage,
+    `fuses`, taken before it, and the maps are summed as in a folded head. That is the same function, in training too,
+    for a third of the MACs: no second form of this head is needed, and there is nothing to fold.
     """
+
+    branch_norms: nn.ModuleList | None
+    fuses: nn.ModuleList | None
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         numerics, dim = spec.numerics, spec.decoder_dim
-        folded = spec.branch_dims is None
+        conv = spec.head == "conv"
         branch_dims = (dim,) * len(spec.stages) if spec.branch_dims is None else spec.branch_dims
         self.branches = nn.ModuleList(
-            nn.Linear(stage.width, branch, bias=not folded)
+            nn.Linear(stage.width, branch, bias=not (spec.folded or conv))
             for stage, branch in zip(spec.stages, branch_dims, strict=True)
         )
-        self.fuse = None if folded else nn.Conv2d(sum(branch_dims), dim, 1, bias=False)
-        self.norm = nn.BatchNorm2d(dim, eps=numerics.bn_eps, momentum=numerics.bn_momentum)
+        self.branch_norms, self.fuses = None, None
+        if conv:
+            self.branch_norms = nn.ModuleList(_batch_norm(branch, numerics) for branch in branch_dims)
+            self.fuses = nn.ModuleList(nn.Linear(branch, dim, bias=False) for branch in branch_dims)
+        self.fuse = None if spec.folded or conv else nn.Conv2d(sum(branch_dims), dim, 1, bias=False)
+        self.norm = _batch_norm(dim, numerics)
         self.act = nn.ReLU(inplace=True)
         dropout = nn.Dropout2d if numerics.head_dropout_kind == "2d" else nn.Dropout
         self.dropout = dropout(numerics.head_dropout)
         self.classifier = nn.Conv2d(dim, spec.num_classes, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        size = maps[0].shape[2:]
-        branched = [
-            self._resize(to_map(branch(to_tokens(x)), *x.shape[2:]), size)
-            for branch, x in zip(self.branches, maps, strict=True)
-        ]
-        if self.fuse is None:
-            fused = branched[3]  # fresh from a product, so that it can be added to in place
-            for x in branched[2::-1]:
-                fused += x
-        else:
-            fused = self.fuse(torch.cat(branched[::-1], dim=1))
-        return self.classifier(self.dropout(self.act(self.norm(fused))))
+        return self.classifier(self.dropout(self.act(self.norm(self.fused(maps)))))
+
+    def fused(self, maps: list[Tensor]) -> Tensor:
+        """What the BatchNorm reads, B D H/4 W/4."""
+        size, parts = maps[0].shape[2:], []
+        for i, x in enumerate(maps):
+            x = self.hidden(i, x)
+            if self.fuses is not None:
+                x = to_map(self.fuses[i](to_tokens(x)), *x.shape[2:])
+            parts.append(self._resize(x, size))
+        if self.fuse is not None:
+            return self.fuse(torch.cat(parts[::-1], dim=1))
+        fused = parts[3]  # fresh from a product, so that it can be added to in place
+        for x in parts[2::-1]:
+            fused += x
+        return fused
+
+    def hidden(self, i: int, x: Tensor) -> Tensor:
+        """Stage i's branch, at the stage's own size."""
+        x = to_map(self.branches[i](to_tokens(x)), *x.shape[2:])
+        return x if self.branch_norms is None else self.act(self.branch_norms[i](x))
 
     @staticmethod
     def _resize(x: Tensor, size: torch.Size) -> Tensor:
         if x.shape[2:] == size:
             return x
         return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _batch_norm(dim: int, numerics: Numerics) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(dim, eps=numerics.bn_eps, momentum=numerics.bn_momentum)
 
 
 class SegFormer(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 T = TypeVar("T")
 Gelu = Literal["none", "tanh"]  # torch's words; the exact one is "none"
 HeadDropout = Literal["2d", "plain"]
+Head = Literal["mlp", "conv"]
 
 WIDTHS = {"b0": (32, 64, 160, 256)} | dict.fromkeys(("b1", "b2", "b3", "b4", "b5"), (64, 128, 320, 512))
 DEPTHS = {
@@ -91,7 +92,11 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Spec:
-    """One network. `branch_dims` are the widths of linear_c1…c4; None says that the decode head is folded."""
+    """One network. `branch_dims` are the widths of the decode head's branches; None says that the head is folded.
+
+    `head` "mlp" is the published one, whose branches are linear, so that it can be folded; in mmsegmentation's, "conv",
+    each branch has a BatchNorm and a ReLU.
+    """
 
     variant: str
     num_classes: int
@@ -99,6 +104,7 @@ class Spec:
     branch_dims: tuple[int, ...] | None
     decoder_dim: int
     numerics: Numerics
+    head: Head = "mlp"
 
     @property
     def folded(self) -> bool:
@@ -159,10 +165,10 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
-    """The inverse of `spec_to_dict`.
+    """The inverse of `spec_to_dict`. Files from before there were two kinds of head do not name theirs: it is "mlp".
 
     Refused: a missing or unknown key, a width below 1 but of a branch that is gone, a block without branches, a stage
-    without blocks, unknown numerics.
+    without blocks, an unknown head, unknown numerics.
     """
     try:
         stages = tuple(
@@ -171,9 +177,12 @@ def spec_from_dict(data: Mapping[str, Any]) -> Spec:
         )
         branch_dims = None if data["branch_dims"] is None else tuple(data["branch_dims"])
         numerics = _record(Numerics, data["numerics"])
-        spec = _record(Spec, dict(data) | {"stages": stages, "branch_dims": branch_dims, "numerics": numerics})
+        spec = _record(
+            Spec, {"head": "mlp"} | dict(data) | {"stages": stages, "branch_dims": branch_dims, "numerics": numerics}
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(f"This is not a segprune spec ({error}); write the file again with segprune.save.") from error
+    _check_head(spec)
     _check_widths(spec)
     _check_numerics(spec.numerics)
     return spec
@@ -184,6 +193,13 @@ def _record(kind: type[T], data: Mapping[str, Any]) -> T:
     if set(data) != names:
         raise TypeError(f"{kind.__name__} has {sorted(set(data) ^ names)} missing or too many")
     return kind(**data)
+
+
+def _check_head(spec: Spec) -> None:
+    if spec.head not in get_args(Head):
+        raise ValueError(f"This segprune spec has head {spec.head!r}, which must be mlp or conv; the file is damaged.")
+    if spec.head == "conv" and spec.folded:
+        raise ValueError("This segprune spec has a conv head without branches; the file is damaged.")
 
 
 def _check_widths(spec: Spec) -> None:
@@ -219,6 +235,11 @@ def _check_numerics(numerics: Numerics) -> None:
             right, allowed = number and 0 <= value < 1, "a number from 0 to below 1"
         if not right:
             raise ValueError(f"This segprune spec has {name} {value!r}, which must be {allowed}; the file is damaged.")
+
+
+def with_folded_head(spec: Spec) -> Spec:
+    """With the decode head folded, where it can be; a conv head stays as it is."""
+    return replace(spec, branch_dims=None) if spec.head == "mlp" else spec
 
 
 def with_num_classes(spec: Spec, num_classes: int) -> Spec:

@@ -141,11 +141,15 @@ def _attention_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int
 
 def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
     dim = spec.decoder_dim
+    conv = spec.head == "conv"
     branch_dims = (dim,) * len(spec.stages) if spec.branch_dims is None else spec.branch_dims
     for i, (stage, branch) in enumerate(zip(spec.stages, branch_dims, strict=True)):
-        bias = not spec.folded
+        bias = not (spec.folded or conv)
         yield Layer(f"decode_head.branches.{i}", "product", stage.width, branch, positions[i], bias=bias)
-    if not spec.folded:
+        if conv:
+            yield _norm(f"decode_head.branch_norms.{i}", branch)
+            yield Layer(f"decode_head.fuses.{i}", "product", branch, dim, positions[i], bias=False)
+    if not (spec.folded or conv):
         yield Layer("decode_head.fuse", "product", sum(branch_dims), dim, positions[0], bias=False)
     yield _norm("decode_head.norm", dim)
     yield Layer("decode_head.classifier", "product", dim, spec.num_classes, positions[0])

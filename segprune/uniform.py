@@ -1,9 +1,10 @@
 """What the published classes can hold: stages of one width throughout; and a network in another tool's numerics.
 
 Hugging Face's SegformerConfig and NVlabs' MixVisionTransformer know one width, number of heads and whole FFN ratio
-per stage and one width in the decode head. Most numerics are no obstacle, since weights can make up for them exactly:
-a LayerNorm sees the same if its input is scaled by the root of the ratio of the two eps, an attention scale moves into
-the queries, and a BatchNorm's eps, in evaluation, into its weight.
+per stage and one width in the decode head; mmsegmentation's also one width of a head and one FFN ratio for all stages.
+Most numerics are no obstacle, since weights can make up for them exactly: a LayerNorm sees the same if its input is
+scaled by the root of the ratio of the two eps, an attention scale moves into the queries, and a BatchNorm's eps, in
+evaluation, into its weight.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from segprune.spec import BlockSpec, Numerics, Spec, StageSpec
+from segprune.spec import BlockSpec, Head, Numerics, Spec, StageSpec
 
 
-def uniform_problem(spec: Spec) -> str | None:
+def uniform_problem(spec: Spec, head: Head = "mlp") -> str | None:
     """What keeps the published classes from holding such a network, as half a sentence; None if nothing does.
 
-    A folded decode head does not: it can be unfolded (fold.py).
+    A folded decode head does not: it can be unfolded (fold.py). `head` is the kind of decode head that they have.
     """
+    if spec.head != head:
+        has, lacks = "a BatchNorm and a ReLU in each branch", "no BatchNorm and ReLU in its branches"
+        return f"its decode head has {has if spec.head == 'conv' else lacks}"
     for s, stage in enumerate(spec.stages, 1):
         for b, block in enumerate(stage.blocks):
             problem = _block_problem(stage, block)
@@ -30,6 +34,21 @@ def uniform_problem(spec: Spec) -> str | None:
     if spec.branch_dims is not None and set(spec.branch_dims) != {spec.decoder_dim}:
         dims = " ".join(map(str, spec.branch_dims))
         return f"the decode head's branches have widths {dims} where it has {spec.decoder_dim}"
+    return None
+
+
+def mmseg_problem(spec: Spec) -> str | None:
+    """The same for mmsegmentation's classes, whose arguments embed_dims (of a head) and mlp_ratio are all stages'."""
+    problem = uniform_problem(spec, "conv")
+    if problem is not None:
+        return problem
+    firsts = [(stage.width, stage.blocks[0]) for stage in spec.stages]
+    for name, found in (
+        ("its stages have heads of width", [width // block.num_heads for width, block in firsts]),
+        ("its stages have FFNs of ratio", [block.ffn_dim // width for width, block in firsts]),
+    ):
+        if len(set(found)) > 1:
+            return f"{name} {' '.join(map(str, found))} where theirs have one for all"
     return None
 
 
@@ -79,9 +98,9 @@ def with_numerics(state_dict: Mapping[str, Tensor], spec: Spec, numerics: Numeri
             factors |= {f"{inside}.attn.proj": stream, f"{inside}.mlp.fc2": stream, f"{inside}.attn.sr": embed}
             factors[f"{inside}.attn.q"] = block.qk_scale * block.qk_dim**0.5
     state = dict(state_dict)
-    variance = state["decode_head.norm.running_var"].double()
-    bn = ((variance + numerics.bn_eps) / (variance + old.bn_eps)).sqrt()
-    state["decode_head.norm.weight"] = _scaled(state["decode_head.norm.weight"], bn)
+    for key in [key for key in state if key.endswith(".running_var")]:
+        variance, weight = state[key].double(), f"{key.removesuffix('running_var')}weight"
+        state[weight] = _scaled(state[weight], ((variance + numerics.bn_eps) / (variance + old.bn_eps)).sqrt())
     for name, factor in factors.items():
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in state and factor != 1.0:

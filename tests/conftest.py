@@ -1,6 +1,7 @@
 """What most tests share: one thread, one seed, a small network and weights as training would leave them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ def small_spec() -> Spec:
 
 
 @pytest.fixture
+def conv_spec(small_spec: Spec) -> Spec:
+    """The same with mmsegmentation's kind of decode head."""
+    return replace(small_spec, head="conv")
+
+
+@pytest.fixture
 def trained_like() -> Callable[[nn.Module], nn.Module]:
     """Fill every parameter and buffer, biases and BatchNorm statistics too, so that nothing hides behind a zero."""
 
@@ -40,5 +47,12 @@ def trained_like() -> Callable[[nn.Module], nn.Module]:
 def small_model(small_spec: Spec, trained_like: Callable[[nn.Module], nn.Module]) -> SegFormer:
     """The small network in float64 and evaluation mode, with trained-like weights."""
     model = trained_like(SegFormer(small_spec).double().eval())
+    assert isinstance(model, SegFormer)
+    return model
+
+
+@pytest.fixture
+def conv_model(conv_spec: Spec, trained_like: Callable[[nn.Module], nn.Module]) -> SegFormer:
+    model = trained_like(SegFormer(conv_spec).double().eval())
     assert isinstance(model, SegFormer)
     return model

@@ -1,6 +1,7 @@
-"""A second SegFormer, written plainly from the paper under NVlabs' public names, and transformers' one: the oracles.
+"""Other SegFormers, the oracles: one written plainly from the paper under NVlabs' public names, one under
+mmsegmentation's, and transformers' own.
 
-The plain one takes its numbers from PUBLISHED, which repeats what each code base is known to compute.
+The plain ones take their numbers from PUBLISHED, which repeats what each code base is known to compute.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,7 @@ PUBLISHED = {
     "nvlabs": Published(),
     "bubbliiiing": Published(bn_eps=1e-3, gelu="tanh", align_corners=True),
     "smp": Published(align_corners=True),
+    "mmseg": Published(inner_eps=1e-6),
 }
 
 
@@ -128,9 +130,91 @@ class Reference(nn.Module):
         return F.interpolate(logits, size, mode="bilinear", align_corners=self.numbers.align_corners)
 
 
+class ReducedAttention(nn.Module):
+    def __init__(self, width: int, heads: int, ratio: int, eps: float) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        if ratio > 1:
+            self.sr, self.norm = nn.Conv2d(width, width, ratio, ratio), nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = sequence(x)
+        source = self.norm(sequence(self.sr(x))) if hasattr(self, "sr") else tokens
+        return picture(self.attn(tokens, source, source, need_weights=False)[0], x)
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, hidden: int, heads: int, ratio: int, numbers: Published) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=numbers.eps), nn.LayerNorm(width, eps=numbers.eps)
+        self.attn = ReducedAttention(width, heads, ratio, numbers.inner_eps)
+        depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        up, down = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, width, 1)
+        self.ffn = nn.Module()
+        self.ffn.layers = nn.Sequential(up, depthwise, nn.GELU(numbers.gelu), nn.Dropout(0.0), down, nn.Dropout(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(picture(self.norm1(sequence(x)), x))
+        return x + self.ffn.layers(picture(self.norm2(sequence(x)), x))
+
+
+class ConvModule(nn.Module):
+    def __init__(self, inputs: int, outputs: int, eps: float) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)).relu()
+
+
+class ConvReference(nn.Module):
+    """A dense variant under mmsegmentation 1.x's names, or what its classes build with these arguments."""
+
+    def __init__(
+        self,
+        variant: str,
+        num_classes: int,
+        numbers: Published,
+        *,
+        embed_dims: int | None = None,
+        mlp_ratio: int = 4,
+        channels: int = 256,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.decode_head = nn.Module(), nn.Module()
+        self.backbone.layers, self.decode_head.convs = nn.ModuleList(), nn.ModuleList()
+        inputs, dim = 3, channels
+        for i, depth in enumerate(DEPTHS[variant]):
+            kernel, stride, heads, ratio = ((7, 4, 1, 8), (3, 2, 2, 4), (3, 2, 5, 2), (3, 2, 8, 1))[i]
+            width = heads * (embed_dims or WIDTHS[variant][0])
+            embed = nn.Module()
+            embed.projection = nn.Conv2d(inputs, width, kernel, stride, kernel // 2)
+            embed.norm = nn.LayerNorm(width, eps=numbers.inner_eps)
+            blocks = nn.ModuleList(Layer(width, mlp_ratio * width, heads, ratio, numbers) for _ in range(depth))
+            self.backbone.layers.append(nn.ModuleList([embed, blocks, nn.LayerNorm(width, eps=numbers.eps)]))
+            self.decode_head.convs.append(ConvModule(width, dim, numbers.bn_eps))
+            inputs = width
+        self.decode_head.fusion_conv = ConvModule(4 * dim, dim, numbers.bn_eps)
+        self.decode_head.conv_seg = nn.Conv2d(dim, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, maps = x.shape[2:], []
+        for (embed, blocks, norm), conv in zip(self.backbone.layers, self.decode_head.convs, strict=True):
+            x = embed.projection(x)
+            x = picture(embed.norm(sequence(x)), x)
+            for block in blocks:
+                x = block(x)
+            x = picture(norm(sequence(x)), x)
+            branch = conv(x)
+            maps.append(F.interpolate(branch, maps[0].shape[2:], mode="bilinear") if maps else branch)
+        logits = self.decode_head.conv_seg(self.decode_head.fusion_conv(torch.cat(maps, dim=1)))
+        return F.interpolate(logits, size, mode="bilinear")
+
+
 def reference(dialect: str, fill: Fill, variant: str = "b0", num_classes: int = 5, **options: bool) -> nn.Module:
     """In float32 and eval mode, every weight and statistic as training would leave it."""
-    return fill(Reference(variant, num_classes, PUBLISHED[dialect], **options).eval())
+    kind = ConvReference if dialect == "mmseg" else Reference
+    return fill(kind(variant, num_classes, PUBLISHED[dialect], **options).eval())
 
 
 def smp_names(nvlabs: dict[str, Tensor]) -> dict[str, Tensor]:

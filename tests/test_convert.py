@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import SegformerForImageClassification, SegformerModel
 
-from segprune.convert import NUMERICS, convert, detect, expected_state, from_ours, to_ours
+from segprune.convert import convert, expected_state, from_ours, to_ours
+from segprune.dialects import HEADS, NUMERICS, detect
 from segprune.model import SegFormer
 from segprune.spec import DEPTHS, VARIANTS, Numerics, Spec, standard_spec
 from tests.dialects import PUBLISHED, Fill, hf_model, reference, state_in
@@ -54,12 +55,22 @@ def test_each_dialect_computes_what_its_own_code_base_computes(dialect: str, tra
 
 
 @pytest.mark.parametrize(
-    ("number", "other"),
-    [("norm_eps", 1e-5), ("embed_norm_eps", 1e-6), ("gelu", "none"), ("bn_eps", 1e-5), ("align_corners", False)],
+    ("dialect", "number", "other"),
+    [
+        ("bubbliiiing", "norm_eps", 1e-5),
+        ("bubbliiiing", "embed_norm_eps", 1e-6),
+        ("bubbliiiing", "gelu", "none"),
+        ("bubbliiiing", "bn_eps", 1e-5),
+        ("bubbliiiing", "align_corners", False),
+        ("mmseg", "embed_norm_eps", 1e-5),
+        ("mmseg", "bn_eps", 1e-3),
+    ],
 )
-def test_the_logits_depend_on_every_number_of_a_dialect(number: str, other: Any, trained_like: Fill) -> None:
-    theirs = reference("bubbliiiing", trained_like)
-    spec, state = convert(theirs.state_dict(), "bubbliiiing")
+def test_the_logits_depend_on_every_number_of_a_dialect(
+    dialect: str, number: str, other: Any, trained_like: Fill
+) -> None:
+    theirs = reference(dialect, trained_like)
+    spec, state = convert(theirs.state_dict(), dialect)
     x = torch.randn(1, 3, 64, 64).double()
     wrong = replace(spec, numerics=replace(spec.numerics, **{number: other}))
     with torch.inference_mode():
@@ -72,7 +83,9 @@ def test_the_numbers_that_only_training_sees_are_those_published() -> None:
         "nvlabs": "2d",
         "bubbliiiing": "2d",
         "hf": "plain",
+        "mmseg": "2d",
     }
+    assert NUMERICS["mmseg"] == Numerics(embed_norm_eps=1e-6)
     assert NUMERICS["nvlabs"].bn_momentum == NUMERICS["hf"].bn_momentum == NUMERICS["smp"].bn_momentum == 0.1
 
 
@@ -88,6 +101,7 @@ def test_there_and_back_is_the_identity(dialect: str, trained_like: Fill) -> Non
 
 @pytest.mark.parametrize("dialect", NUMERICS)
 def test_a_network_with_a_missing_branch_has_no_name_elsewhere(dialect: str, small_spec: Spec) -> None:
+    small_spec = replace(small_spec, head=HEADS[dialect])
     stages = list(small_spec.stages)
     stages[2] = replace(stages[2], blocks=(stages[2].blocks[0], stages[2].blocks[1].without_ffn()))
     spec = replace(small_spec, stages=tuple(stages))
@@ -111,7 +125,8 @@ def test_hugging_face_names_are_written_as_save_pretrained_writes_them(trained_l
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dialect", NUMERICS)
 def test_every_variant_is_recognised_by_its_shapes(variant: str, dialect: str) -> None:
-    spec = standard_spec(variant, 19, numerics=NUMERICS[dialect])
+    width = 256 if dialect == "mmseg" else None
+    spec = replace(standard_spec(variant, 19, numerics=NUMERICS[dialect], decoder_dim=width), head=HEADS[dialect])
     assert convert(from_ours(expected_state(spec), spec, dialect), dialect)[0] == spec
 
 
@@ -142,11 +157,13 @@ def test_a_given_dialect_that_the_names_are_not_of_is_refused(trained_like: Fill
     message = "names are of nvlabs or bubbliiiing, but --dialect hf was given; leave it out or give nvlabs or bubbl"
     with pytest.raises(ValueError, match=message):
         detect(keys, dialect="hf")
-    with pytest.raises(ValueError, match="Unknown dialect 'mmseg'; choose one of segprune, nvlabs, bubbliiiing, hf"):
-        detect(keys, dialect="mmseg")
+    with pytest.raises(
+        ValueError, match="Unknown dialect 'openmmlab'; choose one of segprune, nvlabs, bubbliiiing, hf"
+    ):
+        detect(keys, dialect="openmmlab")
 
 
-@pytest.mark.parametrize("dialect", ["hf", "smp"])
+@pytest.mark.parametrize("dialect", ["hf", "smp", "mmseg"])
 def test_names_that_only_one_tool_uses_need_no_assumption(dialect: str, trained_like: Fill) -> None:
     assert detect(state_in(dialect, trained_like).keys()) == (dialect, None)
 
@@ -155,10 +172,37 @@ def test_our_own_names_are_recognised(small_spec: Spec) -> None:
     assert detect(expected_state(small_spec).keys()) == ("segprune", None)
 
 
-def test_mmsegmentation_is_recognised_and_refused() -> None:
-    keys = ["backbone.layers.0.0.projection.weight", "decode_head.convs.0.conv.weight"]
-    with pytest.raises(ValueError, match=r"mmsegmentation, which is not supported because its decode head has a ReLU"):
-        detect(keys)
+@pytest.mark.parametrize("variant", ["b0", "b2"])
+def test_a_bare_backbone_of_mmsegmentation_gives_the_encoder_and_will_get_its_kind_of_head(
+    variant: str, trained_like: Fill
+) -> None:
+    whole = reference("mmseg", trained_like, variant).state_dict()
+    backbone = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
+    assert detect(backbone.keys()) == ("mmseg", None)
+    spec, state = convert(backbone, "mmseg", num_classes=5)
+    expected, ours = convert(whole, "mmseg")
+    assert (spec, spec.head, spec.decoder_dim) == (expected, "conv", 256)
+    assert_same_state(state, {key: tensor for key, tensor in ours.items() if key.startswith("encoder.")})
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("decode_head.fusion_conv.conv.weight", (256,)),
+        ("decode_head.fusion_conv.conv.weight", (256, 1024, 3, 3)),
+        ("decode_head.convs.1.conv.weight", (256, 64)),
+        ("backbone.layers.0.1.0.attn.attn.in_proj_weight", (97, 32)),
+        ("backbone.layers.0.1.0.attn.attn.in_proj_bias", (1,)),
+        ("backbone.layers.2.1.0.ffn.layers.4.weight", (160, 640)),
+    ],
+)
+def test_a_layer_of_mmsegmentation_with_another_shape_is_refused_by_its_own_name(
+    key: str, shape: tuple[int, ...], trained_like: Fill
+) -> None:
+    state = state_in("mmseg", trained_like)
+    message = f"{key} has the shape {' '.join(map(str, shape))} where b0 has {' '.join(map(str, state[key].shape))};"
+    with pytest.raises(ValueError, match=message):
+        convert(state | {key: torch.ones(shape)}, "mmseg")
 
 
 def test_another_network_is_refused_with_what_was_found() -> None:
@@ -263,11 +307,25 @@ def test_a_folded_decode_head_has_no_foreign_names() -> None:
 
 
 def test_keys_and_values_of_different_widths_fit_no_common_layer(small_spec: Spec) -> None:
-    with pytest.raises(ValueError, match="16 rows and the values have 12, which one layer for both cannot hold; write"):
+    with pytest.raises(
+        ValueError, match=r"k\.weight has the shape 16 16 and .* 12 16, which one layer for both cannot"
+    ):
         from_ours(expected_state(small_spec), small_spec, "nvlabs")
     assert to_ours(from_ours(expected_state(small_spec), small_spec, "hf")).keys() == expected_state(small_spec).keys()
 
 
 def test_names_can_only_be_written_of_a_known_foreign_dialect(small_spec: Spec) -> None:
-    with pytest.raises(ValueError, match="Cannot write the names of 'mmseg'; choose one of nvlabs, bubbliiiing, hf, s"):
-        from_ours({}, small_spec, "mmseg")
+    with pytest.raises(
+        ValueError, match="Cannot write the names of 'mmcv'; choose one of nvlabs, bubbliiiing, hf, smp, m"
+    ):
+        from_ours({}, small_spec, "mmcv")
+
+
+def test_each_kind_of_decode_head_has_names_only_where_it_is_known(small_spec: Spec) -> None:
+    conv = replace(small_spec, head="conv")
+    message = "head has a BatchNorm and a ReLU in each branch, which hf cannot name; write the names of mmseg"
+    with pytest.raises(ValueError, match=message):
+        from_ours(expected_state(conv), conv, "hf")
+    message = "head has linear branches, which mmseg cannot name; write the names of nvlabs, bubbliiiing, hf, smp"
+    with pytest.raises(ValueError, match=message):
+        from_ours(expected_state(small_spec), small_spec, "mmseg")

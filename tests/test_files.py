@@ -1,9 +1,11 @@
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -164,6 +166,27 @@ def test_the_old_name_of_numpys_constructor_is_known_too(tmp_path: Path) -> None
     torch.save({"miou": np.float64(0.75)}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
     assert read_file(path)[0] == {"miou": 0.75}
+
+
+@pytest.mark.parametrize("new_zip", [True, False])
+def test_the_logs_that_mmengine_leaves_beside_the_weights_are_passed_over(
+    new_zip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "mmengine.logging.history_buffer"
+    module = ModuleType(name)
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": name})
+    for part in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, part, ModuleType(part))
+    monkeypatch.setitem(sys.modules, name, module)
+    losses = module.HistoryBuffer()
+    losses.max_length, losses._log_history, losses._count_history = 10, np.array([0.5, 0.25]), np.array([1, 1])
+    record = {"state_dict": {"x": torch.ones(2)}, "message_hub": {"log_scalars": {"train/loss": losses}}}
+    torch.save(record, tmp_path / "iter_10.pth", _use_new_zipfile_serialization=new_zip)
+    for part in ("mmengine", "mmengine.logging", name):
+        monkeypatch.delitem(sys.modules, part)
+    found = read_file(tmp_path / "iter_10.pth")[0]
+    assert torch.equal(found["state_dict"]["x"], torch.ones(2))
+    assert vars(found["message_hub"]["log_scalars"]["train/loss"]) == {}
 
 
 @pytest.mark.parametrize("number", [np.datetime64("2026-01-01"), np.str_("a"), np.longdouble(1)])

@@ -7,7 +7,7 @@ import torch
 from segprune.fold import fold_decoder, unfold_decoder
 from segprune.model import SegFormer
 from segprune.spec import Spec, standard_spec
-from segprune.stats import count
+from segprune.stats import count, layers
 
 
 def test_folding_keeps_the_logits_in_float64(small_model: SegFormer) -> None:
@@ -85,3 +85,18 @@ def test_mode_dtype_and_spec_follow_into_the_new_network(small_model: SegFormer,
 def test_folding_reaches_the_promised_macs(variant: str, giga_macs: float) -> None:
     spec: Spec = replace(standard_spec(variant, 150), branch_dims=None)
     assert count(spec, (512, 512)).macs <= giga_macs * 1e9
+
+
+def test_a_conv_head_is_copied_as_it_is(conv_model: SegFormer) -> None:
+    for change in (fold_decoder, unfold_decoder):
+        new = change(conv_model)
+        assert new is not conv_model
+        assert new.spec == conv_model.spec
+        assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in conv_model.state_dict().items())
+
+
+def test_fusing_before_upsampling_takes_a_third_of_the_products() -> None:
+    """Of b0 with mmsegmentation's head: what its classes compute for the fuse convolution, and what is counted here."""
+    spec = replace(standard_spec("b0", 150), head="conv")
+    rows = [row for row in layers(spec, (512, 512)) if ".fuses." in row.name]
+    assert sum(row.cost("macs") for row in rows) == pytest.approx(256 * 1024 * 128 * 128 / 3, rel=0.01)

@@ -19,18 +19,18 @@ from transformers import (
     pipeline,
 )
 
-from segprune.checkpoint import load, read
-from segprune.convert import NUMERICS
+from segprune.checkpoint import load, read, save
 from segprune.data.transforms import normalise
+from segprune.dialects import NUMERICS
 from segprune.fold import fold_decoder
 from segprune.formats import register, write_file, write_folder
 from segprune.formats.modeling_segprune import SegpruneConfig, SegpruneForSemanticSegmentation
 from segprune.model import SegFormer
 from segprune.pruning.pruner import Pruner
-from segprune.spec import Numerics, Spec, standard_spec
+from segprune.spec import Numerics, Spec, standard_spec, with_widths
 from segprune.stats import count
 from segprune.uniform import with_numerics
-from tests.dialects import PUBLISHED, Fill, Reference
+from tests.dialects import PUBLISHED, ConvReference, Fill, Reference, reference
 
 CLASSES = ("sky", "road", "tree", "car", "person")
 
@@ -47,7 +47,7 @@ def logits(model: SegFormer, x: Tensor) -> Tensor:
         return model.parts(x)[1]
 
 
-@pytest.mark.parametrize("dialect", NUMERICS)
+@pytest.mark.parametrize("dialect", [name for name in NUMERICS if name != "mmseg"])
 @pytest.mark.parametrize("folded", [False, True])
 def test_a_dense_network_has_the_same_logits_in_stock_transformers(
     dialect: str, folded: bool, trained_like: Fill, tmp_path: Path
@@ -123,14 +123,20 @@ def test_a_uniformly_pruned_b0_is_one_for_stock_transformers_where_segprune_is_n
     torch.testing.assert_close(logits(load(tmp_path / "hf"), x), expected, rtol=0, atol=1e-5)
 
 
-def test_any_other_network_goes_with_its_code_where_segprune_is_not(small_model: SegFormer, tmp_path: Path) -> None:
-    model = fold_decoder(small_model.float())
+@pytest.mark.parametrize("head", ["mlp", "conv"])
+def test_any_other_network_goes_with_its_code_where_segprune_is_not(
+    head: str, small_model: SegFormer, conv_model: SegFormer, tmp_path: Path
+) -> None:
+    model = fold_decoder(small_model.float()) if head == "mlp" else conv_model.float()
     notes = write_folder(model, tmp_path / "hf", class_names=CLASSES)
     assert len(notes) == 1
-    assert (
-        "since block 0 of stage 1 has values of width 12 per head where the stage's width 16 asks for 16;" in notes[0]
-    )
-    assert "trust_remote_code=True" in notes[0]
+    if head == "mlp":
+        reason = "block 0 of stage 1 has values of width 12 per head where the stage's width 16 asks for 16"
+        way = "trust_remote_code=True (prune with --uniform to do without)."
+    else:
+        reason, way = "its decode head has a BatchNorm and a ReLU in each branch", "trust_remote_code=True."
+    assert f"since {reason};" in notes[0]
+    assert notes[0].endswith(way)
     x = torch.randn(1, 3, 64, 96)
     found = in_a_process_without_segprune(tmp_path / "hf", x, trusted=True)
     assert (found["class"], found["problems"]) == ("SegpruneForSemanticSegmentation", [])
@@ -198,6 +204,70 @@ def test_a_dense_network_in_another_codes_names_has_that_codes_logits(
         back = read(path)
         assert back.dialect == dialect
         torch.testing.assert_close(load(path)(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("variant", ["b0", "b2"])
+def test_a_dense_network_of_mmsegmentation_comes_back_to_the_bit(
+    variant: str, trained_like: Fill, tmp_path: Path
+) -> None:
+    theirs = reference("mmseg", trained_like, variant)
+    torch.save({"meta": {"epoch": 1}, "state_dict": theirs.state_dict(), "optimizer": {}}, tmp_path / "theirs.pth")
+    assert read(tmp_path / "theirs.pth").dialect == "mmseg"
+    model = load(tmp_path / "theirs.pth")
+    save(model, tmp_path / "ours.pth")
+    assert write_file(load(tmp_path / "ours.pth"), tmp_path / "back.pth", "mmseg") == ()
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back["meta"] == {}
+    expected = theirs.state_dict()
+    assert back["state_dict"].keys() == expected.keys()
+    assert all(torch.equal(back["state_dict"][name], tensor) for name, tensor in expected.items())
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        wanted = theirs(x)
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_narrower_network_of_mmsegmentation_is_written_with_its_arguments(trained_like: Fill, tmp_path: Path) -> None:
+    """As its classes can express it, in other numerics and with another scale of attention."""
+    spec = replace(standard_spec("b0", 5, numerics=NUMERICS["hf"], decoder_dim=48), head="conv")
+    stages = [with_widths(stage, 8 * stage.blocks[0].num_heads, stage.blocks[0].num_heads, 16) for stage in spec.stages]
+    stages = [with_widths(stage, stage.width, stage.blocks[0].num_heads, 2 * stage.width) for stage in stages]
+    blocks = [tuple(replace(block, qk_scale=0.3) for block in stage.blocks) for stage in stages]
+    spec = replace(spec, stages=tuple(replace(s, blocks=b) for s, b in zip(stages, blocks, strict=True)))
+    model = network(trained_like, spec.numerics, spec)
+    (note,) = write_file(model, tmp_path / "a.pth", "mmseg")
+    assert note == (
+        "Build it with their base classes, not with a variant's: MixVisionTransformer(embed_dims=8, num_heads="
+        "[1, 2, 5, 8], num_layers=[2, 2, 2, 2], mlp_ratio=2), SegformerHead(in_channels=[8, 16, 40, 64], channels=48)."
+    )
+    theirs = ConvReference("b0", 5, PUBLISHED["mmseg"], embed_dims=8, mlp_ratio=2, channels=48).eval()
+    theirs.load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"])
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = model(x)
+        torch.testing.assert_close(theirs(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_decode_head_of_the_other_kind_is_refused_with_the_formats_that_have_it(
+    trained_like: Fill, conv_model: SegFormer, tmp_path: Path
+) -> None:
+    dense = network(trained_like, NUMERICS["hf"])
+    message = (
+        "^mmseg's classes cannot hold this network, since its decode head has no BatchNorm and ReLU in its branches; "
+        r"write --to nvlabs, bubbliiiing or hf\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        write_file(dense, tmp_path / "a.pth", "mmseg")
+    message = (
+        "^nvlabs's classes cannot hold this network, since its decode head has a BatchNorm and a ReLU in each branch; "
+        r"write --to mmseg or hf\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        write_file(conv_model.float(), tmp_path / "a.pth", "nvlabs")
+    message = r"has values of width 12 per head .* asks for 16; write --to hf, which needs no uniform widths\.$"
+    with pytest.raises(ValueError, match=message):
+        write_file(conv_model, tmp_path / "a.pth", "mmseg")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_user_has_to_set_in_the_other_code_is_noted(trained_like: Fill, tmp_path: Path) -> None:

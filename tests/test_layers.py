@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 DOORS = ("prune_train", "train", "pruning")
 ROWS = (
     ("spec", "files", "timing"),
-    ("model",),
+    ("model", "dialects"),
     ("convert", "huggingface", "stats", "fold", "uniform", "data", "training"),
     ("checkpoint", "pruning", "export"),
     ("benchmark",),

@@ -1,8 +1,11 @@
+import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segprune.model import Attention, DropPath, SegFormer, attend, check_input
@@ -33,17 +36,20 @@ def without_branches(spec: Spec) -> Spec:
     return replace(spec, stages=(first, *middle, last))
 
 
-@pytest.mark.parametrize("folded", [False, True])
+HEADS = ({}, {"branch_dims": None}, {"head": "conv"})
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (65, 97), (33, 130)])
-def test_logits_have_the_input_s_size(small_spec: Spec, size: tuple[int, int], folded: bool) -> None:
-    model = SegFormer(replace(small_spec, branch_dims=None) if folded else small_spec)
+def test_logits_have_the_input_s_size(small_spec: Spec, size: tuple[int, int], head: dict[str, Any]) -> None:
+    model = SegFormer(replace(small_spec, **head))
     assert model(torch.randn(2, 3, *size)).shape == (2, small_spec.num_classes, *size)
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("shallow", [False, True])
-def test_every_parameter_receives_a_gradient(small_spec: Spec, folded: bool, shallow: bool) -> None:
-    spec = replace(small_spec, branch_dims=None) if folded else small_spec
+def test_every_parameter_receives_a_gradient(small_spec: Spec, head: dict[str, Any], shallow: bool) -> None:
+    spec = replace(small_spec, **head)
     model = SegFormer(without_branches(spec) if shallow else spec)
     model(torch.randn(2, 3, 64, 96)).square().mean().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -102,10 +108,34 @@ def test_the_numerics_of_the_spec_reach_the_layers(small_spec: Spec) -> None:
     assert {eps[name] for name in eps.keys() - embeds} == {1e-3}
     assert {m.approximate for m in modules.values() if isinstance(m, nn.GELU)} == {"tanh"}
     assert (model.decode_head.norm.eps, model.decode_head.norm.momentum) == (1e-4, 0.2)
+    conv = SegFormer(replace(small_spec, numerics=numerics, head="conv")).decode_head
+    assert {(norm.eps, norm.momentum) for norm in (*conv.branch_norms, conv.norm)} == {(1e-4, 0.2)}
     assert type(model.decode_head.dropout) is nn.Dropout
     assert model.decode_head.dropout.p == 0.3
     rates = [m.rate for m in modules.values() if isinstance(m, DropPath)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_conv_head_computes_what_one_convolution_of_the_upsampled_branches_does(
+    conv_model: SegFormer, training: bool
+) -> None:
+    """As it is published: concatenated c1, c2, c3, c4 at quarter size; statistics and gradients are the same too."""
+    head = conv_model.decode_head.train(training)
+    maps = [m.detach().requires_grad_() for m in conv_model.encoder(torch.randn(2, 3, 64, 96).double())]
+    other, whole = copy.deepcopy(head), []
+    for branch, norm, x in zip(other.branches, other.branch_norms, maps, strict=True):
+        x = norm(F.conv2d(x, branch.weight[:, :, None, None])).relu()
+        whole.append(F.interpolate(x, maps[0].shape[2:], mode="bilinear"))
+    weight = torch.cat([fuse.weight for fuse in other.fuses], dim=1)[:, :, None, None]
+    expected = other.classifier(other.norm(F.conv2d(torch.cat(whole, dim=1), weight)).relu())
+    wanted = torch.autograd.grad(expected.square().sum(), maps, retain_graph=True)
+    found = head(maps)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for mine, theirs in zip(torch.autograd.grad(found.square().sum(), maps), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    for mine, theirs in zip(head.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
 def test_align_corners_decides_how_the_logits_are_upsampled(small_model: SegFormer) -> None:

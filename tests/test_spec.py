@@ -1,10 +1,11 @@
 import json
 import re
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
-from segprune.convert import NUMERICS
+from segprune.dialects import NUMERICS
 from segprune.spec import (
     DEPTHS,
     NUM_HEADS,
@@ -15,6 +16,7 @@ from segprune.spec import (
     spec_from_dict,
     spec_to_dict,
     standard_spec,
+    with_folded_head,
     with_num_classes,
 )
 
@@ -40,10 +42,28 @@ def test_another_decoder_width_goes_to_every_branch() -> None:
     assert spec.branch_dims == (96,) * 4
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_a_spec_survives_json(small_spec: Spec, folded: bool) -> None:
-    spec = replace(small_spec, branch_dims=None) if folded else small_spec
+@pytest.mark.parametrize("change", [{}, {"branch_dims": None}, {"head": "conv"}], ids=str)
+def test_a_spec_survives_json(small_spec: Spec, change: dict[str, Any]) -> None:
+    spec = replace(small_spec, **change)
     assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
+
+
+def test_a_spec_from_before_heads_had_kinds_has_the_published_one(small_spec: Spec) -> None:
+    old = _changed(spec_to_dict(small_spec), ("head",), ...)
+    assert spec_from_dict(old) == small_spec
+
+
+def test_a_head_of_another_kind_and_a_conv_head_without_branches_are_refused(conv_spec: Spec) -> None:
+    data = spec_to_dict(conv_spec)
+    with pytest.raises(ValueError, match=r"has head 'uper', which must be mlp or conv; the file is damaged\.$"):
+        spec_from_dict(_changed(data, ("head",), "uper"))
+    with pytest.raises(ValueError, match=r"^This segprune spec has a conv head without branches; the file is damaged"):
+        spec_from_dict(_changed(data, ("branch_dims",), None))
+
+
+def test_only_the_published_head_folds(small_spec: Spec, conv_spec: Spec) -> None:
+    assert with_folded_head(small_spec) == replace(small_spec, branch_dims=None)
+    assert with_folded_head(conv_spec) == conv_spec
 
 
 def test_only_the_classes_change_with_num_classes(small_spec: Spec) -> None:

@@ -45,11 +45,17 @@ def folded(spec: Spec) -> Spec:
     return replace(spec, branch_dims=None)
 
 
+def conv(spec: Spec) -> Spec:
+    return replace(spec, head="conv")
+
+
 CHANGES = {
     "dense": lambda spec: spec,
     "folded": folded,
     "pruned": narrowed,
     "folded and pruned": lambda spec: narrowed(folded(spec)),
+    "conv": conv,
+    "conv and pruned": lambda spec: narrowed(conv(spec)),
     "without branches": shallower,
     "folded, pruned and without branches": lambda spec: shallower(narrowed(folded(spec))),
 }
@@ -75,7 +81,7 @@ def test_macs_agree_with_the_paper(variant: str, giga_macs: float) -> None:
     assert count(standard_spec(variant, 150), (512, 512)).macs / 1e9 == pytest.approx(giga_macs, abs=0.1)
 
 
-@pytest.mark.parametrize("change", [lambda spec: spec, shallower], ids=["dense", "without branches"])
+@pytest.mark.parametrize("change", [lambda spec: spec, shallower, conv], ids=["dense", "without branches", "conv"])
 def test_every_layer_is_named_and_costs_as_its_module(change) -> None:
     spec = change(standard_spec("b0", 8))
     model = SegFormer(spec)

@@ -7,8 +7,8 @@ import torch
 
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
-from segprune.spec import BlockSpec, Numerics, Spec, standard_spec
-from segprune.uniform import uniform_problem, with_numerics
+from segprune.spec import BlockSpec, Numerics, Spec, standard_spec, with_widths
+from segprune.uniform import mmseg_problem, uniform_problem, with_numerics
 
 
 def changed(spec: Spec, **widths: int | None) -> Spec:
@@ -50,10 +50,31 @@ def test_heads_have_to_divide_the_width_and_branches_to_be_as_wide_as_the_head()
     assert uniform_problem(replace(spec, branch_dims=(8, 8, 8, 256))) == problem
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_other_numerics_have_the_same_logits(folded: bool, small_model: SegFormer) -> None:
+def test_the_kind_of_decode_head_has_to_be_theirs() -> None:
+    spec = standard_spec("b0", 5)
+    conv = replace(spec, head="conv")
+    assert uniform_problem(conv) == "its decode head has a BatchNorm and a ReLU in each branch"
+    assert mmseg_problem(conv) is None
+    assert mmseg_problem(spec) == "its decode head has no BatchNorm and ReLU in its branches"
+
+
+def test_mmsegmentation_has_one_width_of_heads_and_one_ratio_for_all_stages() -> None:
+    conv = replace(standard_spec("b0", 5), head="conv")
+    narrow = (*conv.stages[:3], with_widths(conv.stages[3], 128, 8, 512))
+    problem = "its stages have heads of width 32 32 32 16 where theirs have one for all"
+    assert mmseg_problem(replace(conv, stages=narrow)) == problem
+    short = (*conv.stages[:3], with_widths(conv.stages[3], 256, 8, 512))
+    problem = "its stages have FFNs of ratio 4 4 4 2 where theirs have one for all"
+    assert mmseg_problem(replace(conv, stages=short)) == problem
+    fewer = (*conv.stages[:3], with_widths(conv.stages[3], 128, 4, 512))
+    assert mmseg_problem(replace(conv, stages=fewer)) is None
+    assert mmseg_problem(changed(conv, qk_dim=24)) is not None
+
+
+@pytest.mark.parametrize("head", ["mlp", "folded", "conv"])
+def test_other_numerics_have_the_same_logits(head: str, small_model: SegFormer, conv_model: SegFormer) -> None:
     """In float64, with every eps a hundred times as large, which changes the logits if nothing makes up for it."""
-    model = fold_decoder(small_model) if folded else small_model
+    model = {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}[head]
     target = Numerics(norm_eps=1e-4, embed_norm_eps=1e-3, bn_eps=1e-3)
     state, spec = with_numerics(model.state_dict(), model.spec, target)
     assert (spec.numerics.norm_eps, spec.numerics.embed_norm_eps, spec.numerics.bn_eps) == (1e-4, 1e-3, 1e-3)

@@ -28,7 +28,7 @@ class ConvertConfig:
 
 
 def run(config: ConvertConfig, given: frozenset[str]) -> None:
-    """Write a checkpoint as a Hugging Face folder, or as a file of NVlabs' or bubbliiiing's code.
+    """Write a checkpoint as a Hugging Face folder, or as a file of NVlabs', bubbliiiing's or mmsegmentation's code.
 
     Weights are rewritten so that the other tool's numerics give the same logits. What its classes cannot hold goes
     into a Hugging Face folder with code of its own, and is refused elsewhere.

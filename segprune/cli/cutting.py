@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from segprune.cli.common import console, progress_bar
 from segprune.cli.plans import widths_by_group
 from segprune.cli.pruning import PruneConfig, asked_rates, pruner_of, split_names
 from segprune.model import SegFormer
+from segprune.spec import with_folded_head
 from segprune.stats import count
 from segprune.training.learner import Penalty
 
@@ -92,9 +92,7 @@ def _rates_of_step(
         return rates
     shape = config.input_shape
     whole, now = count(dense.spec, shape), count(model.spec, shape)
-    folded = count(
-        start.spec if config.keep_decoder or config.uniform else replace(start.spec, branch_dims=None), shape
-    )
+    folded = count(start.spec if config.keep_decoder or config.uniform else with_folded_head(start.spec), shape)
     found = {}
     for unit, rate in rates.items():
         before, gone = 0.0, rate * step / config.steps

@@ -63,7 +63,8 @@ def _head(found: Checkpoint) -> str:
     dims = found.spec.branch_dims
     if dims is None:
         return f"folded, width {found.spec.decoder_dim}"
-    return f"as published, branches {' '.join(map(str, dims))}, width {found.spec.decoder_dim}"
+    kind = "as published" if found.spec.head == "mlp" else "mmsegmentation's, with BatchNorm and ReLU in its branches"
+    return f"{kind}, branches {' '.join(map(str, dims))}, width {found.spec.decoder_dim}"
 
 
 def _block(block: BlockSpec) -> list[str]:

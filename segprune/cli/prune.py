@@ -30,7 +30,7 @@ from segprune.cli.train import check_teacher_names, fit_with
 from segprune.data import Source
 from segprune.model import SegFormer, check_input
 from segprune.report import environment, network_record, network_size, reduction_record
-from segprune.spec import spec_to_dict, standard_spec
+from segprune.spec import spec_to_dict, standard_spec, with_folded_head
 from segprune.stats import Latency, count, measure_latency
 from segprune.training.evaluate import EvalMode, Score, evaluate
 from segprune.training.learner import Penalty
@@ -218,7 +218,7 @@ def _record(
     """What pruning_results.json holds, fine-tuning apart."""
     shape = config.input_shape
     original, after = count(found.spec, shape), count(pruned.spec, shape)
-    folded = count(replace(found.spec, branch_dims=None), shape) if pruned.spec.folded else original
+    folded = count(with_folded_head(found.spec), shape) if pruned.spec.folded else original
     return {
         "model_config": {
             "phi": found.spec.variant,

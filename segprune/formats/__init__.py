@@ -1,4 +1,4 @@
-"""A checkpoint in the formats of other tools: Hugging Face folders, and NVlabs' and bubbliiiing's files.
+"""A checkpoint in the formats of other tools: Hugging Face folders, and NVlabs', bubbliiiing's and mmseg's files.
 
 Weights are rewritten so that the other tool's numerics give the same logits (uniform.py); what its classes cannot
 hold is refused by name, or, in a Hugging Face folder, goes with code of its own.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from segprune.formats.huggingface import write_folder
 from segprune.formats.names import write_file
 
-FORMATS = ("hf", "nvlabs", "bubbliiiing")
+FORMATS = ("hf", "nvlabs", "bubbliiiing", "mmseg")
 
 __all__ = ["FORMATS", "register", "write_file", "write_folder"]
 

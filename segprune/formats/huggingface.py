@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from segprune.convert import NUMERICS, from_ours
+from segprune.convert import from_ours
 from segprune.data.transforms import MEAN, STD
+from segprune.dialects import NUMERICS
 from segprune.files import atomic_folder, save_tensors, write_json
 from segprune.fold import unfold_decoder
 from segprune.huggingface import GELUS
@@ -60,9 +61,10 @@ WEIGHTS = "model.safetensors"
 def _notes(spec: Spec, problem: str | None) -> list[str]:
     notes = []
     if problem:
+        without = " (prune with --uniform to do without)" if spec.head == "mlp" else ""
         notes.append(
             f"Transformers' own classes cannot hold this network, since {problem}; the folder has its code with it, "
-            "which from_pretrained runs with trust_remote_code=True (prune with --uniform to do without)."
+            f"which from_pretrained runs with trust_remote_code=True{without}."
         )
     if spec.numerics.align_corners:
         notes.append(

@@ -1,40 +1,47 @@
-"""State dicts as NVlabs' and bubbliiiing's code saves them."""
+"""State dicts as NVlabs', bubbliiiing's and mmsegmentation's code saves them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from segprune.convert import NUMERICS, from_ours
+from segprune.convert import from_ours
+from segprune.dialects import CONV_DECODER_DIM, HEADS, NUMERICS
 from segprune.files import PICKLES, save_record
 from segprune.fold import unfold_decoder
 from segprune.model import SegFormer
 from segprune.spec import VARIANTS, Spec, standard_spec
-from segprune.uniform import uniform_problem, with_numerics
+from segprune.uniform import mmseg_problem, uniform_problem, with_numerics
 
 
 def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> tuple[str, ...]:
     """Write a .pth, .pt or .bin file that `dialect`'s own code loads, and return notes for whoever will use it.
 
-    nvlabs: {"meta", "state_dict"}, as its training leaves it; bubbliiiing: the bare state dict. A folded head is
-    unfolded. ValueError for another ending, for a network that their classes cannot hold, and for another GELU.
+    nvlabs, mmseg: {"meta", "state_dict"}, as their training leaves it; bubbliiiing: the bare state dict. A folded head
+    is unfolded. ValueError for another ending, for a network that their classes cannot hold, and for another GELU.
     """
     path = Path(path)
     if path.suffix not in PICKLES:
         raise ValueError(
             f"{path} ends in {path.suffix!r}; {dialect}'s code reads {', '.join(PICKLES)}: give such a name."
         )
-    problem = uniform_problem(model.spec)
+    problem = mmseg_problem(model.spec) if dialect == "mmseg" else uniform_problem(model.spec)
     if problem is not None:
-        raise ValueError(
-            f"{dialect}'s classes cannot hold this network, since {problem}; prune with --uniform for them, or write "
-            "--to hf, which needs no uniform widths."
-        )
+        remedy = _remedy(model.spec, dialect)
+        raise ValueError(f"{dialect}'s classes cannot hold this network, since {problem}; {remedy}.")
     whole = unfold_decoder(model)
     state, spec = with_numerics(whole.state_dict(), whole.spec, NUMERICS[dialect])
     named = {name: tensor.detach().cpu().clone() for name, tensor in from_ours(state, spec, dialect).items()}
-    save_record({"meta": {}, "state_dict": named} if dialect == "nvlabs" else named, path)
+    save_record(named if dialect == "bubbliiiing" else {"meta": {}, "state_dict": named}, path)
     return tuple(_notes(whole.spec, dialect))
+
+
+def _remedy(spec: Spec, dialect: str) -> str:
+    if spec.head != HEADS[dialect]:
+        others = [name for name in ("nvlabs", "bubbliiiing", "mmseg") if HEADS[name] == spec.head]
+        return f"write --to {', '.join(others)} or hf"
+    elsewhere = "write --to hf, which needs no uniform widths"
+    return elsewhere if spec.head == "conv" else f"prune with --uniform for them, or {elsewhere}"
 
 
 def _notes(spec: Spec, dialect: str) -> list[str]:
@@ -44,15 +51,17 @@ def _notes(spec: Spec, dialect: str) -> list[str]:
             f"The network's last upsampling has align_corners={spec.numerics.align_corners} and theirs "
             f"{not spec.numerics.align_corners}; set it there, or the rims of masks differ."
         )
-    if not _is_standard(spec):
-        notes.append(f"Build it with their base classes, not with a variant's: {_arguments(spec)}.")
+    if not _is_standard(spec, dialect):
+        arguments = _mmseg_arguments(spec) if dialect == "mmseg" else _arguments(spec)
+        notes.append(f"Build it with their base classes, not with a variant's: {arguments}.")
     return notes
 
 
-def _is_standard(spec: Spec) -> bool:
+def _is_standard(spec: Spec, dialect: str) -> bool:
     if spec.variant not in VARIANTS:
         return False
-    dense = standard_spec(spec.variant, spec.num_classes)
+    dim = CONV_DECODER_DIM if HEADS[dialect] == "conv" else None
+    dense = standard_spec(spec.variant, spec.num_classes, decoder_dim=dim)
     return [(s.width, len(s.blocks), s.blocks[0].ffn_dim) for s in dense.stages] == [
         (s.width, len(s.blocks), s.blocks[0].ffn_dim) for s in spec.stages
     ] and dense.decoder_dim == spec.decoder_dim
@@ -70,3 +79,17 @@ def _arguments(spec: Spec) -> str:
     }
     listed = ", ".join(f"{name}={value}" for name, value in encoder.items())
     return f"MixVisionTransformer({listed}), decode head width {spec.decoder_dim}"
+
+
+def _mmseg_arguments(spec: Spec) -> str:
+    """Of MixVisionTransformer and SegformerHead there."""
+    first = spec.stages[0]
+    encoder = {
+        "embed_dims": first.width // first.blocks[0].num_heads,
+        "num_heads": [stage.blocks[0].num_heads for stage in spec.stages],
+        "num_layers": [len(stage.blocks) for stage in spec.stages],
+        "mlp_ratio": first.blocks[0].ffn_dim // first.width,
+    }
+    head = {"in_channels": [stage.width for stage in spec.stages], "channels": spec.decoder_dim}
+    listed = [", ".join(f"{name}={value}" for name, value in part.items()) for part in (encoder, head)]
+    return f"MixVisionTransformer({listed[0]}), SegformerHead({listed[1]})"

@@ -107,6 +107,12 @@ class Pruner:
             raise ValueError(
                 f"round_to is {self.options.round_to}; widths are kept multiples of a whole number from 1 up."
             )
+        for name, asked in (("keep_decoder", self.keep_decoder), ("uniform", self.uniform)):
+            if asked and isinstance(self.model, SegFormer) and self.model.spec.head == "conv":
+                raise ValueError(
+                    f"{name} is for decode heads as published, and this network's has a BatchNorm and a ReLU in each "
+                    "branch; leave it out."
+                )
         if self.uniform:
             self._check_uniform()
         if self.repaired and not self.data:

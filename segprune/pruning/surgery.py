@@ -104,7 +104,7 @@ def read_spec(model: SegFormer) -> Spec:
     return replace(
         model.spec,
         stages=tuple(stages),
-        branch_dims=None if head.fuse is None else dims,
+        branch_dims=None if model.spec.folded else dims,
         decoder_dim=head.norm.num_features,
     )
 

@@ -51,8 +51,8 @@ def test_what_was_assumed_and_what_the_folder_needs_are_noted(small: Path, train
 
 def test_mistakes_end_in_one_sentence(small: Path, dense: Path, trained_like: Fill, tmp_path: Path) -> None:
     out = tmp_path / "out.pth"
-    assert refused("convert", small, out, "--to", "mmseg") == (
-        "Unknown format 'mmseg'; --to knows hf, nvlabs, bubbliiiing."
+    assert refused("convert", small, out, "--to", "smp") == (
+        "Unknown format 'smp'; --to knows hf, nvlabs, bubbliiiing, mmseg."
     )
     assert refused("convert", dense, out, "--to", "nvlabs", "--input_shape", 64, 64) == (
         "--input_shape has no effect with --to nvlabs, which keeps no size; leave it out."

@@ -50,6 +50,16 @@ def test_a_folded_head_is_said_to_be_one(small_model: SegFormer, tmp_path: Path)
     assert "decode head folded, width 44" in done("info", tmp_path / "folded.pth")
 
 
+def test_a_file_of_mmsegmentation_is_shown_with_its_kind_of_head(trained_like: Fill, tmp_path: Path) -> None:
+    torch.save({"meta": {}, "state_dict": state_in("mmseg", trained_like)}, tmp_path / "theirs.pth")
+    out = done("info", tmp_path / "theirs.pth")
+    assert "dialect mmseg" in out
+    assert (
+        "decode head mmsegmentation's, with BatchNorm and ReLU in its branches, branches 256 256 256 256, width 256"
+        in out
+    )
+
+
 def test_of_a_branch_that_was_removed_no_widths_are_shown(small_model: SegFormer, tmp_path: Path) -> None:
     blocks = "encoder.stages.{}.blocks.{}.{}"
     save(remove(small_model.float(), [blocks.format(0, 0, "attn"), blocks.format(2, 1, "mlp")]), tmp_path / "a.pth")

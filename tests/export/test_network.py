@@ -36,12 +36,12 @@ def test_a_class_map_of_too_many_classes_is_refused(small_spec: Spec) -> None:
         Deployed(model, argmax=True)
 
 
-@pytest.mark.parametrize("before", [lambda model: model, fold_decoder])
+@pytest.mark.parametrize("head", ["mlp", "folded", "conv"])
 def test_folding_for_inference_keeps_the_logits_in_float64_and_the_given_network(
-    small_model: SegFormer, before
+    small_model: SegFormer, conv_model: SegFormer, head: str
 ) -> None:
     x = torch.randn(2, 3, 64, 96).double()
-    given = before(small_model)
+    given = {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}[head]
     expected = given(x)
     folded = fold_for_inference(given)
     torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-12)

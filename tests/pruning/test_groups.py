@@ -96,9 +96,26 @@ def test_branches_lie_in_the_fuse_convolution_last_stage_first(small_model: SegF
         offset += dims[i]
 
 
+def test_a_branch_of_a_conv_head_is_a_group_with_its_batch_norm(conv_model: SegFormer) -> None:
+    groups, head = groups_of(conv_model), "decode_head"
+    for i, width in enumerate(conv_model.spec.branch_dims):
+        group = groups[f"{head}.branches.{i}"]
+        assert (group.kind, group.num_channels) == ("branch", width)
+        assert sides(group) == {
+            (f"{head}.branches.{i}", "out"), (f"{head}.branch_norms.{i}", "out"), (f"{head}.fuses.{i}", "in")
+        }  # fmt: skip
+    expected = {(f"{head}.fuses.{i}", "out") for i in range(4)}
+    assert sides(groups[f"{head}.width"]) == expected | {(f"{head}.norm", "out"), (f"{head}.classifier", "in")}
+    assert (f"{head}.branches.2", "in") in sides(groups["encoder.stages.2.width"])
+
+
+@pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("heads", [False, True])
-def test_every_side_of_every_layer_is_covered_once(small_model: SegFormer, heads: bool) -> None:
-    groups = groups_of(fold_decoder(small_model), heads=heads)
+def test_every_side_of_every_layer_is_covered_once(
+    small_model: SegFormer, conv_model: SegFormer, heads: bool, conv: bool
+) -> None:
+    model = conv_model if conv else fold_decoder(small_model)
+    groups = groups_of(model, heads=heads)
     covered: Counter = Counter()
     for group in groups.values():
         for member in group.members:
@@ -107,7 +124,7 @@ def test_every_side_of_every_layer_is_covered_once(small_model: SegFormer, heads
             if group.kind != "head":  # heads lie across the qk and v groups
                 covered.update((member.layer, member.side, int(p)) for p in member.positions)
     assert set(covered.values()) == {1}
-    modules = dict(fold_decoder(small_model).named_modules())
+    modules = dict(model.named_modules())
     for layer, side in {(layer, side) for layer, side, _ in covered}:
         assert sum((layer, side) == key[:2] for key in covered) == width_of(modules[layer], side)
 

@@ -130,6 +130,17 @@ def test_every_method_ranks_every_group_and_leaves_the_network_alone(model, grou
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_every_method_ranks_the_branches_of_a_conv_head(conv_model: SegFormer, images, method: str) -> None:
+    found_groups = find_groups(conv_model, torch.zeros(1, 3, 64, 64).double(), set()).groups
+    branches = [group for group in found_groups if group.kind in ("branch", "decoder")]
+    assert len(branches) == 5
+    settings = {"fallback": None} if method == "bn" else {}  # all of them have a BatchNorm
+    for values in scored(method, conv_model, branches, images, **settings).values():
+        assert np.isfinite(values).all()
+        assert values.mean() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_same_call_gives_the_same_scores(model, groups, images, method: str) -> None:
     first, second = (scored(method, model, groups, images) for _ in range(2))
     for name in first:

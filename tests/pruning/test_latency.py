@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,10 +62,11 @@ class Fake:
         return [self.formula(shape) for shape in shapes]
 
 
-@pytest.fixture(scope="module")
-def b0() -> tuple[SegFormer, tuple[Group, ...]]:
+@pytest.fixture(scope="module", params=["folded", "conv"])
+def b0(request: pytest.FixtureRequest) -> tuple[SegFormer, tuple[Group, ...]]:
     torch.manual_seed(0)
-    model = fold_decoder(SegFormer(standard_spec("b0", 8)))
+    spec = standard_spec("b0", 8)
+    model = fold_decoder(SegFormer(spec if request.param == "folded" else replace(spec, head="conv")))
     return model, find_groups(model, torch.zeros(1, 3, 64, 64), PROTECTED, heads=True).groups
 
 
@@ -72,9 +74,12 @@ def costs_of(b0: tuple[SegFormer, tuple[Group, ...]], formula: Callable[[Shape],
     return LatencyCosts(b0[0].spec, b0[1], LatencyTable(measure=Fake(formula)), SHAPE)
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_every_layer_that_works_is_a_side_of_a_step(small_spec: Spec, folded: bool) -> None:
-    spec = replace(small_spec, branch_dims=None) if folded else small_spec
+HEADS = ({}, {"branch_dims": None}, {"head": "conv"})
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_every_layer_that_works_is_a_side_of_a_step(small_spec: Spec, head: dict[str, Any]) -> None:
+    spec = replace(small_spec, **head)
     named = {name for step in steps(spec, SHAPE) for name, _ in step.sides}
     assert {row.name for row in layers(spec, SHAPE) if row.kind != "norm"} <= named
     # the other norms belong to the step of the convolution before them
@@ -82,15 +87,15 @@ def test_every_layer_that_works_is_a_side_of_a_step(small_spec: Spec, folded: bo
     assert {row.name for row in layers(spec, SHAPE) if not row.name.endswith(inside)} >= named
     kinds = [step.shape.kind for step in steps(spec, SHAPE)]
     assert kinds.count("add") == 2 * sum(len(stage.blocks) for stage in spec.stages)
-    assert kinds.count("sum") == (3 if folded else 0)
+    assert kinds.count("sum") == (3 if head else 0)
     assert kinds.count("upsample") == 4
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("head", HEADS, ids=str)
 def test_a_step_by_itself_gives_the_shape_and_layout_that_its_layer_gives_in_the_network(
-    small_spec: Spec, folded: bool
+    small_spec: Spec, head: dict[str, Any]
 ) -> None:
-    model = SegFormer(replace(small_spec, branch_dims=None) if folded else small_spec).eval()
+    model = SegFormer(replace(small_spec, **head)).eval()
     seen: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda _m, _x, out, name=name: seen.update({name: out}))

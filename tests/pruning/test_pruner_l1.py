@@ -3,6 +3,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from segprune.checkpoint import build, from_state_dict, load, save
 from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
+from segprune.pruning.costs import RateOf
 from segprune.pruning.groups import find_groups
 from segprune.pruning.prepare import stock_spec
 from segprune.pruning.pruner_l1 import L1Pruner
 from segprune.pruning.trace import width_of
-from segprune.spec import Spec, standard_spec
+from segprune.spec import Head, Spec, standard_spec
 from segprune.stats import count, layers
+from tests.dialects import reference
 
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -66,6 +70,36 @@ def test_the_parameters_fall_by_the_rate(variant: str, rate: float) -> None:
     assert count(pruned.spec, (160, 96)).macs == pytest.approx(macs(pruned, 160, 96), rel=1e-3)
     SegFormer(pruned.spec).load_state_dict(pruned.state_dict())
     assert_trains(pruned, 64, 96)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5])
+@pytest.mark.parametrize("rate_of", ["params", "macs"])
+def test_a_network_of_mmsegmentation_is_pruned_by_the_rate(
+    rate_of: RateOf, rate: float, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    model = build(from_state_dict(reference("mmseg", trained_like).state_dict()))
+    pruned = L1Pruner(model, rate, rate_of=rate_of).prune(X)
+    assert isinstance(pruned, SegFormer)
+    gone = {"params": removed(model, pruned), "macs": 1 - macs(pruned, 64, 64) / macs(model, 64, 64)}
+    assert gone[rate_of] == pytest.approx(rate, abs=0.01)
+    assert pruned.spec.head == "conv"
+    assert min(pruned.spec.branch_dims) < 256
+    assert count(pruned.spec, (160, 96)).macs == pytest.approx(macs(pruned, 160, 96), rel=1e-3)
+    save(pruned, tmp_path / "a.pth")
+    again = load(tmp_path / "a.pth")
+    assert again.spec == pruned.spec
+    assert torch.equal(again(X), pruned(X))
+    assert_trains(again, 64, 96)
+
+
+@pytest.mark.parametrize("option", ["keep_decoder", "uniform"])
+def test_what_a_conv_head_cannot_be_asked_is_refused(conv_model: SegFormer, option: str) -> None:
+    message = (
+        f"^{option} is for decode heads as published, and this network's has a BatchNorm and a ReLU in each branch; "
+        r"leave it out\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        L1Pruner(conv_model, 0.5, **{option: True})
 
 
 @pytest.mark.parametrize("keep_decoder", [False, True])
@@ -576,9 +610,10 @@ def test_nothing_is_warned_about_where_everything_can_be_cut(small_spec: Spec) -
     assert not warned
 
 
-def test_a_stock_network_is_counted_by_the_same_formula_when_traced(small_spec: Spec) -> None:
+@pytest.mark.parametrize("head", ["mlp", "conv"])
+def test_a_stock_network_is_counted_by_the_same_formula_when_traced(small_spec: Spec, head: Head) -> None:
     """The plan of a traced copy equals that of the formula: one channel more nowhere."""
-    model = fold_decoder(SegFormer(small_spec))
+    model = fold_decoder(SegFormer(replace(small_spec, head=head)))
     wrapped = Wrapped(model.spec)
     wrapped.net.load_state_dict(model.state_dict())
     stock, traced = L1Pruner(model, 0.5, round_to=1), L1Pruner(wrapped, 0.5, round_to=1)

@@ -26,14 +26,27 @@ def folded(small_model: SegFormer) -> SegFormer:
     return fold_decoder(small_model)
 
 
-_FOUND: dict[bool, tuple[Group, ...]] = {}  # tracing takes most of a second, and only the widths matter
+_FOUND: dict[tuple[str, bool], tuple[Group, ...]] = {}  # tracing takes most of a second, and only the widths matter
 
 
 def groups_of(model: SegFormer, *kinds: str) -> list[Group]:
-    if model.spec.folded not in _FOUND:
+    head = (model.spec.head, model.spec.folded)
+    if head not in _FOUND:
         x = torch.zeros(1, 3, 64, 64).to(model.decode_head.classifier.weight)
-        _FOUND[model.spec.folded] = find_groups(model, x, {STEM}, heads=True).groups
-    return [group for group in _FOUND[model.spec.folded] if group.kind in kinds]
+        _FOUND[head] = find_groups(model, x, {STEM}, heads=True).groups
+    return [group for group in _FOUND[head] if group.kind in kinds]
+
+
+HEADS = ("mlp", "folded", "conv")
+
+
+DenseOf = Callable[[str], SegFormer]
+
+
+@pytest.fixture
+def dense_of(small_model: SegFormer, conv_model: SegFormer) -> DenseOf:
+    """The small network with each kind of head."""
+    return {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}.__getitem__
 
 
 @torch.no_grad()
@@ -47,25 +60,24 @@ def states_equal(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(t, second.state_dict()[name]) for name, t in first.state_dict().items())
 
 
-@pytest.mark.parametrize("keep_decoder", [False, True])
-def test_where_nothing_is_cut_nothing_changes(
-    small_model: SegFormer, batches: list[Tensor], keep_decoder: bool
-) -> None:
-    dense = small_model if keep_decoder else fold_decoder(small_model)
+@pytest.mark.parametrize("head", HEADS)
+def test_where_nothing_is_cut_nothing_changes(dense_of: DenseOf, batches: list[Tensor], head: str) -> None:
+    dense = dense_of(head)
     repaired = repair(copy.deepcopy(dense), dense, [], Plan({}), batches)
     for name, tensor in dense.state_dict().items():
         torch.testing.assert_close(repaired.state_dict()[name], tensor, rtol=1e-8, atol=1e-8)
 
 
-CASES = [(False, (kind,)) for kind in (*KINDS[:-1], "head")]
-CASES += [(True, ("branch", "decoder")), *((keep_decoder, (*KINDS, "head")) for keep_decoder in (False, True))]
+CASES = [("folded", (kind,)) for kind in (*KINDS[:-1], "head")]
+CASES += [("mlp", ("branch", "decoder")), ("conv", ("branch",)), ("conv", ("decoder",))]
+CASES += [(head, (*KINDS, "head")) for head in HEADS]
 
 
-@pytest.mark.parametrize(("keep_decoder", "kinds"), CASES, ids=str)
+@pytest.mark.parametrize(("head", "kinds"), CASES, ids=str)
 def test_logits_come_nearer_to_the_dense_ones_on_images_never_seen(
-    small_model: SegFormer, batches: list[Tensor], keep_decoder: bool, kinds: tuple[str, ...]
+    dense_of: DenseOf, batches: list[Tensor], head: str, kinds: tuple[str, ...]
 ) -> None:
-    dense = small_model if keep_decoder else fold_decoder(small_model)
+    dense = dense_of(head)
     groups = groups_of(dense, *kinds)
     plan = plan_of(groups)
     pruned = cut_copy(dense, groups, plan)
@@ -117,6 +129,15 @@ def double_decoder(model: SegFormer) -> None:
 
 
 @torch.no_grad()
+def double_branches(model: SegFormer) -> None:
+    head = model.decode_head
+    for branch, norm in zip(head.branches, head.branch_norms, strict=True):
+        half = branch.out_features // 2
+        for tensor in (branch.weight, *(t for t in norm.state_dict().values() if t.dim())):
+            tensor[half:] = tensor[:half]
+
+
+@torch.no_grad()
 def double_reduction(model: SegFormer) -> None:
     """Half as many different reduced channels; gains stay as unequal as they are."""
     for module in model.modules():
@@ -137,17 +158,29 @@ MAKE_DEPENDENT: dict[str, Callable[[SegFormer], None]] = {
 
 @pytest.mark.parametrize("kind", MAKE_DEPENDENT)
 def test_dependent_channels_go_without_a_trace(folded: SegFormer, batches: list[Tensor], kind: str) -> None:
-    MAKE_DEPENDENT[kind](folded)
-    groups = groups_of(folded, kind)
+    check_dependent(folded, kind, MAKE_DEPENDENT[kind], batches)
+
+
+def test_dependent_channels_of_a_branch_with_batch_norm_go_without_a_trace(
+    conv_model: SegFormer, batches: list[Tensor]
+) -> None:
+    check_dependent(conv_model, "branch", double_branches, batches)
+
+
+def check_dependent(
+    dense: SegFormer, kind: str, make_dependent: Callable[[SegFormer], None], batches: list[Tensor]
+) -> None:
+    make_dependent(dense)
+    groups = groups_of(dense, kind)
     first_half = {
         g.name: tuple(p * g.slots + i for p in range(g.parts) for i in range(g.slots // 2 + (kind == "reduction")))
         for g in groups
     }
     plan = Plan(first_half)
-    pruned = cut_copy(folded, groups, plan)
-    repaired = repair(pruned, folded, groups, plan, batches, damping=1e-8)
-    assert error(pruned, folded, batches) > 1e-3
-    assert error(repaired, folded, batches) < 1e-5
+    pruned = cut_copy(dense, groups, plan)
+    repaired = repair(pruned, dense, groups, plan, batches, damping=1e-8)
+    assert error(pruned, dense, batches) > 1e-3
+    assert error(repaired, dense, batches) < 1e-5
 
 
 @torch.no_grad()
@@ -209,21 +242,27 @@ def test_the_reader_of_what_was_cut_says_more_nearly_what_it_said(
         assert after < before
 
 
-def test_the_logits_do_not_move_when_the_statistics_of_batch_norm_do(folded: SegFormer, batches: list[Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("head", "name"), [("folded", "norm"), ("conv", "norm"), ("conv", "branch_norms.0"), ("conv", "branch_norms.3")]
+)
+def test_the_logits_do_not_move_when_the_statistics_of_batch_norm_do(
+    dense_of: DenseOf, batches: list[Tensor], head: str, name: str
+) -> None:
     """Behind the repair BatchNorm's running statistics are off those of the images by as much as they were before."""
-    groups = groups_of(folded, "stage")
+    dense = dense_of(head)
+    groups = groups_of(dense, "stage")
     plan = plan_of(groups, 0.4)
-    pruned = cut_copy(folded, groups, plan)
-    repaired = repair(pruned, folded, groups, plan, batches, damping=1e-9)
+    pruned = cut_copy(dense, groups, plan)
+    repaired = repair(pruned, dense, groups, plan, batches, damping=1e-9)
     observed = []
-    for model in (folded, repaired):
+    for model in (dense, repaired):
         seen: list[Tensor] = []
-        model.decode_head.norm.register_forward_pre_hook(lambda m, inputs, seen=seen: seen.append(inputs[0].clone()))
+        norm = model.decode_head.get_submodule(name)
+        norm.register_forward_pre_hook(lambda m, inputs, seen=seen: seen.append(inputs[0].clone()))
         with torch.no_grad():
             for x in batches:
                 model(x)
         rows = torch.cat([x.movedim(1, -1).flatten(0, -2) for x in seen])
-        norm = model.decode_head.norm
         observed.append((rows.mean(0) - norm.running_mean, rows.var(0, correction=0) / norm.running_var))
     (shift, ratio), (new_shift, new_ratio) = observed
     torch.testing.assert_close(new_shift, shift)

@@ -39,7 +39,8 @@ def zero_channels(model: SegFormer, groups: list[Group], plan: Plan) -> None:
             case "decoder":
                 zero_rows(owner.norm, gone)
             case "branch":
-                zero_rows(model.get_submodule(group.name), gone)
+                norm = group.name.replace("branches", "branch_norms")  # of a head that has some
+                zero_rows(model.get_submodule(norm if model.spec.head == "conv" else group.name), gone)
             case _:
                 raise AssertionError(group.kind)
 
@@ -68,21 +69,27 @@ def test_cutting_equals_zeroing(small_model: SegFormer, kinds: set[str]) -> None
     assert (pruned(x) - zeroed).abs().max() <= 1e-10
 
 
-def test_cutting_equals_zeroing_in_a_head_that_is_not_folded(small_model: SegFormer) -> None:
-    groups = groups_of(small_model, {"branch", "decoder", "ffn"})
+@pytest.mark.parametrize("head", ["mlp", "conv"])
+def test_cutting_equals_zeroing_in_a_head_that_is_not_folded(
+    small_model: SegFormer, conv_model: SegFormer, head: str
+) -> None:
+    model = {"mlp": small_model, "conv": conv_model}[head]
+    groups = groups_of(model, {"branch", "decoder", "ffn"})
     plan = plan_of(groups)
-    pruned = cut_copy(small_model, groups, plan)
-    zero_channels(small_model, groups, plan)
+    pruned = cut_copy(model, groups, plan)
+    zero_channels(model, groups, plan)
     x = torch.randn(2, 3, 64, 64).double()
-    assert (pruned(x) - small_model(x)).abs().max() <= 1e-10
+    assert (pruned(x) - model(x)).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("head", ["mlp", "folded", "conv"])
 @pytest.mark.parametrize(
     "kinds", [{"reduction"}, {"stage"}, {"stage", "reduction", "ffn", "qk", "v", "head", "decoder", "branch"}]
 )
-def test_a_cut_network_is_what_its_spec_builds(small_model: SegFormer, kinds: set[str], folded: bool) -> None:
-    model = fold_decoder(small_model) if folded else small_model
+def test_a_cut_network_is_what_its_spec_builds(
+    small_model: SegFormer, conv_model: SegFormer, kinds: set[str], head: str
+) -> None:
+    model = {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}[head]
     groups = groups_of(model, kinds)
     pruned = cut_copy(model, groups, plan_of(groups))
     assert pruned.spec != model.spec

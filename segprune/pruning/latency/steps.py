@@ -109,14 +109,19 @@ def _head_steps(
     spec: Spec, rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: tuple[int, int, int]
 ) -> Iterator[Step]:
     batch, height, width = whole[0], *maps[0]
+    concatenated = "decode_head.fuse" in rows
     for i, (h, w) in enumerate(maps):
-        branch = f"decode_head.branches.{i}"
-        yield _product(rows, "linear", (batch, h * w), branch)
+        last = f"decode_head.branches.{i}"
+        yield _product(rows, "linear", (batch, h * w), last)
+        if spec.head == "conv":
+            yield _plain(rows, "activation", (batch, h, w), f"decode_head.branch_norms.{i}")
+            last = f"decode_head.fuses.{i}"
+            yield _product(rows, "linear", (batch, h * w), last)
         if (h, w) != maps[0]:
-            yield _plain(rows, "upsample", (batch, h, w, height, width), branch)
-        if spec.folded and i > 0:
-            yield _plain(rows, "sum", (batch, height * width), branch)
-    if not spec.folded:
+            yield _plain(rows, "upsample", (batch, h, w, height, width), last)
+        if i > 0 and not concatenated:
+            yield _plain(rows, "sum", (batch, height * width), last)
+    if concatenated:
         fuse = rows["decode_head.fuse"]
         yield Step(Shape("concat", (batch, height, width), (fuse.in_dim,)), ((fuse.name, 0),))
         yield _product(rows, "pointwise", (batch, height, width), fuse.name)

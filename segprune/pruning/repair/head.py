@@ -1,6 +1,6 @@
 """The decode head re-solved: what is fused, together for all stages on the sum; BatchNorm; classifier.
 
-Branches that are not folded come first, each by itself. BatchNorm takes the mean shift, as in "Data-Free Quantization
+Branches that are not folded come first, each by itself. A BatchNorm takes the mean shift, as in "Data-Free Quantization
 Through Weight Equalization and Bias Correction" (arXiv 1906.04721), and its variance moves with that of what is fused,
 the gain making up for it: the logits stay, and training goes on from statistics that are true.
 """
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from segprune.model import DecodeHead, to_map, to_tokens
+from segprune.model import DecodeHead, to_tokens
 from segprune.pruning.repair.basis import Reads
 from segprune.pruning.repair.layers import Pairs, Removed, assign, fit_layer, flat, kept
-from segprune.pruning.repair.moments import Moments, fit
+from segprune.pruning.repair.moments import Moments, Rows, fit
 
 POSITIONS = 2**15  # of all images' quarter-size maps are looked at; neighbours there say much the same
 Maps = list[Tensor]  # one per stage, 1 C H W
@@ -28,20 +28,17 @@ def repair_head(
     """In place; `maps` (one per stage, B C H W) are what both read, `into` how."""
     pairs = _Sampled(maps)
     stays = kept(removed, "decode_head.classifier", "in", dense.classifier)
-    weights = [how.columns(branch.weight).double() for how, branch in zip(into, _branches(dense), strict=True)]
-    if pruned.fuse is None or dense.fuse is None:
-        weight = torch.cat(weights, dim=1)[stays]
+    weights = [how.columns(branch.weight).double() for how, branch in zip(into, _layers(dense.branches), strict=True)]
+    if dense.fuse is None and dense.fuses is None:
+        weight = torch.cat(weights, dim=1)
     else:
         _repair_branches(dense, pruned, weights, removed, maps, damping)
-        weight = dense.fuse.weight.flatten(1)[stays][:, kept(removed, "decode_head.fuse", "in", dense.fuse)].double()
-    moments, variance = _moments(dense, pruned, stays, pairs)
-    weight, bias = moments.solve(weight, damping)
+        weight = _fuse_columns(dense, removed)
+    moments, variance = _observed(_fused_rows(dense, pruned, stays, pairs))
+    weight, bias = moments.solve(weight[stays], damping)
     _assign_fused(pruned, weight)
-    _move_statistics(dense.norm, pruned.norm, stays, bias, variance, (weight @ moments.covariances[0] * weight).sum(1))
-    rows = (
-        (pairs.rows(pruned.act(pruned.norm(_fused(pruned, new)))), pairs.rows(_logits(dense, old)))
-        for old, new in pairs
-    )
+    _move_statistics(dense.norm, pruned.norm, stays, bias, variance, _spread(weight, moments))
+    rows = ((pairs.rows(pruned.act(pruned.norm(pruned.fused(new)))), pairs.rows(dense(old))) for old, new in pairs)
     fit_layer(pruned.classifier, rows, dense.classifier.weight[:, stays], damping)
 
 
@@ -68,41 +65,46 @@ class _Sampled:
         return flat(to_tokens(maps))[::stride]
 
 
-def _branches(head: DecodeHead) -> list[nn.Linear]:
-    return [branch for branch in head.branches if isinstance(branch, nn.Linear)]
+def _layers(products: nn.ModuleList) -> list[nn.Linear]:
+    return [product for product in products if isinstance(product, nn.Linear)]
 
 
-def _resized(maps: Maps) -> Maps:
-    return [DecodeHead._resize(x, maps[0].shape[2:]) for x in maps]
+def _fuse_columns(dense: DecodeHead, removed: Removed) -> Tensor:
+    """What fuses the branches, D by all their channels that stay, in the order of `_read`."""
+    if dense.fuses is None:
+        assert dense.fuse is not None
+        return dense.fuse.weight.flatten(1)[:, kept(removed, "decode_head.fuse", "in", dense.fuse)].double()
+    fuses = enumerate(_layers(dense.fuses))
+    columns = [fuse.weight[:, kept(removed, f"decode_head.fuses.{i}", "in", fuse)] for i, fuse in fuses]
+    return torch.cat(columns, dim=1).double()
 
 
-def _branched(head: DecodeHead, maps: Maps) -> Maps:
-    return _resized([to_map(b(to_tokens(x)), *x.shape[2:]) for b, x in zip(_branches(head), maps, strict=True)])
+def _read(head: DecodeHead, maps: Maps) -> Tensor:
+    """What is fused, upsampled and side by side."""
+    if head.fuse is not None or head.fuses is not None:
+        maps = [head.hidden(i, x) for i, x in enumerate(maps)]
+    resized = [DecodeHead._resize(x, maps[0].shape[2:]) for x in maps]
+    return torch.cat(resized if head.fuse is None else resized[::-1], dim=1)
 
 
-def _fused(head: DecodeHead, maps: Maps) -> Tensor:
-    branched = _branched(head, maps)
-    if head.fuse is None:
-        return branched[0] + branched[1] + branched[2] + branched[3]
-    fused: Tensor = head.fuse(torch.cat(branched[::-1], dim=1))
-    return fused
-
-
-def _logits(head: DecodeHead, maps: Maps) -> Tensor:
-    logits: Tensor = head.classifier(head.act(head.norm(_fused(head, maps))))
-    return logits
-
-
-def _moments(dense: DecodeHead, pruned: DecodeHead, stays: Tensor, pairs: _Sampled) -> tuple[Moments, Tensor]:
-    """Of what is fused, upsampled and side by side, with the dense sum's channels that stay; and these' variance."""
-    moments = Moments()
-    squares = torch.zeros(len(stays), dtype=torch.float64, device=stays.device)
+def _fused_rows(dense: DecodeHead, pruned: DecodeHead, stays: Tensor, pairs: _Sampled) -> Rows:
+    """What the pruned head fuses, with the dense sum's channels that stay."""
     for old, new in pairs:
-        parts = _resized(new) if pruned.fuse is None else _branched(pruned, new)[::-1]
-        wanted = pairs.rows(_fused(dense, old))[:, stays]
-        moments.add(pairs.rows(torch.cat(parts, dim=1)), wanted)
-        squares += wanted.double().square().sum(0)
+        yield pairs.rows(_read(pruned, new)), pairs.rows(dense.fused(old))[:, stays]
+
+
+def _observed(rows: Rows) -> tuple[Moments, Tensor]:
+    """The moments of rows of what is read and what is wanted, and the variance of the latter."""
+    moments, squares = Moments(), torch.zeros(())
+    for x, y in rows:
+        moments.add(x, y)
+        squares = squares + y.double().square().sum(0)
     return moments, squares / moments.count - moments.means[1].square()
+
+
+def _spread(weight: Tensor, moments: Moments) -> Tensor:
+    """The variance of what the product says."""
+    return (weight @ moments.covariances[0] * weight).sum(1)
 
 
 @torch.no_grad()
@@ -110,19 +112,31 @@ def _assign_fused(pruned: DecodeHead, weight: Tensor) -> None:
     if pruned.fuse is not None:
         pruned.fuse.weight.copy_(weight.view_as(pruned.fuse.weight))
         return
-    widths = [branch.in_features for branch in _branches(pruned)]
-    for branch, columns in zip(_branches(pruned), weight.split(widths, dim=1), strict=True):
-        branch.weight.copy_(columns)
+    products = _layers(pruned.branches if pruned.fuses is None else pruned.fuses)
+    widths = [product.in_features for product in products]
+    for product, columns in zip(products, weight.split(widths, dim=1), strict=True):
+        product.weight.copy_(columns)
 
 
+@torch.no_grad()
 def _repair_branches(
     dense: DecodeHead, pruned: DecodeHead, weights: list[Tensor], removed: Removed, maps: list[Pairs], damping: float
 ) -> None:
-    zipped = zip(_branches(dense), _branches(pruned), weights, maps, strict=True)
+    """Each for what the dense one says; where a BatchNorm follows, that takes the bias and the change of variance."""
+    zipped = zip(_layers(dense.branches), _layers(pruned.branches), weights, maps, strict=True)
     for i, (old, new, weight, pairs) in enumerate(zipped):
         stays = kept(removed, f"decode_head.branches.{i}", "out", old)
         rows = ((flat(to_tokens(x)), flat(old(to_tokens(x_dense))[..., stays])) for x_dense, x in pairs)
-        assign(new, *fit(rows, weight[stays], damping))
+        if dense.branch_norms is None or pruned.branch_norms is None:
+            assign(new, *fit(rows, weight[stays], damping))
+            continue
+        moments, variance = _observed(rows)
+        found, bias = moments.solve(weight[stays], damping)
+        new.weight.copy_(found)
+        norm, new_norm = dense.branch_norms[i], pruned.branch_norms[i]
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(new_norm, nn.BatchNorm2d)
+        _move_statistics(norm, new_norm, stays, bias, variance, _spread(found, moments))
 
 
 @torch.no_grad()

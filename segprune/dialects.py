@@ -1,0 +1,201 @@
+"""Who writes checkpoints: the names and numerics of each code base, and how to tell them apart.
+
+A dialect is nvlabs (the paper's authors), bubbliiiing, hf (transformers), smp (segmentation_models_pytorch), mmseg
+(mmsegmentation 1.x) or segprune. Names and numerics are those of the published checkpoints and of the libraries that
+write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from segprune.spec import Head, Numerics
+
+NUMERICS = {
+    "nvlabs": Numerics(),
+    "bubbliiiing": Numerics(gelu="tanh", bn_eps=1e-3, bn_momentum=0.03, align_corners=True),
+    "hf": Numerics(norm_eps=1e-5, head_dropout_kind="plain"),
+    "smp": Numerics(head_dropout=0.0, align_corners=True),  # no dropout, and its head ends in nn.UpsamplingBilinear2d
+    "mmseg": Numerics(embed_norm_eps=1e-6),
+}
+CONV_DECODER_DIM = 256  # of mmsegmentation's heads, whatever the variant
+HEADS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
+DIALECTS = ("segprune", *NUMERICS)
+NUM_STAGES = 4
+
+# ours: nvlabs (also bubbliiiing and smp), hf on disk, hf in memory from 5.9 on, mmseg; stages {i} from 0, {s} from 1
+_PARTS = {
+    "patch_embed.proj": (
+        "patch_embed{s}.proj",
+        "patch_embeddings.{i}.proj",
+        "stages.{i}.patch_embeddings.proj",
+        "layers.{i}.0.projection",
+    ),
+    "patch_embed.norm": (
+        "patch_embed{s}.norm",
+        "patch_embeddings.{i}.layer_norm",
+        "stages.{i}.patch_embeddings.layer_norm",
+        "layers.{i}.0.norm",
+    ),
+    "norm": ("norm{s}", "layer_norm.{i}", "stages.{i}.layer_norm", "layers.{i}.2"),
+}
+_BLOCKS = ("block{s}.", "block.{i}.", "stages.{i}.blocks.", "layers.{i}.1.")
+_BLOCK_PARTS = {
+    "norm1": ("norm1", "layer_norm_1", "layernorm_before", "norm1"),
+    "attn.qkv": ("", "", "", "attn.attn.in_proj"),
+    "attn.q": ("attn.q", "attention.self.query", "attention.q_proj", ""),
+    "attn.kv": ("attn.kv", "", "", ""),
+    "attn.k": ("", "attention.self.key", "attention.k_proj", ""),
+    "attn.v": ("", "attention.self.value", "attention.v_proj", ""),
+    "attn.proj": ("attn.proj", "attention.output.dense", "attention.o_proj", "attn.attn.out_proj"),
+    "attn.sr": ("attn.sr", "attention.self.sr", "attention.sequence_reduction.sequence_reduction", "attn.sr"),
+    "attn.norm": ("attn.norm", "attention.self.layer_norm", "attention.sequence_reduction.layer_norm", "attn.norm"),
+    "norm2": ("norm2", "layer_norm_2", "layernorm_after", "norm2"),
+    "mlp.fc1": ("mlp.fc1", "mlp.dense1", "mlp.fc1", "ffn.layers.0"),
+    "mlp.dwconv": ("mlp.dwconv.dwconv", "mlp.dwconv.dwconv", "mlp.dwconv.dwconv", "ffn.layers.1"),
+    "mlp.fc2": ("mlp.fc2", "mlp.dense2", "mlp.fc2", "ffn.layers.4"),
+}
+_REDUCTION = ("attn.sr", "attn.norm")  # the last stage has none
+# one layer of theirs that holds several of ours, in this order, side by side in this dimension of the weight
+JOINED = {
+    "attn.kv": (("attn.k", "attn.v"), 0),
+    "attn.qkv": (("attn.q", "attn.k", "attn.v"), 0),
+    "decode_head.fuses": (tuple(f"decode_head.fuses.{i}" for i in range(NUM_STAGES)), 1),
+}
+
+
+def _head(branch: str, *rest: str) -> dict[str, str]:
+    """Our names -> theirs: the branches of the stages, then fuse, norm and classifier."""
+    names = {f"decode_head.branches.{i}": branch.format(i=i, s=i + 1, r=3 - i) for i in range(NUM_STAGES)}
+    return names | dict(zip(("decode_head.fuse", "decode_head.norm", "decode_head.classifier"), rest, strict=True))
+
+
+_FUSE = "decode_head.linear_fuse"
+_NVLABS_HEAD = _head("decode_head.linear_c{s}.proj", f"{_FUSE}.conv", f"{_FUSE}.bn", "decode_head.linear_pred")
+_SMP_HEAD = _head("decoder.mlp_stage.{r}.linear", "decoder.fuse_stage.0", "decoder.fuse_stage.1", "segmentation_head.0")
+_MMSEG_HEAD = _head(
+    "decode_head.convs.{i}.conv", "decode_head.fusion_conv.conv", "decode_head.fusion_conv.bn", "decode_head.conv_seg"
+)
+_MMSEG_HEAD["decode_head.fuses"] = _MMSEG_HEAD.pop("decode_head.fuse")
+_MMSEG_HEAD |= {f"decode_head.branch_norms.{i}": f"decode_head.convs.{i}.bn" for i in range(NUM_STAGES)}
+_MMSEG_POINTWISE = (
+    "mlp.fc1",
+    "mlp.fc2",
+    "decode_head.fuses",
+    *(f"decode_head.branches.{i}" for i in range(NUM_STAGES)),
+)
+_HF_REST = (_FUSE, "decode_head.batch_norm", "decode_head.classifier")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to name a network: a prefix, a column of the tables above, the decode head (empty: a bare backbone).
+
+    `extras` begin the names of what no network uses. `pointwise` end our names of linear layers that are 1×1
+    convolutions there.
+    """
+
+    dialect: str
+    prefix: str
+    column: int
+    head: Mapping[str, str]
+    extras: tuple[str, ...] = ()
+    pointwise: tuple[str, ...] = ()
+
+
+LAYOUTS = (
+    Layout("nvlabs", "backbone.", 0, _NVLABS_HEAD, extras=("decode_head.conv_seg.",)),
+    Layout("nvlabs", "", 0, {}),
+    Layout("smp", "encoder.", 0, _SMP_HEAD),
+    Layout("hf", "segformer.encoder.", 1, _head("decode_head.linear_c.{i}.proj", *_HF_REST)),
+    Layout("hf", "encoder.", 1, {}),
+    Layout("hf", "segformer.", 2, _head("decode_head.linear_projections.{i}.proj", *_HF_REST)),
+    Layout("hf", "", 2, {}),
+    Layout("mmseg", "backbone.", 3, _MMSEG_HEAD, pointwise=_MMSEG_POINTWISE),
+    Layout("mmseg", "", 3, {}, pointwise=_MMSEG_POINTWISE),
+)
+_HEADS = ("decode_head.", "decoder.", "segmentation_head.")
+_IMAGE_CLASSIFIERS = ("head.", "classifier.")  # on a bare backbone: nvlabs, hf
+
+
+def detect(keys: Collection[str], wrapper: Collection[str] = (), dialect: str | None = None) -> tuple[str, str | None]:
+    """The dialect of a state dict's keys, and a note if it had to be assumed.
+
+    `wrapper` are the keys around the state dict in its file. `dialect` overrules what was assumed; ValueError if
+    the names are not of that dialect, or of no SegFormer.
+    """
+    if dialect is not None and dialect not in DIALECTS:
+        raise ValueError(f"Unknown dialect {dialect!r}; choose one of {', '.join(DIALECTS)}.")
+    found, note = _recognise(keys, wrapper)
+    if dialect is None:
+        return found, note
+    allowed = ("nvlabs", "bubbliiiing") if found in ("nvlabs", "bubbliiiing") else (found,)
+    if dialect not in allowed:
+        names = " or ".join(allowed)
+        raise ValueError(f"The names are of {names}, but --dialect {dialect} was given; leave it out or give {names}.")
+    return dialect, None
+
+
+def _recognise(keys: Collection[str], wrapper: Collection[str]) -> tuple[str, str | None]:
+    if "encoder.stages.0.patch_embed.proj.weight" in keys:
+        return "segprune", None
+    layout = find_layout(keys)
+    if layout.dialect != "nvlabs":
+        return layout.dialect, None
+    if not layout.head:
+        return "nvlabs", "The backbone's names fit nvlabs and bubbliiiing; nvlabs was assumed (--dialect overrules)."
+    if not {"meta", "state_dict"}.isdisjoint(wrapper) or any(key.startswith(layout.extras) for key in keys):
+        return "nvlabs", None
+    return "bubbliiiing", "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (--dialect overrules)."
+
+
+def find_layout(keys: Collection[str]) -> Layout:
+    """The layout whose first patch embedding is there; without its head if the keys have none."""
+    for layout in LAYOUTS:
+        if f"{layout.prefix}{_PARTS['patch_embed.proj'][layout.column].format(i=0, s=1)}.weight" in keys:
+            if any(key.startswith(_HEADS) for key in keys):
+                return layout
+            return replace(layout, head={}, extras=_IMAGE_CLASSIFIERS)
+    raise ValueError(
+        "This is not a SegFormer: expected keys such as backbone.patch_embed1.proj.weight or "
+        f"segformer.encoder.patch_embeddings.0.proj.weight, found {listed(keys)}; give a SegFormer's checkpoint."
+    )
+
+
+def layer_names(layout: Layout, keys: Iterable[str], ours_in: bool = False) -> dict[str, str]:
+    """Our name of each layer -> theirs, with as many blocks as `keys` have, which are theirs or ours."""
+    names = dict(layout.head)
+    for i in range(NUM_STAGES):
+        ours, column = f"encoder.stages.{i}.", layout.column
+        blocks = layout.prefix + _BLOCKS[column].format(i=i, s=i + 1)
+        for part, theirs in _PARTS.items():
+            names[ours + part] = layout.prefix + theirs[column].format(i=i, s=i + 1)
+        for j in range(count_blocks(keys, f"{ours}blocks." if ours_in else blocks)):
+            for part, theirs in _BLOCK_PARTS.items():
+                if theirs[column] and not (i == NUM_STAGES - 1 and part in _REDUCTION):
+                    names[f"{ours}blocks.{j}.{part}"] = f"{blocks}{j}.{theirs[column]}"
+    return names
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Layer and tensor: nn.MultiheadAttention's in_proj_weight and in_proj_bias are those of a layer in_proj.
+
+    >>> split_key("attn.in_proj_weight"), join_key("attn.in_proj", "weight")
+    (('attn.in_proj', 'weight'), 'attn.in_proj_weight')
+    """
+    layer, _, tensor = key.replace(".in_proj_", ".in_proj.").rpartition(".")
+    return layer, tensor
+
+
+def join_key(layer: str, tensor: str) -> str:
+    return f"{layer}{'_' if layer.endswith('.in_proj') else '.'}{tensor}"
+
+
+def count_blocks(keys: Iterable[str], stem: str) -> int:
+    return len({key[len(stem) :].split(".")[0] for key in keys if key.startswith(stem)})
+
+
+def listed(keys: Collection[str]) -> str:
+    shown = ", ".join(list(keys)[:3])
+    return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown or "none"
