@@ -219,10 +219,10 @@ def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype=f"{dtype.order}{dtype.code}")[0].item()
 
 
-class _Unread:
-    """Stands in for what mmengine's training leaves beside the weights, its logs and their arrays: keeps nothing."""
+class NumpyArray:
+    """Stands in for NumPy's arrays, and for the logs of them that mmengine leaves beside weights: keeps nothing."""
 
-    def __new__(cls, *_: object) -> _Unread:
+    def __new__(cls, *_: object) -> NumpyArray:
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
@@ -230,10 +230,10 @@ class _Unread:
 
 
 _STAND_INS: list[Any] = [
-    (_Unread, "mmengine.logging.history_buffer.HistoryBuffer"),
-    (_Unread, "numpy.ndarray"),
-    (_Unread, "numpy.core.multiarray._reconstruct"),
-    (_Unread, "numpy._core.multiarray._reconstruct"),
+    (NumpyArray, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (NumpyArray, "numpy.ndarray"),
+    (NumpyArray, "numpy.core.multiarray._reconstruct"),
+    (NumpyArray, "numpy._core.multiarray._reconstruct"),
     (_NumpyDtype, "numpy.dtype"),
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),

@@ -246,6 +246,12 @@ def test_what_is_no_segformer_is_refused_with_what_it_is(content: Any, message: 
         read(tmp_path / "a.pth")
 
 
+def test_a_numpy_array_among_the_weights_is_refused_by_name(bare: Any, tmp_path: Path) -> None:
+    torch.save(bare | {"backbone.norm1.bias": np.zeros(32, dtype=np.float32)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"backbone\.norm1\.bias is a NumpyArray, not a tensor"):
+        load(tmp_path / "a.pth")
+
+
 def test_what_is_no_float_tensor_is_refused_by_name(bare: Any) -> None:
     with pytest.raises(ValueError, match=r"backbone\.norm1\.bias is a list, not a tensor; give a plain state dict"):
         from_state_dict(bare | {"backbone.norm1.bias": [0.0]})
