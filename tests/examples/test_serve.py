@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import runpy
 import shutil
 import socket
@@ -31,15 +30,14 @@ import app as serving
 from pictures import read_picture
 from segmenter import Segmenter, open_segmenter
 from segprune.checkpoint import save
-from segprune.data import MEAN, STD, draw_shapes, load_image, voc_palette
+from segprune.data import draw_shapes, load_image, voc_palette
 from segprune.export import export, open_exported
-from segprune.export.manifest import Manifest
 from segprune.training.inference import EvalMode, Network, label_maps, prepare
 from tests.commands import done
+from tests.examples.drawn import SIZE, WEIGHT, drawn
 from tests.exporting import tiny_network
 
 FOLDER = Path(serving.__file__).parent
-SIZE = (64, 96)
 CLASSES = ("sky", "road", "tree", "car", "person")
 PALETTE = tuple(number * 7 % 256 for number in range(768))
 SMALL = serving.Settings(max_megabytes=1, max_megapixels=1)
@@ -160,38 +158,6 @@ def evaluated(network: Network, picture: Image.Image, shape: tuple[int, int]) ->
     """As `segprune eval` chooses the classes."""
     how = EvalMode(input_shape=shape)
     return label_maps(network, [prepare(np.asarray(picture), how)], how)[0].numpy()
-
-
-WEIGHT = np.random.default_rng(0).normal(size=(5, 3, 1, 1)).astype(np.float32)
-
-
-def drawn(path: Path, weight: np.ndarray = WEIGHT, baked: bool = False, **said: Any) -> str:
-    """A file whose logits are a product of each pixel's colours; of any size, or 2 x 64 x 96 with all baked in."""
-    helper, types = onnx.helper, onnx.TensorProto
-    numbers = {"weight": weight, "mean": np.array(MEAN, np.float32), "std": np.array(STD, np.float32)}
-    steps = [("Conv", ["images", "weight"], "logits", {})]
-    source, result = ("images", types.FLOAT, ["b", 3, "h", "w"]), ("logits", types.FLOAT, ["b", len(weight), "h", "w"])
-    if baked:
-        source, result = ("pixels", types.UINT8, [2, *SIZE, 3]), ("classes", types.UINT8, [2, *SIZE])
-        steps = [
-            ("Cast", ["pixels"], "float", {"to": types.FLOAT}),
-            ("Sub", ["float", "mean"], "centred", {}),
-            ("Div", ["centred", "std"], "scaled", {}),
-            ("Transpose", ["scaled"], "images", {"perm": [0, 3, 1, 2]}),
-            *steps,
-            ("ArgMax", ["logits"], "highest", {"axis": 1, "keepdims": 0}),
-            ("Cast", ["highest"], "classes", {"to": types.UINT8}),
-        ]
-    nodes = [helper.make_node(kind, inputs, [output], **how) for kind, inputs, output, how in steps]
-    ends = [[helper.make_tensor_value_info(*end)] for end in (source, result)]
-    kept = [onnx.numpy_helper.from_array(value, name) for name, value in numbers.items()]
-    graph = helper.make_graph(nodes, "it", *ends, kept)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    shape = (2, *SIZE) if baked else None
-    text = Manifest("b0", len(weight), "onnx", "fp32", shape, preprocess=baked, argmax=baked).text
-    helper.set_model_props(model, {"segprune": json.dumps(json.loads(text) | said)})
-    onnx.save(model, path)
-    return str(path)
 
 
 def test_classes_and_preprocessing_in_the_file_give_what_eval_scores(tmp_path: Path) -> None:
