@@ -6,18 +6,21 @@ import os
 from pathlib import Path
 
 from segprune.convert import NUMERICS, from_ours
-from segprune.files import PICKLES, save_record
+from segprune.files import PICKLES, atomic_files, save_record
 from segprune.fold import unfold_decoder
+from segprune.formats.verify import Written, file_reader, written
+from segprune.huggingface import HEADS
 from segprune.model import SegFormer
 from segprune.spec import VARIANTS, Spec, standard_spec
 from segprune.uniform import uniform_problem, with_numerics
 
 
-def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> tuple[str, ...]:
-    """Write a .pth, .pt or .bin file that `dialect`'s own code loads, and return notes for whoever will use it.
+def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> Written:
+    """Write a .pth, .pt or .bin file that `dialect`'s own code loads, read it again and keep it if the logits agree.
 
-    nvlabs: {"meta", "state_dict"}, as its training leaves it; bubbliiiing: the bare state dict. A folded head is
-    unfolded. ValueError for another ending, for a network that their classes cannot hold, and for another GELU.
+    nvlabs: {"meta", "state_dict"}, as its training leaves it, the meta saying the heads of a pruned network;
+    bubbliiiing: the bare state dict. A folded head is unfolded. ValueError for another ending, for a network that their
+    classes cannot hold, for another GELU, and for logits that differ.
     """
     path = Path(path)
     if path.suffix not in PICKLES:
@@ -33,11 +36,15 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
     whole = unfold_decoder(model)
     state, spec = with_numerics(whole.state_dict(), whole.spec, NUMERICS[dialect])
     named = {name: tensor.detach().cpu().clone() for name, tensor in from_ours(state, spec, dialect).items()}
-    save_record({"meta": {}, "state_dict": named} if dialect == "nvlabs" else named, path)
-    return tuple(_notes(whole.spec, dialect))
+    heads = [stage.blocks[0].num_heads for stage in spec.stages]
+    meta = {} if _is_standard(spec) else {"hidden_sizes": [stage.width for stage in spec.stages], HEADS: heads}
+    with atomic_files(path) as temporary:
+        save_record({"meta": meta, "state_dict": named} if dialect == "nvlabs" else named, temporary)
+        reader, alone = file_reader(temporary, dialect, heads)
+        return written(model, {"segprune": reader}, tuple(_notes(whole.spec, dialect, alone)))
 
 
-def _notes(spec: Spec, dialect: str) -> list[str]:
+def _notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
     notes = []
     if spec.numerics.align_corners != NUMERICS[dialect].align_corners:
         notes.append(
@@ -46,6 +53,8 @@ def _notes(spec: Spec, dialect: str) -> list[str]:
         )
     if not _is_standard(spec):
         notes.append(f"Build it with their base classes, not with a variant's: {_arguments(spec)}.")
+    if not readable:
+        notes.append("segprune itself cannot load the file, which does not say its heads; keep the checkpoint as well.")
     return notes
 
 
