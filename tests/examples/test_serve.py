@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import onnx
 import pytest
 import torch
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 import app as serving
@@ -53,10 +54,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def server(segmenter: Segmenter, settings: serving.Settings = SMALL) -> Iterator[httpx2.Client]:
-    """A client of a server that listens on a free port."""
+def listening_to(app: FastAPI) -> Iterator[httpx2.Client]:
+    """A client of a server on a free port."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(serving.create_app(segmenter, settings), log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -66,6 +67,10 @@ def server(segmenter: Segmenter, settings: serving.Settings = SMALL) -> Iterator
         server.should_exit = True
         thread.join()
         listening.close()
+
+
+def server(segmenter: Segmenter, settings: serving.Settings = SMALL) -> AbstractContextManager[httpx2.Client]:
+    return listening_to(serving.create_app(segmenter, settings))
 
 
 @pytest.fixture(scope="module")
@@ -419,8 +424,13 @@ def test_settings_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SEGPRUNE_MAX_MEGAPIXELS", "2")
     runpy.run_path(str(FOLDER / "app.py"), run_name="__main__")
     assert (started["host"], started["port"]) == ("127.0.0.1", 9)
-    app = serving.app_from({"SEGPRUNE_MODEL": model, "SEGPRUNE_MAX_MEGAPIXELS": "2", "HOME": "x"})
-    assert [route.path for route in app.routes] == [route.path for route in started["app"].routes]
+    with listening_to(started["app"]) as client:
+        assert client.get("/health").json()["input_shape"] == [64, 96]
+        assert refusal(sent(client, claimed(2000, 1001))) == (
+            413,
+            "The picture has more than the 2,000,000 pixels allowed; send a smaller one.",
+        )
+        assert opened(sent(client, encoded(photo()))).size == (130, 90)
 
 
 STARTED = (
