@@ -210,6 +210,8 @@ def _from_ours(data: Mapping[str, Any], dialect: str | None) -> Checkpoint:
 
 def _from_foreign(data: Any, dialect: str | None, num_classes: int | None, heads: Sequence[int] | None) -> Checkpoint:
     state_dict, wrapper = _unwrap(data)
+    if heads is None and isinstance(data.get("meta"), Mapping):
+        heads = stated_heads(data["meta"])  # of a pruned network in NVlabs' names: formats/names.py
     dialect, assumed = detect(state_dict.keys(), wrapper, dialect)
     if dialect == "segprune":
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segprune.dialects import (
     CONV_DECODER_DIM,
-    HEADS,
+    HEAD_KINDS,
     JOINED,
     LAYOUTS,
     NUM_STAGES,
@@ -78,9 +78,9 @@ def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dic
         raise ValueError(f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}.")
     if spec.folded:
         raise ValueError(f"The decode head is folded, which {dialect} cannot name; unfold it with segprune.fold first.")
-    if spec.head != HEADS[dialect]:
+    if spec.head != HEAD_KINDS[dialect]:
         kinds = {"mlp": "linear branches", "conv": "a BatchNorm and a ReLU in each branch"}
-        others = ", ".join(name for name, head in HEADS.items() if head == spec.head)
+        others = ", ".join(name for name, head in HEAD_KINDS.items() if head == spec.head)
         raise ValueError(
             f"The decode head has {kinds[spec.head]}, which {dialect} cannot name; write the names of {others}."
         )
@@ -172,7 +172,7 @@ def infer_spec(
             f"Its stage widths {_row(widths)} and depths {_row(depths)} are those of no variant ({known}); give the "
             "network as it was before another tool changed it, since weights alone do not tell its heads."
         )
-    decoder_dim = CONV_DECODER_DIM if HEADS[dialect] == "conv" else None
+    decoder_dim = CONV_DECODER_DIM if HEAD_KINDS[dialect] == "conv" else None
     if "decode_head.norm.weight" in ours:
         decoder_dim, num_classes = (ours[f"decode_head.{name}.weight"].shape[0] for name in ("norm", "classifier"))
     if num_classes is None:
@@ -181,7 +181,7 @@ def infer_spec(
             "or a whole network."
         )
     spec = standard_spec(variants[0], num_classes, numerics=NUMERICS[dialect], decoder_dim=decoder_dim)
-    spec = replace(spec, head=HEADS[dialect])
+    spec = replace(spec, head=HEAD_KINDS[dialect])
     if heads is None:
         return spec
     ffn_dims = [ours[f"encoder.stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(NUM_STAGES)]

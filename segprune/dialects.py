@@ -20,7 +20,7 @@ NUMERICS = {
     "mmseg": Numerics(embed_norm_eps=1e-6),
 }
 CONV_DECODER_DIM = 256  # of mmsegmentation's heads, whatever the variant
-HEADS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
+HEAD_KINDS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
 DIALECTS = ("segprune", *NUMERICS)
 NUM_STAGES = 4
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from segprune.checkpoint import load, read, save
+from segprune.convert import from_ours
 from segprune.data.transforms import normalise
 from segprune.dialects import NUMERICS
 from segprune.fold import fold_decoder
@@ -111,7 +113,7 @@ def test_a_uniformly_pruned_b0_is_one_for_stock_transformers_where_segprune_is_n
     assert isinstance(pruned, SegFormer)
     before, after = (count(model.spec, (64, 64)).parameters for model in (dense, pruned))
     assert 1 - after / before == pytest.approx(0.5, abs=0.02)
-    assert write_folder(pruned, tmp_path / "hf", class_names=CLASSES) == ()
+    assert write_folder(pruned, tmp_path / "hf", class_names=CLASSES).notes == ()
     x = torch.randn(1, 3, 64, 96)
     found = in_a_process_without_segprune(tmp_path / "hf", x, trusted=False)
     assert (found["class"], found["problems"]) == ("SegformerForSemanticSegmentation", [])
@@ -128,7 +130,7 @@ def test_any_other_network_goes_with_its_code_where_segprune_is_not(
     head: str, small_model: SegFormer, conv_model: SegFormer, tmp_path: Path
 ) -> None:
     model = fold_decoder(small_model.float()) if head == "mlp" else conv_model.float()
-    notes = write_folder(model, tmp_path / "hf", class_names=CLASSES)
+    notes = write_folder(model, tmp_path / "hf", class_names=CLASSES).notes
     assert len(notes) == 1
     if head == "mlp":
         reason = "block 0 of stage 1 has values of width 12 per head where the stage's width 16 asks for 16"
@@ -193,7 +195,7 @@ def test_a_dense_network_in_another_codes_names_has_that_codes_logits(
         with pytest.raises(ValueError, match=r"GELU where theirs is the .* one, which no weights make up for; choose"):
             write_file(model, path, dialect)
         return
-    assert write_file(fold_decoder(model), path, dialect) == ()
+    assert write_file(fold_decoder(model), path, dialect).notes == ()
     data = torch.load(path, weights_only=True)
     theirs = Reference("b0", 5, PUBLISHED[dialect]).eval()
     theirs.load_state_dict(data["state_dict"] if dialect == "nvlabs" else data)
@@ -215,7 +217,7 @@ def test_a_dense_network_of_mmsegmentation_comes_back_to_the_bit(
     assert read(tmp_path / "theirs.pth").dialect == "mmseg"
     model = load(tmp_path / "theirs.pth")
     save(model, tmp_path / "ours.pth")
-    assert write_file(load(tmp_path / "ours.pth"), tmp_path / "back.pth", "mmseg") == ()
+    assert write_file(load(tmp_path / "ours.pth"), tmp_path / "back.pth", "mmseg").notes == ()
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert back["meta"] == {}
     expected = theirs.state_dict()
@@ -235,7 +237,8 @@ def test_a_narrower_network_of_mmsegmentation_is_written_with_its_arguments(trai
     blocks = [tuple(replace(block, qk_scale=0.3) for block in stage.blocks) for stage in stages]
     spec = replace(spec, stages=tuple(replace(s, blocks=b) for s, b in zip(stages, blocks, strict=True)))
     model = network(trained_like, spec.numerics, spec)
-    (note,) = write_file(model, tmp_path / "a.pth", "mmseg")
+    note, own = write_file(model, tmp_path / "a.pth", "mmseg").notes
+    assert own.startswith("segprune itself cannot load the file, which does not say its heads")
     assert note == (
         "Build it with their base classes, not with a variant's: MixVisionTransformer(embed_dims=8, num_heads="
         "[1, 2, 5, 8], num_layers=[2, 2, 2, 2], mlp_ratio=2), SegformerHead(in_channels=[8, 16, 40, 64], channels=48)."
@@ -273,14 +276,92 @@ def test_a_decode_head_of_the_other_kind_is_refused_with_the_formats_that_have_i
 def test_what_a_user_has_to_set_in_the_other_code_is_noted(trained_like: Fill, tmp_path: Path) -> None:
     pruned = Pruner(network(trained_like, NUMERICS["smp"]), 0.5, uniform=True).prune()
     assert isinstance(pruned, SegFormer)
-    rims, classes = write_file(pruned, tmp_path / "a.pth", "nvlabs")
+    rims, classes = write_file(pruned, tmp_path / "a.pth", "nvlabs").notes
     assert rims.startswith("The network's last upsampling has align_corners=True and theirs False; set it there")
     widths = [stage.width for stage in pruned.spec.stages]
     assert classes.startswith(
         f"Build it with their base classes, not with a variant's: MixVisionTransformer(embed_dims={widths}"
     )
-    (rims,) = write_folder(pruned, tmp_path / "hf")
+    (rims,) = write_folder(pruned, tmp_path / "hf").notes
     assert "align_corners=True and that of transformers' image processor False" in rims
+
+
+def test_a_uniformly_pruned_network_in_nvlabs_names_is_read_again_and_in_bubbliiiings_cannot_be(
+    trained_like: Fill, tmp_path: Path
+) -> None:
+    pruned = Pruner(network(trained_like, NUMERICS["bubbliiiing"]), 0.5, uniform=True).prune()
+    assert isinstance(pruned, SegFormer)
+    written = write_file(pruned, tmp_path / "a.pth", "bubbliiiing")
+    assert (written.readers, len(written.notes)) == (("segprune",), 2)
+    assert 0 < written.difference < 1e-5
+    assert written.notes[1] == (
+        "segprune itself cannot load the file, which does not say its heads; keep the checkpoint as well."
+    )
+    with pytest.raises(ValueError, match="are those of no variant"):
+        read(tmp_path / "a.pth")
+
+    pruned = Pruner(network(trained_like, Numerics()), 0.5, uniform=True).prune()
+    assert isinstance(pruned, SegFormer)
+    assert len(write_file(pruned, tmp_path / "b.pth", "nvlabs").notes) == 1
+    back, x = read(tmp_path / "b.pth"), torch.randn(1, 3, 64, 96)
+    assert (back.dialect, back.notes) == ("nvlabs", ())
+    assert [s.width for s in back.spec.stages] == [s.width for s in pruned.spec.stages]
+    assert [s.blocks[0].num_heads for s in back.spec.stages] == [s.blocks[0].num_heads for s in pruned.spec.stages]
+    torch.testing.assert_close(logits(load(tmp_path / "b.pth"), x), logits(pruned, x), rtol=0, atol=1e-5)
+
+
+def test_what_is_written_is_compared_by_whoever_can_read_it(
+    trained_like: Fill, small_model: SegFormer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(trained_like, NUMERICS["nvlabs"])
+    written = write_folder(model.train(), tmp_path / "stock")
+    assert written.readers == ("segprune", f"transformers {transformers.__version__}")
+    assert 0 < written.difference < 1e-5
+    assert model.training
+    assert write_file(model, tmp_path / "a.pth", "nvlabs").readers == ("segprune",)
+    own = write_folder(small_model.float(), tmp_path / "own")
+    assert (own.readers, own.difference) == (("segprune",), 0)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert write_folder(model, tmp_path / "alone").readers == ("segprune",)
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_what_reads_back_with_other_logits_is_refused_and_not_kept(
+    factor: float, trained_like: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(trained_like, NUMERICS["nvlabs"])
+
+    def off(state: dict[str, Tensor], spec: Spec, dialect: str) -> dict[str, Tensor]:
+        return {name: tensor * factor for name, tensor in from_ours(state, spec, dialect).items()}
+
+    monkeypatch.setattr("segprune.formats.names.from_ours", off)
+    refusal = (
+        r"^Read again by segprune, the logits are off by .* is allowed, and nothing was kept; choose another format"
+    )
+    if factor != factor:  # caught as soon as it is read
+        refusal = "has NaN or infinite values"
+    with pytest.raises(ValueError, match=refusal):
+        write_file(model, tmp_path / "a.pth", "nvlabs")
+    monkeypatch.setattr("segprune.formats.huggingface.from_ours", off)
+    with pytest.raises(ValueError, match=refusal):
+        write_folder(model, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_transformers_logits_are_compared_too(
+    trained_like: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = SegformerForSemanticSegmentation.forward
+
+    def off(self: SegformerForSemanticSegmentation, *inputs: Any, **named: Any) -> Any:
+        out = forward(self, *inputs, **named)
+        out.logits = out.logits * 1.001
+        return out
+
+    monkeypatch.setattr(SegformerForSemanticSegmentation, "forward", off)
+    with pytest.raises(ValueError, match=r"^Read again by transformers [\d.]+, the logits are off by 1\.0e-03 of the"):
+        write_folder(network(trained_like, NUMERICS["hf"]), tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_their_classes_cannot_hold_is_refused_by_name(small_model: SegFormer, tmp_path: Path) -> None:

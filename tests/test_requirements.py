@@ -32,6 +32,7 @@ def pin(requirement: Requirement) -> str:
 RANGES = by_name([Requirement(line) for line in PROJECT["dependencies"]])
 PINS = by_name(requirements_in("requirements_pruning.txt"))
 DEV = by_name(requirements_in("requirements_dev.txt"))
+SERVING = requirements_in("examples/serve/requirements.txt")
 
 
 @pytest.mark.parametrize("requirement", [*PINS.values(), *DEV.values()], ids=str)
@@ -62,6 +63,12 @@ def test_what_an_extra_needs_is_tested_in_its_range() -> None:
     for extra in PROJECT["optional-dependencies"].values():
         for requirement in map(Requirement, extra):
             assert pin(DEV[canonicalize_name(requirement.name)]) in requirement.specifier
+
+
+def test_the_serving_example_is_tested_in_its_ranges_and_needs_nothing_heavy() -> None:
+    for requirement in SERVING:
+        assert pin((PINS | DEV)[canonicalize_name(requirement.name)]) in requirement.specifier
+    assert not {"torch", "segprune"} & {requirement.name for requirement in SERVING}
 
 
 def test_the_tests_run_on_what_a_clone_runs_on() -> None:

@@ -28,10 +28,11 @@ class ConvertConfig:
 
 
 def run(config: ConvertConfig, given: frozenset[str]) -> None:
-    """Write a checkpoint as a Hugging Face folder, or as a file of NVlabs', bubbliiiing's or mmsegmentation's code.
+    """Write a checkpoint for Hugging Face's, NVlabs', bubbliiiing's or mmsegmentation's code, and compare it.
 
     Weights are rewritten so that the other tool's numerics give the same logits. What its classes cannot hold goes
-    into a Hugging Face folder with code of its own, and is refused elsewhere.
+    into a Hugging Face folder with code of its own, and is refused elsewhere. What was written is read again, and
+    kept if the logits are the same.
     """
     if config.to not in FORMATS:
         raise ValueError(f"Unknown format {config.to!r}; --to knows {', '.join(FORMATS)}.")
@@ -46,10 +47,12 @@ def run(config: ConvertConfig, given: frozenset[str]) -> None:
     show_notes(found.notes)
     if config.to == "hf":
         names = found.extra.get("class_names")
-        notes = write_folder(model, config.target, class_names=names, input_shape=config.input_shape)
+        written = write_folder(model, config.target, class_names=names, input_shape=config.input_shape)
     else:
-        notes = write_file(model, config.target, config.to)
-    show_notes(notes)
+        written = write_file(model, config.target, config.to)
+    show_notes(written.notes)
+    readers = " and ".join(written.readers)
+    console.print(f"Read again by {readers}: logits differ by {written.difference:.1e} of the largest at most.")
     size = count(found.spec, config.input_shape).parameters
     console.print(
         f"Written for {config.to}, {found.spec.variant}, {size:,} parameters: {config.target}", soft_wrap=True

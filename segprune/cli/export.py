@@ -17,6 +17,7 @@ from typer import Argument, Option
 from segprune import checkpoint
 from segprune.cli.calibration import load_pictures, places_in, places_of
 from segprune.cli.common import Layout, console, open_data, quiet_exporters, show_notes, show_settings, switch
+from segprune.cli.predict import palette_in
 from segprune.data.transforms import Bytes
 from segprune.export import BAKED, FORMATS, LIMITS, PRECISIONS, Limits, Precision, check_choice, export
 from segprune.export.tensorrt import command_line
@@ -77,7 +78,7 @@ def run(config: ExportConfig, given: frozenset[str]) -> None:
     show_settings("Export", asdict(config) | read | {"num_classes": found.spec.num_classes})
     show_notes(found.notes)
     check_writable(output.parent)
-    names = found.extra.get("class_names")
+    names, palette = found.extra.get("class_names"), palette_in(found, config.model_path)
     with quiet_exporters():
         manifest, difference = export(
             checkpoint.build(found),
@@ -90,6 +91,7 @@ def run(config: ExportConfig, given: frozenset[str]) -> None:
             preprocess="preprocess" in baked,
             argmax="argmax" in baked,
             class_names=names if isinstance(names, list) else (),
+            palette=palette,
             pictures=_pictures(config, found.spec.num_classes),
             limits=_limits(config),
         )

@@ -72,7 +72,7 @@ def run(config: PredictConfig, given: frozenset[str]) -> None:
     check_input((1, 3, *config.input_shape))
     device = choose_device(config.cuda)
     found = checkpoint.read(config.model_path, dialect=config.dialect)
-    names, palette = class_names(config, found), _palette(config, found)
+    names, palette = class_names(config, found), palette_in(found, config.model_path) or list(voc_palette())
     read = {"dialect": found.dialect, "variant": found.spec.variant, "num_classes": found.spec.num_classes}
     show_settings("Prediction", asdict(config) | read)
     show_notes(found.notes)
@@ -157,15 +157,15 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"{path} is not UTF-8 text, the only encoding read; save it as UTF-8.") from error
 
 
-def _palette(config: PredictConfig, found: Checkpoint) -> list[int]:
+def palette_in(found: Checkpoint, path: str) -> list[int]:
+    """The colours that a checkpoint brings along, empty where it has none; ValueError where they are not 768."""
     palette = found.extra.get("palette")
     if palette is None:
-        return list(voc_palette())
+        return []
     numbers = palette if isinstance(palette, list) else []
     if len(numbers) != 768 or not all(isinstance(number, int) and 0 <= number <= 255 for number in numbers):
         raise ValueError(
-            f"{config.model_path} has a palette that is not 768 numbers in 0..255; save it again with a whole one, "
-            "or without."
+            f"{path} has a palette that is not 768 numbers in 0..255; save it again with a whole one, or without."
         )
     return numbers
 

@@ -92,6 +92,7 @@ def export(
     preprocess: bool = False,
     argmax: bool = False,
     class_names: Sequence[str] = (),
+    palette: Sequence[int] = (),
     pictures: Sequence[Bytes] = (),
     limits: Limits | None = None,
 ) -> tuple[Manifest, Difference]:
@@ -113,7 +114,9 @@ def export(
     network = Deployed(reference, half=half, preprocess=preprocess, argmax=argmax)
     shape = None if dynamic else (batch, *size)
     names, spec = tuple(class_names), network.network.spec
-    manifest = Manifest(spec.variant, spec.num_classes, format, precision, shape, preprocess, argmax, names, spec)
+    manifest = Manifest(
+        spec.variant, spec.num_classes, format, precision, shape, preprocess, argmax, names, spec, tuple(palette)
+    )
     job = Job(network, manifest, size, pictures)
     with atomic_files(path) as temporary:
         with warnings.catch_warnings():

@@ -19,7 +19,8 @@ class Manifest:
     """`shape` is the only batch, height and width that the file takes; None: any, with sides from `MIN_DYNAMIC` up.
 
     With `preprocess` the file takes uint8 RGB B H W 3, else normalised float32 B 3 H W. With `argmax` it gives
-    classes uint8 B H W, else logits float32 B K H W. `spec` is of the network as it runs, for its MACs.
+    classes uint8 B H W, else logits float32 B K H W. `spec` is of the network as it runs, for its MACs. `palette` is
+    768 numbers, the classes' colours as masks are drawn in; empty: Pascal VOC's.
     """
 
     variant: str
@@ -31,6 +32,7 @@ class Manifest:
     argmax: bool
     class_names: tuple[str, ...] = ()
     spec: Spec | None = None
+    palette: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -43,6 +45,7 @@ def from_text(text: str) -> Manifest:
         data = json.loads(text)
         shape = None if data["shape"] is None else tuple(map(int, data["shape"]))
         spec = None if data["spec"] is None else spec_from_dict(data["spec"])
-        return Manifest(**data | {"shape": shape, "class_names": tuple(data["class_names"]), "spec": spec})
+        lists = {name: tuple(data.get(name, ())) for name in ("class_names", "palette")}
+        return Manifest(**data | lists | {"shape": shape, "spec": spec})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError("it holds no word of segprune's on what it takes and gives") from error

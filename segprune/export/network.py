@@ -36,4 +36,6 @@ class Deployed(nn.Module):
         if self.preprocess:
             x = ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2)  # B H W 3 uint8 -> B 3 H W
         logits = self.network(x.to(self.dtype)).float()  # B K H W
-        return logits.argmax(1).to(torch.uint8) if self.argmax else logits
+        return (
+            logits.argmax(1).float().to(torch.uint8) if self.argmax else logits
+        )  # TensorRT makes uint8 of floats alone

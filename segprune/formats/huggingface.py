@@ -21,6 +21,7 @@ from segprune.data.transforms import MEAN, STD
 from segprune.dialects import NUMERICS
 from segprune.files import atomic_folder, save_tensors, write_json
 from segprune.fold import unfold_decoder
+from segprune.formats.verify import Written, folder_readers, written
 from segprune.huggingface import GELUS
 from segprune.model import SegFormer, check_input
 from segprune.spec import Spec, spec_to_dict
@@ -36,11 +37,11 @@ def write_folder(
     *,
     class_names: Sequence[str] | None = None,
     input_shape: tuple[int, int] = (512, 512),
-) -> tuple[str, ...]:
-    """Write the folder, whole or not at all, and return notes on how to load it.
+) -> Written:
+    """Write the folder, read it again and keep it if the logits are the same; whole or not at all.
 
     A uniform network's folded head is unfolded. `input_shape` (H, W) is the size that the image processor resizes to.
-    ValueError for names that are not one per class, and for a folder that holds something already.
+    ValueError for names that are not one per class, a folder that holds something already, and logits that differ.
     """
     check_input((1, 3, *input_shape))
     labels = _labels(model.spec.num_classes, class_names)
@@ -52,7 +53,8 @@ def write_folder(
         save_tensors({k: v.detach().cpu().clone() for k, v in state.items()}, {"format": "pt"}, temporary / WEIGHTS)
         if problem:
             _copy_code(temporary)
-    return tuple(_notes(model.spec, problem))
+        readers = folder_readers(temporary, stock=problem is None)
+        return written(model, readers, tuple(_notes(model.spec, problem)))
 
 
 WEIGHTS = "model.safetensors"

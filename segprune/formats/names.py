@@ -6,19 +6,22 @@ import os
 from pathlib import Path
 
 from segprune.convert import from_ours
-from segprune.dialects import CONV_DECODER_DIM, HEADS, NUMERICS
-from segprune.files import PICKLES, save_record
+from segprune.dialects import CONV_DECODER_DIM, HEAD_KINDS, NUMERICS
+from segprune.files import PICKLES, atomic_files, save_record
 from segprune.fold import unfold_decoder
+from segprune.formats.verify import Written, file_reader, written
+from segprune.huggingface import HEADS
 from segprune.model import SegFormer
-from segprune.spec import VARIANTS, Spec, standard_spec
+from segprune.spec import DECODER_DIMS, VARIANTS, Spec, standard_spec
 from segprune.uniform import mmseg_problem, uniform_problem, with_numerics
 
 
-def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> tuple[str, ...]:
-    """Write a .pth, .pt or .bin file that `dialect`'s own code loads, and return notes for whoever will use it.
+def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> Written:
+    """Write a .pth, .pt or .bin file that `dialect`'s own code loads, read it again and keep it if the logits agree.
 
-    nvlabs, mmseg: {"meta", "state_dict"}, as their training leaves it; bubbliiiing: the bare state dict. A folded head
-    is unfolded. ValueError for another ending, for a network that their classes cannot hold, and for another GELU.
+    nvlabs, mmseg: {"meta", "state_dict"}, as their training leaves it, nvlabs' meta saying the heads of a pruned
+    network; bubbliiiing: the bare state dict. A folded head is unfolded. ValueError for another ending, for a network
+    that their classes cannot hold, for another GELU, and for logits that differ.
     """
     path = Path(path)
     if path.suffix not in PICKLES:
@@ -32,19 +35,25 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
     whole = unfold_decoder(model)
     state, spec = with_numerics(whole.state_dict(), whole.spec, NUMERICS[dialect])
     named = {name: tensor.detach().cpu().clone() for name, tensor in from_ours(state, spec, dialect).items()}
-    save_record(named if dialect == "bubbliiiing" else {"meta": {}, "state_dict": named}, path)
-    return tuple(_notes(whole.spec, dialect))
+    meta: dict[str, list[int]] = {}
+    if dialect == "nvlabs" and not _is_standard(spec, dialect):
+        meta = {"hidden_sizes": [s.width for s in spec.stages], HEADS: [s.blocks[0].num_heads for s in spec.stages]}
+    with atomic_files(path) as temporary:
+        save_record(named if dialect == "bubbliiiing" else {"meta": meta, "state_dict": named}, temporary)
+        readable = dialect == "nvlabs" or _has_standard_stages(spec)
+        reader = file_reader(temporary, dialect, None if readable else spec)
+        return written(model, {"segprune": reader}, tuple(_notes(whole.spec, dialect, readable)))
 
 
 def _remedy(spec: Spec, dialect: str) -> str:
-    if spec.head != HEADS[dialect]:
-        others = [name for name in ("nvlabs", "bubbliiiing", "mmseg") if HEADS[name] == spec.head]
+    if spec.head != HEAD_KINDS[dialect]:
+        others = [name for name in ("nvlabs", "bubbliiiing", "mmseg") if HEAD_KINDS[name] == spec.head]
         return f"write --to {', '.join(others)} or hf"
     elsewhere = "write --to hf, which needs no uniform widths"
     return elsewhere if spec.head == "conv" else f"prune with --uniform for them, or {elsewhere}"
 
 
-def _notes(spec: Spec, dialect: str) -> list[str]:
+def _notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
     notes = []
     if spec.numerics.align_corners != NUMERICS[dialect].align_corners:
         notes.append(
@@ -54,17 +63,23 @@ def _notes(spec: Spec, dialect: str) -> list[str]:
     if not _is_standard(spec, dialect):
         arguments = _mmseg_arguments(spec) if dialect == "mmseg" else _arguments(spec)
         notes.append(f"Build it with their base classes, not with a variant's: {arguments}.")
+    if not readable:
+        notes.append("segprune itself cannot load the file, which does not say its heads; keep the checkpoint as well.")
     return notes
 
 
 def _is_standard(spec: Spec, dialect: str) -> bool:
+    dim = CONV_DECODER_DIM if HEAD_KINDS[dialect] == "conv" else DECODER_DIMS.get(spec.variant)
+    return _has_standard_stages(spec) and spec.decoder_dim == dim
+
+
+def _has_standard_stages(spec: Spec) -> bool:
     if spec.variant not in VARIANTS:
         return False
-    dim = CONV_DECODER_DIM if HEADS[dialect] == "conv" else None
-    dense = standard_spec(spec.variant, spec.num_classes, decoder_dim=dim)
+    dense = standard_spec(spec.variant, spec.num_classes)
     return [(s.width, len(s.blocks), s.blocks[0].ffn_dim) for s in dense.stages] == [
         (s.width, len(s.blocks), s.blocks[0].ffn_dim) for s in spec.stages
-    ] and dense.decoder_dim == spec.decoder_dim
+    ]
 
 
 def _arguments(spec: Spec) -> str:

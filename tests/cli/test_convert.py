@@ -1,6 +1,7 @@
 """`segprune convert`: what is written, what is said about it, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,11 @@ def test_a_pruned_network_goes_from_prune_to_stock_transformers(named: Path, tmp
     assert record["reduction"]["parameters_reduction_percent"] == pytest.approx(50, abs=2)
     out = done("convert", pruned, tmp_path / "hf", "--to", "hf", "--input_shape", 64, 96)
     assert "Note:" not in out
+    compared = re.search(
+        r"Read again by segprune and transformers [\d.]+: logits differ by (\S+) of the largest at most", out
+    )
+    assert compared
+    assert 0 < float(compared[1]) < 1e-5
     assert f"Written for hf, b0, {record['pruned_model']['parameters']:,} parameters:" in out
     theirs, info = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info.values())
@@ -46,6 +52,7 @@ def test_what_was_assumed_and_what_the_folder_needs_are_noted(small: Path, train
     assert "Note: The names fit nvlabs and bubbliiiing; bubbliiiing was assumed" in out
     out = done("convert", small, tmp_path / "hf", "--to", "hf")
     assert "Note: Transformers' own classes cannot hold this network, since block 0 of stage 1 has values" in out
+    assert "Read again by segprune: logits differ by 0.0e+00 of the largest at most." in out
     assert read(tmp_path / "hf").spec == read(small).spec
 
 

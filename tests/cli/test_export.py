@@ -19,13 +19,14 @@ from tests.commands import HERE, SIZE, done, refused
 from tests.exporting import tiny_network
 
 PIXELS = ("--input_shape", 64, 64)
+PALETTE = [number % 251 for number in range(768)]
 SCRIPT = ("--format", "torchscript", *PIXELS)  # the fastest to write
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "tiny.pth"
-    save(tiny_network(8), path, extra={"class_names": list("abcdefgh")})
+    save(tiny_network(8), path, extra={"class_names": list("abcdefgh"), "palette": PALETTE})
     return path
 
 
@@ -67,6 +68,7 @@ def test_the_difference_is_printed_and_saved_beside_the_file(script: tuple[Path,
     assert f"Saved: {path} {path}.json" in out
     assert record["manifest"] == json.loads(open_exported(path).manifest.text)
     assert record["manifest"]["class_names"] == list("abcdefgh")
+    assert open_exported(path).manifest.palette == tuple(PALETTE)
     assert record["bytes"] == path.stat().st_size
     assert record["settings"]["batch_size"] == 2
     assert sorted(os.listdir(path.parent)) == [path.name, f"{path.name}.json"]
@@ -228,6 +230,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     assert "bad.pth is not a PyTorch checkpoint, or only a part of one" in refused("export", tmp_path / "bad.pth")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     assert refused("export", tmp_path / "other.pth").startswith(f"{tmp_path}/other.pth: ")
+    save(tiny_network(8), tmp_path / "half.pth", extra={"palette": [0, 0, 0]})
+    assert "half.pth has a palette that is not 768 numbers in 0..255" in refused("export", tmp_path / "half.pth")
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from pathlib import Path
 import onnx
 import torch
 
+from segmenter import open_segmenter
 from segprune.data import draw_shapes, normalise
 from segprune.export import export, open_exported
+from segprune.training.inference import EvalMode, Network, label_maps, prepare
 from tests.exporting import tiny_network
 
 
@@ -22,3 +24,8 @@ def test_onnx_of_any_size_takes_any_and_names_its_free_sides(tmp_path: Path) -> 
         x = torch.stack([normalise(draw_shapes(9, "train", index, size)[0]) for index in range(number)])
         with torch.no_grad():
             torch.testing.assert_close(runtime(x), network(x), rtol=1e-4, atol=1e-4)
+    segmenter = open_segmenter(str(path), (128, 160), threads=1)  # of examples/serve
+    picture, how = draw_shapes(9, "train", 0, (90, 130))[0], EvalMode(input_shape=(128, 160))
+    with torch.no_grad():
+        (expected,) = label_maps(Network(network, 5, "cpu", 1), [prepare(picture, how)], how)
+    assert (segmenter(picture) == expected.numpy()).mean() >= 0.999

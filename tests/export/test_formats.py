@@ -118,6 +118,9 @@ def test_onnx_has_an_opset_from_17_up_and_no_batchnorm_left(case: tuple[str, Pat
     assert ("QuantizeLinear" in kinds) == (manifest.precision == "int8")
     names = {True: ("pixels", "classes"), False: ("images", "logits")}[manifest.preprocess]
     assert (model.graph.input[0].name, model.graph.output[0].name) == names
+    if manifest.argmax:  # TensorRT makes uint8 of floats alone
+        float32, uint8 = model.graph.node[-2:]
+        assert [onnx.helper.get_attribute_value(cast.attribute[0]) for cast in (float32, uint8)] == [1, 2]
     weights = {t.data_type for t in model.graph.initializer if len(t.dims) > 1}
     assert {"fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8}.get(
         manifest.precision, onnx.TensorProto.FLOAT

@@ -1,6 +1,8 @@
 """What stands between an exported file and whoever calls it, with a function in the file's place."""
 
+import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +22,14 @@ def manifest(
 def test_a_manifest_comes_back_from_its_text() -> None:
     for one in (manifest(), manifest(None, preprocess=True, argmax=True)):
         assert from_text(one.text) == one
+        coloured = replace(one, palette=tuple(range(256)) * 3)
+        assert from_text(coloured.text) == coloured
+
+
+def test_a_file_written_before_colours_stood_in_it_still_opens() -> None:
+    data = json.loads(manifest().text)
+    del data["palette"]
+    assert from_text(json.dumps(data)) == manifest()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"variant": "b0"}', manifest().text[:-1]])

@@ -1,0 +1,85 @@
+"""Uploads become pictures, and masks become files. Whoever sends them is a stranger: nothing is decoded unchecked."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Bytes = npt.NDArray[np.uint8]
+
+# Pillow reads some forty kinds, one of them (EPS) by running Ghostscript
+KINDS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+class BadPicture(ValueError):
+    """An upload that is refused: the HTTP status, and one sentence for whoever sent it."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def read_picture(data: bytes, max_pixels: int) -> Bytes:
+    """[H, W, 3] uint8 RGB, turned upright as its EXIF data say; alpha is dropped, 16 bits become 8.
+
+    The size stands in a file's first bytes and is checked before a pixel is decoded. BadPicture for what is empty or
+    damaged (400), too large (413), no picture or one of a kind that is not read (415).
+    """
+    if not data:
+        raise BadPicture(400, "The upload is empty; send a picture.")
+    try:
+        with Image.open(io.BytesIO(data), formats=KINDS) as image:
+            if image.width * image.height > max_pixels:
+                raise _too_many(max_pixels)
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except BadPicture:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
+        raise _too_many(max_pixels) from error
+    except UnidentifiedImageError as error:
+        raise BadPicture(415, f"The upload is no picture that is read here; send one of {', '.join(KINDS)}.") from error
+    except Exception as error:  # damaged files fail in every way there is
+        raise BadPicture(400, "The picture is damaged or cut off; send the whole file.") from error
+
+
+def _too_many(max_pixels: int) -> BadPicture:
+    return BadPicture(413, f"The picture has more than the {max_pixels:,} pixels allowed; send a smaller one.")
+
+
+def _as_rgb(image: Image.Image) -> Bytes:
+    if image.mode in SIXTEEN_BITS:  # Pillow reads many a 16-bit file as I, which has 32
+        grey: npt.NDArray[Any] = np.asarray(image)
+        if grey.min() >= 0 and grey.max() <= 65535:
+            return np.repeat(np.rint(grey * (255 / 65535)).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode not in EIGHT_BITS:
+        raise BadPicture(415, "The picture has more than 16 bits per channel; send it as 8-bit RGB.")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # a transparent colour of a palette stays that colour
+    return np.asarray(image.convert("RGB"))
+
+
+def mask_png(labels: Bytes, palette: tuple[int, ...]) -> bytes:
+    """A palette picture: its pixels are the classes [H, W], and viewers show their colours."""
+    mask = Image.fromarray(labels)
+    mask.putpalette(palette)
+    return _png(mask)
+
+
+def overlay_png(image: Bytes, labels: Bytes, palette: tuple[int, ...]) -> bytes:
+    """The picture, half of it the classes' colours; where that is black, mostly background, the picture as it is."""
+    painted = np.asarray(palette, dtype=np.uint8).reshape(256, 3)[labels]
+    painted = np.where(painted.any(axis=2, keepdims=True), painted, image)
+    return _png(Image.blend(Image.fromarray(image), Image.fromarray(painted), 0.5))
+
+
+def _png(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, format="PNG", compress_level=3)  # twice as fast as 6, a tenth larger
+    return out.getvalue()
