@@ -199,11 +199,14 @@ NOTED = (
 
 def _pruning_config(config: PruneConfig, given: frozenset[str], images: list[Tensor]) -> dict[str, Any]:
     """What was asked; `pruning_rate` is None where another flag than it said so."""
+    from segprune.pruning.costs import default_price
+
     rate = None if config.budgets else asked_rates(config, given).get(config.rate_of)
     repaired = bool(images) and config.repair is not False
     known = {"method": config.pruning_method, "pruning_rate": rate, "rate_of": config.rate_of}
     known |= {"repaired": repaired, "num_images": sum(map(len, images))}
-    return known | {name: getattr(config, name) for name in NOTED}
+    noted = {name: getattr(config, name) for name in NOTED}
+    return known | noted | {"price": config.price or default_price(config.uniform)}
 
 
 def _record(

@@ -80,8 +80,13 @@ class PruneConfig:
         ),
     ] = "global"
     price: Annotated[
-        str, Option("--price", help="What a group costs when groups are compared: both, params, macs or none.")
-    ] = "both"
+        str | None,
+        Option(
+            "--price",
+            help="What a group costs when groups are compared: both, params, macs or none. If not given: both, and "
+            "params with --uniform.",
+        ),
+    ] = None
     normalise: Annotated[
         str,
         Option(

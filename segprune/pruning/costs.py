@@ -123,6 +123,11 @@ def _coefficients(
     return result
 
 
+def default_price(uniform: bool) -> Price:
+    """Uniform networks keep the published decode head, which by its MACs would give nearly all of its width."""
+    return "params" if uniform else "both"
+
+
 def loss_weights(
     layers: Sequence[Layer], groups: Sequence[Group], rate_of: RateOf, price: Price = "both"
 ) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from segprune.fold import unfold_decoder
 from segprune.model import DecodeHead, SegFormer
-from segprune.pruning.costs import RATES, Price, RateOf, loss_weights
+from segprune.pruning.costs import RATES, Price, RateOf, default_price, loss_weights
 from segprune.pruning.groups import Group
 from segprune.pruning.importance import METHODS, Scores, scores
 from segprune.pruning.latency import LatencyCosts, LatencyTable, meet
@@ -56,7 +56,7 @@ class Pruner:
         heads: bool = False,
         keep_decoder: bool = False,
         uniform: bool = False,
-        price: Price = "both",
+        price: Price | None = None,
         normalise: Normalise = "share",
         max_rate: Mapping[str, float] | None = None,
         rates: Mapping[str, float] | None = None,
@@ -71,11 +71,11 @@ class Pruner:
         and only `rates` or `widths` (by group, as in a plan) are carried out. `ignored_layers`: modules whose outputs
         stay, with all inside them; `ignore` the same by pattern (patterns.py). `method`: importance.METHODS. `data`:
         batches of normalised images B 3 H W, for methods that need them and for the repair, `repaired`. `scope`,
-        `round_to`, `normalise`, `max_rate`, `rates`, `sensitivity`: see PlanOptions; `price`: see costs.loss_weights.
-        `heads`: whole heads may go too. `uniform`: every stage stays uniform and the head as published, so that
-        transformers' own classes can hold the network (uniform.py). `latency_table`: for a rate of the latency,
-        times measured before. `progress`: of measuring steps and of the repair. Raises ValueError for what is not
-        allowed.
+        `round_to`, `normalise`, `max_rate`, `rates`, `sensitivity`: see PlanOptions; `price`: see costs.loss_weights,
+        costs.default_price. `heads`: whole heads may go too. `uniform`: every stage stays uniform and the head as
+        published, so that transformers' own classes can hold the network (uniform.py). `latency_table`: for a rate of
+        the latency, times measured before. `progress`: of measuring steps and of the repair. Raises ValueError for
+        what is not allowed.
         """
         self.model, self.latency_table = model, latency_table
         if not isinstance(pruning_rate, Mapping):
@@ -84,7 +84,8 @@ class Pruner:
         self.ignored_layers = list(ignored_layers)
         self.method, self.data, self.repaired, self.seed, self.progress = method, list(data), repaired, seed, progress
         self.uniform = uniform
-        self.heads, self.keep_decoder, self.ignore, self.price, self.widths = heads, keep_decoder, ignore, price, widths
+        self.heads, self.keep_decoder, self.ignore, self.widths = heads, keep_decoder, ignore, widths
+        self.price = price or default_price(uniform)
         self.options = PlanOptions(round_to, scope, normalise, max_rate or {}, rates or {}, sensitivity or {})
         self.plan: Plan | None = None  # what the last prune() decided
         self._check()

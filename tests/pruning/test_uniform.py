@@ -113,6 +113,16 @@ def test_a_step_narrows_one_thing_with_nothing_in_between(dense: SegFormer) -> N
     assert {step.decoder_dim for step in steps} == {64, 56}
 
 
+def test_a_uniform_network_is_priced_by_its_parameters_unless_told_otherwise(dense: SegFormer) -> None:
+    assert Pruner(dense).price == "both"
+    specs = {}
+    for price in (None, "params", "both"):
+        pruned = Pruner(dense, 0.5, uniform=True, price=price).prune(X)  # type: ignore[arg-type]
+        assert isinstance(pruned, SegFormer)
+        specs[price] = pruned.spec
+    assert specs[None] == specs["params"] != specs["both"]
+
+
 def test_repair_comes_nearer_and_stays_uniform(dense: SegFormer) -> None:
     images = [torch.randn(2, 3, 64, 64) for _ in range(2)]
     plain = Pruner(dense, 0.5, uniform=True).prune(X)
