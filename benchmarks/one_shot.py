@@ -5,8 +5,10 @@
 For each seed DIR holds a data set and a dense b0, made where they are missing (2000 + 200 pictures of 64×64; see
 benchmarks.recovery). Criteria that need pictures, and the repair, see the same 64 training pictures; only
 torch-pruning's Taylor also sees their labels. All networks are fine-tuned alike, on labels, for 10 % of the dense
-network's steps, and scored after the last of them. At equal MACs torch-pruning gets the network with the decode head
-folded, since folding is ours.
+network's steps, and scored after the last of them; with --teacher as the commands do and advise it, also for
+torch-pruning's: from labels and the dense network, at a tenth of its learning rate, or at all of it where more than a
+tenth of the mIoU was lost. At equal MACs torch-pruning gets the network with the decode head folded, since folding is
+ours.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,11 @@ from torch import Tensor, nn
 from benchmarks.baselines import num_macs, num_parameters, prune_to
 from benchmarks.recovery import DENSE, NUM_TRAIN, SIZE, Bench, spread
 from segprune.cli.common import keep_freed_memory
+from segprune.cli.settings import MUCH_LOST
 from segprune.data import EvalTransform, SegmentationData
 from segprune.fold import fold_decoder
 from segprune.pruning.pruner import Pruner
+from segprune.training.distill import Distillation
 from segprune.training.loop import train
 from segprune.training.state import Splits
 
@@ -47,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--context", action="store_true", help="pictures whose classes depend on what else they show")
+    parser.add_argument("--teacher", action="store_true", help="fine-tune as the commands do")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", default=[*THEIRS, *OURS], help="as the table names them")
@@ -60,7 +66,8 @@ def main() -> None:
             for name, prune in methods(bench, budget).items():
                 if name.partition(" ")[2] not in flags.methods:
                     continue
-                found = bench.cached(f"one-shot {budget} {name}", partial(_measured, bench, prune))
+                key = f"one-shot {budget} {name}" + (" with a teacher" if flags.teacher else "")
+                found = bench.cached(key, partial(_measured, bench, prune, taught=flags.teacher))
                 shares = [miou / bench.dense_miou for miou in found[:2]]
                 rows.setdefault((budget, name), []).append((*shares, *found[2:]))
                 print(f"seed {seed}, {budget}, {name}: dense {bench.dense_miou:.4f}, {found}", flush=True)
@@ -106,7 +113,7 @@ def _training_batches(bench: Bench) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(8), labels.split(8), strict=True))
 
 
-def _measured(bench: Bench, prune: Callable[[], nn.Module]) -> list[float]:
+def _measured(bench: Bench, prune: Callable[[], nn.Module], *, taught: bool) -> list[float]:
     """mIoU pruned and fine-tuned, and the shares of parameters and MACs that went."""
     torch.manual_seed(bench.seed)
     model, x = prune(), torch.randn(1, 3, *SIZE)
@@ -116,8 +123,12 @@ def _measured(bench: Bench, prune: Callable[[], nn.Module]) -> list[float]:
     tuned = copy.deepcopy(model)
     steps = round(0.1 * DENSE.epochs * (NUM_TRAIN // DENSE.batch_size) / EPOCHS)
     part = Splits(bench.splits.train[: steps * DENSE.batch_size], bench.splits.val)
-    config = bench.config(EPOCHS, LR)
-    train(tuned, config, part, accelerator=bench.accelerator)
+    if taught:
+        lr = LR * (0.1 if before >= MUCH_LOST * bench.dense_miou else 1.0)
+        config, teacher = replace(bench.config(EPOCHS, lr), distillation=Distillation()), fold_decoder(bench.dense)
+    else:
+        config, teacher = bench.config(EPOCHS, LR), None
+    train(tuned, config, part, accelerator=bench.accelerator, teacher=teacher)
     return [before, bench.score(tuned), params, macs]
 
 
