@@ -31,6 +31,7 @@ from segprune.cli.common import keep_freed_memory
 from segprune.cli.settings import MUCH_LOST
 from segprune.data import EvalTransform, SegmentationData
 from segprune.fold import fold_decoder
+from segprune.model import SegFormer
 from segprune.pruning.pruner import Pruner
 from segprune.training.distill import Distillation
 from segprune.training.loop import train
@@ -124,12 +125,21 @@ def _measured(bench: Bench, prune: Callable[[], nn.Module], *, taught: bool) -> 
     steps = round(0.1 * DENSE.epochs * (NUM_TRAIN // DENSE.batch_size) / EPOCHS)
     part = Splits(bench.splits.train[: steps * DENSE.batch_size], bench.splits.val)
     if taught:
+        _tell_widths(tuned)
         lr = LR * (0.1 if before >= MUCH_LOST * bench.dense_miou else 1.0)
         config, teacher = replace(bench.config(EPOCHS, lr), distillation=Distillation()), fold_decoder(bench.dense)
     else:
         config, teacher = bench.config(EPOCHS, LR), None
     train(tuned, config, part, accelerator=bench.accelerator, teacher=teacher)
     return [before, bench.score(tuned), params, macs]
+
+
+def _tell_widths(model: nn.Module) -> None:
+    """torch-pruning knows no spec, which distillation reads the stages' widths off."""
+    assert isinstance(model, SegFormer)
+    stages = zip(model.spec.stages, model.encoder.stages, strict=True)
+    widths = tuple(replace(spec, width=stage.norm.normalized_shape[0]) for spec, stage in stages)
+    model.spec = replace(model.spec, stages=widths)
 
 
 if __name__ == "__main__":
