@@ -26,13 +26,14 @@ from segprune.pruning.pruner import Pruner
 from segprune.training.distill import Distillation
 from segprune.training.loop import train
 
-EPOCHS, LR = 2, 0.5  # of fine-tuning, and the share of the dense learning rate
+EPOCHS = 2  # of fine-tuning
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--context", action="store_true", help="pictures whose classes depend on what else they show")
+    parser.add_argument("--lr", type=float, default=1.0, help="of fine-tuning, as a share of the dense network's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flags = parser.parse_args()
     keep_freed_memory()  # as the commands do
@@ -40,7 +41,7 @@ def main() -> None:
     rows = []
     for seed in flags.seeds:
         bench = Bench(flags.folder / str(seed), seed, accelerator, context=flags.context)
-        rows.append((bench.dense_miou, *_pruned_down(bench)))
+        rows.append((bench.dense_miou, *_pruned_down(bench, flags.lr)))
         print(f"seed {seed}: native b0 {rows[-1][0]:.4f}, dense b1, cut, fine-tuned {rows[-1][1:]}", flush=True)
     print("\n| | mIoU, mean (lowest and highest) |\n|---|---|")
     names = ("b0, native", "b1, dense", "b1 cut to b0's size and repaired", "fine-tuned")
@@ -48,7 +49,7 @@ def main() -> None:
         print(f"| {name} | {spread(column, '.4f')} |")
 
 
-def _pruned_down(bench: Bench) -> list[float]:
+def _pruned_down(bench: Bench, lr: float) -> list[float]:
     path = bench.folder / "b1.pth"
     if not path.is_file():
         torch.manual_seed(bench.seed)
@@ -61,7 +62,7 @@ def _pruned_down(bench: Bench) -> list[float]:
     budgets = {"params": 1 - small.parameters / large.parameters, "macs": 1 - small.macs / large.macs}
     pruned = Pruner(dense, budgets, repaired=True, data=training_images(bench)).prune(torch.empty(1, 3, *SIZE))
     found = [bench.score(dense), bench.score(pruned)]
-    config = replace(bench.config(EPOCHS, LR), distillation=Distillation())
+    config = replace(bench.config(EPOCHS, lr), distillation=Distillation())
     train(pruned, config, bench.splits, accelerator=bench.accelerator, teacher=fold_decoder(dense))
     return [*found, bench.score(pruned)]
 
