@@ -3,8 +3,8 @@
     python -m benchmarks.native DIR [--context] [--seeds 1 2 3]
 
 For each seed a b0 and a b1 are trained from scratch on the data set of benchmarks.recovery in DIR: the b0 for eight
-epochs, the b1 for six, after which it is cut to the parameters and MACs of the b0 with its decode head folded,
-repaired with 64 training pictures, and fine-tuned for the other two with the dense b1 as the teacher.
+epochs, the b1 for four, after which it is cut to the parameters and MACs of the b0 with its decode head folded,
+repaired with 64 training pictures, and fine-tuned for the other four with the dense b1 as the teacher.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from segprune.pruning.pruner import Pruner
 from segprune.training.distill import Distillation
 from segprune.training.loop import train
 
-EPOCHS = 2  # of fine-tuning
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--context", action="store_true", help="pictures whose classes depend on what else they show")
+    parser.add_argument("--epochs", type=int, default=4, help="of the eight, for fine-tuning")
     parser.add_argument("--lr", type=float, default=1.0, help="of fine-tuning, as a share of the dense network's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flags = parser.parse_args()
@@ -41,7 +40,7 @@ def main() -> None:
     rows = []
     for seed in flags.seeds:
         bench = Bench(flags.folder / str(seed), seed, accelerator, context=flags.context)
-        rows.append((bench.dense_miou, *_pruned_down(bench, flags.lr)))
+        rows.append((bench.dense_miou, *_pruned_down(bench, flags.epochs, flags.lr)))
         print(f"seed {seed}: native b0 {rows[-1][0]:.4f}, dense b1, cut, fine-tuned {rows[-1][1:]}", flush=True)
     print("\n| | mIoU, mean (lowest and highest) |\n|---|---|")
     names = ("b0, native", "b1, dense", "b1 cut to b0's size and repaired", "fine-tuned")
@@ -49,12 +48,12 @@ def main() -> None:
         print(f"| {name} | {spread(column, '.4f')} |")
 
 
-def _pruned_down(bench: Bench, lr: float) -> list[float]:
-    path = bench.folder / "b1.pth"
+def _pruned_down(bench: Bench, epochs: int, lr: float) -> list[float]:
+    path = bench.folder / f"b1_{DENSE.epochs - epochs}.pth"
     if not path.is_file():
         torch.manual_seed(bench.seed)
         model = bench.new("b1")
-        config = replace(bench.dense_config, epochs=DENSE.epochs - EPOCHS)
+        config = replace(bench.dense_config, epochs=DENSE.epochs - epochs)
         train(model, config, bench.splits, accelerator=bench.accelerator)
         segprune.save(model, path)
     dense = segprune.load(path)
@@ -62,7 +61,7 @@ def _pruned_down(bench: Bench, lr: float) -> list[float]:
     budgets = {"params": 1 - small.parameters / large.parameters, "macs": 1 - small.macs / large.macs}
     pruned = Pruner(dense, budgets, repaired=True, data=training_images(bench)).prune(torch.empty(1, 3, *SIZE))
     found = [bench.score(dense), bench.score(pruned)]
-    config = replace(bench.config(EPOCHS, lr), distillation=Distillation())
+    config = replace(bench.config(epochs, lr), distillation=Distillation())
     train(pruned, config, bench.splits, accelerator=bench.accelerator, teacher=fold_decoder(dense))
     return [*found, bench.score(pruned)]
 
