@@ -3,8 +3,8 @@
     python -m benchmarks.native DIR [--context] [--seeds 1 2 3]
 
 For each seed a b0 and a b1 are trained from scratch on the data set of benchmarks.recovery in DIR: the b0 for eight
-epochs, the b1 for four, after which it is cut to the parameters and MACs of the b0 with its decode head folded,
-repaired with 64 training pictures, and fine-tuned for the other four with the dense b1 as the teacher.
+epochs, the b1 for six, after which it is cut to the parameters and MACs of the b0 with its decode head folded,
+repaired with 64 training pictures, and fine-tuned for the other two with the dense b1 as the teacher.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--context", action="store_true", help="pictures whose classes depend on what else they show")
-    parser.add_argument("--epochs", type=int, default=4, help="of the eight, for fine-tuning")
+    parser.add_argument("--epochs", type=int, default=2, help="of the eight, for fine-tuning")
     parser.add_argument("--lr", type=float, default=1.0, help="of fine-tuning, as a share of the dense network's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flags = parser.parse_args()
