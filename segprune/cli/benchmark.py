@@ -34,6 +34,7 @@ from segprune.cli.common import (
     Layout,
     choose_device,
     console,
+    number_of,
     open_data,
     progress_bar,
     quiet_exporters,
@@ -69,6 +70,7 @@ COLUMNS = {  # of the table, from the record's keys
     "miou": "mIoU",
 }
 MEASURED = tuple(COLUMNS)[6:]
+SPARE = ("p99_ms", "gmacs_per_second", "p90_ms", "images_per_second", "peak_share", "macs_G")  # where there is no room
 
 
 @dataclass(frozen=True)
@@ -241,10 +243,13 @@ def _show(records: Sequence[dict[str, Any]], peaks: dict[int, float]) -> None:
     shown = [key for key in COLUMNS if (key in known if key in MEASURED else key not in same)]
     title = ", ".join(f"{COLUMNS[key]} {_text(key, records[0][key])}" for key in same)
     rows = [[_text(key, row.get(key)) for key in shown] for row in records]
-    show_table(
-        f"Median of {records[0]['runs']} rounds{f'; {title}' if title else ''}", [COLUMNS[k] for k in shown], rows
+    headline = f"Median of {records[0]['runs']} rounds{f'; {title}' if title else ''}"
+    left_out = show_table(
+        headline, [COLUMNS[key] for key in shown], rows, [COLUMNS[key] for key in SPARE if key in shown]
     )
-    measured = ", ".join(f"{peak:.0f} with {number} threads" for number, peak in peaks.items())
+    if left_out:
+        show_notes((f"The terminal is too narrow for {', '.join(left_out)}; --save_dir saves them all.",))
+    measured = ", ".join(f"{peak:.0f} with {number_of(number, 'thread')}" for number, peak in peaks.items())
     console.print(
         f"Peak: GMAC/s of a product of large float32 matrices in the same rounds, {measured}.", soft_wrap=True
     )

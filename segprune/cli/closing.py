@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from segprune.cli.common import console, latency_text, measured_on, show_table
+from segprune.cli.common import console, latency_text, measured_on, number_of, show_table
 from segprune.cli.journal import Fit
 from segprune.files import write_json
 from segprune.report import score_record
@@ -58,6 +58,9 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
         miou = f"{values['miou']:.4f}" if "miou" in values else "–"
         rows.append([name, f"{values['parameters_M']:.3f}", f"{values['macs_G']:.3f}", latency, miou])
     show_table("Results", ["network", "params (M)", "MACs (G)", "latency (ms)", "mIoU"], rows)
+    how = record["pruning_config"]
+    if how["repaired"]:
+        console.print(f"Repaired with {number_of(how['num_images'], 'picture')}, before any training.")
     reduction = record["reduction"]
     console.print(
         f"Parameters −{reduction['parameters_reduction_percent']:.1f} % "

@@ -8,7 +8,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -56,7 +56,8 @@ def command(config: type[C], run: Callable[[C, frozenset[str]], None]) -> Callab
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     body.__signature__ = inspect.Signature([context, *parameters.values()])  # type: ignore[attr-defined]
     body.__annotations__ = {"context": typer.Context} | {n: p.annotation for n, p in parameters.items()}
-    body.__doc__ = run.__doc__
+    paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
+    body.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)  # --help wraps them itself
     return body
 
 
@@ -143,14 +144,34 @@ def _cell(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def show_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+def show_table(title: str, header: list[str], rows: list[list[str]], spare: Sequence[str] = ()) -> tuple[str, ...]:
+    """On a terminal that is too narrow, `spare` columns are left out, the first ones first; these are returned.
+
+    A log has no width, so there all stay.
+    """
     console.print(f"\n{title}", style="bold", soft_wrap=True)
-    table = Table()
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+    left_out: list[str] = []
+    for name in (None, *spare):
+        left_out += [] if name is None else [name]
+        table = _table(header, rows, left_out)
+        needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        if needed <= console.width or not console.is_terminal:
+            break
+    usual = console.width
+    console.width = usual if console.is_terminal else max(usual, needed)
     console.print(table)
+    console.width = usual
+    return tuple(left_out)
+
+
+def _table(header: list[str], rows: list[list[str]], left_out: list[str]) -> Table:
+    table = Table()
+    shown = [i for i, name in enumerate(header) if name not in left_out]
+    for i in shown:
+        table.add_column(header[i], justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
+    return table
 
 
 def show_notes(notes: tuple[str, ...]) -> None:
@@ -243,6 +264,10 @@ def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:
     console.print(", ".join(f"{name} {value:.4f}" for name, value in means.items()), soft_wrap=True)
 
 
+def number_of(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def latency_text(latency: Latency) -> str:
     return f"{latency.median_ms:.1f} ({latency.low_ms:.1f}–{latency.high_ms:.1f})"
 
@@ -251,5 +276,5 @@ def measured_on(latency: Latency, shape: tuple[int, int]) -> str:
     """One line that says what a latency was measured on."""
     return (
         f"Latency: median (quartiles) in ms of {latency.runs} runs after a warm-up, batch {latency.batch}, "
-        f"{shape[0]}×{shape[1]} pixels, {latency.dtype}, {latency.device}, {latency.threads} threads."
+        f"{shape[0]}×{shape[1]} pixels, {latency.dtype}, {latency.device}, {number_of(latency.threads, 'thread')}."
     )

@@ -16,7 +16,16 @@ from typer import Argument, Option
 
 from segprune import checkpoint
 from segprune.cli.calibration import load_pictures, places_in, places_of
-from segprune.cli.common import Layout, console, open_data, quiet_exporters, show_notes, show_settings, switch
+from segprune.cli.common import (
+    Layout,
+    console,
+    number_of,
+    open_data,
+    quiet_exporters,
+    show_notes,
+    show_settings,
+    switch,
+)
 from segprune.cli.predict import palette_in
 from segprune.data.transforms import Bytes
 from segprune.export import BAKED, FORMATS, LIMITS, PRECISIONS, Limits, Precision, check_choice, export
@@ -95,7 +104,9 @@ def run(config: ExportConfig, given: frozenset[str]) -> None:
             pictures=_pictures(config, found.spec.num_classes),
             limits=_limits(config),
         )
-    console.print(f"Run again on {difference.num_pictures} pictures and compared with PyTorch: {difference.text}.")
+    console.print(
+        f"Run again on {number_of(difference.num_pictures, 'picture')} and compared with PyTorch: {difference.text}."
+    )
     notes = {"int8": ("How much int8 costs is told by the score: segprune eval it on data.",)}
     show_notes(notes.get(config.precision, ()))
     record: dict[str, Any] = {

@@ -54,7 +54,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     if config.epochs:
         config = replace(config, lr=fine_tuning.lr)
         check_settings(fine_tuning)
-    show_settings("Pruning", asdict(config) | {"dialect": found.dialect})
+    show_settings("Pruning", _resolved(config, given) | {"dialect": found.dialect})
     show_notes((*found.notes, reason) if config.epochs else found.notes)
     teacher = found if config.epochs and fine_tuning.teacher else None
     source, pixels = _open(config, teacher) if config.data else (None, ())
@@ -70,6 +70,8 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     def trained(model: SegFormer, name: str, penalty: Penalty | None) -> SegFormer:
         """Between two steps of pruning, or with a penalty before the cut."""
         assert source is not None
+        title = "Training towards the cut" if penalty else f"Fine-tuning after {name.replace('step', 'step ')}"
+        console.print(f"\n{title}", style="bold")
         start = path.with_name(f"{path.stem}_{name}.pth")
         checkpoint.save(model, start, extra=extra)
         epochs = config.step_epochs if penalty is None else config.sparse_epochs
@@ -94,9 +96,21 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
         if "lr" not in given and fine_tuning.lr is not None:
             show_notes(advice(scores["dense"].miou, scores["pruned"].miou, fine_tuning.lr))
         del dense
+        console.print("\nFine-tuning the pruned network", style="bold")
         done = fit_with(fine_tuning, pruned, source, pixels, extra, teacher)
         add_finetuned(record, done, folder)
     show_closing(record, folder)
+
+
+def _resolved(config: PruneConfig, given: frozenset[str]) -> dict[str, Any]:
+    """The flags with what is taken where one was left out, and without a rate that nothing asks for."""
+    from segprune.pruning.costs import default_price
+
+    known: dict[str, Any] = {"price": config.price or default_price(config.uniform)}
+    known["repair"] = config.repair is not False and bool(config.data or config.images)
+    if config.budgets or config.rate_of not in asked_rates(config, given):
+        known |= {"pruning_rate": None, "rate_of": None}
+    return asdict(config) | known
 
 
 def _read(config: PruneConfig) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import platform
 import re
@@ -18,13 +19,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from segprune.checkpoint import load, save
+from segprune.cli import common
 from segprune.cli.common import (
     command,
     console,
     measured_on,
+    number_of,
     one_sentence,
     progress_bar,
     show_score,
@@ -286,7 +290,36 @@ def test_an_unknown_flag_is_a_usage_error_that_names_it(name: str) -> None:
 def test_a_commands_parameters_are_its_configs_fields() -> None:
     seen: list[tuple[ShapesConfig, frozenset[str]]] = []
     body = command(ShapesConfig, lambda config, given: seen.append((config, given)))
-    assert list(body.__signature__.parameters) == ["context", "folder", "num_train", "num_val", "size", "seed"]  # type: ignore[attr-defined]
+    names = ["folder", "num_train", "num_val", "size", "seed", "with_context"]
+    assert list(body.__signature__.parameters) == ["context", *names]  # type: ignore[attr-defined]
+
+
+WIDE = (["name", "first", "second"], [["a" * 20, "1" * 20, "2" * 20]])
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"), [(80, ()), (50, ("second",)), (30, ("second", "first")), (20, ("second", "first"))]
+)
+def test_a_narrow_terminal_loses_whole_columns_and_says_which(
+    width: int, left_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(common, "console", Console(file=out, width=width, force_terminal=True, color_system=None))
+    assert common.show_table("Table", *WIDE, spare=("second", "first")) == left_out
+    shown = {name for name, text in (("first", "1" * 20), ("second", "2" * 20)) if text in out.getvalue()}
+    assert shown == {"first", "second"} - set(left_out)
+
+
+def test_a_log_has_the_whole_table_whatever_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(common, "console", Console(file=out, width=40))
+    assert common.show_table("Table", *WIDE, spare=("second",)) == ()
+    assert all(text in out.getvalue() for text in WIDE[1][0])
+    assert common.console.width == 40
+
+
+def test_one_of_a_thing_has_no_plural() -> None:
+    assert [number_of(count, "picture") for count in (0, 1, 2)] == ["0 pictures", "1 picture", "2 pictures"]
 
 
 def test_settings_are_shown_with_pairs_dashes_and_short_numbers(capsys: pytest.CaptureFixture[str]) -> None:

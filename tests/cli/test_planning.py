@@ -116,7 +116,11 @@ def test_with_pictures_the_network_is_repaired_by_default(dense: Path, data: Pat
     outputs: dict[str, Any] = {}
     for name, flags in (("repaired", ()), ("not", ("--no_repair",))):
         here = ("--data", data, *HERE, "--save_dir", tmp_path / name)
-        done("prune", "--model_path", dense, *SIZE, *flags, *here)
+        out = done("prune", "--model_path", dense, *SIZE, *flags, *here)
+        assert f" repair {name == 'repaired'} " in out
+        assert (re.search(r"Repaired with \d+ pictures, before any training\.", out) is not None) == (
+            name == "repaired"
+        )
         outputs[name] = load(tmp_path / name / "l1/b0/b0_pruned_0.5.pth")
         record = json.loads((tmp_path / name / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
         assert record["pruning_config"]["repaired"] is (name == "repaired")
