@@ -84,7 +84,7 @@ def require(package: str, purpose: str) -> Any:
         if (error.name or "").partition(".")[0] != root:
             raise  # it is there, and one of its own needs is not
         raise ImportError(
-            f'{purpose} needs {root}, which is not installed; run: pip install "segprune[export]".'
+            f'{purpose} needs {root}, which is not installed; run in the clone: pip install ".[export]".'
         ) from error
 
 

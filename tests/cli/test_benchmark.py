@@ -126,5 +126,5 @@ def test_a_missing_package_is_named_with_the_extra_before_anything_runs(
     monkeypatch.setattr("segprune.export.runtimes.import_module", missing)
     said = refused("benchmark", small, "--runtimes", "torch,onnxruntime", *QUICK)
     assert said == (
-        'Running in onnxruntime needs onnxruntime, which is not installed; run: pip install "segprune[export]".'
+        'Running in onnxruntime needs onnxruntime, which is not installed; run in the clone: pip install ".[export]".'
     )

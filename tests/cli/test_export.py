@@ -249,7 +249,7 @@ def test_a_missing_package_is_named_with_the_extra(
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(tmp_path)
     said = refused("export", tiny, "--format", format, *PIXELS)
-    assert said == f'{purpose} needs {package}, which is not installed; run: pip install "segprune[export]".'
+    assert said == f'{purpose} needs {package}, which is not installed; run in the clone: pip install ".[export]".'
 
 
 def test_a_runtime_that_is_missing_is_named_before_scoring(
@@ -259,5 +259,5 @@ def test_a_runtime_that_is_missing_is_named_before_scoring(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     said = refused("eval", tmp_path / "x.onnx", "--data", shapes, *SIZE)
     assert said == (
-        'Running an .onnx file needs onnxruntime, which is not installed; run: pip install "segprune[export]".'
+        'Running an .onnx file needs onnxruntime, which is not installed; run in the clone: pip install ".[export]".'
     )

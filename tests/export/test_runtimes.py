@@ -85,5 +85,5 @@ def test_a_missing_package_is_named_with_the_extra(package: str, missing: str, m
     with pytest.raises(ImportError) as caught:
         require(package, "Running an .onnx file")
     assert str(caught.value) == (
-        'Running an .onnx file needs onnxruntime, which is not installed; run: pip install "segprune[export]".'
+        'Running an .onnx file needs onnxruntime, which is not installed; run in the clone: pip install ".[export]".'
     )
