@@ -228,6 +228,13 @@ def open_data(
     return source, report
 
 
+def classes_of(source: Source, num_classes: int) -> dict[str, Any]:
+    """What a checkpoint's extra says of its classes if the data names each of them."""
+    if len(source.class_names) != num_classes:
+        return {}
+    return {"class_names": list(source.class_names), "palette": list(source.palette)}
+
+
 def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:
     """Per class and the means; classes are numbered, and named as far as the names go."""
     columns = {"IoU": score.iou, "recall": score.recall, "precision": score.precision}

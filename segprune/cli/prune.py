@@ -15,6 +15,7 @@ from segprune.cli.calibration import images_for
 from segprune.cli.closing import RESULTS, add_finetuned, finetuned_folder, show_closing
 from segprune.cli.common import (
     choose_device,
+    classes_of,
     console,
     open_data,
     progress_bar,
@@ -65,7 +66,8 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     if config.plan_only:
         _show_plan(dense, config, given, images, folder / PLAN)
         return
-    extra = dict(found.extra) | {"pruning": _pruning_config(config, given, images)}
+    classes = {} if source is None else classes_of(source, found.spec.num_classes)
+    extra = classes | found.extra | {"pruning": _pruning_config(config, given, images)}
 
     def trained(model: SegFormer, name: str, penalty: Penalty | None) -> SegFormer:
         """Between two steps of pruning, or with a penalty before the cut."""

@@ -14,6 +14,7 @@ from segprune.checkpoint import Checkpoint, check_writable
 from segprune.cli.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.common import (
     choose_device,
+    classes_of,
     console,
     open_data,
     show_notes,
@@ -94,7 +95,6 @@ def fit_with(
     """
     assert config.lr is not None
     from_scratch = config.lr if not config.model_path else 10 * config.lr  # the rate whose tenth suits what comes next
-    classes = {"class_names": list(source.class_names), "palette": list(source.palette)} if source.class_names else {}
     model.encoder.checkpointing = config.checkpointing
     return fit(
         model,
@@ -103,7 +103,7 @@ def fit_with(
         Path(config.save_dir),
         cuda=config.cuda,
         settings=asdict(config),
-        extra={"lr": from_scratch} | extra | classes,
+        extra={"lr": from_scratch} | extra | classes_of(source, model.spec.num_classes),
         teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
         penalty=penalty,
         partial=partial,
@@ -128,10 +128,14 @@ def _read_teacher(config: TrainSettings, num_classes: int) -> Checkpoint | None:
 
 
 def check_teacher_names(flag: str, teacher: Checkpoint | None, names: tuple[str, ...], remedy: str) -> None:
-    """ValueError where the teacher, which `flag` gave, and the data name a class differently, as far as both do."""
+    """ValueError where the teacher, which `flag` gave, and the data name a class differently, as far as both do.
+
+    Another tool's file may have other words for the same classes; there it has to be a name of another class.
+    """
     theirs = () if teacher is None else teacher.extra.get("class_names", ())
+    words = teacher is not None and teacher.dialect != "segprune"
     for number, (their, our) in enumerate(zip(theirs, names, strict=False)):
-        if their != our:
+        if their != our and (not words or their in names):
             raise ValueError(f"{flag} calls class {number} {their!r} and the data {our!r}; {remedy}.")
 
 
