@@ -52,6 +52,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     path = folder / f"{found.spec.variant}_pruned_{label(config, given)}.pth"
     check_kept(path, config.model_path, save_dir=Path(config.save_dir))
     fine_tuning, reason = with_rates(_fine_tuning(config, path), found.extra)
+    a_tenth = config.lr is None and "lr" in found.extra
     if config.epochs:
         config = replace(config, lr=fine_tuning.lr)
         check_settings(fine_tuning)
@@ -93,7 +94,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     record = _record(config, given, found, pruned, latencies, scores, images) | {"model_save_path": str(path)}
     checkpoint.write_json(record, folder / RESULTS)
     if config.epochs and source is not None:
-        if "lr" not in given and fine_tuning.lr is not None:
+        if a_tenth and fine_tuning.lr is not None:
             show_notes(advice(scores["dense"].miou, scores["pruned"].miou, fine_tuning.lr))
         del dense
         done = fit_with(fine_tuning, pruned, source, pixels, extra, teacher)

@@ -94,7 +94,7 @@ def fit_with(
     `extra` is what the checkpoint carries on from the one it started from; `teacher` is the one that settings name.
     """
     assert config.lr is not None
-    from_scratch = config.lr if not config.model_path else 10 * config.lr  # the rate whose tenth suits what comes next
+    rate = {} if "lr" in extra else {"finetuned_lr" if config.model_path else "lr": config.lr}  # lr: from scratch
     model.encoder.checkpointing = config.checkpointing
     return fit(
         model,
@@ -103,7 +103,7 @@ def fit_with(
         Path(config.save_dir),
         cuda=config.cuda,
         settings=asdict(config),
-        extra={"lr": from_scratch} | extra | classes_of(source, model.spec.num_classes),
+        extra=extra | rate | classes_of(source, model.spec.num_classes),
         teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
         penalty=penalty,
         partial=partial,
@@ -183,7 +183,7 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
     """The old run's settings; flags given now are kept beside them, and refused by the loop if they contradict."""
     old = {name: tuple(v) if isinstance(v, list) else v for name, v in resumed.settings.items()}
     flags = {name: getattr(config, name) for name in given}
-    fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path", "teacher", "lr_rule")
+    fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path", "lr", "lr_rule")
     wrong = [name for name in fixed if name in flags and flags[name] != old[name]]
     if wrong:
         raise ValueError(

@@ -64,7 +64,7 @@ OTHER_SETTINGS: list[tuple[tuple[object, ...], str]] = [
     (("--drop_path", 0.4), "The run to resume had --drop_path 0.1, now it is 0.4; leave the flag out."),
     (("--lr_rule", "voc"), "The run to resume had --lr_rule none, now it is voc; leave the flag out."),
     (("--epochs", 3), "The run to resume had epochs 2, now it is 3; resume with the same settings, or start"),
-    (("--lr", 1), "The run to resume had lr 0.001, now it is 1.0; resume with the same settings, or start"),
+    (("--lr", 1), "The run to resume had --lr 0.001, now it is 1.0; leave the flag out."),
     (("--input_shape", 64, 64), "The run to resume had input_shape (32, 32), now it is (64, 64); resume with"),
     (("--ema", 0.5), "The run to resume had ema 0.0, now it is 0.5; resume with"),
     (("--label_smoothing", 0.1), "The run to resume had loss label_smoothing 0.0, now it is 0.1; resume with"),
