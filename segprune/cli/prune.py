@@ -136,6 +136,7 @@ def _open(config: PruneConfig, teacher: Checkpoint | None) -> tuple[Source, tupl
         splits,
         skip_bad=config.skip_bad,
         num_workers=config.num_workers,
+        trained=bool(config.model_path),
         classes=lambda names: check_teacher_names(
             f"--model_path {config.model_path}",
             teacher,

@@ -54,7 +54,12 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_weights(data: Path, smal
 def test_resuming_a_run_that_ended_changes_nothing(data: Path, small: Path, tmp_path: Path) -> None:
     done(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 1))
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert "Best epoch 1 on val" in done("train", "--resume", "--save_dir", tmp_path / "out")
+    out = done("train", "--resume", "--save_dir", tmp_path / "out")
+    assert "Best epoch 1 on val" in out
+    assert (
+        "Note: This run is complete (1 of 1 epochs), so nothing is trained; to train on, start a new one with "
+        f"--model_path {tmp_path}/out/{LAST} and another --save_dir."
+    ) in out
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 

@@ -27,20 +27,30 @@ def test_a_teacher_is_learnt_from_and_kept_when_a_run_goes_on(
     done(*training(data, taught, *flags, "--teacher", teacher))
     interrupted(3, *training(data, stopped, *flags, "--teacher", teacher))
     said = refused("train", "--resume", "--save_dir", stopped, "--teacher", small)
-    assert said == f"The run to resume had --teacher {teacher}, now it is {small}; leave the flag out."
+    assert said == (
+        "The run to resume had another teacher (its weights differ); give the same network as --teacher, or start anew "
+        "without --resume."
+    )
     said = refused("train", "--resume", "--save_dir", stopped, "--distill_pixel", 0.5)
     assert said.startswith("The run to resume had distillation pixel 1.0, now it is 0.5; resume with the same settings")
-    done("train", "--resume", "--save_dir", stopped)
+    moved = teacher.rename(tmp_path / "moved.pth")
+    assert refused("train", "--resume", "--save_dir", stopped) == (
+        f"The run to resume learns from --teacher {teacher}, which is not there; put it back, or give its new place as "
+        "--teacher."
+    )
+    done("train", "--resume", "--save_dir", stopped, "--teacher", moved)
     last = [read(folder / LAST).state_dict for folder in (alone, taught, stopped)]
     assert not same(last[0], last[1])
     assert same(last[1], last[2])
-    assert [results_in(folder)["settings"]["teacher"] for folder in (alone, stopped)] == ["", str(teacher)]
+    assert [results_in(folder)["settings"]["teacher"] for folder in (alone, stopped)] == ["", str(moved)]
 
 
 def test_a_run_without_a_teacher_goes_on_without_its_weights(data: Path, small: Path, tmp_path: Path) -> None:
     interrupted(1, *training(data, tmp_path / "out", "--model_path", small, "--epochs", 2))
     said = refused("train", "--resume", "--save_dir", tmp_path / "out", "--distill_pixel", 0.5)
     assert said == "--distill_pixel has no effect without --teacher; give the dense checkpoint to learn from."
+    said = refused("train", "--resume", "--save_dir", tmp_path / "out", "--teacher", small)
+    assert said == f"The run to resume had --teacher none, now it is {small}; leave the flag out."
 
 
 def test_weights_and_teacher_reach_the_loop(data: Path, small: Path, teacher: Path, tmp_path: Path) -> None:
