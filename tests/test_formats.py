@@ -193,7 +193,8 @@ def test_a_dense_network_in_another_codes_names_has_that_codes_logits(
     path = tmp_path / "theirs.pth"
     if NUMERICS[source].gelu != NUMERICS[dialect].gelu:
         with pytest.raises(
-            ValueError, match=r"GELU where theirs is the .* one, make up for; write --to hf, which has both\.$"
+            ValueError,
+            match=r"GELU where theirs is the .* one, which no weights make up for; write --to hf, which has both\.$",
         ):
             write_file(model, path, dialect)
         return
