@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from segprune.convert import check_state, convert, expected_state
-from segprune.dialects import detect
+from segprune.dialects import detect, stated_classes
 from segprune.files import (
     atomic_path,
     check_writable,
@@ -56,7 +56,7 @@ class Checkpoint:
     """What a file holds: float32 weights in our names on the CPU, and notes for whoever reads the output.
 
     Of a bare backbone (`backbone_only`) the weights are the encoder's alone. `extra` is plain data that
-    `save` was given.
+    `save` was given; of another tool's file the `class_names` and `palette` that it states.
     """
 
     spec: Spec
@@ -99,7 +99,8 @@ def read(
         if config is None:
             return found
         spec, notes = apply_config(found.spec, config, backbone_only=found.backbone_only)
-        return replace(found, spec=spec, notes=found.notes + notes)
+        extra = {} if found.backbone_only else stated_classes(config, spec.num_classes)
+        return replace(found, spec=spec, notes=found.notes + notes, extra=extra)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -210,8 +211,9 @@ def _from_ours(data: Mapping[str, Any], dialect: str | None) -> Checkpoint:
 
 def _from_foreign(data: Any, dialect: str | None, num_classes: int | None, heads: Sequence[int] | None) -> Checkpoint:
     state_dict, wrapper = _unwrap(data)
-    if heads is None and isinstance(data.get("meta"), Mapping):
-        heads = stated_heads(data["meta"])  # of a pruned network in NVlabs' names: formats/names.py
+    meta = data["meta"] if isinstance(data.get("meta"), Mapping) else {}
+    if heads is None:
+        heads = stated_heads(meta)  # of a pruned network in NVlabs' names: formats/names.py
     dialect, assumed = detect(state_dict.keys(), wrapper, dialect)
     if dialect == "segprune":
         raise ValueError(
@@ -225,7 +227,8 @@ def _from_foreign(data: Any, dialect: str | None, num_classes: int | None, heads
         notes += (f"Only a backbone was found: the decode head for {spec.num_classes} classes is new and untrained.",)
     if assumed is not None:
         notes = (assumed, *notes)
-    return Checkpoint(spec, state, dialect, notes, backbone_only, extra={})
+    extra = {} if backbone_only else stated_classes(meta, spec.num_classes)
+    return Checkpoint(spec, state, dialect, notes, backbone_only, extra)
 
 
 def _unwrap(data: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
@@ -270,7 +273,7 @@ def _read_any(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any] | None]
         data, config = read_folder(download(str(path)) if is_hub_name(path) else Path(path))
         if config.get("model_type") != FORMAT:
             return data, config
-        extra = {"class_names": list(config.get("id2label", {}).values())}
+        extra = stated_classes(config, len(config.get("id2label") or ()))
         state = {name.removeprefix("network."): tensor for name, tensor in data.items()}
         return {
             "format": FORMAT,

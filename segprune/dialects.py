@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from segprune.spec import Head, Numerics
 
@@ -199,3 +200,34 @@ def count_blocks(keys: Iterable[str], stem: str) -> int:
 def listed(keys: Collection[str]) -> str:
     shown = ", ".join(list(keys)[:3])
     return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown or "none"
+
+
+def stated_classes(stated: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """`class_names` and `palette` (768 numbers) where a config.json or a file's meta has one for each class; else none.
+
+    NVlabs' meta has CLASSES and PALETTE, mmseg's the same in its dataset_meta, of late in small letters. The LABEL_0
+    and so on that transformers puts in where nobody named the classes are no names.
+    """
+    inner = stated.get("dataset_meta")
+    named = {str(key).lower(): value for key, value in (inner if isinstance(inner, Mapping) else stated).items()}
+    labels = named.get("id2label")
+    if isinstance(labels, Mapping):
+        in_order = {str(key): name for key, name in labels.items()}  # a file may list them in another order
+        names = [in_order.get(str(k)) for k in range(len(labels))]
+        if names == [f"LABEL_{k}" for k in range(len(names))]:
+            return {}
+    else:
+        names = _listed(named.get("classes"))
+    if len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        return {}
+    classes: dict[str, Any] = {"class_names": [name.strip() for name in names if name is not None]}
+    rows = [_listed(row) for row in _listed(named.get("palette"))]
+    colours = [number for row in rows for number in row]
+    each = len(rows) == num_classes <= 256 and all(len(row) == 3 for row in rows)
+    if each and all(type(number) is int and 0 <= number <= 255 for number in colours):
+        classes["palette"] = colours + [0] * (768 - len(colours))
+    return classes
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []

@@ -27,6 +27,7 @@ from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (*PICKLES, ".safetensors")
+EXPORTED = (".onnx", ".xml", ".pt2", ".torchscript", ".param")  # what segprune export writes
 
 
 @contextmanager
@@ -152,9 +153,10 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
         return _unpickle(path), {}
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    elsewhere = "; exported files are read by segprune eval and segprune benchmark" if path.suffix in EXPORTED else ""
     raise ValueError(
         f"{path} ends in {path.suffix or 'nothing'!r}; a checkpoint ends in {', '.join(PICKLES)} or .safetensors, "
-        "or is a Hugging Face folder."
+        f"or is a Hugging Face folder{elsewhere}."
     )
 
 

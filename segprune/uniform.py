@@ -85,7 +85,7 @@ def with_numerics(state_dict: Mapping[str, Tensor], spec: Spec, numerics: Numeri
         words = {"none": "exact", "tanh": "tanh-approximated"}
         raise ValueError(
             f"The network has the {words[old.gelu]} GELU where theirs is the {words[numerics.gelu]} one, which no "
-            "weights make up for; choose another format."
+            "weights make up for; write --to hf, which has both."
         )
     factors: dict[str, Tensor | float] = {}
     stream = (numerics.norm_eps / old.norm_eps) ** 0.5  # what writes to a stage's residual stream

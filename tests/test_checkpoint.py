@@ -304,3 +304,41 @@ def test_the_spec_in_safetensors_metadata_is_json(model: SegFormer, tmp_path: Pa
 def test_a_checkpoint_made_by_hand_is_built_as_one_from_a_file(model: SegFormer) -> None:
     made = Checkpoint(model.spec, model.state_dict(), "segprune", (), backbone_only=False, extra={})
     assert torch.equal(infer(build(made)), infer(model))
+
+
+COLOURS = [[10 * k, 20 * k, 255] for k in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "meta"),
+    [
+        ("nvlabs", {"CLASSES": tuple("abcde"), "PALETTE": COLOURS}),
+        ("mmseg", {"dataset_meta": {"classes": list("abcde"), "palette": COLOURS}}),
+        ("mmseg", {"dataset_meta": {"CLASSES": tuple("abcde"), "PALETTE": tuple(map(tuple, COLOURS))}}),
+    ],
+)
+def test_the_classes_that_another_tools_file_states_are_kept(
+    dialect: str, meta: dict[str, Any], trained_like: Fill
+) -> None:
+    extra = from_state_dict({"meta": meta, "state_dict": state_in(dialect, trained_like)}).extra
+    assert extra["class_names"] == list("abcde")
+    assert extra["palette"] == [0, 0, 255, 10, 20, 255, 20, 40, 255, 30, 60, 255, 40, 80, 255] + 753 * [0]
+
+
+@pytest.mark.parametrize(
+    ("meta", "kept"),
+    [
+        ({"CLASSES": list("abcd"), "PALETTE": COLOURS}, []),  # not one for each
+        ({"CLASSES": "abcde"}, []),
+        ({"CLASSES": [1, 2, 3, 4, 5]}, []),
+        ({"CLASSES": list("abcde"), "PALETTE": COLOURS[:4]}, ["class_names"]),
+        ({"CLASSES": list("abcde"), "PALETTE": 5 * [[0, 0, 256]]}, ["class_names"]),
+        ({"PALETTE": COLOURS}, []),
+    ],
+)
+def test_classes_that_do_not_fit_the_network_are_not_kept(
+    meta: dict[str, Any], kept: list[str], bare: dict[str, Tensor]
+) -> None:
+    assert list(from_state_dict({"meta": meta, "state_dict": bare}).extra) == kept
+    backbone = {name: tensor for name, tensor in bare.items() if name.startswith("backbone.")}
+    assert from_state_dict({"meta": meta, "state_dict": backbone}, num_classes=5).extra == {}

@@ -208,3 +208,13 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"^{Path(path)} does not exist; give the path of a checkpoint"):
         read(path)
+
+
+def test_the_classes_of_a_config_are_kept_in_their_order_if_they_are_names_and_one_each(folder: Path) -> None:
+    names = {"1": "road", "0": "sky", "2": "tree", "4": "person", "3": "bed "}
+    edit_config(folder, id2label=names)
+    assert read(folder).extra == {"class_names": ["sky", "road", "tree", "bed", "person"]}
+    edit_config(folder, id2label={str(k): f"LABEL_{k}" for k in range(5)})
+    assert read(folder).extra == {}
+    edit_config(folder, id2label={str(k): f"imagenet {k}" for k in range(6)})
+    assert read(folder).extra == {}

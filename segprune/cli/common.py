@@ -224,12 +224,14 @@ def open_data(
     *,
     skip_bad: bool = False,
     num_workers: int = 0,
+    trained: bool = True,
     classes: Callable[[tuple[str, ...]], None] | None = None,
 ) -> tuple[Source, LabelReport]:
     """A data set whose labels were checked, with bars and the check's notes printed.
 
     With `skip_bad` every picture of the splits is read once, and those that cannot be are left out, counted and named.
-    `classes` may refuse the classes' names before anything that takes long.
+    `trained` says that the number of classes is that of a network which is there already. `classes` may refuse the
+    classes' names before anything that takes long.
     """
     source = open_source(data, layout)
     if classes is not None:
@@ -242,11 +244,18 @@ def open_data(
             if bad:
                 show_notes((f"--skip_bad left out {len(bad)} of {len(good) + len(bad)} in {split}: {bad[0]}",))
     with progress_bar("checking labels") as advance:
-        report = check_labels(source, num_classes, splits, progress=advance)
+        report = check_labels(source, num_classes, splits, progress=advance, trained=trained)
     found = ", ".join(f"{number} in {split}" for split, number in report.num_images.items())
     console.print(f"Labels checked ({source.layout}): {found}; {report.ignored} ignored pixels.")
     show_notes(report.notes)
     return source, report
+
+
+def classes_of(source: Source, num_classes: int) -> dict[str, Any]:
+    """What a checkpoint's extra says of its classes if the data names each of them."""
+    if len(source.class_names) != num_classes:
+        return {}
+    return {"class_names": list(source.class_names), "palette": list(source.palette)}
 
 
 def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from segprune.cli.calibration import images_for
 from segprune.cli.closing import RESULTS, add_finetuned, finetuned_folder, show_closing
 from segprune.cli.common import (
     choose_device,
+    classes_of,
     console,
     open_data,
     progress_bar,
@@ -51,6 +52,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     path = folder / f"{found.spec.variant}_pruned_{label(config, given)}.pth"
     check_kept(path, config.model_path, save_dir=Path(config.save_dir))
     fine_tuning, reason = with_rates(_fine_tuning(config, path), found.extra)
+    a_tenth = config.lr is None and "lr" in found.extra
     if config.epochs:
         config = replace(config, lr=fine_tuning.lr)
         check_settings(fine_tuning)
@@ -65,7 +67,8 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     if config.plan_only:
         _show_plan(dense, config, given, images, folder / PLAN)
         return
-    extra = dict(found.extra) | {"pruning": _pruning_config(config, given, images)}
+    classes = {} if source is None else classes_of(source, found.spec.num_classes)
+    extra = classes | found.extra | {"pruning": _pruning_config(config, given, images)}
 
     def trained(model: SegFormer, name: str, penalty: Penalty | None) -> SegFormer:
         """Between two steps of pruning, or with a penalty before the cut."""
@@ -93,7 +96,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     record = _record(config, given, found, pruned, latencies, scores, images) | {"model_save_path": str(path)}
     checkpoint.write_json(record, folder / RESULTS)
     if config.epochs and source is not None:
-        if "lr" not in given and fine_tuning.lr is not None:
+        if a_tenth and fine_tuning.lr is not None:
             show_notes(advice(scores["dense"].miou, scores["pruned"].miou, fine_tuning.lr))
         del dense
         console.print("\nFine-tuning the pruned network", style="bold")
@@ -147,6 +150,7 @@ def _open(config: PruneConfig, teacher: Checkpoint | None) -> tuple[Source, tupl
         splits,
         skip_bad=config.skip_bad,
         num_workers=config.num_workers,
+        trained=bool(config.model_path),
         classes=lambda names: check_teacher_names(
             f"--model_path {config.model_path}",
             teacher,

@@ -175,7 +175,9 @@ class PruneConfig:
     lr: Annotated[
         float | None,
         Option(
-            "--lr", help="Of fine-tuning. If not given: a tenth of what a file of ours was trained with, else 6e-5."
+            "--lr",
+            help="Of fine-tuning. If not given: a tenth of what a file of ours was trained with from scratch, else "
+            "what it was fine-tuned with, else 6e-5.",
         ),
     ] = None
     no_distill: Annotated[

@@ -83,8 +83,8 @@ class TrainSettings:
         float | None,
         Option(
             "--lr",
-            help="Highest learning rate. If not given: 1e-3 from scratch, 6e-5 from a checkpoint, "
-            "and a tenth of the rate that a file of ours was trained with.",
+            help="Highest learning rate. If not given: 1e-3 from scratch, 6e-5 from a checkpoint, a tenth of the rate "
+            "that a file of ours was trained with from scratch, or else what it was fine-tuned with.",
         ),
     ] = None
     lr_rule: Annotated[
@@ -172,13 +172,16 @@ def with_rates(config: TrainSettings, extra: Mapping[str, Any]) -> tuple[TrainSe
     if "lr" in extra:
         lr = float(extra["lr"]) / 10
         return replace(config, lr=lr), f"Learning rate {lr:g}: a tenth of what the network was trained with."
+    if "finetuned_lr" in extra:
+        lr = float(extra["finetuned_lr"])
+        return replace(config, lr=lr), f"Learning rate {lr:g}: what the network was fine-tuned with before."
     return replace(config, lr=PRETRAINED_LR), (
         f"Learning rate {PRETRAINED_LR:g}: the paper's, since the file does not say what it was trained with."
     )
 
 
 def advice(before: float, after: float, lr: float) -> tuple[str, ...]:
-    """A note where pruning took more of the mIoU than a tenth of the original learning rate brings back; else none."""
+    """A note where pruning took more of the mIoU than `lr`, a tenth of the original rate, brings back; else none."""
     if after >= MUCH_LOST * before:
         return ()
     return (

@@ -14,6 +14,7 @@ from segprune.checkpoint import Checkpoint, check_writable
 from segprune.cli.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.common import (
     choose_device,
+    classes_of,
     console,
     open_data,
     show_notes,
@@ -44,7 +45,7 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
     if config.resume:
         resumed, extra = load_resumable(folder)
         config = _resumed_config(config, given, resumed)
-        model = SegFormer(resumed.spec)
+        model, notes = SegFormer(resumed.spec), _complete(config, resumed)
     else:
         _check_flags(config, given)
         check_not_overwritten(folder, config.model_path, config.teacher)
@@ -63,6 +64,7 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
         ("train", "val"),
         skip_bad=config.skip_bad,
         num_workers=config.num_workers,
+        trained=config.resume or bool(config.model_path and "num_classes" not in given),  # a bare backbone needs it
         classes=lambda names: check_teacher_names(
             f"--teacher {config.teacher}", teacher, names, "give a teacher that was trained for the same classes"
         ),
@@ -93,8 +95,7 @@ def fit_with(
     `extra` is what the checkpoint carries on from the one it started from; `teacher` is the one that settings name.
     """
     assert config.lr is not None
-    from_scratch = config.lr if not config.model_path else 10 * config.lr  # the rate whose tenth suits what comes next
-    classes = {"class_names": list(source.class_names), "palette": list(source.palette)} if source.class_names else {}
+    rate = {} if "lr" in extra else {"finetuned_lr" if config.model_path else "lr": config.lr}  # lr: from scratch
     model.encoder.checkpointing = config.checkpointing
     return fit(
         model,
@@ -103,7 +104,7 @@ def fit_with(
         Path(config.save_dir),
         cuda=config.cuda,
         settings=asdict(config),
-        extra={"lr": from_scratch} | extra | classes,
+        extra=extra | rate | classes_of(source, model.spec.num_classes),
         teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
         penalty=penalty,
         partial=partial,
@@ -117,7 +118,15 @@ def _read_teacher(config: TrainSettings, num_classes: int) -> Checkpoint | None:
     """The dense network to learn from, if there is to be one; refused if it has another number of classes."""
     if not config.teacher:
         return None
-    found = checkpoint.read(config.teacher, dialect=config.teacher_dialect)  # which refuses a bare backbone
+    try:
+        found = checkpoint.read(config.teacher, dialect=config.teacher_dialect)  # which refuses a bare backbone
+    except FileNotFoundError as error:
+        if not config.resume:
+            raise
+        raise FileNotFoundError(
+            f"The run to resume learns from --teacher {config.teacher}, which is not there; put it back, or give its "
+            "new place as --teacher."
+        ) from error
     if found.spec.num_classes != num_classes:
         raise ValueError(
             f"--teacher {config.teacher} has {found.spec.num_classes} classes and the network to train "
@@ -128,10 +137,14 @@ def _read_teacher(config: TrainSettings, num_classes: int) -> Checkpoint | None:
 
 
 def check_teacher_names(flag: str, teacher: Checkpoint | None, names: tuple[str, ...], remedy: str) -> None:
-    """ValueError where the teacher, which `flag` gave, and the data name a class differently, as far as both do."""
+    """ValueError where the teacher, which `flag` gave, and the data name a class differently, as far as both do.
+
+    Another tool's file may have other words for the same classes; there it has to be a name of another class.
+    """
     theirs = () if teacher is None else teacher.extra.get("class_names", ())
+    words = teacher is not None and teacher.dialect != "segprune"
     for number, (their, our) in enumerate(zip(theirs, names, strict=False)):
-        if their != our:
+        if their != our and (not words or their in names):
             raise ValueError(f"{flag} calls class {number} {their!r} and the data {our!r}; {remedy}.")
 
 
@@ -176,11 +189,16 @@ def _with_drop_path(spec: Spec, rate: float | None) -> Spec:
 
 
 def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resumable) -> TrainSettings:
-    """The old run's settings; flags given now are kept beside them, and refused by the loop if they contradict."""
+    """The old run's settings; flags given now are kept beside them, and refused by the loop if they contradict.
+
+    Data and teacher may lie elsewhere now; the loop knows whether they are the same.
+    """
     old = {name: tuple(v) if isinstance(v, list) else v for name, v in resumed.settings.items()}
     flags = {name: getattr(config, name) for name in given}
-    fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path", "teacher", "lr_rule")
+    fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path", "lr", "lr_rule")
     wrong = [name for name in fixed if name in flags and flags[name] != old[name]]
+    if bool(flags.get("teacher", old["teacher"])) != bool(old["teacher"]):
+        wrong.append("teacher")
     if wrong:
         raise ValueError(
             f"The run to resume had --{wrong[0]} {_word(old[wrong[0]])}, now it is {_word(flags[wrong[0]])}; "
@@ -189,6 +207,16 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
     resumed_config = replace(config, **{**old, **flags, "resume": True})
     _check_flags(resumed_config, given)
     return resumed_config
+
+
+def _complete(config: TrainSettings, resumed: Resumable) -> tuple[str, ...]:
+    """A note where the run to resume had come to its end."""
+    if resumed.state.epoch < config.epochs:
+        return ()
+    return (
+        f"This run is complete ({resumed.state.epoch} of {config.epochs} epochs), so nothing is trained; to train on, "
+        f"start a new one with --model_path {Path(config.save_dir) / LAST} and another --save_dir.",
+    )
 
 
 def _word(value: Any) -> str:

@@ -32,6 +32,7 @@ class _Findings:
     """Grows while the files are read: per kind of mistake its first message and number of files; counts."""
 
     num_classes: int
+    trained: bool  # the network, so its number of classes is given
     first: dict[str, str] = field(default_factory=dict)
     num_bad: dict[str, int] = field(default_factory=dict)
     counts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)  # [256] per split
@@ -49,10 +50,12 @@ def check_labels(
     splits: Sequence[str] = ("train", "val"),
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    trained: bool = False,
 ) -> LabelReport:
     """Reads the masks of the splits (the first `limit` of each) and refuses what would train wrongly.
 
-    `progress` is called with (masks done, masks in all). Raises FileNotFoundError for missing lists, images
+    `progress` is called with (masks done, masks in all); `trained` says that `num_classes` is that of a network that
+    there is already, which decides what is advised. Raises FileNotFoundError for missing lists, images
     and masks, and ValueError for masks that are RGB or unreadable, sizes that differ within a pair, labels
     above `num_classes` other than 255, and a first split whose masks hold nothing but 0 and 255. The message
     names the first file found and counts the files alike. The label `num_classes` is ignored, with a note.
@@ -62,7 +65,7 @@ def check_labels(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, where at least 1 is allowed; leave it out to read every mask.")
     samples = {split: source.split(split)[:limit] for split in splits}
-    findings = _Findings(num_classes)
+    findings = _Findings(num_classes, trained)
     total, done = sum(map(len, samples.values())), 0
     for split, chosen in samples.items():
         findings.counts[split] = np.zeros(256, dtype=np.int64)
@@ -99,15 +102,18 @@ def _inspect(sample: Pair, split: str, findings: _Findings, source: Source) -> N
     findings.num_masks_at_limit += bool(findings.num_classes != IGNORE_INDEX and counts[findings.num_classes])
     wrong = [int(value) for value in np.flatnonzero(counts) if findings.num_classes < value < IGNORE_INDEX]
     if wrong:
-        findings.add("have such labels", _range_message(sample.mask, wrong, findings.num_classes, source))
+        findings.add("have such labels", _range_message(sample.mask, wrong, findings, source))
 
 
-def _range_message(mask: Place, wrong: list[int], num_classes: int, source: Source) -> str:
+def _range_message(mask: Place, wrong: list[int], findings: _Findings, source: Source) -> str:
+    num_classes = findings.num_classes
+    raised = "raise --num_classes or relabel the masks"
+    remedy = "relabel the masks, or give a network that was trained for these classes" if findings.trained else raised
     values = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
     counted = "" if source.own_numbering else f" (as the layout {source.layout} numbers them)"
     return (
         f"Mask {mask} holds the label{'s' * (len(wrong) > 1)} {values}{counted}, where 0..{num_classes - 1} and "
-        f"{IGNORE_INDEX} (ignored) are allowed with {num_classes} classes; raise --num_classes or relabel the masks."
+        f"{IGNORE_INDEX} (ignored) are allowed with {num_classes} classes; {remedy}."
     )
 
 
@@ -132,9 +138,14 @@ def _report(samples: dict[str, tuple[Pair, ...]], findings: _Findings, first: st
         notes.append(f"Without a pixel in the masks of {first}, so never learnt: class {names}.")
     if findings.num_masks_at_limit:
         share = 100 * counts[num_classes] / counts.sum()
+        wanted = (
+            f"the network needs {num_classes + 1} of them"
+            if findings.trained
+            else f"--num_classes must be {num_classes + 1}"
+        )
         notes.append(
             f"The label {num_classes} = num_classes is ignored ({findings.num_masks_at_limit} masks, "
-            f"{share:.1f} % of all pixels); if it is a class, --num_classes must be {num_classes + 1}."
+            f"{share:.1f} % of all pixels); if it is a class, {wanted}."
         )
     if findings.turned:
         notes.append(

@@ -33,6 +33,7 @@ from segprune.training.state import (
     TrainingInterrupted,
     TrainState,
     check_same_run,
+    fingerprint_of,
 )
 from segprune.training.stop import stop_flag
 from segprune.training.sync import synced
@@ -110,6 +111,8 @@ class _Run:
         self.steps_per_epoch: int = len(self.data) // self.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
         self.settings = asdict(config) | {"pictures": splits.fingerprint()}
+        if teacher is not None:
+            self.settings["teacher"] = fingerprint_of(teacher)
         self.model, self.device = model, accelerator.device
         self.learner = Learner(model, config, accelerator, teacher, penalty)
         self.epoch = self.step = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from segprune.data import Sample
 from segprune.training.metrics import Score
@@ -24,6 +24,19 @@ class Splits:
         """Another for other pictures or another order; a run is resumed only with the same."""
         names = "\n".join(sample.name for sample in [*self.train, *self.val])
         return sha256(f"{len(self.train)}\n{names}".encode()).hexdigest()[:16]
+
+
+def fingerprint_of(teacher: nn.Module) -> str:
+    """Another for other weights of the encoder, which, unlike the decode head's, are the same bits on every machine.
+
+    A run is resumed only with the same teacher, wherever its file lies now.
+    """
+    digest = sha256()
+    for name, tensor in teacher.state_dict().items():
+        if name.startswith("encoder."):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 @dataclass
@@ -80,6 +93,13 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
             raise ValueError(
                 "The run to resume had other pictures (names, number or order of the train and val lists); "
                 "give it the same data, or start anew without --resume."
+            )
+        if name == "teacher" and name not in old:
+            continue  # states of earlier versions do not say
+        if name == "teacher":
+            raise ValueError(
+                "The run to resume had another teacher (its weights differ); give the same network as --teacher, or "
+                "start anew without --resume."
             )
         words, before, value = _first_difference(name, before, value)
         raise ValueError(

@@ -56,6 +56,15 @@ def test_what_was_assumed_and_what_the_folder_needs_are_noted(small: Path, train
     assert read(tmp_path / "hf").spec == read(small).spec
 
 
+def test_the_names_of_another_tools_file_go_from_format_to_format(trained_like: Fill, tmp_path: Path) -> None:
+    names = ["sky", "road", "tree", "car", "person"]
+    torch.save({"meta": {"CLASSES": names}, "state_dict": state_in("nvlabs", trained_like)}, tmp_path / "theirs.pth")
+    done("convert", tmp_path / "theirs.pth", tmp_path / "hf", "--to", "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))
+    assert config["id2label"] == {str(k): name for k, name in enumerate(names)}
+    assert read(tmp_path / "hf").extra["class_names"] == names
+
+
 def test_mistakes_end_in_one_sentence(small: Path, dense: Path, trained_like: Fill, tmp_path: Path) -> None:
     out = tmp_path / "out.pth"
     assert refused("convert", small, out, "--to", "smp") == (

@@ -54,7 +54,12 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_weights(data: Path, smal
 def test_resuming_a_run_that_ended_changes_nothing(data: Path, small: Path, tmp_path: Path) -> None:
     done(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 1))
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert "Best epoch 1 on val" in done("train", "--resume", "--save_dir", tmp_path / "out")
+    out = done("train", "--resume", "--save_dir", tmp_path / "out")
+    assert "Best epoch 1 on val" in out
+    assert (
+        "Note: This run is complete (1 of 1 epochs), so nothing is trained; to train on, start a new one with "
+        f"--model_path {tmp_path}/out/{LAST} and another --save_dir."
+    ) in out
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -64,7 +69,7 @@ OTHER_SETTINGS: list[tuple[tuple[object, ...], str]] = [
     (("--drop_path", 0.4), "The run to resume had --drop_path 0.1, now it is 0.4; leave the flag out."),
     (("--lr_rule", "voc"), "The run to resume had --lr_rule none, now it is voc; leave the flag out."),
     (("--epochs", 3), "The run to resume had epochs 2, now it is 3; resume with the same settings, or start"),
-    (("--lr", 1), "The run to resume had lr 0.001, now it is 1.0; resume with the same settings, or start"),
+    (("--lr", 1), "The run to resume had --lr 0.001, now it is 1.0; leave the flag out."),
     (("--input_shape", 64, 64), "The run to resume had input_shape (32, 32), now it is (64, 64); resume with"),
     (("--ema", 0.5), "The run to resume had ema 0.0, now it is 0.5; resume with"),
     (("--label_smoothing", 0.1), "The run to resume had loss label_smoothing 0.0, now it is 0.1; resume with"),

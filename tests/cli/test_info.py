@@ -8,6 +8,7 @@ import torch
 
 from segprune.checkpoint import read, save
 from segprune.cli.common import console
+from segprune.export.runtimes import OPENERS
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
 from segprune.pruning.depth import remove
@@ -89,3 +90,14 @@ def test_a_backbone_is_shown_with_the_classes_it_would_get(trained_like: Fill, t
     out = done("info", path, "--num_classes", 7)
     assert "num_classes 7" in out
     assert "Only a backbone was found: the decode head for 7 classes is new and untrained." in out
+
+
+@pytest.mark.parametrize("suffix", sorted(OPENERS))
+def test_of_an_exported_file_it_is_said_which_commands_read_it(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(b"x")
+    for flags in (("info", path), ("predict", path, "--input", tmp_path)):
+        assert refused(*flags) == (
+            f"{path} ends in '{suffix}'; a checkpoint ends in .pth, .pt, .bin or .safetensors, or is a Hugging Face "
+            "folder; exported files are read by segprune eval and segprune benchmark."
+        )

@@ -13,6 +13,7 @@ import torch
 from segprune import load
 from segprune.checkpoint import read
 from segprune.data import open_source
+from segprune.data.shapes import CLASS_NAMES
 from segprune.fold import fold_decoder
 from segprune.pruning import pruner_l1
 from segprune.stats import count
@@ -128,6 +129,7 @@ def test_fine_tuning_keeps_the_pruned_shape_and_takes_a_tenth_of_the_first_rate(
     results = json.loads((folder / "training_results.json").read_text(encoding="utf-8"))
     assert results["settings"]["lr"] == pytest.approx(1e-4)
     assert finetuned.extra["lr"] == pruned.extra["lr"] == 1e-3  # so that pruning again does not divide it again
+    assert tuple(finetuned.extra["class_names"]) == tuple(pruned.extra["class_names"]) == CLASS_NAMES
     assert record_in(tuned[0])["finetuned_model"]["best_epoch"] in (1, 2)
 
 

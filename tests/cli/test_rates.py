@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from segprune.checkpoint import load, save
 from segprune.cli.settings import advice
-from tests.commands import interrupted, refused, told, training
+from tests.commands import HERE, SIZE, interrupted, invoke, refused, told, training
 from tests.dialects import state_in
 
 
@@ -92,6 +93,28 @@ def test_the_decay_over_the_blocks_reaches_the_loop(data: Path, small: Path, tmp
     flags = training(data, tmp_path, "--model_path", small)
     assert told(*flags).config.layer_decay == 1.0
     assert told(*flags, "--layer_decay", 0.9).config.layer_decay == 0.9
+
+
+def test_another_rate_is_refused_before_a_resumed_run_says_which_it_has(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupted(1, *training(data, out, "--model_path", small, "--epochs", 2))
+    status, said, errors = invoke("train", "--resume", "--save_dir", out, "--lr", 1e-4)
+    assert (status, said) == (1, "")
+    assert errors == "Error: The run to resume had --lr 0.001, now it is 0.0001; leave the flag out.\n"
+
+
+@pytest.mark.parametrize(("extra", "advised"), [({"lr": 1e-3}, True), ({}, False), ({"finetuned_lr": 1e-3}, False)])
+def test_only_where_a_tenth_was_taken_the_whole_rate_is_advised(
+    extra: dict[str, float], advised: bool, data: Path, dense: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.pth"
+    save(load(dense), path, extra=extra)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("segprune.cli.settings.MUCH_LOST", 1e9)
+        seen = told("prune", "--model_path", path, *SIZE, *HERE, "--data", data, "--epochs", 1, "--save_dir", tmp_path)
+    assert ("; --lr 0.001 is worth a try." in seen.out) is advised
 
 
 def test_where_much_was_lost_a_higher_rate_is_advised() -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from segprune.checkpoint import load, read, save
+from segprune.data.shapes import CLASS_NAMES
 from segprune.model import SegFormer
 from segprune.training.distill import Distillation
 from tests.commands import HERE, LAST, SIZE, done, interrupted, refused, results_in, same, told, training
-from tests.dialects import state_in
+from tests.dialects import reference, state_in
 
 
 def test_a_teacher_is_learnt_from_and_kept_when_a_run_goes_on(
@@ -26,20 +27,30 @@ def test_a_teacher_is_learnt_from_and_kept_when_a_run_goes_on(
     done(*training(data, taught, *flags, "--teacher", teacher))
     interrupted(3, *training(data, stopped, *flags, "--teacher", teacher))
     said = refused("train", "--resume", "--save_dir", stopped, "--teacher", small)
-    assert said == f"The run to resume had --teacher {teacher}, now it is {small}; leave the flag out."
+    assert said == (
+        "The run to resume had another teacher (its weights differ); give the same network as --teacher, or start anew "
+        "without --resume."
+    )
     said = refused("train", "--resume", "--save_dir", stopped, "--distill_pixel", 0.5)
     assert said.startswith("The run to resume had distillation pixel 1.0, now it is 0.5; resume with the same settings")
-    done("train", "--resume", "--save_dir", stopped)
+    moved = teacher.rename(tmp_path / "moved.pth")
+    assert refused("train", "--resume", "--save_dir", stopped) == (
+        f"The run to resume learns from --teacher {teacher}, which is not there; put it back, or give its new place as "
+        "--teacher."
+    )
+    done("train", "--resume", "--save_dir", stopped, "--teacher", moved)
     last = [read(folder / LAST).state_dict for folder in (alone, taught, stopped)]
     assert not same(last[0], last[1])
     assert same(last[1], last[2])
-    assert [results_in(folder)["settings"]["teacher"] for folder in (alone, stopped)] == ["", str(teacher)]
+    assert [results_in(folder)["settings"]["teacher"] for folder in (alone, stopped)] == ["", str(moved)]
 
 
 def test_a_run_without_a_teacher_goes_on_without_its_weights(data: Path, small: Path, tmp_path: Path) -> None:
     interrupted(1, *training(data, tmp_path / "out", "--model_path", small, "--epochs", 2))
     said = refused("train", "--resume", "--save_dir", tmp_path / "out", "--distill_pixel", 0.5)
     assert said == "--distill_pixel has no effect without --teacher; give the dense checkpoint to learn from."
+    said = refused("train", "--resume", "--save_dir", tmp_path / "out", "--teacher", small)
+    assert said == f"The run to resume had --teacher none, now it is {small}; leave the flag out."
 
 
 def test_weights_and_teacher_reach_the_loop(data: Path, small: Path, teacher: Path, tmp_path: Path) -> None:
@@ -104,6 +115,22 @@ def test_pruning_refuses_a_teacher_of_other_classes_as_early_and_does_without(
         )
     assert not (tmp_path / "out").exists()
     assert told(*here, "--epochs", 1, "--no_distill").options["teacher"] is None
+
+
+def test_another_tools_teacher_may_have_other_words_but_not_swap_them(
+    data: Path, small: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    state = reference("nvlabs", trained_like, num_classes=8).state_dict()
+    torch.save({"meta": {"CLASSES": list("abcdefgh")}, "state_dict": state}, tmp_path / "words.pth")
+    call = training(data, tmp_path / "out", "--model_path", small, "--distill_feature", 0)
+    assert told(*call, "--teacher", tmp_path / "words.pth").options["teacher"] is not None
+    swapped = ["background", CLASS_NAMES[2], CLASS_NAMES[1], *CLASS_NAMES[3:]]
+    path = tmp_path / "swapped.pth"
+    torch.save({"meta": {"CLASSES": swapped}, "state_dict": state}, path)
+    assert refused_teacher(path, data, small, tmp_path / "refused") == (
+        f"--teacher {path} calls class 1 'square' and the data 'disc'; give a teacher that was trained for the same "
+        "classes."
+    )
 
 
 def test_names_are_compared_as_far_as_both_go(data: Path, small: Path, tmp_path: Path) -> None:

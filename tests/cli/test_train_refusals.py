@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from segprune.checkpoint import save
+from segprune.model import SegFormer
 from tests.commands import BEST, LAST, invoke, refused, training
 
 ALONE = "has no effect without --teacher; give the dense checkpoint to learn from"
@@ -102,3 +104,13 @@ def test_a_checkpoint_that_the_run_reads_is_not_written_over(
     assert said == f"{path} would be written over by this run; give another --save_dir than {path.parent}."
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_labels_above_the_classes_are_answered_with_what_can_be_changed(
+    data: Path, small_model: SegFormer, tmp_path: Path
+) -> None:
+    save(small_model.float(), tmp_path / "five.pth")
+    said = refused(*training(data, tmp_path / "out", "--model_path", tmp_path / "five.pth"))
+    assert "with 5 classes; relabel the masks, or give a network that was trained for these classes (" in said
+    said = refused(*training(data, tmp_path / "out", "--phi", "b0", "--num_classes", 5))
+    assert "with 5 classes; raise --num_classes or relabel the masks (" in said

@@ -126,6 +126,15 @@ def test_the_label_num_classes_is_ignored_with_a_note(root: Path) -> None:
     )
 
 
+def test_of_a_network_that_is_there_no_other_number_of_classes_is_asked_for(root: Path) -> None:
+    assert check_labels(root, 3, trained=True).notes == (
+        "The label 3 = num_classes is ignored (1 masks, 0.0 % of all pixels); "
+        "if it is a class, the network needs 4 of them.",
+    )
+    with pytest.raises(ValueError, match="; relabel the masks, or give a network that was trained for these classes "):
+        check_labels(root, 2, trained=True)
+
+
 def test_a_class_without_a_pixel_in_the_first_split_is_noted(root: Path) -> None:
     write_pair(root, "d", labels_of(4))
     report = check_labels(root, 6)

@@ -17,7 +17,7 @@ from segprune.data import write_shapes
 from segprune.training.evaluate import Score
 from segprune.training.loop import train
 from segprune.training.losses import SegmentationLoss
-from segprune.training.state import TrainingInterrupted, TrainState
+from segprune.training.state import TrainingInterrupted, TrainState, check_same_run
 from tests.training.tiny import (
     Pointwise,
     config_of,
@@ -186,3 +186,11 @@ def test_the_scale_of_the_loss_goes_on_where_it_stopped(data: Path) -> None:
     assert scalers[0].state_dict() == scalers[2].state_dict()
     assert scalers[0].get_scale() == 8.0 * 2**4  # 12 steps
     assert same(weights_of(resumed), weights_of(whole))
+
+
+def test_a_state_that_does_not_say_its_teacher_goes_on_with_any() -> None:
+    check_same_run({"lr": 0.1}, {"lr": 0.1, "teacher": "0123"})
+    with pytest.raises(
+        ValueError, match=r"^The run to resume had another teacher \(its weights differ\); give the same"
+    ):
+        check_same_run({"lr": 0.1, "teacher": "4567"}, {"lr": 0.1, "teacher": "0123"})
