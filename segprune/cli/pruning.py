@@ -97,7 +97,11 @@ class PruneConfig:
     ] = "share"
     round_to: Annotated[int, Option("--round_to", help="Widths stay multiples of it; 1: any width.")] = 8
     max_rate: Annotated[
-        str, Option("--max_rate", help="Share of a group that may go at most: 0.8, or by name stages.3=0.6,head=0.5.")
+        str,
+        Option(
+            "--max_rate",
+            help="Share of a group that may go at most: 0.8, or by name stages.3=0.6,head=0.5. If not given: 0.9.",
+        ),
     ] = ""
     rates: Annotated[
         str,

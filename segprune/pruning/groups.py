@@ -64,9 +64,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Grouping:
-    """The prunable groups, and the layers left alone because their kind cannot be cut (name: class)."""
+    """The prunable groups, the protected ones, and layers left alone as their kind cannot be cut (name: class)."""
 
     groups: tuple[Group, ...]
+    protected: tuple[Group, ...]
     unsupported: dict[str, str]
 
 
@@ -81,8 +82,15 @@ def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, h
     for name, module in modules.items():
         if type(module) is Attention:
             groups += _attention_groups(name, module, heads=heads)
-    free = [g for g in groups if not any(m.side == "out" and m.layer in protected for m in g.members)]
-    return Grouping(tuple(free), unsupported)
+    free, kept = [], []
+    for group in groups:
+        (kept if is_protected(group, protected) else free).append(group)
+    return Grouping(tuple(free), tuple(kept), unsupported)
+
+
+def is_protected(group: Group, names: Set[str]) -> bool:
+    """Whether one of its layers' outputs has to stay."""
+    return any(member.side == "out" and member.layer in names for member in group.members)
 
 
 class _StandIn(nn.Linear):

@@ -90,7 +90,8 @@ def solve(
     ranked = rank_slots(groups, scores, weights, options)
     floors, widths = (np.array([options[at] for options in allowed], dtype=np.int64) for at in (0, -1))
     for limit in limits:
-        _check_reach(limit, floors, widths, bool(options.rates))
+        _check_reach(limit, floors, options)
+        check_least(limit, widths, fixed=bool(options.rates))
     if limits:
         widths = _spend_rest(limits, ranked, allowed, _bisect(limits, ranked, allowed))
     if bool((widths == full).all()):
@@ -120,13 +121,20 @@ def _finer(options: PlanOptions) -> str:
     return ", or for finer steps with --round_to 1" if options.round_to > 1 else ""
 
 
-def _check_reach(limit: Limit, floors: Widths, ceilings: Widths, fixed: bool) -> None:
-    most, least = limit.removed(floors), limit.removed(ceilings)
+def _check_reach(limit: Limit, floors: Widths, options: PlanOptions) -> None:
+    most = limit.removed(floors)
     if limit.rate > most + AIM:
+        by_name = options.max_rate.keys() - {"*"}
+        share = "what --max_rate allows" if by_name else f"{options.max_rate.get('*', MAX_RATE):g} (--max_rate)"
         raise ValueError(
             f"Rate {limit.rate:g} is out of reach; the most that can be removed here is {int(most * 1000) / 1000:g}, "
-            "since every group keeps a tenth of its channels (--max_rate) and protected layers keep all."
+            f"since no group gives more of its channels than {share}, and protected layers keep all."
         )
+
+
+def check_least(limit: Limit, ceilings: Widths, *, fixed: bool) -> None:
+    """ValueError where the widest network allowed misses more than is asked; `fixed`: `PlanOptions.rates` made it."""
+    least = limit.removed(ceilings)
     if limit.rate <= least:
         cause = "what --rates asks alone" if fixed else "folding the decode head alone"
         remedy = "" if fixed else ", or keep the head with --keep_decoder"
@@ -163,8 +171,6 @@ def rank_slots(
     slots = [_slot_scores(scores[group.name], group) for group in groups]
     if options.scope == "isomorphic":
         return _isomorphic_ranks(groups, slots)
-    if options.sensitivity and not options.sensitivity.keys() & {group.name for group in groups}:
-        raise ValueError("The sensitivities are of another network: they name none of its groups; scan this one.")
     factors = [weight * options.sensitivity.get(g.name, 1.0) for g, weight in zip(groups, weights, strict=True)]
     return [factor * _losses(s, options.normalise) for factor, s in zip(factors, slots, strict=True)]
 

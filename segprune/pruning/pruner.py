@@ -206,6 +206,17 @@ class Pruner:
 
     def prepare(self, example_inputs: Any = None) -> Prepared:
         """A copy of the network, folded if it is to be, and the groups that may be cut in it."""
+        prepared = self._prepare(example_inputs)
+        known = {group.name for group in (*prepared.groups, *prepared.protected)}
+        unknown = sorted(self.options.sensitivity.keys() - known)
+        if unknown:
+            raise ValueError(
+                f"The sensitivities are of another network: this one has no group {unknown[0]}; scan it with the flags "
+                "that it is pruned with."
+            )
+        return prepared
+
+    def _prepare(self, example_inputs: Any) -> Prepared:
         protected = self._protected_names()
         if stock_spec(self.model) is not None:
             assert isinstance(self.model, SegFormer)

@@ -231,8 +231,9 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--max_rate", "half"), r"--max_rate is 'half'; write it as --max_rate stages\.3=0\.7,head=0\.6\."),
     (
         ("--max_rate", 0.2),
-        r"Rate 0\.5 is out of reach; the most that can be removed here is 0\.\d+, since .*--max_rate",
+        r"Rate 0\.5 is out of reach; the most that can be removed here is 0\.\d+, since no .* than 0\.2 \(--max_rate\), and",
     ),
+    (("--max_rate", "stages=0.1,head=0.5"), r"Rate 0\.5 is out of reach; .* more .* than what --max_rate allows, and"),
     (
         ("--budgets", "params=0.5", "--rate_of", "macs"),
         r"--rate_of contradicts --budgets, which names the rates by unit;",
