@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segprune.cli.common import show_table
+from segprune.cli.common import console, show_table
 from segprune.files import write_json
 
 if TYPE_CHECKING:  # importing them needs torch-pruning, which other commands do without
@@ -60,12 +60,15 @@ def _read(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def show_plan(plan: Plan, groups: tuple[Group, ...]) -> None:
+def show_plan(plan: Plan, groups: tuple[Group, ...], left_alone: tuple[str, ...]) -> None:
     rows = []
     for group, width in sorted(widths_by_group(plan, groups), key=lambda row: row[0].name):
         full, left = (f"{group.parts} × {slots}" if group.parts > 1 else str(slots) for slots in (group.slots, width))
         rows.append([group.name.removeprefix("encoder."), full, left, f"{1 - width / group.slots:.0%}"])
     show_table("Plan", ["group", "channels", "stay", "go"], rows)
+    if left_alone:
+        names = ", ".join(sorted(name.removeprefix("encoder.") for name in left_alone))
+        console.print(f"Left alone by --ignore: {names}.", soft_wrap=True)
 
 
 def widths_by_group(plan: Plan, groups: tuple[Group, ...]) -> list[tuple[Group, int]]:

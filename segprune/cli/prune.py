@@ -160,7 +160,7 @@ def _score(model: SegFormer, source: Source, config: PruneConfig, device: torch.
 def _show_plan(dense: SegFormer, config: PruneConfig, given: frozenset[str], images: list[Tensor], path: Path) -> None:
     pruner = pruner_of(config, given, dense, images, None)
     plan, groups = pruner.decide(torch.empty(1, 3, *config.input_shape, device="meta"))
-    show_plan(plan, groups)
+    show_plan(plan, groups, pruner.left_alone)
     write_plan(plan, groups, asdict(config), path)
     removed = ", ".join(f"{share:.1%} of the {unit}" for unit, share in plan.removed.items())
     goes = f"What goes: {removed}. " if removed else ""

@@ -112,7 +112,11 @@ class PruneConfig:
         ),
     ] = ""
     ignore: Annotated[
-        str, Option("--ignore", help="Layers whose channels all stay, by name: stages.0.*,stages.1.blocks.0.mlp.")
+        str,
+        Option(
+            "--ignore",
+            help="Layers and groups of a plan whose channels all stay, by name: stages.0.*,stages.1.blocks.0.mlp.ffn.",
+        ),
     ] = ""
     sensitivity: Annotated[
         str, Option("--sensitivity", metavar="FILE", help="What `segprune scan` measured; weighs the groups.")
@@ -301,8 +305,12 @@ def pruner_of(
     progress: Callable[[int, int], None] | None = None,
     *,
     widths: Mapping[str, int] | None = None,
+    thinned: bool = False,
 ) -> Any:
-    """The pruner that the flags ask for; `rates` by unit, None for those of the flags; `widths` in place of a plan."""
+    """The pruner that the flags ask for; `rates` by unit, None for those of the flags; `widths` in place of a plan.
+
+    `thinned`: branches of the network that a scan may name are gone.
+    """
     from segprune.pruning.patterns import parse_values
     from segprune.pruning.pruner import Pruner
     from segprune.pruning.pruner_l1 import L1Pruner
@@ -325,12 +333,19 @@ def pruner_of(
         max_rate=parse_values(config.max_rate, "--max_rate"),
         rates=parse_values(config.rates, "--rates"),
         ignore=split_names(config.ignore),
-        sensitivity=read_sensitivity(Path(config.sensitivity)) if config.sensitivity else {},
+        sensitivity=_sensitivity(config.sensitivity, model, thinned) if config.sensitivity else {},
         widths=read_plan(Path(config.plan)) if config.plan else widths,
         seed=config.seed,
         latency_table=_latency_table(model) if "latency" in asked else None,
         progress=progress,
     )
+
+
+def _sensitivity(path: str, model: SegFormer, thinned: bool) -> dict[str, float]:
+    """What a scan measured; of a network that is `thinned` only for what is left."""
+    factors = read_sensitivity(Path(path))
+    left = {name for name, _ in model.named_modules()}
+    return {name: f for name, f in factors.items() if not thinned or name.rpartition(".")[0] in left}
 
 
 def _latency_table(model: SegFormer) -> Any:

@@ -91,7 +91,7 @@ def solve(
     floors, widths = (np.array([options[at] for options in allowed], dtype=np.int64) for at in (0, -1))
     for limit in limits:
         _check_reach(limit, floors, options)
-        check_least(limit, widths, fixed=bool(options.rates))
+        check_least(limit, groups, options)
     if limits:
         widths = _spend_rest(limits, ranked, allowed, _bisect(limits, ranked, allowed))
     if bool((widths == full).all()):
@@ -113,6 +113,20 @@ def plan_of(groups: Sequence[Group], scores: Mapping[str, Scores], widths: Width
     return Plan({g.name: _keep(scores[g.name], g, int(w)) for g, w in zip(groups, widths, strict=True)})
 
 
+def check_widths(widths: Mapping[str, int], groups: Sequence[Group]) -> Widths:
+    """The widths in the order of the groups. ValueError for names or widths that do not fit."""
+    slots = {group.name: group.slots for group in groups}
+    strange, missing = sorted(widths.keys() - slots.keys()), sorted(slots.keys() - widths.keys())
+    wrong = [f"group {name}, which this network cannot cut" for name in strange[:1]]
+    wrong += [f"group {name}, which the plan does not name" for name in missing[:1]]
+    if wrong:
+        raise ValueError(f"The plan is not one for this network and these flags: {', and '.join(wrong)}.")
+    for name, width in widths.items():
+        if not 1 <= width <= slots[name]:
+            raise ValueError(f"The plan leaves {width} channels of {name}; it must be 1 to {slots[name]}.")
+    return np.array([widths[group.name] for group in groups], dtype=np.int64)
+
+
 def _asked(limits: Sequence[Limit]) -> str:
     return ", ".join(f"{limit.rate:g}" for limit in limits) or "of --rates"
 
@@ -132,15 +146,18 @@ def _check_reach(limit: Limit, floors: Widths, options: PlanOptions) -> None:
         )
 
 
-def check_least(limit: Limit, ceilings: Widths, *, fixed: bool) -> None:
-    """ValueError where the widest network allowed misses more than is asked; `fixed`: `PlanOptions.rates` made it."""
-    least = limit.removed(ceilings)
+def check_least(limit: Limit, groups: Sequence[Group], options: PlanOptions, *, depth: float = 0.0) -> None:
+    """ValueError where even the widest network allowed lacks more than is asked.
+
+    `depth`: the share asked for whole branches, which are gone already, if they count towards the limit.
+    """
+    least = limit.removed(np.array([widths[-1] for widths in _allowed(groups, options)], dtype=np.int64))
     if limit.rate <= least:
-        cause = "what --rates asks alone" if fixed else "folding the decode head alone"
-        remedy = "" if fixed else ", or keep the head with --keep_decoder"
-        raise ValueError(
-            f"Rate {limit.rate:g} is less than {cause} removes ({least:.3f}); ask for a higher rate{remedy}."
-        )
+        fixed = bool(options.rates)
+        cause = "what --rates asks" if fixed else "folding the decode head"
+        removes = f"--depth {depth:g} and {cause} together remove" if depth else f"{cause} alone removes"
+        remedy = ("" if fixed else ", or keep the head with --keep_decoder") + (", or less depth" if depth else "")
+        raise ValueError(f"Rate {limit.rate:g} is less than {removes} ({least:.3f}); ask for a higher rate{remedy}.")
 
 
 def _allowed(groups: Sequence[Group], options: PlanOptions) -> list[list[int]]:

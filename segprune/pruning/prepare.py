@@ -92,7 +92,9 @@ def prepare_stock(
         with eval_mode(dense):
             wholes["latency"] = dense_in_predicted_ms(dense, model, costs)
     rows = layers(model.spec, (height, width))
-    return Prepared(model, groups, rows, wholes, latency=costs, input_shape=(height, width), protected=grouping.protected)
+    return Prepared(
+        model, groups, rows, wholes, latency=costs, input_shape=(height, width), protected=grouping.protected
+    )
 
 
 def prepare_traced(network: nn.Module, example_inputs: Any, protected: set[str], *, heads: bool) -> Prepared:

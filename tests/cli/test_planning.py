@@ -15,7 +15,7 @@ from segprune import load
 from segprune.cli.calibration import load_images, places_of
 from segprune.data import open_source
 from segprune.stats import count
-from tests.commands import HERE, SIZE, done, interrupted, refused
+from tests.commands import HERE, SIZE, done, interrupted, invoke, refused
 
 SHAPE = (32, 32)
 SPARSE_LAST = "b0_pruned_0.4_sparse_finetuned/last_epoch_weights.pth"
@@ -101,6 +101,65 @@ def test_what_is_ignored_keeps_its_width(dense: Path, tmp_path: Path) -> None:
     last = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec.stages[3]
     assert (last.width, last.blocks[0].ffn_dim) == (256, 1024)
     assert last.blocks[1].ffn_dim < 1024
+
+
+def test_groups_can_be_ignored_by_the_names_of_the_plan_which_says_so(dense: Path, tmp_path: Path) -> None:
+    names = ["decode_head.width", "stages.3.blocks.0.attn.qk", "stages.3.blocks.0.mlp.ffn", "stages.3.width"]
+    flags = ("--ignore", ",".join(names), "--save_dir", tmp_path)
+    out = done("prune", "--model_path", dense, *SIZE, *flags, "--plan_only")
+    assert f"Left alone by --ignore: {', '.join(names)}. " in out
+    table = out[: out.index("Left alone")]
+    assert not any(f"│ {name} │" in table for name in names)
+    done("prune", "--model_path", dense, *SIZE, *flags)
+    spec = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec
+    blocks = spec.stages[3].blocks
+    assert (spec.folded, spec.decoder_dim, spec.stages[3].width) == (True, 256, 256)
+    assert (blocks[0].qk_dim, blocks[0].ffn_dim) == (32, 1024)
+    assert blocks[0].v_dim < 32
+    assert blocks[1].ffn_dim < 1024
+
+
+def test_of_a_plan_in_which_nothing_is_ignored_nothing_is_said_of_it(planned: tuple[Path, str]) -> None:
+    assert "Left alone" not in planned[1]
+
+
+def test_a_branch_with_an_ignored_group_stays_and_so_does_its_block(dense: Path, tmp_path: Path) -> None:
+    most = ("--pruning_rate", 0.9, "--depth", 0.4, "--ignore", "stages.*.attn.qk")
+    out = done("prune", "--model_path", dense, *SIZE, *most, "--save_dir", tmp_path)
+    (named,) = re.findall(r"Branches that go: (.+?)\. ", out)
+    assert all(name.endswith(".mlp") for name in named.split(", "))
+
+
+def test_a_rate_below_what_folding_takes_is_refused_in_the_users_numbers_before_branches_go(
+    dense: Path, tmp_path: Path
+) -> None:
+    flags = ("--rate_of", "macs", "--depth", 0.05, "--save_dir", tmp_path, "--pruning_rate")
+    status, out, errors = invoke("prune", "--model_path", dense, *SIZE, *flags, 0.5)
+    (least,) = re.findall(r"Rate 0\.5 is less than folding the decode head alone removes \((0\.\d+)\)", errors)
+    rate = float(least) + 0.002
+    status, out, errors = invoke("prune", "--model_path", dense, *SIZE, *flags, rate)
+    said = rf"Error: Rate {rate:g} is less than --depth 0\.05 and folding the decode head together remove "
+    assert re.match(said + r"\(0\.\d+\); .*--keep_decoder, or less depth\.", errors), errors
+    assert status == 1
+    assert "Branches that go" not in out
+
+
+def test_a_scan_goes_with_what_is_ignored_and_with_depth_but_not_with_another_network(
+    dense: Path, tmp_path: Path
+) -> None:
+    done("prune", "--model_path", dense, *SIZE, "--plan_only", "--save_dir", tmp_path)
+    factors = dict.fromkeys(widths(tmp_path / "l1/b0/plan.json"), 2.0)
+    scan = tmp_path / "scan.json"
+    flags = ("--model_path", dense, *SIZE, "--sensitivity", scan, "--save_dir", tmp_path)
+    scan.write_text(json.dumps({"sensitivity": factors}), encoding="utf-8")
+    done("prune", *flags, "--ignore", "stages.3")
+    done("prune", *flags, "--pruning_rate", 0.7, "--depth", 0.3)
+    scan.write_text(json.dumps({"sensitivity": factors | {"decode_head.branches.0.norm": 1.0}}), encoding="utf-8")
+    for more in ((), ("--depth", 0.3)):
+        assert refused("prune", *flags, *more) == (
+            "The sensitivities are of another network: this one has no group decode_head.branches.0.norm; "
+            "scan it with the flags that it is pruned with."
+        )
 
 
 def test_a_criterion_that_needs_pictures_takes_them_without_labels(dense: Path, pictures: Path, tmp_path: Path) -> None:
