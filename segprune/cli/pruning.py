@@ -360,10 +360,10 @@ def split_names(text: str) -> list[str]:
 
 def asked_rates(config: PruneConfig, given: frozenset[str]) -> Mapping[str, float]:
     """Rates by unit; none where only --plan or --rates say what goes."""
-    from segprune.pruning.patterns import parse_values
+    from segprune.pruning.patterns import parse_budgets
 
     if config.budgets:
-        return parse_values(config.budgets, "--budgets")
+        return parse_budgets(config.budgets, "--budgets")
     if config.plan or (config.rates and "pruning_rate" not in given):
         return {}
     return {config.rate_of: config.pruning_rate}

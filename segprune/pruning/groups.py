@@ -74,8 +74,8 @@ class Grouping:
 def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, heads: bool = False) -> Grouping:
     """All groups of `model` whose every output side is free.
 
-    `protected` has names of layers whose outputs stay, or of groups; the network's own outputs always stay. `heads` adds a
-    group of whole heads per attention that has several. The model is left as it was.
+    `protected` has names of layers whose outputs stay, or of groups; the network's own outputs always stay. `heads`
+    adds a group of whole heads per attention that has several. The model is left as it was.
     """
     modules = dict(model.named_modules())
     groups, unsupported = _traced_groups(model, example_inputs, modules)

@@ -58,6 +58,15 @@ def stock_spec(model: nn.Module) -> Spec | None:
     return model.spec if same_modules and shapes == {n: p.shape for n, p in reference.state_dict().items()} else None
 
 
+def check_head(spec: Spec, asked: Mapping[str, bool]) -> None:
+    """ValueError where something is asked, by name, that only decode heads as published can have."""
+    for name in (name for name, is_asked in asked.items() if is_asked and spec.head == "conv"):
+        raise ValueError(
+            f"{name} is for decode heads as published, and this network's has a BatchNorm and a ReLU in each branch; "
+            "leave it out."
+        )
+
+
 _FOLDED_AWAY = ("fuse", *(f"branches.{i}" for i in range(4)))
 
 

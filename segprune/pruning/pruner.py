@@ -19,7 +19,7 @@ from segprune.pruning.importance import METHODS, Scores, scores
 from segprune.pruning.latency import LatencyCosts, LatencyTable, meet
 from segprune.pruning.patterns import matching_names
 from segprune.pruning.plan import Normalise, Plan, PlanOptions, Scope, check_widths, plan_of, solve
-from segprune.pruning.prepare import Prepared, prepare_stock, prepare_traced, stock_spec
+from segprune.pruning.prepare import Prepared, check_head, prepare_stock, prepare_traced, stock_spec
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut, read_spec
 from segprune.pruning.trace import eval_mode, run
@@ -67,15 +67,15 @@ class Pruner:
         latency_table: LatencyTable | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`pruning_rate`: a share of what `rate_of` says; or shares by unit, each of which has to go at least; or None,
-        and only `rates` or `widths` (by group, as in a plan) are carried out. `ignored_layers`: modules whose outputs
-        stay, with all inside them; `ignore` the same by pattern (patterns.py), and groups by name. `method`: importance.METHODS. `data`:
-        batches of normalised images B 3 H W, for methods that need them and for the repair, `repaired`. `scope`,
-        `round_to`, `normalise`, `max_rate`, `rates`, `sensitivity`: see PlanOptions; `price`: see costs.loss_weights,
-        costs.default_price. `heads`: whole heads may go too. `uniform`: every stage stays uniform and the head as
-        published, so that transformers' own classes can hold the network (uniform.py). `latency_table`: for a rate of
-        the latency, times measured before. `progress`: of measuring steps and of the repair. Raises ValueError for
-        what is not allowed.
+        """`pruning_rate`: a share of what `rate_of` says; or shares by unit, each of which has to go at least; or
+        None, and only `rates` or `widths` (by group, as in a plan) are carried out. `ignored_layers`: modules whose
+        outputs stay, with all inside them; `ignore` the same by pattern (patterns.py), and groups by name. `method`:
+        importance.METHODS. `data`: batches of normalised images B 3 H W, for methods that need them and for the
+        repair, `repaired`. `scope`, `round_to`, `normalise`, `max_rate`, `rates`, `sensitivity`: see PlanOptions;
+        `price`: see costs.loss_weights, costs.default_price. `heads`: whole heads may go too. `uniform`: every stage
+        stays uniform and the head as published, so that transformers' own classes can hold the network (uniform.py).
+        `latency_table`: for a rate of the latency, times measured before. `progress`: of measuring steps and of the
+        repair. Raises ValueError for what is not allowed.
         """
         self.model, self.latency_table = model, latency_table
         if not isinstance(pruning_rate, Mapping):
@@ -109,12 +109,8 @@ class Pruner:
             raise ValueError(
                 f"round_to is {self.options.round_to}; widths are kept multiples of a whole number from 1 up."
             )
-        for name, asked in (("keep_decoder", self.keep_decoder), ("uniform", self.uniform)):
-            if asked and isinstance(self.model, SegFormer) and self.model.spec.head == "conv":
-                raise ValueError(
-                    f"{name} is for decode heads as published, and this network's has a BatchNorm and a ReLU in each "
-                    "branch; leave it out."
-                )
+        if isinstance(self.model, SegFormer):
+            check_head(self.model.spec, {"keep_decoder": self.keep_decoder, "uniform": self.uniform})
         if self.uniform:
             self._check_uniform()
         if self.repaired and not self.data:

@@ -276,6 +276,17 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         r"other\.json is no plan; write one with --plan_only, and in it change only the widths\.",
     ),
     (("--plan", "foreign.json"), r"The plan is not one for this network and these flags: group a, which this .* cut\."),
+    (
+        ("--plan", "misspelt.json"),
+        r"The plan .*: group decode_head\.wdth, which this network cannot cut, and group decode_head\.width, which the "
+        r"plan does not name\.",
+    ),
+    (("--plan", "twice.json"), r"twice\.json names group decode_head\.width twice; leave one of them\."),
+    (
+        ("--plan", "text.json"),
+        r'text\.json gives group decode_head\.width the width "200"; it must be a whole number\.',
+    ),
+    (("--plan", "half.json"), r"half\.json gives group decode_head\.width the width 200\.5; it must be a whole"),
     (("--plan", "wide.json"), r"The plan leaves 999999 channels of decode_head\.width; it must be 1 to 256\."),
     (
         ("--plan", "wide.json", "--pruning_rate", 0.5),
@@ -290,7 +301,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--max_rate", "half"), r"--max_rate is 'half'; write it as --max_rate stages\.3=0\.7,head=0\.6\."),
     (
         ("--max_rate", 0.2),
-        r"Rate 0\.5 is out of reach; the most that can be removed here is 0\.\d+, since no .* than 0\.2 \(--max_rate\), and",
+        r"Rate 0\.5 is out of reach; the most that can be removed here is 0\.\d+, .* than 0\.2 \(--max_rate\), and",
     ),
     (("--max_rate", "stages=0.1,head=0.5"), r"Rate 0\.5 is out of reach; .* more .* than what --max_rate allows, and"),
     (
@@ -298,6 +309,8 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         r"--rate_of contradicts --budgets, which names the rates by unit;",
     ),
     (("--budgets", "flops=0.5"), r"A rate of 'flops' is unknown; choose one of params, macs, channels, latency\."),
+    (("--budgets", "0.5"), r"--budgets is '0\.5'; write it as --budgets params=0\.5,macs=0\.7\."),
+    (("--budgets", "params=half"), r"--budgets is 'params=half'; write it as --budgets params=0\.5,macs=0\.7\."),
     (("--pruning_method", "taylor"), r"--pruning_method taylor needs pictures; give them as --images DIR or --data,"),
     (("--repair",), r"--repair needs pictures; give them as --images DIR or --data, labels are not needed\."),
     (("--num_images", 3), r"--num_images has no effect without --images or --data; say where the pictures lie\."),
@@ -341,8 +354,16 @@ def test_a_wrong_flag_is_refused_and_nothing_is_written(
     Path("broken.json").write_text("{")
     Path("other.json").write_text('{"groups": [1]}')
     Path("foreign.json").write_text(json.dumps({"groups": [*record["groups"], {"name": "a", "width": 1}]}))
-    wide = [row | {"width": 999999} if row["name"] == "decode_head.width" else row for row in record["groups"]]
-    Path("wide.json").write_text(json.dumps({"groups": wide}))
+    (head,) = (row for row in record["groups"] if row["name"] == "decode_head.width")
+    others = [row for row in record["groups"] if row != head]
+    Path("twice.json").write_text(json.dumps({"groups": [*others, head, head]}))
+    for name, edit in {
+        "wide": {"width": 999999},
+        "text": {"width": "200"},
+        "half": {"width": 200.5},
+        "misspelt": {"name": "decode_head.wdth"},
+    }.items():
+        Path(f"{name}.json").write_text(json.dumps({"groups": [*others, head | edit]}))
     said = refused("prune", "--model_path", dense, *SIZE, "--save_dir", "out", *flags)
     assert re.match(message, said), said
-    assert not any(path.is_file() for path in Path("out").rglob("*"))
+    assert not Path("out").exists()

@@ -270,7 +270,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
 def test_a_wrong_flag_is_refused(flags: tuple[object, ...], message: str, dense: Path, tmp_path: Path) -> None:
     said = refused("prune", "--model_path", dense, *SIZE, "--save_dir", tmp_path / "out", *flags)
     assert re.match(message, said), said
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
