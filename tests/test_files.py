@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ def test_of_a_check_whether_a_folder_can_be_written_nothing_is_left(
 
 def test_a_folder_that_could_not_be_made_is_refused_by_its_own_name(tmp_path: Path) -> None:
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
-    for name in ("lost/b", "a/" + "b" * 300):
+    for name in ("lost/b", "b" * 300):
         with pytest.raises(OSError, match=re.escape(f"{tmp_path / name}/.writable could not be written (")):
             check_writable(tmp_path / name)
 
