@@ -100,10 +100,19 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Make the folder and try a file in it, so that hours of work do not end in an OSError."""
-    with atomic_path(Path(folder) / ".writable") as temporary:
-        temporary.touch()
-    (Path(folder) / ".writable").unlink(missing_ok=True)  # of several processes another may have been first
+    """Try a file in the folder, or where it will be made, so that hours of work do not end in an OSError.
+
+    Nothing is left there: what writes makes its folder, and a run that ends before that leaves none.
+    """
+    folder = Path(folder)
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
+        with atomic_path(there / ".writable") as temporary:
+            temporary.touch()
+        (there / ".writable").unlink(missing_ok=True)  # of several processes another may have been first
+    except OSError as error:
+        inside = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise _unwritable(folder / ".writable", inside) from error
 
 
 def write_json(data: Any, path: str | os.PathLike[str]) -> None:

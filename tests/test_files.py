@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,10 +130,23 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
         check_writable(tmp_path)
 
 
-def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+def test_of_a_check_whether_a_folder_can_be_written_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     check_writable(tmp_path / "a" / "b")
-    check_writable(tmp_path / "a" / "b")
-    assert os.listdir(tmp_path / "a" / "b") == []
+    check_writable("a/b")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "a").mkdir()
+    check_writable("a")
+    assert os.listdir("a") == []
+
+
+def test_a_folder_that_could_not_be_made_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    for name in ("lost/b", "b" * 300):
+        with pytest.raises(OSError, match=re.escape(f"{tmp_path / name}/.writable could not be written (")):
+            check_writable(tmp_path / name)
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -180,7 +180,9 @@ def app_from(environment: Mapping[str, str]) -> FastAPI:
     values = {name: value for name, value in environment.items() if name.startswith("SEGPRUNE_") and value}
     model, shape = values.pop("SEGPRUNE_MODEL", None), values.pop("SEGPRUNE_INPUT_SHAPE", None)
     if model is None:
-        raise ValueError("There is no model; give an .onnx file that segprune export wrote as SEGPRUNE_MODEL.")
+        raise ValueError(
+            "There is no model; give an .onnx file that segprune export wrote to app.py, or as SEGPRUNE_MODEL."
+        )
     numbers = {}
     for name, value in values.items():
         field = name.removeprefix("SEGPRUNE_").lower()
@@ -218,14 +220,20 @@ def _app_or_exit(environment: Mapping[str, str]) -> FastAPI:
         sys.exit(f"Error: {error}")
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a whole number from 0 to 65535.")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve an .onnx file that segprune export wrote.")
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="the file; SEGPRUNE_MODEL if not given")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all who can reach this machine")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=_port, default=8000, help="0: any that is free")
     parser.add_argument("--input_shape", nargs=2, metavar=("H", "W"), help="for a file of any size; 512 512")
     given = parser.parse_args()
-    flags = {"SEGPRUNE_MODEL": given.model}
+    flags = {"SEGPRUNE_MODEL": given.model} if given.model else {}
     if given.input_shape:
         flags["SEGPRUNE_INPUT_SHAPE"] = " ".join(given.input_shape)
     uvicorn.run(_app_or_exit({**os.environ, **flags}), host=given.host, port=given.port)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from segprune.cli.common import console, progress_bar
 from segprune.cli.plans import widths_by_group
-from segprune.cli.pruning import PruneConfig, asked_rates, pruner_of, split_names
+from segprune.cli.pruning import PruneConfig, asked_rates, pruner_of
 from segprune.model import SegFormer
 from segprune.spec import with_folded_head
 from segprune.stats import count
@@ -35,7 +36,7 @@ def cut_network(
         text = "pruning" if config.steps == 1 else f"pruning, step {step + 1} of {config.steps}"
         with progress_bar(text) as advance:
             rates = _rates_of_step(step, dense, start, model, config, asked_rates(config, given))
-            pruner = pruner_of(config, given, model, images, rates, advance)
+            pruner = pruner_of(config, given, model, images, rates, advance, thinned=bool(config.depth))
             if not config.sparse_epochs:
                 model = pruner.prune(x)
         if config.sparse_epochs:
@@ -68,17 +69,27 @@ def _cut_once_sparse(
 def _without_branches(dense: SegFormer, config: PruneConfig, given: frozenset[str], images: list[Tensor]) -> SegFormer:
     """The network without the branches whose absence its output shows least; noise stands in for missing pictures."""
     from segprune.pruning.depth import branch_scores, choose, noise, remove
-    from segprune.pruning.patterns import matches
+    from segprune.pruning.plan import check_least
 
-    unit = next(iter(asked_rates(config, given)), "params")
+    x, rates = torch.empty(1, 3, *config.input_shape, device="meta"), asked_rates(config, given)
+    pruner = pruner_of(config, given, dense, images, None)
+    whole = pruner.prepare(x)
+    for unit, rate in rates.items():
+        check_least(whole.limit(unit, rate), whole.groups, pruner.options)
     seen = images or [batch.to(next(dense.parameters()).device) for batch in noise(config.input_shape)]
     with progress_bar("skipping one branch at a time") as advance:
         scores = branch_scores(dense, seen, progress=advance)
-    ignored = split_names(config.ignore)
-    free = {name: score for name, score in scores.items() if not any(matches(pattern, name) for pattern in ignored)}
-    names = choose(dense.spec, free, config.depth, unit=unit, input_shape=config.input_shape)  # type: ignore[arg-type]
+    stay = pruner.protected_names()
+    free = {n: score for n, score in scores.items() if not any(f"{name}.".startswith(f"{n}.") for name in stay)}
+    of: Any = next(iter(rates), "params")
+    names = choose(dense.spec, free, config.depth, unit=of, input_shape=config.input_shape)
+    model = remove(dense, names, images)
+    left = pruner_of(config, given, model, images, None, thinned=True).prepare(x)
+    for unit, rate in rates.items():
+        limit = replace(left.limit(unit, rate), whole=whole.wholes[unit])
+        check_least(limit, left.groups, pruner.options, depth=config.depth)
     console.print(f"Branches that go: {', '.join(name.removeprefix('encoder.') for name in names)}.", soft_wrap=True)
-    return remove(dense, names, images)
+    return model
 
 
 def _rates_of_step(

@@ -51,11 +51,12 @@ def run(config: InfoConfig, given: frozenset[str]) -> None:
     }
     show_settings(config.model_path, settings)
     rows = [
-        [f"{s}.{b}", str(stage.width), *_block(block)]
-        for s, stage in enumerate(found.spec.stages, 1)
+        [f"stages.{s}.blocks.{b}", str(stage.width), *_block(block)]
+        for s, stage in enumerate(found.spec.stages)
         for b, block in enumerate(stage.blocks)
     ]
-    show_table("Widths", ["block", "stage", "heads", "q·k per head", "v per head", "reduction", "ffn"], rows)
+    title = "Widths, named as in plans and in --ignore; qk and v per head"
+    show_table(title, ["block", "stage", "heads", "qk", "v", "reduction", "ffn"], rows)
     show_notes(found.notes)
 
 

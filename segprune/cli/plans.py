@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segprune.cli.common import show_table
+from segprune.cli.common import console, show_table
 from segprune.files import write_json
 
 if TYPE_CHECKING:  # importing them needs torch-pruning, which other commands do without
@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # importing them needs torch-pruning, which other commands do
 
 PLAN = "plan.json"
 EXPLAINED = (
-    "width: channels that stay in each of a group's parts (heads), of `slots`. Edit it, then run the same command with "
-    "--plan and this file; which channels stay is decided by their scores."
+    "width: channels that stay in each of a group's parts (heads), from 1 to `slots`. Edit it, then run the same "
+    "command with --plan and this file; which channels stay is decided by their scores."
 )
 
 
@@ -31,14 +31,20 @@ def write_plan(plan: Plan, groups: tuple[Group, ...], settings: Mapping[str, Any
 
 
 def read_plan(path: Path) -> dict[str, int]:
-    """Widths by group name. ValueError where the file is no plan."""
+    """Widths by group name. ValueError where the file is no plan, and for a width that is none."""
     try:
-        widths = {row["name"]: row["width"] for row in _read(path)["groups"]}
-        fits = all(type(name) is str and type(width) is int for name, width in widths.items())
+        rows = [(row["name"], row["width"]) for row in _read(path)["groups"]]
     except (KeyError, TypeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"{path} is no plan; write one with --plan_only, and in it change only the widths.")
+        rows = [(None, None)]
+    widths: dict[str, int] = {}
+    for name, width in rows:
+        if type(name) is not str:
+            raise ValueError(f"{path} is no plan; write one with --plan_only, and in it change only the widths.")
+        if type(width) is not int:
+            raise ValueError(f"{path} gives group {name} the width {json.dumps(width)}; it must be a whole number.")
+        if name in widths:
+            raise ValueError(f"{path} names group {name} twice; leave one of them.")
+        widths[name] = width
     return widths
 
 
@@ -60,12 +66,15 @@ def _read(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def show_plan(plan: Plan, groups: tuple[Group, ...]) -> None:
+def show_plan(plan: Plan, groups: tuple[Group, ...], left_alone: tuple[str, ...]) -> None:
     rows = []
     for group, width in sorted(widths_by_group(plan, groups), key=lambda row: row[0].name):
         full, left = (f"{group.parts} × {slots}" if group.parts > 1 else str(slots) for slots in (group.slots, width))
         rows.append([group.name.removeprefix("encoder."), full, left, f"{1 - width / group.slots:.0%}"])
     show_table("Plan", ["group", "channels", "stay", "go"], rows)
+    if left_alone:
+        names = ", ".join(sorted(name.removeprefix("encoder.") for name in left_alone))
+        console.print(f"Left alone by --ignore: {names}.", soft_wrap=True)
 
 
 def widths_by_group(plan: Plan, groups: tuple[Group, ...]) -> list[tuple[Group, int]]:

@@ -43,10 +43,13 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     Writes SAVE_DIR/METHOD/PHI/PHI_pruned_RATE.pth, which `segprune train`, `segprune eval` and
     `segprune.load` read, and pruning_results.json beside it.
     """
+    from segprune.pruning.prepare import check_head  # here, since other commands need no torch-pruning
+
     check_flags(config, given)
     check_input((1, 3, *config.input_shape))
     device = choose_device(config.cuda)
     found = _read(config)
+    check_head(found.spec, {"--keep_decoder": config.keep_decoder, "--uniform": config.uniform})
     config = replace(config, phi=found.spec.variant, num_classes=found.spec.num_classes)
     folder = Path(config.save_dir) / config.pruning_method / found.spec.variant
     path = folder / f"{found.spec.variant}_pruned_{label(config, given)}.pth"
@@ -178,7 +181,7 @@ def _score(model: SegFormer, source: Source, config: PruneConfig, device: torch.
 def _show_plan(dense: SegFormer, config: PruneConfig, given: frozenset[str], images: list[Tensor], path: Path) -> None:
     pruner = pruner_of(config, given, dense, images, None)
     plan, groups = pruner.decide(torch.empty(1, 3, *config.input_shape, device="meta"))
-    show_plan(plan, groups)
+    show_plan(plan, groups, pruner.left_alone)
     write_plan(plan, groups, asdict(config), path)
     removed = ", ".join(f"{share:.1%} of the {unit}" for unit, share in plan.removed.items())
     goes = f"What goes: {removed}. " if removed else ""

@@ -97,7 +97,11 @@ class PruneConfig:
     ] = "share"
     round_to: Annotated[int, Option("--round_to", help="Widths stay multiples of it; 1: any width.")] = 8
     max_rate: Annotated[
-        str, Option("--max_rate", help="Share of a group that may go at most: 0.8, or by name stages.3=0.6,head=0.5.")
+        str,
+        Option(
+            "--max_rate",
+            help="Share of a group that may go at most: 0.8, or by name stages.3=0.6,head=0.5. If not given: 0.9.",
+        ),
     ] = ""
     rates: Annotated[
         str,
@@ -108,7 +112,11 @@ class PruneConfig:
         ),
     ] = ""
     ignore: Annotated[
-        str, Option("--ignore", help="Layers whose channels all stay, by name: stages.0.*,stages.1.blocks.0.mlp.")
+        str,
+        Option(
+            "--ignore",
+            help="Layers and groups of a plan whose channels all stay, by name: stages.0.*,stages.1.blocks.0.mlp.ffn.",
+        ),
     ] = ""
     sensitivity: Annotated[
         str, Option("--sensitivity", metavar="FILE", help="What `segprune scan` measured; weighs the groups.")
@@ -299,8 +307,12 @@ def pruner_of(
     progress: Callable[[int, int], None] | None = None,
     *,
     widths: Mapping[str, int] | None = None,
+    thinned: bool = False,
 ) -> Any:
-    """The pruner that the flags ask for; `rates` by unit, None for those of the flags; `widths` in place of a plan."""
+    """The pruner that the flags ask for; `rates` by unit, None for those of the flags; `widths` in place of a plan.
+
+    `thinned`: branches of the network that a scan may name are gone.
+    """
     from segprune.pruning.patterns import parse_values
     from segprune.pruning.pruner import Pruner
     from segprune.pruning.pruner_l1 import L1Pruner
@@ -323,12 +335,19 @@ def pruner_of(
         max_rate=parse_values(config.max_rate, "--max_rate"),
         rates=parse_values(config.rates, "--rates"),
         ignore=split_names(config.ignore),
-        sensitivity=read_sensitivity(Path(config.sensitivity)) if config.sensitivity else {},
+        sensitivity=_sensitivity(config.sensitivity, model, thinned) if config.sensitivity else {},
         widths=read_plan(Path(config.plan)) if config.plan else widths,
         seed=config.seed,
         latency_table=_latency_table(model) if "latency" in asked else None,
         progress=progress,
     )
+
+
+def _sensitivity(path: str, model: SegFormer, thinned: bool) -> dict[str, float]:
+    """What a scan measured; of a network that is `thinned` only for what is left."""
+    factors = read_sensitivity(Path(path))
+    left = {name for name, _ in model.named_modules()}
+    return {name: f for name, f in factors.items() if not thinned or name.rpartition(".")[0] in left}
 
 
 def _latency_table(model: SegFormer) -> Any:
@@ -343,10 +362,10 @@ def split_names(text: str) -> list[str]:
 
 def asked_rates(config: PruneConfig, given: frozenset[str]) -> Mapping[str, float]:
     """Rates by unit; none where only --plan or --rates say what goes."""
-    from segprune.pruning.patterns import parse_values
+    from segprune.pruning.patterns import parse_budgets
 
     if config.budgets:
-        return parse_values(config.budgets, "--budgets")
+        return parse_budgets(config.budgets, "--budgets")
     if config.plan or (config.rates and "pruning_rate" not in given):
         return {}
     return {config.rate_of: config.pruning_rate}

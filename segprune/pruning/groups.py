@@ -64,25 +64,32 @@ class Group:
 
 @dataclass(frozen=True)
 class Grouping:
-    """The prunable groups, and the layers left alone because their kind cannot be cut (name: class)."""
+    """The prunable groups, the protected ones, and layers left alone as their kind cannot be cut (name: class)."""
 
     groups: tuple[Group, ...]
+    protected: tuple[Group, ...]
     unsupported: dict[str, str]
 
 
 def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, heads: bool = False) -> Grouping:
     """All groups of `model` whose every output side is free.
 
-    `protected` has names of layers whose outputs stay; the network's own outputs always stay. `heads` adds a
-    group of whole heads per attention that has several. The model is left as it was.
+    `protected` has names of layers whose outputs stay, or of groups; the network's own outputs always stay. `heads`
+    adds a group of whole heads per attention that has several. The model is left as it was.
     """
     modules = dict(model.named_modules())
     groups, unsupported = _traced_groups(model, example_inputs, modules)
     for name, module in modules.items():
         if type(module) is Attention:
             groups += _attention_groups(name, module, heads=heads)
-    free = [g for g in groups if not any(m.side == "out" and m.layer in protected for m in g.members)]
-    return Grouping(tuple(free), unsupported)
+    free = tuple(group for group in groups if not is_protected(group, protected))
+    kept = tuple(group for group in groups if is_protected(group, protected))
+    return Grouping(free, kept, unsupported)
+
+
+def is_protected(group: Group, names: Set[str]) -> bool:
+    """Whether it is named itself, or one of its layers, whose outputs have to stay."""
+    return group.name in names or any(member.side == "out" and member.layer in names for member in group.members)
 
 
 class _StandIn(nn.Linear):
@@ -227,6 +234,21 @@ def _named_group(members: list[Member], num_channels: int, modules: dict[str, nn
         if kind in found:
             return Group(found[kind], kind, num_channels, tuple(members))
     return Group(members[0].layer, "other", num_channels, tuple(members))
+
+
+def group_names(model: nn.Module) -> list[str]:
+    """The names that groups of our own layers have, protected or not; others are called after a layer."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, PatchEmbed):
+            found.append(name.removesuffix("patch_embed") + "width")
+        elif isinstance(module, DecodeHead):
+            found.append(f"{name}.width")
+        elif isinstance(module, Mlp):
+            found.append(f"{name}.ffn")
+        elif type(module) is Attention:
+            found += [group.name for group in _attention_groups(name, module, heads=True)]
+    return found
 
 
 def _attention_groups(name: str, module: Attention, *, heads: bool) -> Iterator[Group]:

@@ -50,13 +50,26 @@ def parse_values(text: str, flag: str) -> dict[str, float]:
     >>> parse_values("0.8", "--max_rate")
     {'*': 0.8}
     """
+    return _parsed(text, flag, "stages.3=0.7,head=0.6")
+
+
+def parse_budgets(text: str, flag: str) -> dict[str, float]:
+    """`params=0.5,macs=0.7` as shares by unit; what units there are is for the pruner to say."""
+    example = "params=0.5,macs=0.7"
+    values = _parsed(text, flag, example)
+    if "*" in values:
+        raise ValueError(f"{flag} is {text!r}; write it as {flag} {example}.")
+    return values
+
+
+def _parsed(text: str, flag: str, example: str) -> dict[str, float]:
     values = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         pattern, _, number = part.rpartition("=")
         try:
             value = float(number)
         except ValueError as error:
-            raise ValueError(f"{flag} is {text!r}; write it as {flag} stages.3=0.7,head=0.6.") from error
+            raise ValueError(f"{flag} is {text!r}; write it as {flag} {example}.") from error
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{flag} {part} is not a share; it must be at least 0 and below 1.")
         values[pattern.strip() or "*"] = value

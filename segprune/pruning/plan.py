@@ -90,7 +90,8 @@ def solve(
     ranked = rank_slots(groups, scores, weights, options)
     floors, widths = (np.array([options[at] for options in allowed], dtype=np.int64) for at in (0, -1))
     for limit in limits:
-        _check_reach(limit, floors, widths, bool(options.rates))
+        _check_reach(limit, floors, options)
+        check_least(limit, groups, options)
     if limits:
         widths = _spend_rest(limits, ranked, allowed, _bisect(limits, ranked, allowed))
     if bool((widths == full).all()):
@@ -112,6 +113,20 @@ def plan_of(groups: Sequence[Group], scores: Mapping[str, Scores], widths: Width
     return Plan({g.name: _keep(scores[g.name], g, int(w)) for g, w in zip(groups, widths, strict=True)})
 
 
+def check_widths(widths: Mapping[str, int], groups: Sequence[Group]) -> Widths:
+    """The widths in the order of the groups. ValueError for names or widths that do not fit."""
+    slots = {group.name: group.slots for group in groups}
+    strange, missing = sorted(widths.keys() - slots.keys()), sorted(slots.keys() - widths.keys())
+    wrong = [f"group {name}, which this network cannot cut" for name in strange[:1]]
+    wrong += [f"group {name}, which the plan does not name" for name in missing[:1]]
+    if wrong:
+        raise ValueError(f"The plan is not one for this network and these flags: {', and '.join(wrong)}.")
+    for name, width in widths.items():
+        if not 1 <= width <= slots[name]:
+            raise ValueError(f"The plan leaves {width} channels of {name}; it must be 1 to {slots[name]}.")
+    return np.array([widths[group.name] for group in groups], dtype=np.int64)
+
+
 def _asked(limits: Sequence[Limit]) -> str:
     return ", ".join(f"{limit.rate:g}" for limit in limits) or "of --rates"
 
@@ -120,19 +135,29 @@ def _finer(options: PlanOptions) -> str:
     return ", or for finer steps with --round_to 1" if options.round_to > 1 else ""
 
 
-def _check_reach(limit: Limit, floors: Widths, ceilings: Widths, fixed: bool) -> None:
-    most, least = limit.removed(floors), limit.removed(ceilings)
+def _check_reach(limit: Limit, floors: Widths, options: PlanOptions) -> None:
+    most = limit.removed(floors)
     if limit.rate > most + AIM:
+        by_name = options.max_rate.keys() - {"*"}
+        share = "what --max_rate allows" if by_name else f"{options.max_rate.get('*', MAX_RATE):g} (--max_rate)"
         raise ValueError(
             f"Rate {limit.rate:g} is out of reach; the most that can be removed here is {int(most * 1000) / 1000:g}, "
-            "since every group keeps a tenth of its channels (--max_rate) and protected layers keep all."
+            f"since no group gives more of its channels than {share}, and protected layers keep all."
         )
+
+
+def check_least(limit: Limit, groups: Sequence[Group], options: PlanOptions, *, depth: float = 0.0) -> None:
+    """ValueError where even the widest network allowed lacks more than is asked.
+
+    `depth`: the share asked for whole branches, which are gone already, if they count towards the limit.
+    """
+    least = limit.removed(np.array([widths[-1] for widths in _allowed(groups, options)], dtype=np.int64))
     if limit.rate <= least:
-        cause = "what --rates asks alone" if fixed else "folding the decode head alone"
-        remedy = "" if fixed else ", or keep the head with --keep_decoder"
-        raise ValueError(
-            f"Rate {limit.rate:g} is less than {cause} removes ({least:.3f}); ask for a higher rate{remedy}."
-        )
+        fixed = bool(options.rates)
+        cause = "what --rates asks" if fixed else "folding the decode head"
+        removes = f"--depth {depth:g} and {cause} together remove" if depth else f"{cause} alone removes"
+        remedy = ("" if fixed else ", or keep the head with --keep_decoder") + (", or less depth" if depth else "")
+        raise ValueError(f"Rate {limit.rate:g} is less than {removes} ({least:.3f}); ask for a higher rate{remedy}.")
 
 
 def _allowed(groups: Sequence[Group], options: PlanOptions) -> list[list[int]]:
@@ -163,8 +188,6 @@ def rank_slots(
     slots = [_slot_scores(scores[group.name], group) for group in groups]
     if options.scope == "isomorphic":
         return _isomorphic_ranks(groups, slots)
-    if options.sensitivity and not options.sensitivity.keys() & {group.name for group in groups}:
-        raise ValueError("The sensitivities are of another network: they name none of its groups; scan this one.")
     factors = [weight * options.sensitivity.get(g.name, 1.0) for g, weight in zip(groups, weights, strict=True)]
     return [factor * _losses(s, options.normalise) for factor, s in zip(factors, slots, strict=True)]
 

@@ -35,6 +35,7 @@ class Prepared:
     rest: int = 0  # parameters that lie in no row
     input_shape: tuple[int, int] = (512, 512)  # H W at which MACs are counted
     latency: LatencyCosts | None = None  # where a rate of the latency is asked
+    protected: tuple[Group, ...] = ()  # what could go but for what the caller protects
 
     def limit(self, unit: RateOf, rate: float) -> Limit:
         if unit == "latency":
@@ -55,6 +56,15 @@ def stock_spec(model: nn.Module) -> Spec | None:
     ]
     shapes = {n: p.shape for n, p in model.state_dict().items()}
     return model.spec if same_modules and shapes == {n: p.shape for n, p in reference.state_dict().items()} else None
+
+
+def check_head(spec: Spec, asked: Mapping[str, bool]) -> None:
+    """ValueError where something is asked, by name, that only decode heads as published can have."""
+    for name in (name for name, is_asked in asked.items() if is_asked and spec.head == "conv"):
+        raise ValueError(
+            f"{name} is for decode heads as published, and this network's has a BatchNorm and a ReLU in each branch; "
+            "leave it out."
+        )
 
 
 _FOLDED_AWAY = ("fuse", *(f"branches.{i}" for i in range(4)))
@@ -91,7 +101,9 @@ def prepare_stock(
         with eval_mode(dense):
             wholes["latency"] = dense_in_predicted_ms(dense, model, costs)
     rows = layers(model.spec, (height, width))
-    return Prepared(model, groups, rows, wholes, latency=costs, input_shape=(height, width))
+    return Prepared(
+        model, groups, rows, wholes, latency=costs, input_shape=(height, width), protected=grouping.protected
+    )
 
 
 def prepare_traced(network: nn.Module, example_inputs: Any, protected: set[str], *, heads: bool) -> Prepared:
@@ -106,7 +118,7 @@ def prepare_traced(network: nn.Module, example_inputs: Any, protected: set[str],
     listed = {row.name: row for row in seen.layers}
     total = sum(p.numel() for p in model.parameters())
     rest = total - sum(row.cost("params") for row in listed.values())
-    return Prepared(model, _some(grouping, model), seen.layers, {}, rest)
+    return Prepared(model, _some(grouping, model), seen.layers, {}, rest, protected=grouping.protected)
 
 
 def _some(grouping: Grouping, model: nn.Module) -> tuple[Group, ...]:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from segprune.fold import unfold_decoder
 from segprune.model import DecodeHead, SegFormer
 from segprune.pruning.costs import RATES, Price, RateOf, default_price, loss_weights
-from segprune.pruning.groups import Group
+from segprune.pruning.groups import Group, group_names, is_protected
 from segprune.pruning.importance import METHODS, Scores, scores
 from segprune.pruning.latency import LatencyCosts, LatencyTable, meet
 from segprune.pruning.patterns import matching_names
-from segprune.pruning.plan import Normalise, Plan, PlanOptions, Scope, plan_of, solve
-from segprune.pruning.prepare import Prepared, prepare_stock, prepare_traced, stock_spec
+from segprune.pruning.plan import Normalise, Plan, PlanOptions, Scope, check_widths, plan_of, solve
+from segprune.pruning.prepare import Prepared, check_head, prepare_stock, prepare_traced, stock_spec
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut, read_spec
 from segprune.pruning.trace import eval_mode, run
@@ -67,15 +67,15 @@ class Pruner:
         latency_table: LatencyTable | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`pruning_rate`: a share of what `rate_of` says; or shares by unit, each of which has to go at least; or None,
-        and only `rates` or `widths` (by group, as in a plan) are carried out. `ignored_layers`: modules whose outputs
-        stay, with all inside them; `ignore` the same by pattern (patterns.py). `method`: importance.METHODS. `data`:
-        batches of normalised images B 3 H W, for methods that need them and for the repair, `repaired`. `scope`,
-        `round_to`, `normalise`, `max_rate`, `rates`, `sensitivity`: see PlanOptions; `price`: see costs.loss_weights,
-        costs.default_price. `heads`: whole heads may go too. `uniform`: every stage stays uniform and the head as
-        published, so that transformers' own classes can hold the network (uniform.py). `latency_table`: for a rate of
-        the latency, times measured before. `progress`: of measuring steps and of the repair. Raises ValueError for
-        what is not allowed.
+        """`pruning_rate`: a share of what `rate_of` says; or shares by unit, each of which has to go at least; or
+        None, and only `rates` or `widths` (by group, as in a plan) are carried out. `ignored_layers`: modules whose
+        outputs stay, with all inside them; `ignore` the same by pattern (patterns.py), and groups by name. `method`:
+        importance.METHODS. `data`: batches of normalised images B 3 H W, for methods that need them and for the
+        repair, `repaired`. `scope`, `round_to`, `normalise`, `max_rate`, `rates`, `sensitivity`: see PlanOptions;
+        `price`: see costs.loss_weights, costs.default_price. `heads`: whole heads may go too. `uniform`: every stage
+        stays uniform and the head as published, so that transformers' own classes can hold the network (uniform.py).
+        `latency_table`: for a rate of the latency, times measured before. `progress`: of measuring steps and of the
+        repair. Raises ValueError for what is not allowed.
         """
         self.model, self.latency_table = model, latency_table
         if not isinstance(pruning_rate, Mapping):
@@ -88,6 +88,7 @@ class Pruner:
         self.price = price or default_price(uniform)
         self.options = PlanOptions(round_to, scope, normalise, max_rate or {}, rates or {}, sensitivity or {})
         self.plan: Plan | None = None  # what the last prune() decided
+        self.left_alone: tuple[str, ...] = ()  # groups that prune() could cut but for `ignore`
         self._check()
 
     def _check(self) -> None:
@@ -108,12 +109,8 @@ class Pruner:
             raise ValueError(
                 f"round_to is {self.options.round_to}; widths are kept multiples of a whole number from 1 up."
             )
-        for name, asked in (("keep_decoder", self.keep_decoder), ("uniform", self.uniform)):
-            if asked and isinstance(self.model, SegFormer) and self.model.spec.head == "conv":
-                raise ValueError(
-                    f"{name} is for decode heads as published, and this network's has a BatchNorm and a ReLU in each "
-                    "branch; leave it out."
-                )
+        if isinstance(self.model, SegFormer):
+            check_head(self.model.spec, {"keep_decoder": self.keep_decoder, "uniform": self.uniform})
         if self.uniform:
             self._check_uniform()
         if self.repaired and not self.data:
@@ -206,7 +203,20 @@ class Pruner:
 
     def prepare(self, example_inputs: Any = None) -> Prepared:
         """A copy of the network, folded if it is to be, and the groups that may be cut in it."""
-        protected = self._protected_names()
+        prepared = self._prepare(example_inputs)
+        known = {group.name for group in (*prepared.groups, *prepared.protected)}
+        unknown = sorted(self.options.sensitivity.keys() - known)
+        if unknown:
+            raise ValueError(
+                f"The sensitivities are of another network: this one has no group {unknown[0]}; scan it with the flags "
+                "that it is pruned with."
+            )
+        always = self._fixed_names()
+        self.left_alone = tuple(group.name for group in prepared.protected if not is_protected(group, always))
+        return prepared
+
+    def _prepare(self, example_inputs: Any) -> Prepared:
+        protected = self.protected_names()
         if stock_spec(self.model) is not None:
             assert isinstance(self.model, SegFormer)
             return prepare_stock(
@@ -245,7 +255,7 @@ class Pruner:
         if self.uniform:
             return self._planned_uniform(prepared, dict(found))
         if self.widths is not None:
-            plan = plan_of(groups, found, _checked(self.widths, groups))
+            plan = plan_of(groups, found, check_widths(self.widths, groups))
         else:
             weights = loss_weights(prepared.rows, groups, next(iter(rates_of), "params"), self.price)
             plan = solve([limits[unit] for unit in rates_of], groups, found, weights, self.options)
@@ -260,7 +270,7 @@ class Pruner:
         if widths is None:
             problem = Problem(folded.spec, dense.spec, shape, groups, prepared.rows)
             widths = solve_uniform(problem, self.rates_of, found, self.options, self.price)
-        plan = plan_of(groups, found, _checked(widths, groups))
+        plan = plan_of(groups, found, check_widths(widths, groups))
         return replace(plan, removed=removed_unfolded(folded.spec, dense.spec, shape, groups, plan))
 
     def _collect_ignored_layers(self) -> list[nn.Module]:
@@ -270,24 +280,15 @@ class Pruner:
         ignored += [m.classifier for m in self.model.modules() if isinstance(m, DecodeHead)]
         return ignored
 
-    def _protected_names(self) -> set[str]:
+    def _fixed_names(self) -> set[str]:
         inside = {id(inner) for layer in self._collect_ignored_layers() for inner in layer.modules()}
+        return {name for name, module in self.model.named_modules() if id(module) in inside}
+
+    def protected_names(self) -> set[str]:
+        """Modules whose outputs stay, and groups that `ignore` names as such."""
         names = [name for name, _ in self.model.named_modules() if name]
-        by_pattern = matching_names(self.ignore, names, "--ignore")
-        return by_pattern | {name for name, module in self.model.named_modules() if id(module) in inside}
-
-
-def _checked(widths: Mapping[str, int], groups: Sequence[Group]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """The widths in the order of the groups. ValueError for names or widths that do not fit."""
-    slots = {group.name: group.slots for group in groups}
-    if widths.keys() != slots.keys():
-        name = min(widths.keys() ^ slots.keys())
-        where = "which this network cannot cut" if name in widths else "which the plan does not name"
-        raise ValueError(f"The plan is not one for this network and these flags: group {name}, {where}.")
-    for name, width in widths.items():
-        if not 1 <= width <= slots[name]:
-            raise ValueError(f"The plan leaves {width} channels of {name}; it must be 1 to {slots[name]}.")
-    return np.array([widths[group.name] for group in groups], dtype=np.int64)
+        known = list(dict.fromkeys([*names, *group_names(self.model)]))
+        return matching_names(self.ignore, known, "--ignore") | self._fixed_names()
 
 
 def _check_run(model: nn.Module, example_inputs: Any) -> None:

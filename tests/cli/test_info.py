@@ -39,9 +39,9 @@ def test_the_tables_show_every_blocks_widths(small: Path) -> None:
     assert f"parameters {counts.parameters:,} MACs {counts.macs / 1e9:.3f} G at 64×64" in out
     assert "decode head as published, branches 32 28 36 30, width 44" in out
     for row in (
-        "1.0 │ 16 │ 1 │ 16 │ 12 │ 16 │ 40",
-        "3.1 │ 40 │ 4 │ 8 │ 10 │ 40 │ 80",
-        "4.0 │ 48 │ 4 │ 12 │ 14 │ – │ 128",
+        "stages.0.blocks.0 │ 16 │ 1 │ 16 │ 12 │ 16 │ 40",
+        "stages.2.blocks.1 │ 40 │ 4 │ 8 │ 10 │ 40 │ 80",
+        "stages.3.blocks.0 │ 48 │ 4 │ 12 │ 14 │ – │ 128",
     ):
         assert f"│ {row} │" in out
 
@@ -65,8 +65,8 @@ def test_of_a_branch_that_was_removed_no_widths_are_shown(small_model: SegFormer
     blocks = "encoder.stages.{}.blocks.{}.{}"
     save(remove(small_model.float(), [blocks.format(0, 0, "attn"), blocks.format(2, 1, "mlp")]), tmp_path / "a.pth")
     out = done("info", tmp_path / "a.pth")
-    assert "│ 1.0 │ 16 │ – │ – │ – │ – │ 40 │" in out
-    assert "│ 3.1 │ 40 │ 4 │ 8 │ 10 │ 40 │ – │" in out
+    assert "│ stages.0.blocks.0 │ 16 │ – │ – │ – │ – │ 40 │" in out
+    assert "│ stages.2.blocks.1 │ 40 │ 4 │ 8 │ 10 │ 40 │ – │" in out
     record = json.loads(invoke("info", tmp_path / "a.pth", "--json")[1])
     assert spec_from_dict(record["spec"]) == read(tmp_path / "a.pth").spec
 

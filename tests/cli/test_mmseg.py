@@ -11,7 +11,7 @@ from benchmarks.trained_like import fill
 from segprune.checkpoint import load, read
 from segprune.export import open_exported
 from segprune.stats import count
-from tests.commands import BEST, HERE, SIZE, done, refused, results_in, training
+from tests.commands import BEST, HERE, SIZE, done, invoke, refused, results_in, training
 from tests.dialects import reference
 
 
@@ -84,9 +84,11 @@ def test_several_steps_by_macs_after_whole_branches_meet_the_rate(theirs: Path, 
 
 def test_flags_for_other_heads_are_refused(theirs: Path) -> None:
     for flag in ("uniform", "keep_decoder"):
-        assert refused("prune", "--model_path", theirs, f"--{flag}") == (
-            f"{flag} is for decode heads as published, and this network's has a BatchNorm and a ReLU in each branch; "
-            "leave it out."
+        status, out, errors = invoke("prune", "--model_path", theirs, f"--{flag}")
+        assert (status, out) == (1, "")  # before the settings
+        assert errors == (
+            f"Error: --{flag} is for decode heads as published, and this network's has a BatchNorm and a ReLU in each "
+            "branch; leave it out.\n"
         )
 
 

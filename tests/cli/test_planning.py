@@ -15,7 +15,7 @@ from segprune import load
 from segprune.cli.calibration import load_images, places_of
 from segprune.data import open_source
 from segprune.stats import count
-from tests.commands import HERE, SIZE, done, interrupted, refused
+from tests.commands import HERE, SIZE, done, interrupted, invoke, refused
 
 SHAPE = (32, 32)
 SPARSE_LAST = "b0_pruned_0.4_sparse_finetuned/last_epoch_weights.pth"
@@ -101,6 +101,65 @@ def test_what_is_ignored_keeps_its_width(dense: Path, tmp_path: Path) -> None:
     last = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec.stages[3]
     assert (last.width, last.blocks[0].ffn_dim) == (256, 1024)
     assert last.blocks[1].ffn_dim < 1024
+
+
+def test_groups_can_be_ignored_by_the_names_of_the_plan_which_says_so(dense: Path, tmp_path: Path) -> None:
+    names = ["decode_head.width", "stages.3.blocks.0.attn.qk", "stages.3.blocks.0.mlp.ffn", "stages.3.width"]
+    flags = ("--ignore", ",".join(names), "--save_dir", tmp_path)
+    out = done("prune", "--model_path", dense, *SIZE, *flags, "--plan_only")
+    assert f"Left alone by --ignore: {', '.join(names)}. " in out
+    table = out[: out.index("Left alone")]
+    assert not any(f"│ {name} │" in table for name in names)
+    done("prune", "--model_path", dense, *SIZE, *flags)
+    spec = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec
+    blocks = spec.stages[3].blocks
+    assert (spec.folded, spec.decoder_dim, spec.stages[3].width) == (True, 256, 256)
+    assert (blocks[0].qk_dim, blocks[0].ffn_dim) == (32, 1024)
+    assert blocks[0].v_dim < 32
+    assert blocks[1].ffn_dim < 1024
+
+
+def test_of_a_plan_in_which_nothing_is_ignored_nothing_is_said_of_it(planned: tuple[Path, str]) -> None:
+    assert "Left alone" not in planned[1]
+
+
+def test_a_branch_with_an_ignored_group_stays_and_so_does_its_block(dense: Path, tmp_path: Path) -> None:
+    most = ("--pruning_rate", 0.9, "--depth", 0.4, "--ignore", "stages.*.attn.qk")
+    out = done("prune", "--model_path", dense, *SIZE, *most, "--save_dir", tmp_path)
+    (named,) = re.findall(r"Branches that go: (.+?)\. ", out)
+    assert all(name.endswith(".mlp") for name in named.split(", "))
+
+
+def test_a_rate_below_what_folding_takes_is_refused_in_the_users_numbers_before_branches_go(
+    dense: Path, tmp_path: Path
+) -> None:
+    flags = ("--rate_of", "macs", "--depth", 0.05, "--save_dir", tmp_path, "--pruning_rate")
+    status, out, errors = invoke("prune", "--model_path", dense, *SIZE, *flags, 0.5)
+    (least,) = re.findall(r"Rate 0\.5 is less than folding the decode head alone removes \((0\.\d+)\)", errors)
+    rate = float(least) + 0.002
+    status, out, errors = invoke("prune", "--model_path", dense, *SIZE, *flags, rate)
+    said = rf"Error: Rate {rate:g} is less than --depth 0\.05 and folding the decode head together remove "
+    assert re.match(said + r"\(0\.\d+\); .*--keep_decoder, or less depth\.", errors), errors
+    assert status == 1
+    assert "Branches that go" not in out
+
+
+def test_a_scan_goes_with_what_is_ignored_and_with_depth_but_not_with_another_network(
+    dense: Path, tmp_path: Path
+) -> None:
+    done("prune", "--model_path", dense, *SIZE, "--plan_only", "--save_dir", tmp_path)
+    factors = dict.fromkeys(widths(tmp_path / "l1/b0/plan.json"), 2.0)
+    scan = tmp_path / "scan.json"
+    flags = ("--model_path", dense, *SIZE, "--sensitivity", scan, "--save_dir", tmp_path)
+    scan.write_text(json.dumps({"sensitivity": factors}), encoding="utf-8")
+    done("prune", *flags, "--ignore", "stages.3")
+    done("prune", *flags, "--pruning_rate", 0.7, "--depth", 0.3)
+    scan.write_text(json.dumps({"sensitivity": factors | {"decode_head.branches.0.norm": 1.0}}), encoding="utf-8")
+    for more in ((), ("--depth", 0.3)):
+        assert refused("prune", *flags, *more) == (
+            "The sensitivities are of another network: this one has no group decode_head.branches.0.norm; "
+            "scan it with the flags that it is pruned with."
+        )
 
 
 def test_a_criterion_that_needs_pictures_takes_them_without_labels(dense: Path, pictures: Path, tmp_path: Path) -> None:
@@ -221,6 +280,17 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         r"other\.json is no plan; write one with --plan_only, and in it change only the widths\.",
     ),
     (("--plan", "foreign.json"), r"The plan is not one for this network and these flags: group a, which this .* cut\."),
+    (
+        ("--plan", "misspelt.json"),
+        r"The plan .*: group decode_head\.wdth, which this network cannot cut, and group decode_head\.width, which the "
+        r"plan does not name\.",
+    ),
+    (("--plan", "twice.json"), r"twice\.json names group decode_head\.width twice; leave one of them\."),
+    (
+        ("--plan", "text.json"),
+        r'text\.json gives group decode_head\.width the width "200"; it must be a whole number\.',
+    ),
+    (("--plan", "half.json"), r"half\.json gives group decode_head\.width the width 200\.5; it must be a whole"),
     (("--plan", "wide.json"), r"The plan leaves 999999 channels of decode_head\.width; it must be 1 to 256\."),
     (
         ("--plan", "wide.json", "--pruning_rate", 0.5),
@@ -235,13 +305,16 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--max_rate", "half"), r"--max_rate is 'half'; write it as --max_rate stages\.3=0\.7,head=0\.6\."),
     (
         ("--max_rate", 0.2),
-        r"Rate 0\.5 is out of reach; the most that can be removed here is 0\.\d+, since .*--max_rate",
+        r"Rate 0\.5 is out of reach; the most that can be removed here is 0\.\d+, .* than 0\.2 \(--max_rate\), and",
     ),
+    (("--max_rate", "stages=0.1,head=0.5"), r"Rate 0\.5 is out of reach; .* more .* than what --max_rate allows, and"),
     (
         ("--budgets", "params=0.5", "--rate_of", "macs"),
         r"--rate_of contradicts --budgets, which names the rates by unit;",
     ),
     (("--budgets", "flops=0.5"), r"A rate of 'flops' is unknown; choose one of params, macs, channels, latency\."),
+    (("--budgets", "0.5"), r"--budgets is '0\.5'; write it as --budgets params=0\.5,macs=0\.7\."),
+    (("--budgets", "params=half"), r"--budgets is 'params=half'; write it as --budgets params=0\.5,macs=0\.7\."),
     (("--pruning_method", "taylor"), r"--pruning_method taylor needs pictures; give them as --images DIR or --data,"),
     (("--repair",), r"--repair needs pictures; give them as --images DIR or --data, labels are not needed\."),
     (("--num_images", 3), r"--num_images has no effect without --images or --data; say where the pictures lie\."),
@@ -285,8 +358,16 @@ def test_a_wrong_flag_is_refused_and_nothing_is_written(
     Path("broken.json").write_text("{")
     Path("other.json").write_text('{"groups": [1]}')
     Path("foreign.json").write_text(json.dumps({"groups": [*record["groups"], {"name": "a", "width": 1}]}))
-    wide = [row | {"width": 999999} if row["name"] == "decode_head.width" else row for row in record["groups"]]
-    Path("wide.json").write_text(json.dumps({"groups": wide}))
+    (head,) = (row for row in record["groups"] if row["name"] == "decode_head.width")
+    others = [row for row in record["groups"] if row != head]
+    Path("twice.json").write_text(json.dumps({"groups": [*others, head, head]}))
+    for name, edit in {
+        "wide": {"width": 999999},
+        "text": {"width": "200"},
+        "half": {"width": 200.5},
+        "misspelt": {"name": "decode_head.wdth"},
+    }.items():
+        Path(f"{name}.json").write_text(json.dumps({"groups": [*others, head | edit]}))
     said = refused("prune", "--model_path", dense, *SIZE, "--save_dir", "out", *flags)
     assert re.match(message, said), said
-    assert not any(path.is_file() for path in Path("out").rglob("*"))
+    assert not Path("out").exists()

@@ -241,7 +241,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--pruning_rate", "nan"), r"--pruning_rate is nan; it must be"),
     (
         ("--pruning_rate", 0.99),
-        r"Rate 0\.99 is out of reach; the most that can be removed here is 0\.9\d+, since every",
+        r"Rate 0\.99 is out of reach; the most that can be removed here is 0\.9\d+, since .* than 0\.9 \(--max_rate\)",
     ),
     (
         ("--pruning_rate", 0.01),
@@ -272,7 +272,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
 def test_a_wrong_flag_is_refused(flags: tuple[object, ...], message: str, dense: Path, tmp_path: Path) -> None:
     said = refused("prune", "--model_path", dense, *SIZE, "--save_dir", tmp_path / "out", *flags)
     assert re.match(message, said), said
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,7 @@ def test_logits_that_are_no_numbers_are_the_servers_failure_and_it_goes_on(tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "There is no model; give an .onnx file that segprune export wrote as SEGPRUNE_MODEL."),
+        ({}, "There is no model; give an .onnx file that segprune export wrote to app.py, or as SEGPRUNE_MODEL."),
         ({"MODEL": "no.onnx"}, "no.onnx does not exist; give an .onnx file that segprune export wrote."),
         ({"MODEL": "text.onnx"}, "text.onnx is no ONNX file, or only a part of one; copy it again, or give another."),
         ({"MODEL": "cut.onnx"}, "cut.onnx is no ONNX file, or only a part of one; copy it again, or give another."),
@@ -431,6 +431,32 @@ def test_settings_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "The picture has more than the 2,000,000 pixels allowed; send a smaller one.",
         )
         assert opened(sent(client, encoded(photo()))).size == (130, 90)
+
+
+def test_without_an_argument_the_model_is_that_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **_: started.append(app))
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    with pytest.raises(
+        SystemExit, match=r"Error: There is no model; give an \.onnx file that .* to app\.py, or as SEGPRUNE_MODEL\."
+    ):
+        runpy.run_path(str(FOLDER / "app.py"), run_name="__main__")
+    monkeypatch.setenv("SEGPRUNE_MODEL", drawn(tmp_path / "any.onnx"))
+    runpy.run_path(str(FOLDER / "app.py"), run_name="__main__")
+    with listening_to(started[0]) as client:
+        assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("port", ["80000", "-1", "http"])
+def test_a_number_that_is_no_port_is_refused(
+    port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["app.py", "a.onnx", f"--port={port}"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(FOLDER / "app.py"), run_name="__main__")
+    assert f"argument --port: '{port}' is no port; give a whole number from 0 to 65535." in capsys.readouterr().err
 
 
 STARTED = (

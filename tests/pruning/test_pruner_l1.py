@@ -406,7 +406,7 @@ def test_a_user_s_own_network_loses_the_rate(
 
 def mask_outputs(model: nn.Module, pruner: L1Pruner) -> None:
     """From now on every layer puts out zeros in the channels that the pruner's plan removes."""
-    for group in find_groups(model, X.double(), pruner._protected_names()).groups:
+    for group in find_groups(model, X.double(), pruner.protected_names()).groups:
         kept = torch.zeros(group.num_channels, dtype=torch.float64)
         kept[list(pruner.plan.keep[group.name])] = 1.0
         for member in group.members:

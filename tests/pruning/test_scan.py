@@ -63,7 +63,14 @@ def test_a_part_that_is_sensitive_is_spared(small_model: SegFormer) -> None:
 
 
 def test_a_scan_of_another_network_is_refused(small_model: SegFormer) -> None:
+    mixed = {"encoder.stages.1.width": 2.0, "stages.9.width": 2.0}
     with pytest.raises(
-        ValueError, match=r"The sensitivities are of another network: they name none of its groups; scan"
+        ValueError, match=r"The sensitivities are of another network: this one has no group stages\.9\.width; scan it"
     ):
-        Pruner(small_model, 0.5, round_to=1, sensitivity={"stages.9.width": 2.0}).decide()
+        Pruner(small_model, 0.5, round_to=1, sensitivity=mixed).decide()
+
+
+def test_a_scan_may_name_what_is_protected_now(small_model: SegFormer) -> None:
+    spared = {"encoder.stages.1.width": 2.0, "encoder.stages.2.blocks.0.mlp.ffn": 3.0}
+    plan, _ = Pruner(small_model, 0.5, round_to=1, sensitivity=spared, ignore=["stages.1"]).decide()
+    assert "encoder.stages.1.width" not in plan.keep
