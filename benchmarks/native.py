@@ -1,6 +1,6 @@
 """Is a network pruned down better than one that is small from the start? b1 cut to b0's size, beside b0, equal steps.
 
-    python -m benchmarks.native DIR [--context] [--seeds 1 2 3]
+    python -m benchmarks.native DIR [--with_context] [--seeds 1 2 3]
 
 For each seed a b0 and a b1 are trained from scratch on the data set of benchmarks.recovery in DIR: the b0 for eight
 epochs, the b1 for six, after which it is cut to the parameters and MACs of the b0 with its decode head folded,
@@ -30,7 +30,7 @@ from segprune.training.loop import train
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--context", action="store_true", help="pictures whose classes depend on what else they show")
+    parser.add_argument("--with_context", action="store_true", help="on pictures that need their context")
     parser.add_argument("--epochs", type=int, default=2, help="of the eight, for fine-tuning")
     parser.add_argument("--lr", type=float, default=1.0, help="of fine-tuning, as a share of the dense network's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -39,7 +39,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rows = []
     for seed in flags.seeds:
-        bench = Bench(flags.folder / str(seed), seed, accelerator, context=flags.context)
+        bench = Bench(flags.folder / str(seed), seed, accelerator, context=flags.with_context)
         rows.append((bench.dense_miou, *_pruned_down(bench, flags.epochs, flags.lr)))
         print(f"seed {seed}: native b0 {rows[-1][0]:.4f}, dense b1, cut, fine-tuned {rows[-1][1:]}", flush=True)
     print("\n| | mIoU, mean (lowest and highest) |\n|---|---|")

@@ -1,6 +1,6 @@
 """mIoU right after pruning, and after a short equal fine-tune: segprune beside torch-pruning, at equal size and work.
 
-    python -m benchmarks.one_shot DIR [--context] [--seeds 1 2 3] [--budgets params=0.5 macs=0.9]
+    python -m benchmarks.one_shot DIR [--with_context] [--seeds 1 2 3] [--budgets params=0.5 macs=0.9]
 
 For each seed DIR holds a data set and a dense b0, made where they are missing (2000 + 200 pictures of 64×64; see
 benchmarks.recovery). Criteria that need pictures, and the repair, see the same 64 training pictures; only
@@ -52,7 +52,7 @@ OURS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--context", action="store_true", help="pictures whose classes depend on what else they show")
+    parser.add_argument("--with_context", action="store_true", help="on pictures that need their context")
     parser.add_argument("--teacher", action="store_true", help="fine-tune as the commands do")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
@@ -62,7 +62,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for seed in flags.seeds:
-        bench = Bench(flags.folder / str(seed), seed, accelerator, context=flags.context)
+        bench = Bench(flags.folder / str(seed), seed, accelerator, context=flags.with_context)
         for budget in flags.budgets:
             for name, prune in methods(bench, budget).items():
                 if name.partition(" ")[2] not in flags.methods:
