@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from segprune.cli.common import console, progress_bar
-from segprune.cli.plans import widths_by_group
-from segprune.cli.pruning import PruneConfig, asked_rates, pruner_of
+from segprune.cli.plans import read_plan, read_sensitivity, widths_by_group
+from segprune.cli.pruning import PruneConfig, asked_rates, split_names
 from segprune.model import SegFormer
 from segprune.spec import with_folded_head
 from segprune.stats import count
@@ -114,3 +115,61 @@ def _rates_of_step(
         aim = rate if rate <= before else before + (rate - before) * (step + 1) / config.steps
         found[unit] = 1.0 - (1.0 - aim) / (1.0 - gone)
     return found
+
+
+def pruner_of(
+    config: PruneConfig,
+    given: frozenset[str],
+    model: SegFormer,
+    images: list[Tensor],
+    rates: Mapping[str, float] | None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    widths: Mapping[str, int] | None = None,
+    thinned: bool = False,
+) -> Any:
+    """The pruner that the flags ask for; `rates` by unit, None for those of the flags; `widths` in place of a plan.
+
+    `thinned`: branches of the network that a scan may name are gone.
+    """
+    from segprune.pruning.patterns import parse_values
+    from segprune.pruning.pruner import Pruner
+    from segprune.pruning.pruner_l1 import L1Pruner
+
+    asked = asked_rates(config, given) if rates is None else rates
+    pruner: Any = L1Pruner if config.pruning_method == "l1" else Pruner  # which refuses unknown words itself
+    return pruner(
+        model,
+        asked,
+        method=config.pruning_method,
+        data=images,
+        repaired=config.repair if config.repair is not None else bool(images),
+        scope=config.scope,
+        round_to=config.round_to,
+        heads=config.heads,
+        keep_decoder=config.keep_decoder,
+        uniform=config.uniform,
+        price=config.price,
+        normalise=config.normalise,
+        max_rate=parse_values(config.max_rate, "--max_rate"),
+        rates=parse_values(config.rates, "--rates"),
+        ignore=split_names(config.ignore),
+        sensitivity=_sensitivity(config.sensitivity, model, thinned) if config.sensitivity else {},
+        widths=read_plan(Path(config.plan)) if config.plan else widths,
+        seed=config.seed,
+        latency_table=_latency_table(model) if "latency" in asked else None,
+        progress=progress,
+    )
+
+
+def _sensitivity(path: str, model: SegFormer, thinned: bool) -> dict[str, float]:
+    """What a scan measured; of a network that is `thinned` only for what is left."""
+    factors = read_sensitivity(Path(path))
+    left = {name for name, _ in model.named_modules()}
+    return {name: f for name, f in factors.items() if not thinned or name.rpartition(".")[0] in left}
+
+
+def _latency_table(model: SegFormer) -> Any:
+    from segprune.pruning.latency import LatencyTable, default_folder
+
+    return LatencyTable(next(model.parameters()).device, folder=default_folder())

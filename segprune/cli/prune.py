@@ -22,10 +22,10 @@ from segprune.cli.common import (
     show_notes,
     show_settings,
 )
-from segprune.cli.cutting import cut_network
+from segprune.cli.cutting import cut_network, pruner_of
 from segprune.cli.journal import check_kept
 from segprune.cli.plans import PLAN, show_plan, write_plan
-from segprune.cli.pruning import PruneConfig, asked_rates, check_flags, label, pruner_of
+from segprune.cli.pruning import PruneConfig, asked_rates, check_flags, label
 from segprune.cli.settings import TrainSettings, advice, check_settings, with_rates
 from segprune.cli.train import check_teacher_names, fit_with
 from segprune.data import Source

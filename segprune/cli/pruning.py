@@ -1,19 +1,15 @@
-"""The flags of pruning, and the pruner they ask for."""
+"""The flags of pruning: what each says, and which contradict each other."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from torch import Tensor
 from typer import Option
 
 from segprune.cli.common import Layout, SkipBad, switch
-from segprune.cli.plans import read_plan, read_sensitivity
-from segprune.model import SegFormer
 
 TRAINING_FLAGS = ("lr", "no_distill", "freeze_epochs", "scale", "amp")
 DATA_FLAGS = ("layout", "skip_bad", "batch_size", "num_workers")
@@ -296,64 +292,6 @@ def _check_steps(config: PruneConfig, given: frozenset[str]) -> None:
         )
     if config.uniform and config.depth:
         raise ValueError("--depth takes out parts of blocks, which --uniform keeps; leave one of them out.")
-
-
-def pruner_of(
-    config: PruneConfig,
-    given: frozenset[str],
-    model: SegFormer,
-    images: list[Tensor],
-    rates: Mapping[str, float] | None,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    widths: Mapping[str, int] | None = None,
-    thinned: bool = False,
-) -> Any:
-    """The pruner that the flags ask for; `rates` by unit, None for those of the flags; `widths` in place of a plan.
-
-    `thinned`: branches of the network that a scan may name are gone.
-    """
-    from segprune.pruning.patterns import parse_values
-    from segprune.pruning.pruner import Pruner
-    from segprune.pruning.pruner_l1 import L1Pruner
-
-    asked = asked_rates(config, given) if rates is None else rates
-    pruner: Any = L1Pruner if config.pruning_method == "l1" else Pruner  # which refuses unknown words itself
-    return pruner(
-        model,
-        asked,
-        method=config.pruning_method,
-        data=images,
-        repaired=config.repair if config.repair is not None else bool(images),
-        scope=config.scope,
-        round_to=config.round_to,
-        heads=config.heads,
-        keep_decoder=config.keep_decoder,
-        uniform=config.uniform,
-        price=config.price,
-        normalise=config.normalise,
-        max_rate=parse_values(config.max_rate, "--max_rate"),
-        rates=parse_values(config.rates, "--rates"),
-        ignore=split_names(config.ignore),
-        sensitivity=_sensitivity(config.sensitivity, model, thinned) if config.sensitivity else {},
-        widths=read_plan(Path(config.plan)) if config.plan else widths,
-        seed=config.seed,
-        latency_table=_latency_table(model) if "latency" in asked else None,
-        progress=progress,
-    )
-
-
-def _sensitivity(path: str, model: SegFormer, thinned: bool) -> dict[str, float]:
-    """What a scan measured; of a network that is `thinned` only for what is left."""
-    factors = read_sensitivity(Path(path))
-    left = {name for name, _ in model.named_modules()}
-    return {name: f for name, f in factors.items() if not thinned or name.rpartition(".")[0] in left}
-
-
-def _latency_table(model: SegFormer) -> Any:
-    from segprune.pruning.latency import LatencyTable, default_folder
-
-    return LatencyTable(next(model.parameters()).device, folder=default_folder())
 
 
 def split_names(text: str) -> list[str]:
