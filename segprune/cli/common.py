@@ -168,7 +168,10 @@ def _table(header: list[str], rows: list[list[str]], left_out: list[str]) -> Tab
     table = Table()
     shown = [i for i, name in enumerate(header) if name not in left_out]
     for i in shown:
-        table.add_column(header[i], justify="left" if i == 0 else "right", no_wrap=True)
+        if i == 0:
+            table.add_column(header[i], overflow="fold")  # a long name goes on in the next line before numbers suffer
+        else:
+            table.add_column(header[i], justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[i] for i in shown))
     return table

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from segprune import load
 from segprune.cli.evaluate import EvalMode, evaluate
@@ -47,6 +50,19 @@ def test_two_files_side_by_side_make_a_table_json_csv_and_a_plot(small: Path, te
     assert [float(line[head.index("median_ms")]) for line in lines] == [row["median_ms"] for row in rows]
     with Image.open(out / "benchmark.png") as image:
         assert min(image.size) > 200
+
+
+def test_a_narrow_terminal_is_told_which_columns_are_missing(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    narrow = Console(file=out, width=60, force_terminal=True, color_system=None)
+    monkeypatch.setattr("segprune.cli.common.console", narrow)
+    done("benchmark", small, *QUICK, "--no_memory")
+    note = re.search(
+        r"Note: The terminal is too narrow for (p99.*?); --save_dir saves them all", " ".join(out.getvalue().split())
+    )
+    assert note
+    assert "median ms" in out.getvalue()
+    assert "p99 " not in out.getvalue().partition("Note:")[0]
 
 
 def test_with_data_every_file_is_scored_in_every_size_as_eval_does(

@@ -90,7 +90,9 @@ def test_beside_rates_by_name_the_others_make_up_for_the_rate(dense: Path, tmp_p
 
 
 def test_of_several_budgets_each_is_met_and_one_exactly(dense: Path, tmp_path: Path) -> None:
-    done("prune", "--model_path", dense, *SIZE, "--budgets", "params=0.3,macs=0.85", "--save_dir", tmp_path)
+    out = done("prune", "--model_path", dense, *SIZE, "--budgets", "params=0.3,macs=0.85", "--save_dir", tmp_path)
+    assert " pruning_rate – rate_of – budgets params=0.3,macs=0.85 " in out  # no rate that nothing asked for
+    assert " price both " in out
     before, after = (count(load(path).spec, SHAPE) for path in (dense, tmp_path / "l1/b0/b0_pruned_budgets.pth"))
     assert 1 - after.parameters / before.parameters > 0.29
     assert 1 - after.macs / before.macs == pytest.approx(0.85, abs=0.01)
@@ -224,7 +226,8 @@ def test_branches_go_first_and_count_towards_the_rate(unit: str, depth: float, d
 
 def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path: Path) -> None:
     steps = ("--steps", 2, "--step_epochs", 1, "--epochs", 1, "--num_images", 2)
-    done("prune", "--model_path", dense, *SIZE, *HERE, *steps, "--data", data, "--save_dir", tmp_path)
+    out = done("prune", "--model_path", dense, *SIZE, *HERE, *steps, "--data", data, "--save_dir", tmp_path)
+    assert 0 < out.index(" Fine-tuning after step 1 ") < out.index(" Fine-tuning the pruned network ")
     folder = tmp_path / "l1/b0"
     sizes = [
         count(load(folder / name).spec, SHAPE).parameters
@@ -241,7 +244,8 @@ def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path:
 def test_before_the_cut_the_network_is_trained_to_miss_little(dense: Path, data: Path, tmp_path: Path) -> None:
     flags = ("--sparse_epochs", 2, "--sparse_weight", 0.1, "--epochs", 1, "--no_repair", "--pruning_rate", 0.4)
     faster = ("--batch_size", 2, "--lr", 0.01)
-    done("prune", "--model_path", dense, *SIZE, *HERE, *flags, *faster, "--data", data, "--save_dir", tmp_path)
+    out = done("prune", "--model_path", dense, *SIZE, *HERE, *flags, *faster, "--data", data, "--save_dir", tmp_path)
+    assert 0 < out.index(" Training towards the cut ") < out.index(" Fine-tuning the pruned network ")
     folder = tmp_path / "l1/b0"
     start, sparse = (load(folder / name) for name in ("b0_pruned_0.4_sparse.pth", SPARSE_LAST))
     planned = tmp_path / "planned"
