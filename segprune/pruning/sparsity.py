@@ -37,9 +37,11 @@ def group_lasso(groups: Sequence[Group], plan: Plan) -> Callable[[nn.Module], Te
             squares = total.new_zeros(int(gone.sum()))
             for member in group.members:
                 lost = gone[member.channels]
-                rows = _rows(model.get_submodule(member.layer), member)[torch.from_numpy(member.positions[lost])]
-                channel = torch.from_numpy(number[member.channels[lost]]).to(squares.device)
-                squares = squares.index_add(0, channel, rows.square().sum(1))
+                positions = torch.from_numpy(member.positions[lost]).to(total.device)
+                channels = torch.from_numpy(number[member.channels[lost]]).to(total.device)
+
+                rows = _rows(model.get_submodule(member.layer), member)[positions]
+                squares = squares.index_add(0, channels, rows.square().sum(1))
             total = total + (squares + TINY).sqrt().sum()
         return total
 

@@ -104,9 +104,12 @@ def _distances(group: Group, member: Member, module: nn.Module) -> Scores:
     order = np.argsort(member.channels, kind="stable")
     channels, starts, counts = np.unique(member.channels[order], return_index=True, return_counts=True)
     slot = np.arange(len(order)) - np.repeat(starts, counts)  # which of its channel's positions
-    vectors = rows.new_zeros(len(channels), counts.max(), rows.shape[1])
     owner = np.repeat(np.arange(len(channels)), counts)
-    vectors[torch.from_numpy(owner), torch.from_numpy(slot)] = rows[torch.from_numpy(order).to(rows.device)]
+
+    vectors = rows.new_zeros(len(channels), counts.max(), rows.shape[1])
+    place = tuple(torch.from_numpy(indices).to(rows.device) for indices in (owner, slot))
+    vectors[place] = rows[torch.from_numpy(order).to(rows.device)]
+
     sums = torch.cdist(vectors.flatten(1), vectors.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").sum(1)
     result = np.zeros(group.num_channels)
     result[channels] = sums.cpu().numpy()

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segprune.model import Attention, to_tokens
-from segprune.pruning.repair.basis import Basis, Reads, fit_norm, normalised, principal, second_moment
+from segprune.pruning.repair.basis import (
+    Basis,
+    Reads,
+    fit_norm,
+    normalised,
+    principal,
+    second_moment,
+    signs_of_columns,
+)
 from segprune.pruning.repair.layers import Pairs, Removed, assign, conv_rows, fit_layer, flat, kept
 from segprune.pruning.repair.moments import Moments, fit
 
@@ -137,10 +145,13 @@ def _truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     a, b = _root(left), _root(right)
     u, s, vh = torch.linalg.svd(a.mT @ b)
     u, s, v = u[..., :rank], s[..., :rank], vh.mT[..., :rank]
-    sign = v.gather(-2, v.abs().argmax(-2, keepdim=True)).sign()  # else rounding would choose it
-    u, v = u * sign, v * sign
+
     inverse = torch.where(s > s.amax(-1, keepdim=True) * 1e-10, s.clamp_min(1e-300).rsqrt(), 0.0)[..., None, :]
-    return b @ v * inverse, a @ u * inverse
+    first, second = b @ v * inverse, a @ u * inverse
+
+    # A pair's sign is the driver's choice: the product does not depend on it, and the weights should not either.
+    sign = signs_of_columns(first)
+    return first * sign, second * sign
 
 
 def _root(moment: Tensor) -> Tensor:

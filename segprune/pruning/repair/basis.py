@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+RANK_TOLERANCE = 1e-10  # singular values below this share of the largest are rounding, whichever driver found them
+
 
 class Basis:
     """D' coordinates of a stream D wide; without a matrix (D' D) the stream is as wide as it was."""
@@ -51,11 +53,21 @@ class Reads:
 
 def principal(second_moment: Tensor, width: int) -> Basis:
     """The best `width` coordinates for a normalised stream with that second moment (D D, about zero)."""
-    # what is the same in all channels never reaches a LayerNorm's output, so it comes last however few directions count
+    # What is the same in all channels never reaches a LayerNorm's output: it comes last, however few directions count.
     second_moment = second_moment - second_moment.trace() / len(second_moment)
     directions = torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, : width - 1]  # D k
+
+    # An eigenvector's sign is the driver's choice, and gains fitted channel by channel depend on it.
+    directions = directions * signs_of_columns(directions)
+
     scale = (width / len(second_moment)) ** 0.5
-    return Basis(scale * _sum_to_zero(width).to(directions) @ directions.T)
+    return Basis(scale * _sum_to_zero(width, directions.device) @ directions.T)
+
+
+def signs_of_columns(vectors: Tensor) -> Tensor:
+    """Returns 1 or -1 for each column of `vectors` (... D k), as ... 1 k: the sign of its largest number."""
+    largest = vectors.abs().argmax(-2, keepdim=True)
+    return vectors.gather(-2, largest).sign()
 
 
 def second_moment(batches: Iterable[Tensor]) -> Tensor:
@@ -67,9 +79,9 @@ def second_moment(batches: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _sum_to_zero(width: int) -> Tensor:
+def _sum_to_zero(width: int, device: torch.device) -> Tensor:
     """Orthonormal columns (Helmert's) that span the vectors of `width` numbers whose sum is zero."""
-    columns = torch.zeros(width, width - 1, dtype=torch.float64)
+    columns = torch.zeros(width, width - 1, dtype=torch.float64, device=device)
     for k in range(1, width):
         columns[:k, k - 1] = 1.0
         columns[k, k - 1] = -k
@@ -93,8 +105,12 @@ def fit_norm(
         fit_lines(pruned, ((x, dense(x_dense)) for x_dense, x in inputs), dense.weight.double(), damping)
         return Reads()
     reads = basis.back * dense.weight.double()
-    # so that zero, with which convolutions pad, means zero as before, as nearly as can be
-    offset = torch.linalg.lstsq(reads.T, dense.bias.double()[:, None]).solution[:, 0]
+
+    # Zero, with which convolutions pad, shall mean zero as before: the shortest offset with offset @ reads nearest to
+    # the dense bias. The rows of `reads` sum to zero, so its rank is below D' and least squares by QR would fail.
+    inverse = torch.linalg.pinv(reads, rtol=RANK_TOLERANCE)  # D D'
+    offset = dense.bias.double() @ inverse
+
     pairs = ((x, basis.project(normalised(dense, x_dense)).double() + offset) for x_dense, x in inputs)
     fit_lines(pruned, pairs, None, damping)
     return Reads(reads)

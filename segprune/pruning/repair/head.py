@@ -95,11 +95,13 @@ def _fused_rows(dense: DecodeHead, pruned: DecodeHead, stays: Tensor, pairs: _Sa
 
 def _observed(rows: Rows) -> tuple[Moments, Tensor]:
     """The moments of rows of what is read and what is wanted, and the variance of the latter."""
-    moments, squares = Moments(), torch.zeros(())
+    moments = Moments()
+    squares: list[Tensor] = []
     for x, y in rows:
         moments.add(x, y)
-        squares = squares + y.double().square().sum(0)
-    return moments, squares / moments.count - moments.means[1].square()
+        squares.append(y.double().square().sum(0))
+
+    return moments, torch.stack(squares).sum(0) / moments.count - moments.means[1].square()
 
 
 def _spread(weight: Tensor, moments: Moments) -> Tensor:

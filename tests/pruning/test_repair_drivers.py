@@ -1,0 +1,114 @@
+"""The repair on another machine's linear algebra: a GPU's drivers differ from the CPU's, and no test here has one.
+
+CUDA has one driver for least squares, `gels`, which needs full rank; its decompositions fail where a number is not
+finite, and choose other signs. `another_driver` does the same to the CPU's.
+"""
+
+import ast
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import segprune
+from segprune.fold import fold_decoder
+from segprune.model import SegFormer
+from segprune.pruning.groups import find_groups
+from segprune.pruning.importance import METHODS, scores
+from segprune.pruning.plan import plan_of
+from segprune.pruning.repair import repair
+from tests.pruning.cutting import STEM, cut_copy
+
+HEADS = ("folded", "mlp", "conv")
+
+
+@contextmanager
+def another_driver() -> Iterator[list[str]]:
+    """Yields the names of the decompositions that were taken, in order."""
+    taken: list[str] = []
+    lstsq, eigh, svd = torch.linalg.lstsq, torch.linalg.eigh, torch.linalg.svd
+
+    def random_signs(vectors: Tensor) -> Tensor:
+        return (torch.randint(2, (*vectors.shape[:-2], 1, vectors.shape[-1])) * 2 - 1).to(vectors)
+
+    def refuse_what_is_not_finite(name: str, matrix: Tensor) -> None:
+        taken.append(name)
+        if not matrix.isfinite().all():
+            raise torch.linalg.LinAlgError(f"linalg.{name}: the algorithm failed to converge")
+
+    def driver_lstsq(a: Tensor, b: Tensor) -> object:
+        taken.append("lstsq")
+        return lstsq(a, b, driver="gels")
+
+    def driver_eigh(matrix: Tensor) -> object:
+        refuse_what_is_not_finite("eigh", matrix)
+        values, vectors = eigh(matrix)
+        return torch.return_types.linalg_eigh((values, vectors * random_signs(vectors)))
+
+    def driver_svd(matrix: Tensor) -> object:
+        refuse_what_is_not_finite("svd", matrix)
+        u, s, vh = svd(matrix)
+        signs = random_signs(u)
+        return torch.return_types.linalg_svd((u * signs, s, signs.mT * vh))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "lstsq", driver_lstsq)
+        patch.setattr(torch.linalg, "eigh", driver_eigh)
+        patch.setattr(torch.linalg, "svd", driver_svd)
+        yield taken
+
+
+@pytest.fixture
+def dense_of(small_model: SegFormer, conv_model: SegFormer) -> Callable[[str], SegFormer]:
+    """The small network with each kind of head: folded, as published (keep_decoder), mmsegmentation's."""
+    return {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}.__getitem__
+
+
+@torch.no_grad()
+def error(model: nn.Module, other: nn.Module, batches: list[Tensor]) -> float:
+    """Relative, of the logits."""
+    wrong = sum(float((model(x) - other(x)).square().sum()) for x in batches)
+    return (wrong / sum(float(other(x).square().sum()) for x in batches)) ** 0.5
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_repair_gives_the_same_network_with_another_driver(
+    dense_of: Callable[[str], SegFormer], method: str, head: str
+) -> None:
+    dense = dense_of(head)
+    batches = list(torch.randn(3, 3, 64, 64).double().split(2))
+
+    # Two thirds of every group's channels are kept, those that the method ranks highest.
+    groups = find_groups(dense, batches[0][:1], {STEM}).groups
+    fallback = "l1" if method == "bn" else None
+    ranks = scores(method, dense, groups, batches, fallback=fallback)
+    plan = plan_of(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
+    pruned = cut_copy(dense, groups, plan)
+
+    usual = repair(copy.deepcopy(pruned), dense, groups, plan, batches)
+    with another_driver() as taken:
+        other = repair(copy.deepcopy(pruned), dense, groups, plan, batches)
+
+    assert {"eigh", "svd"} <= set(taken)
+    before, after, between = (error(*pair, batches) for pair in ((pruned, dense), (usual, dense), (other, usual)))
+    assert after < before
+    assert between < 1e-8
+    for name, tensor in usual.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_least_squares_that_need_full_rank_are_nowhere_in_the_package() -> None:
+    """`lstsq` and `solve` fail, or give numbers without meaning, where a matrix lacks rank: on CUDA, and not here."""
+    refused = {"lstsq", "solve", "inv", "lu_solve"}
+    for path in Path(segprune.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        linalg = [call for call in calls if isinstance(call, ast.Attribute) and "torch" in ast.unparse(call.value)]
+        used = {call.attr for call in linalg} & refused
+        assert not used, f"{path}: {used}; take pinv, or cholesky of a damped matrix"
