@@ -19,7 +19,7 @@ from torch import nn
 
 from segprune.data import CLASS_NAMES, draw_shapes
 from segprune.data.transforms import Bytes
-from segprune.training.evaluate import EvalMode, evaluate
+from segprune.inference.evaluate import EvalMode, evaluate
 
 SIZE = (64, 64)
 

@@ -22,8 +22,8 @@ from benchmarks.trained_like import fill
 from segprune import L1Pruner, SegFormer, load
 from segprune.data import letterbox, open_source
 from segprune.export import FORMATS, Limits, export, open_exported
+from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.spec import standard_spec
-from segprune.training.evaluate import EvalMode, evaluate
 
 ANY = Limits(None, 0.0)  # everything is kept and shown
 

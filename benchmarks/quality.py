@@ -15,7 +15,7 @@ from torch import nn
 import segprune
 from benchmarks.baselines import prune_to
 from segprune.data import open_source
-from segprune.training.evaluate import EvalMode, evaluate
+from segprune.inference.evaluate import EvalMode, evaluate
 
 
 def main() -> None:

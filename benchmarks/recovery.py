@@ -26,11 +26,11 @@ from segprune import L1Pruner, SegFormer
 from segprune.cli.common import keep_freed_memory
 from segprune.data import CLASS_NAMES, CONTEXT_CLASS_NAMES, open_source, write_shapes
 from segprune.fold import fold_decoder
+from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.pruning.costs import RateOf
 from segprune.spec import standard_spec
 from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation
-from segprune.training.evaluate import EvalMode, evaluate
 from segprune.training.loop import train
 from segprune.training.state import Splits
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from segprune.cli import app
-from segprune.cli.journal import Journal
 from segprune.model import SegFormer
+from segprune.runs.folder import Journal
 from segprune.training.config import TrainConfig
 from segprune.training.state import Splits
 
@@ -84,7 +84,7 @@ def told(*flags: object) -> Told:
         raise ValueError("Seen.")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("segprune.cli.fitting.train", stop)
+        patch.setattr("segprune.runs.fit.train", stop)
         status, out, errors = invoke(*flags)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert (status, errors) == (1, "Error: Seen.\n")

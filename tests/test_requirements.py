@@ -102,5 +102,5 @@ def test_the_pip_command_for_torch_pruning_names_the_exact_version() -> None:
 
 
 def test_the_pip_command_for_opencv_names_the_version_that_is_tested() -> None:
-    source = (ROOT / "segprune/cli/video.py").read_text(encoding="utf-8")
+    source = (ROOT / "segprune/inference/video.py").read_text(encoding="utf-8")
     assert re.findall(r"pip install opencv-python-headless==([\d.]+\d)", source) == [pin(DEV["opencv-python-headless"])]

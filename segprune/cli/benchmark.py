@@ -46,8 +46,8 @@ from segprune.cli.common import (
 from segprune.data import Sample
 from segprune.export import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
-from segprune.report import benchmark_record, environment
-from segprune.training.evaluate import EvalMode, evaluate
+from segprune.inference.evaluate import EvalMode, evaluate
+from segprune.runs.records import benchmark_record, environment
 
 T = TypeVar("T")
 RECORD, TABLE, PLOT = "benchmark.json", "benchmark.csv", "benchmark.png"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from segprune.cli.common import show_notes
-from segprune.cli.inputs import PICTURES
 from segprune.cli.pruning import PruneConfig, needs_images
 from segprune.data import Source, letterbox, load_image, normalise
 from segprune.data.pixels import Place
 from segprune.data.transforms import Bytes
+from segprune.inference.inputs import PICTURES
 
 BATCH = 8
 

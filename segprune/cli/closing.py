@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from segprune.cli.common import console, latency_text, measured_on, number_of, show_table
-from segprune.cli.journal import Fit
 from segprune.files import write_json
-from segprune.report import score_record
+from segprune.runs.folder import Fit
+from segprune.runs.records import score_record
 from segprune.stats import Latency
 
 RESULTS = "pruning_results.json"

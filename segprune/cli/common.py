@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from segprune.data import LAYOUTS, LabelReport, Source, check_labels, open_source, readable
+from segprune.inference.evaluate import Score
 from segprune.stats import Latency
-from segprune.training.evaluate import Score
 
 C = TypeVar("C")
 CONTEXT = {"token_normalize_func": lambda flag: flag.replace("-", "_"), "help_option_names": ["--help", "_h"]}
@@ -202,7 +202,7 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
     with new_progress(transient=True) as progress:
         task = progress.add_task(description, total=None, text="")
 
-        def advance(done: int, total: int, text: str = "") -> None:
+        def advance(done: int, total: int | None, text: str = "") -> None:
             progress.update(task, completed=done, total=total, text=text)
 
         yield advance

@@ -32,9 +32,9 @@ from segprune.cli.common import (
 )
 from segprune.export.runtimes import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
+from segprune.inference.evaluate import EvalMode, Predict, Score, evaluate
 from segprune.model import check_input
-from segprune.report import environment, score_record
-from segprune.training.evaluate import EvalMode, Predict, Score, evaluate
+from segprune.runs.records import environment, score_record
 
 SCORES, TABLE, MATRIX = "scores.json", "scores.csv", "confusion_matrix.csv"
 

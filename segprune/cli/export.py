@@ -32,7 +32,7 @@ from segprune.export import BAKED, FORMATS, LIMITS, PRECISIONS, Limits, Precisio
 from segprune.export.tensorrt import command_line
 from segprune.files import check_writable, write_json
 from segprune.model import check_input
-from segprune.report import environment
+from segprune.runs.records import environment
 
 
 @dataclass(frozen=True)

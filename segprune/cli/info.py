@@ -11,7 +11,7 @@ from typer import Argument, Option
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
 from segprune.cli.common import console, show_notes, show_settings, show_table, switch
-from segprune.report import network_size
+from segprune.runs.records import network_size
 from segprune.spec import BlockSpec, spec_to_dict
 from segprune.stats import count
 

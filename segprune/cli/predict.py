@@ -13,14 +13,14 @@ from typer import Argument, Option
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint, atomic_path, check_writable, write_json
-from segprune.cli.common import choose_device, console, show_notes, show_settings, show_table, switch
-from segprune.cli.inputs import check_not_overwritten, find_pictures, kind_of
-from segprune.cli.predicting import KINDS, Done, Job, predict_pictures, predict_video
-from segprune.cli.video import open_video
+from segprune.cli.common import choose_device, console, progress_bar, show_notes, show_settings, show_table, switch
 from segprune.data import voc_palette
+from segprune.inference.draw import legend
+from segprune.inference.inputs import check_not_overwritten, find_pictures, kind_of
+from segprune.inference.label_maps import MODES, EvalMode, Network
+from segprune.inference.predict import KINDS, Done, Job, predict_pictures, predict_video
+from segprune.inference.video import open_video
 from segprune.model import SegFormer, check_input
-from segprune.pictures import legend
-from segprune.training.inference import MODES, EvalMode, Network
 
 RECORD = "predictions.json"
 AMPS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -179,14 +179,17 @@ def _predicted(config: PredictConfig, source: str, job: Job) -> tuple[Done, floa
             check_not_overwritten([Path(config.input)], job.folder, job.kinds, [target])
             check_writable(job.folder)
             start = perf_counter()
-            return predict_video(job, video, target, config.max_frames), perf_counter() - start
+            with progress_bar("predicting") as advance:
+                done = predict_video(job, video, target, config.max_frames, advance)
+            return done, perf_counter() - start
     pictures, others = find_pictures(config.input, config.save_dir)
     check_not_overwritten(
         [picture.path for picture in pictures], job.folder, job.kinds, [picture.target for picture in pictures]
     )
     check_writable(job.folder)
     start = perf_counter()
-    done = predict_pictures(job, pictures, config.skip_bad)
+    with progress_bar("predicting") as advance:
+        done = predict_pictures(job, pictures, config.skip_bad, advance)
     if others:
         done.notes.append(f"{others} other files in {config.input} are no pictures and were left out.")
     return done, perf_counter() - start

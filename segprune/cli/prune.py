@@ -23,17 +23,17 @@ from segprune.cli.common import (
     show_settings,
 )
 from segprune.cli.cutting import cut_network, pruner_of
-from segprune.cli.journal import check_kept
 from segprune.cli.plans import PLAN, show_plan, write_plan
 from segprune.cli.pruning import PruneConfig, asked_rates, check_flags, label
 from segprune.cli.settings import TrainSettings, advice, check_settings, with_rates
 from segprune.cli.train import check_teacher_names, fit_with
 from segprune.data import Source
+from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.model import SegFormer, check_input
-from segprune.report import environment, network_record, network_size, reduction_record
+from segprune.runs.folder import check_kept
+from segprune.runs.records import environment, network_record, network_size, reduction_record
 from segprune.spec import spec_to_dict, standard_spec, with_folded_head
 from segprune.stats import Latency, count, measure_latency
-from segprune.training.evaluate import EvalMode, Score, evaluate
 from segprune.training.learner import Penalty
 
 

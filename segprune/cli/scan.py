@@ -29,9 +29,9 @@ from segprune.cli.common import (
     switch,
 )
 from segprune.files import check_writable, write_csv, write_json
+from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import SegFormer, check_input
-from segprune.report import environment
-from segprune.training.evaluate import EvalMode, evaluate
+from segprune.runs.records import environment
 
 if TYPE_CHECKING:  # importing it needs torch-pruning, which other commands do without
     from segprune.pruning.scan import Finding

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from typer import Option
 
 from segprune.cli.common import Layout, SkipBad, switch
-from segprune.cli.journal import check_not_overwritten
+from segprune.runs.folder import check_not_overwritten
 from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation
 from segprune.training.losses import LOSSES, WEIGHT_RULES, SegmentationLoss, class_weights_from_counts, parse_loss

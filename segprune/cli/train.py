@@ -21,12 +21,13 @@ from segprune.cli.common import (
     show_score,
     show_settings,
 )
-from segprune.cli.fitting import Resumable, fit, load_resumable
-from segprune.cli.journal import BEST, LAST, Fit, check_not_overwritten
 from segprune.cli.settings import TrainSettings, check_settings, train_config, with_rates
+from segprune.cli.view import training_view
 from segprune.data import Source
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer, check_input
+from segprune.runs.fit import Resumable, fit, load_resumable
+from segprune.runs.folder import BEST, LAST, Fit, check_not_overwritten
 from segprune.spec import Spec, standard_spec
 from segprune.training.learner import Penalty
 
@@ -97,21 +98,24 @@ def fit_with(
     assert config.lr is not None
     rate = {} if "lr" in extra else {"finetuned_lr" if config.model_path else "lr": config.lr}  # lr: from scratch
     model.encoder.checkpointing = config.checkpointing
-    return fit(
-        model,
-        train_config(config, model.spec.num_classes, pixels),
-        source,
-        Path(config.save_dir),
-        cuda=config.cuda,
-        settings=asdict(config),
-        extra=extra | rate | classes_of(source, model.spec.num_classes),
-        teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
-        penalty=penalty,
-        partial=partial,
-        resumed=resumed,
-        keep=config.keep,
-        tensorboard=config.tensorboard,
-    )
+    with training_view() as view:
+        return fit(
+            model,
+            train_config(config, model.spec.num_classes, pixels),
+            source,
+            Path(config.save_dir),
+            cuda=config.cuda,
+            settings=asdict(config),
+            extra=extra | rate | classes_of(source, model.spec.num_classes),
+            teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
+            penalty=penalty,
+            partial=partial,
+            resumed=resumed,
+            keep=config.keep,
+            tensorboard=config.tensorboard,
+            on_step=view.step,
+            on_result=view.epoch,
+        )
 
 
 def _read_teacher(config: TrainSettings, num_classes: int) -> Checkpoint | None:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from segprune.data import SegmentationData, TrainTransform
+from segprune.inference.evaluate import EvalMode, Score, Tally, score, shard, tallies
 from segprune.training.config import TrainConfig
-from segprune.training.evaluate import EvalMode, Score, Tally, score, shard, tallies
 from segprune.training.learner import Learner, Penalty
 from segprune.training.objective import check_teacher
 from segprune.training.processes import check_processes, fitting_batch

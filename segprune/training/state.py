@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from segprune.data import Sample
-from segprune.training.metrics import Score
+from segprune.inference.metrics import Score
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from segprune.cli.common import (
     show_settings,
 )
 from segprune.cli.shapes import ShapesConfig
+from segprune.inference.evaluate import Score
 from segprune.stats import Latency
-from segprune.training.evaluate import Score
 from tests.commands import HERE, SIZE, done, invoke, refused
 from tests.dialects import state_in
 
@@ -160,7 +160,7 @@ PARTS = {
     "predict": "segprune.cli.predict.predict_pictures",
     "eval": "segprune.cli.evaluate.evaluate",
     "prune": "segprune.cli.prune.measure_latency",
-    "train": "segprune.cli.fitting.train",
+    "train": "segprune.runs.fit.train",
 }
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from segprune.checkpoint import load, save
 from segprune.data import open_source
+from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.model import SegFormer
-from segprune.training.evaluate import EvalMode, Score, evaluate
 from tests.commands import HERE, SIZE, done, refused
 
 PLOTS = {"mIoU.png", "mPA.png", "mRecall.png", "mPrecision.png", "confusion_matrix.png"}

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from segprune.checkpoint import load_record, read, save_record
-from segprune.cli.journal import Journal
 from segprune.data import write_shapes
+from segprune.inference.evaluate import Score
+from segprune.runs.folder import Journal
 from segprune.training import loop
-from segprune.training.evaluate import Score
 from tests.commands import (
     BEST,
     HERE,

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from segprune.checkpoint import load, read
 from segprune.data import load_mask, open_source
 from segprune.data.shapes import CLASS_NAMES
-from segprune.pictures import paint
+from segprune.inference.draw import paint
 from tests.commands import BEST, LAST, SIZE, done, interrupted, invoke, refused, results_in, same, training
 
 

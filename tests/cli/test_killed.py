@@ -22,7 +22,7 @@ NURSERY = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-import segprune.cli, segprune.pictures, segprune.plots
+import segprune.cli, segprune.inference.draw, segprune.plots
 
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1)])  # imports more

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from segprune.checkpoint import load, save
 from segprune.data import load_image, load_mask, open_source, voc_palette
+from segprune.inference.draw import overlay, paint, side_by_side
+from segprune.inference.evaluate import EvalMode, evaluate
+from segprune.inference.metrics import Tally, score
 from segprune.model import SegFormer
-from segprune.pictures import overlay, paint, side_by_side
 from segprune.spec import Spec, standard_spec
-from segprune.training.evaluate import EvalMode, evaluate
-from segprune.training.metrics import Tally, score
 from tests.commands import SIZE, done, invoke, refused
 
 PALETTE = voc_palette()

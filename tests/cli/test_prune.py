@@ -15,10 +15,10 @@ from segprune.checkpoint import read
 from segprune.data import open_source
 from segprune.data.shapes import CLASS_NAMES
 from segprune.fold import fold_decoder
+from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.pruning import pruner_l1
 from segprune.stats import count
 from segprune.training.distill import Distillation
-from segprune.training.evaluate import EvalMode, evaluate
 from tests.commands import HERE, SIZE, done, interrupted, refused, told, training
 
 SHAPE = (64, 32)

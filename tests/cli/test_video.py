@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 import pytest
 
-from segprune.cli.predicting import _copies
-from segprune.cli.video import Frame, open_video, write_video
 from segprune.data import draw_shapes
 from segprune.data.transforms import Bytes
+from segprune.inference.predict import _copies
+from segprune.inference.video import Frame, open_video, write_video
 from tests.cli.test_predict import interrupted_at, predicting_on, record_in
 from tests.commands import done, invoke, refused
 

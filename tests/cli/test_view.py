@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from segprune.cli import common, view
-from segprune.training.evaluate import Score
+from segprune.inference.evaluate import Score
 from segprune.training.state import EpochResult
 
 RATIOS = (0.5, None)

@@ -33,7 +33,7 @@ from segmenter import Segmenter, open_segmenter
 from segprune.checkpoint import save
 from segprune.data import draw_shapes, load_image, voc_palette
 from segprune.export import export, open_exported
-from segprune.training.inference import EvalMode, Network, label_maps, prepare
+from segprune.inference.label_maps import EvalMode, Network, label_maps, prepare
 from tests.commands import done
 from tests.examples.drawn import SIZE, WEIGHT, drawn
 from tests.exporting import tiny_network

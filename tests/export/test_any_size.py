@@ -8,7 +8,7 @@ import torch
 from segmenter import open_segmenter
 from segprune.data import draw_shapes, normalise
 from segprune.export import export, open_exported
-from segprune.training.inference import EvalMode, Network, label_maps, prepare
+from segprune.inference.label_maps import EvalMode, Network, label_maps, prepare
 from tests.exporting import tiny_network
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from segprune.data import SegmentationData, write_shapes
-from segprune.training.evaluate import EvalMode, evaluate
+from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.training.loop import train
 from tests.training.tiny import (
     NUM_CLASSES,

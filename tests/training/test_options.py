@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from segprune.data import write_shapes
+from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import SegFormer
 from segprune.training.distill import Distillation
-from segprune.training.evaluate import EvalMode, evaluate
 from segprune.training.loop import train
 from segprune.training.losses import SegmentationLoss, parse_loss
 from segprune.training.objective import Student

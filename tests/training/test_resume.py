@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from segprune.data import write_shapes
-from segprune.training.evaluate import Score
+from segprune.inference.evaluate import Score
 from segprune.training.loop import train
 from segprune.training.losses import SegmentationLoss
 from segprune.training.state import TrainingInterrupted, TrainState, check_same_run

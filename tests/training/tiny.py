@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from segprune.data import open_source
+from segprune.inference.evaluate import Score
 from segprune.model import SegFormer
 from segprune.spec import BlockSpec, standard_spec
 from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation
-from segprune.training.evaluate import Score
 from segprune.training.loop import train
 from segprune.training.losses import SegmentationLoss, parse_loss
 from segprune.training.state import EpochResult, Splits, TrainingInterrupted, TrainState

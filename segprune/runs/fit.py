@@ -12,18 +12,17 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from segprune.cli.journal import RESUME, Fit, Journal
-from segprune.cli.view import training_view
 from segprune.convert import check_state, expected_state
 from segprune.data import Source
 from segprune.files import load_record
+from segprune.inference.evaluate import EvalMode
 from segprune.model import SegFormer
+from segprune.runs.folder import RESUME, Fit, Journal
 from segprune.spec import Spec, spec_from_dict
 from segprune.training.config import TrainConfig
-from segprune.training.evaluate import EvalMode
 from segprune.training.learner import Penalty
-from segprune.training.loop import train
-from segprune.training.state import Splits, TrainingDiverged, TrainingInterrupted, TrainState
+from segprune.training.loop import OnStep, train
+from segprune.training.state import EpochResult, Splits, TrainingDiverged, TrainingInterrupted, TrainState
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ def fit(
     resumed: Resumable | None = None,
     keep: int = 0,
     tensorboard: bool = False,
+    on_step: OnStep | None = None,
+    on_result: Callable[[EpochResult], None] | None = None,
 ) -> Fit:
     """Train `model` on the source's train and val, and keep the folder's files up to date after every epoch.
 
@@ -72,21 +73,31 @@ def fit(
         keep=keep,
         tensorboard=tensorboard and accelerator.is_main_process,
     )
+
+    def step_done(done: int, total: int, loss: float, lr: float) -> None:
+        if on_step is not None:
+            on_step(done, total, loss, lr)
+        journal.step_done(done, total, loss, lr)
+
+    def epoch_done(result: EpochResult, state: TrainState) -> None:
+        journal.epoch_done(result, state)
+        if on_result is not None:
+            on_result(result)
+
     try:
         with _told(journal, folder, accelerator, partial=partial):
-            with training_view() as view:
-                train(
-                    model,
-                    config,
-                    splits,
-                    accelerator=accelerator,
-                    teacher=teacher,
-                    penalty=penalty,
-                    state=state,
-                    on_step=_both(view.step, journal.step_done),
-                    on_epoch=_both(journal.epoch_done, lambda result, state: view.epoch(result)),
-                    on_state=journal.save_state,
-                )
+            train(
+                model,
+                config,
+                splits,
+                accelerator=accelerator,
+                teacher=teacher,
+                penalty=penalty,
+                state=state,
+                on_step=step_done,
+                on_epoch=epoch_done,
+                on_state=journal.save_state,
+            )
             if accelerator.is_main_process:
                 how = EvalMode(input_shape=config.input_shape)
                 journal.draw(splits.val, how, source.class_names, source.palette, accelerator.device)
@@ -115,14 +126,6 @@ def _told(journal: Journal, folder: Path, accelerator: Accelerator, *, partial: 
         if partial or not journal.resumable:
             raise
         raise OSError(f"{str(error).removesuffix('.')}; then {resume} goes on, and {journal.last_good()}.") from error
-
-
-def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
-    def call(*values: Any) -> None:
-        first(*values)
-        second(*values)
-
-    return call
 
 
 def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segprune.cli.inputs import find_pictures, kind_of, load_picture
-from segprune.training.inference import EvalMode
+from segprune.inference.inputs import find_pictures, kind_of, load_picture
+from segprune.inference.label_maps import EvalMode
 
 WHOLE = EvalMode("whole")
 RNG = np.random.default_rng(0)
@@ -157,6 +157,6 @@ def test_whatever_a_decoder_stumbles_over_names_the_picture(tmp_path: Path, monk
     def stumble(*args: object, **kwargs: object) -> None:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("segprune.cli.inputs.load_image", stumble)
+    monkeypatch.setattr("segprune.inference.inputs.load_image", stumble)
     with pytest.raises(ValueError, match=r"x\.png cannot be read as an image \(list index out of range\); replace"):
         load_picture(put(tmp_path / "x.png"), WHOLE)

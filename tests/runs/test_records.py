@@ -7,9 +7,16 @@ from dataclasses import replace
 import torch
 
 import segprune
-from segprune.report import environment, network_record, network_size, reduction_record, score_from_record, score_record
+from segprune.inference.evaluate import Score
+from segprune.runs.records import (
+    environment,
+    network_record,
+    network_size,
+    reduction_record,
+    score_from_record,
+    score_record,
+)
 from segprune.stats import Counts, Latency
-from segprune.training.evaluate import Score
 
 COUNTS = Counts(parameters=1_234_567, macs=2_500_000_000, input_shape=(512, 512))
 SIZE = {

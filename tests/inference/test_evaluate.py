@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from segprune.data import MEAN, STD, Pair, SampleError
-from segprune.training.evaluate import EvalMode, Tally, evaluate, score, shard, tallies
-from segprune.training.inference import Mode
+from segprune.inference.evaluate import EvalMode, Tally, evaluate, score, shard, tallies
+from segprune.inference.label_maps import Mode
 
 COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)], dtype=np.uint8)
 

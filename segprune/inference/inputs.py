@@ -10,8 +10,8 @@ from pathlib import Path
 
 from segprune.data import load_image
 from segprune.data.transforms import Bytes
-from segprune.training import inference
-from segprune.training.inference import EvalMode
+from segprune.inference import label_maps
+from segprune.inference.label_maps import EvalMode
 
 # fmt: off
 PICTURES = (
@@ -37,7 +37,7 @@ class Loaded:
     """A picture [H, W, 3] and what the network gets of it."""
 
     image: Bytes
-    ready: inference.Picture
+    ready: label_maps.Picture
 
 
 def kind_of(source: str) -> str:
@@ -102,7 +102,7 @@ def load_picture(path: Path, how: EvalMode) -> Loaded:
 
 
 def made_ready(image: Bytes, how: EvalMode) -> Loaded:
-    return Loaded(image, inference.prepare(image, how))
+    return Loaded(image, label_maps.prepare(image, how))
 
 
 def _files_below(root: Path, left_out: Path) -> Iterator[Path]:

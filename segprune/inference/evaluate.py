@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from segprune.data import Sample
-from segprune.training.inference import EvalMode, Network, Picture, Predict, label_maps, prepare
-from segprune.training.metrics import Score, Tally, score, shard
+from segprune.inference.label_maps import EvalMode, Network, Picture, Predict, label_maps, prepare
+from segprune.inference.metrics import Score, Tally, score, shard
 
 __all__ = ["EvalMode", "Predict", "Progress", "Score", "Tally", "evaluate", "score", "shard", "tallies"]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segprune import pictures
 from segprune.data import draw_shapes, load_mask, voc_palette
-from segprune.pictures import (
+from segprune.inference import draw
+from segprune.inference.draw import (
     GAP,
     IGNORED,
     PANEL,
@@ -33,8 +33,8 @@ IMAGE, LABELS = draw_shapes(5, "val", 0, (40, 60))
 @pytest.fixture(autouse=True)
 def _fonts_found_anew() -> Iterator[None]:
     yield
-    pictures._font.cache_clear()
-    pictures._named.cache_clear()
+    draw._font.cache_clear()
+    draw._named.cache_clear()
 
 
 def test_a_label_is_painted_in_its_palette_colour() -> None:
@@ -109,17 +109,17 @@ def test_a_legend_of_nothing_is_blank_paper() -> None:
 
 
 def test_ignored_pixels_have_their_own_entry() -> None:
-    assert pictures._label_text(255, ["a", "b"]) == "ignored"
-    assert pictures._label_text(255, ["c"] * 256) == "255 c"
+    assert draw._label_text(255, ["a", "b"]) == "ignored"
+    assert draw._label_text(255, ["c"] * 256) == "255 c"
 
 
 @pytest.mark.parametrize(("name", "text"), [("cat", "0 cat"), (" two\nlines ", "0 two lines"), ("0", "0"), ("", "0")])
 def test_a_class_is_written_as_number_and_name(name: str, text: str) -> None:
-    assert pictures._label_text(0, [name]) == text
+    assert draw._label_text(0, [name]) == text
 
 
 def test_a_class_without_a_name_is_written_as_its_number() -> None:
-    assert pictures._label_text(4, ["a"]) == "4"
+    assert draw._label_text(4, ["a"]) == "4"
 
 
 CAT = "\u732b"
@@ -151,8 +151,8 @@ def chinese_font(tmp_path: Path) -> Path:
 
 
 def test_a_chinese_name_is_written_where_a_font_has_it(chinese_font: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "FONTS", ("no such font.ttf", str(chinese_font)))
-    assert pictures._label_text(0, [CAT]) == f"0 {CAT}"
+    monkeypatch.setattr(draw, "FONTS", ("no such font.ttf", str(chinese_font)))
+    assert draw._label_text(0, [CAT]) == f"0 {CAT}"
     with_name, without = (np.asarray(legend([name], PALETTE)) for name in (CAT, ""))
     assert not np.array_equal(with_name, without)
 
@@ -160,15 +160,15 @@ def test_a_chinese_name_is_written_where_a_font_has_it(chinese_font: Path, monke
 def test_a_name_that_no_font_has_becomes_the_number_and_never_boxes(
     chinese_font: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "FONTS", (str(chinese_font),))
-    assert pictures._label_text(3, ["a", "b", "c", "\u72d7"]) == "3"
-    monkeypatch.setattr(pictures, "FONTS", ())
+    monkeypatch.setattr(draw, "FONTS", (str(chinese_font),))
+    assert draw._label_text(3, ["a", "b", "c", "\u72d7"]) == "3"
+    monkeypatch.setattr(draw, "FONTS", ())
     names = [CAT, "\u72d7"]
     assert np.array_equal(np.asarray(legend(names, PALETTE)), np.asarray(legend(["", ""], PALETTE)))
 
 
 def test_a_picture_whose_name_no_font_has_is_captioned_with_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "FONTS", ())
+    monkeypatch.setattr(draw, "FONTS", ())
     sheets = [
         np.asarray(contact_sheet([(name, IMAGE, LABELS, LABELS)], PALETTE, [])) for name in (f"{CAT}1.jpg", "?1.jpg")
     ]

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segprune.data import normalise
-from segprune.training import inference
-from segprune.training.inference import EvalMode, Network, Predict, label_maps, normalised, prepare
+from segprune.inference import label_maps as module
+from segprune.inference.label_maps import EvalMode, Network, Predict, label_maps, normalised, prepare
 
 K = 5
 
@@ -112,21 +112,21 @@ def test_one_window_that_holds_the_picture_is_the_picture_in_a_letterbox(predict
 def test_strips_change_nothing(
     predict: Predict,
     monkeypatch: pytest.MonkeyPatch,
-    mode: inference.Mode,
+    mode: module.Mode,
     scales: tuple[float, ...],
     flip: bool,
     size: tuple[int, int],
 ) -> None:
     how = EvalMode(mode, (48, 64), scales=scales, flip=flip)
     (whole,) = labelled(predict, [picture(*size)], how)
-    monkeypatch.setattr(inference, "CPU_STRIP_NUMBERS", K * size[1] * 7)
+    monkeypatch.setattr(module, "CPU_STRIP_NUMBERS", K * size[1] * 7)
     (found,) = labelled(predict, [picture(*size)], how)
     same(found, whole)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("mode", ["letterbox", "whole", "slide"])
-def test_the_batch_changes_nothing(predict: Predict, mode: inference.Mode, batch_size: int) -> None:
+def test_the_batch_changes_nothing(predict: Predict, mode: module.Mode, batch_size: int) -> None:
     images, how = [picture(64, 40), picture(40, 64), picture(64, 50), picture(90, 31)], EvalMode(mode, (32, 48))
     together = labelled(predict, images, how, batch_size)
     for image, found in zip(images, together, strict=True):
@@ -154,7 +154,7 @@ def test_a_mirrored_picture_gets_the_mirrored_labels_with_flip(predict: Predict)
 
 
 @pytest.mark.parametrize("mode", ["letterbox", "whole", "slide"])
-def test_logits_at_a_lower_resolution_are_resized(predict: Predict, mode: inference.Mode) -> None:
+def test_logits_at_a_lower_resolution_are_resized(predict: Predict, mode: module.Mode) -> None:
     def coarse(x: Tensor) -> Tensor:
         return predict(x)[:, :, ::4, ::4]
 
@@ -167,15 +167,15 @@ def test_logits_at_a_lower_resolution_are_resized(predict: Predict, mode: infere
 
 def test_sliding_keeps_only_the_rows_that_are_still_needed(predict: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
     most = 0
-    read = inference._Sliding.read
+    read = module._Sliding.read
 
-    def watched(self: inference._Sliding, a: int, b: int) -> Tensor:
+    def watched(self: module._Sliding, a: int, b: int) -> Tensor:
         nonlocal most
         most = max(most, self.sums.shape[1])
         return read(self, a, b)
 
-    monkeypatch.setattr(inference._Sliding, "read", watched)
-    monkeypatch.setattr(inference, "CPU_STRIP_NUMBERS", K * 40 * 8)
+    monkeypatch.setattr(module._Sliding, "read", watched)
+    monkeypatch.setattr(module, "CPU_STRIP_NUMBERS", K * 40 * 8)
     labelled(predict, [picture(1000, 40)], EvalMode("slide", (32, 40)))
     assert 32 <= most <= 64
 

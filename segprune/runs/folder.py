@@ -26,11 +26,11 @@ import torch
 from segprune.checkpoint import load, save
 from segprune.data import Sample
 from segprune.files import atomic_path, save_record, write_csv, write_json
+from segprune.inference.evaluate import EvalMode, Score
+from segprune.inference.label_maps import Network, label_maps, prepare
 from segprune.model import SegFormer
-from segprune.report import environment, score_from_record, score_record
+from segprune.runs.records import environment, score_from_record, score_record
 from segprune.spec import spec_to_dict
-from segprune.training.evaluate import EvalMode, Score
-from segprune.training.inference import Network, label_maps, prepare
 from segprune.training.state import EpochResult, TrainState
 
 BEST, LAST, RESULTS, LOG, RESUME, SHEET = (
@@ -143,7 +143,8 @@ class Journal:
         self, val: Sequence[Sample], how: EvalMode, names: Sequence[str], palette: Sequence[int], device: torch.device
     ) -> None:
         """The curves, and a sheet of validation pictures spread over the split, as the best epoch sees them."""
-        from segprune import pictures, plots  # here, since drawing takes a second to import
+        from segprune import plots  # here, since drawing takes a second to import
+        from segprune.inference.draw import contact_sheet
 
         plots.curves(self.epochs, self.folder)
         chosen = [val[i] for i in np.linspace(0, len(val) - 1, min(SHEET_PICTURES, len(val))).round().astype(int)]
@@ -156,7 +157,7 @@ class Journal:
                 (predicted,) = label_maps(network, [prepare(image, how)], how)
             labels = np.where(labels < model.spec.num_classes, labels, 255).astype(np.uint8)
             rows.append((sample.name, image, labels, predicted.cpu().numpy().astype(np.uint8)))
-        sheet = pictures.contact_sheet(rows, palette, names)
+        sheet = contact_sheet(rows, palette, names)
         with atomic_path(self.folder / SHEET) as temporary:
             sheet.save(temporary, format="PNG")
         if self.board is not None:

@@ -19,15 +19,16 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from segprune.cli.common import progress_bar
-from segprune.cli.inputs import Loaded, Picture, load_picture, made_ready
-from segprune.cli.video import Frame, Video, write_video
 from segprune.data.transforms import Bytes
 from segprune.files import atomic_path
-from segprune.pictures import mask_image, overlay, paint, side_by_side
-from segprune.training.inference import EvalMode, Network, label_maps
+from segprune.inference.draw import mask_image, overlay, paint, side_by_side
+from segprune.inference.inputs import Loaded, Picture, load_picture, made_ready
+from segprune.inference.label_maps import EvalMode, Network, label_maps
+from segprune.inference.video import Frame, Video, write_video
 
 Counts = npt.NDArray[np.int64]  # pixels per class
+Progress = Callable[[int, int], None]  # pictures done, pictures in all
+VideoProgress = Callable[[int, int | None], None]  # frames done, frames in all if known
 KINDS = ("overlay", "mask", "side_by_side")
 
 
@@ -77,14 +78,16 @@ def draw(job: Job, kind: str, image: Bytes, labels: Bytes) -> Bytes:
     return painted if kind == "mask" else side_by_side(image, painted)
 
 
-def predict_pictures(job: Job, pictures: Sequence[Picture], skip_bad: bool) -> Done:
+def predict_pictures(
+    job: Job, pictures: Sequence[Picture], skip_bad: bool = False, progress: Progress | None = None
+) -> Done:
     """Files KIND/TARGET below the job's folder, and a record per picture in their order.
 
     ValueError names a picture that cannot be read, unless those are skipped.
     """
     done = Done(_no_pixels(job))
     writing: deque[Future[tuple[dict[str, Any], Counts]]] = deque()
-    with ThreadPoolExecutor(job.num_workers) as pool, progress_bar("predicting") as advance:
+    with ThreadPoolExecutor(job.num_workers) as pool:
         try:
             for seen, batch in _loaded(job, pictures, pool):
                 bad = [(picture, reason) for picture, reason in batch if isinstance(reason, str)]
@@ -97,7 +100,8 @@ def predict_pictures(job: Job, pictures: Sequence[Picture], skip_bad: bool) -> D
                 _collect(writing, done, leave=job.batch_size)  # only so many pictures lie in memory
                 for (picture, one), found in zip(whole, labels, strict=True):
                     writing.append(pool.submit(_write, job, picture, one.image, found))
-                advance(seen, len(pictures))
+                if progress is not None:
+                    progress(seen, len(pictures))
             _collect(writing, done)
         except KeyboardInterrupt:
             done.interrupted = True
@@ -151,7 +155,9 @@ def _write(job: Job, picture: Picture, image: Bytes, labels: Bytes) -> tuple[dic
     return record, np.bincount(labels.ravel(), minlength=job.network.num_classes)
 
 
-def predict_video(job: Job, video: Video, target: str, limit: int | None) -> Done:
+def predict_video(
+    job: Job, video: Video, target: str, limit: int | None, progress: VideoProgress | None = None
+) -> Done:
     """Files KIND/TARGET below the job's folder, and one record. Ctrl-C closes them after the last whole frame.
 
     A camera's frames are repeated where the network is slower than it, so that the file plays at its own speed.
@@ -160,7 +166,7 @@ def predict_video(job: Job, video: Video, target: str, limit: int | None) -> Don
     done = Done(_no_pixels(job))
     total = video.num_frames if limit is None or video.num_frames is None else min(limit, video.num_frames)
     counts = _no_pixels(job)
-    with ExitStack() as files, progress_bar("predicting") as advance:
+    with ExitStack() as files:
         batches = files.enter_context(closing(video.batches(job.batch_size, limit)))
         out = _VideoFiles(job, video.fps, target, files)
         try:
@@ -169,7 +175,8 @@ def predict_video(job: Job, video: Video, target: str, limit: int | None) -> Don
                 for frame, found in zip(batch, labels, strict=True):
                     out.add(frame, found)
                     counts += np.bincount(found.ravel(), minlength=job.network.num_classes)
-                advance(out.frames, total or limit)
+                if progress is not None:
+                    progress(out.frames, total or limit)
         except KeyboardInterrupt:
             done.interrupted = True
     if out.frames:

@@ -9,7 +9,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score, precision_score, re
 from torch import Tensor
 from torchmetrics import Accuracy, JaccardIndex, Precision, Recall
 
-from segprune.training.metrics import Score, Tally, score, shard
+from segprune.inference.metrics import Score, Tally, score, shard
 
 
 def maps(seed: int, size: tuple[int, ...], values: tuple[int, ...], noise: float = 0.3) -> tuple[Tensor, Tensor]:

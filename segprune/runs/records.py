@@ -15,8 +15,8 @@ import torch
 
 import segprune
 from segprune.benchmark import Row
+from segprune.inference.evaluate import Score
 from segprune.stats import Counts, Latency
-from segprune.training.evaluate import Score
 
 
 def network_size(counts: Counts) -> dict[str, Any]:
