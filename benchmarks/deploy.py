@@ -19,7 +19,7 @@ import torch
 import segprune
 from benchmarks.trained_like import fill
 from segprune.benchmark import Row, export_cases, grid, measure, open_case
-from segprune.cli.common import keep_freed_memory
+from segprune.cli.console import keep_freed_memory
 from segprune.export import Manifest, onnx, openvino
 from segprune.export.job import Job
 from segprune.export.network import Deployed

@@ -19,7 +19,7 @@ from transformers import SegformerForSemanticSegmentation
 
 from benchmarks.trained_like import fill
 from segprune import L1Pruner, SegFormer, count
-from segprune.cli.common import keep_freed_memory
+from segprune.cli.console import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.spec import standard_spec
 from segprune.stats import measure_latency

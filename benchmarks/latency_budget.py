@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.trained_like import fill
-from segprune.cli.common import keep_freed_memory
+from segprune.cli.console import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
 from segprune.pruning.costs import loss_weights

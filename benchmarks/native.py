@@ -20,7 +20,7 @@ import segprune
 from benchmarks.one_shot import training_images
 from benchmarks.recovery import DENSE, SIZE, Bench, spread
 from segprune import count
-from segprune.cli.common import keep_freed_memory
+from segprune.cli.console import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.pruning.pruner import Pruner
 from segprune.training.distill import Distillation

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import num_macs, num_parameters, prune_to
 from benchmarks.recovery import DENSE, NUM_TRAIN, SIZE, Bench, spread
-from segprune.cli.common import keep_freed_memory
+from segprune.cli.console import keep_freed_memory
 from segprune.cli.settings import MUCH_LOST
 from segprune.data import EvalTransform, SegmentationData
 from segprune.fold import fold_decoder

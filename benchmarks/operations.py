@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.trained_like import fill
 from segprune import L1Pruner, SegFormer, count
-from segprune.cli.common import keep_freed_memory
+from segprune.cli.console import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.spec import standard_spec
 

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 
 import segprune
 from segprune import L1Pruner, SegFormer
-from segprune.cli.common import keep_freed_memory
+from segprune.cli.console import keep_freed_memory
 from segprune.data import CLASS_NAMES, CONTEXT_CLASS_NAMES, open_source, write_shapes
 from segprune.fold import fold_decoder
 from segprune.inference.evaluate import EvalMode, evaluate

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from benchmarks.trained_like import fill
 from segprune import L1Pruner, SegFormer
-from segprune.cli.common import keep_freed_memory
+from segprune.cli.console import keep_freed_memory
 from segprune.data import IGNORE_INDEX, SegmentationData, TrainTransform, draw_shapes
 from segprune.data.transforms import Bytes
 from segprune.spec import standard_spec

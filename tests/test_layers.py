@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOORS = ("prune_train", "train", "pruning")
 ROWS = (
-    ("spec", "files", "timing"),
+    ("spec", "files", "timing", "options"),
     ("model", "dialects", "data", "plots"),
     ("convert", "huggingface", "stats", "fold", "uniform", "inference"),
     ("checkpoint", "pruning", "export", "training"),

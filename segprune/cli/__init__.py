@@ -20,13 +20,12 @@ from segprune.cli import (
     info,
     predict,
     prune,
-    pruning,
     scan,
-    settings,
     shapes,
     train,
 )
-from segprune.cli.common import CONTEXT, command, keep_freed_memory
+from segprune.cli.console import keep_freed_memory
+from segprune.cli.flags import CONTEXT, command
 
 app = typer.Typer(
     name="segprune",
@@ -38,30 +37,25 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings=CONTEXT,
 )
-_COMMANDS: tuple[tuple[str, type[Any], Callable[[Any, frozenset[str]], None], str], ...] = (  # with an example
+_COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # with an example
+    ("prune", prune.run, "--model_path logs/your_model.pth --pruning_rate 0.5 --data VOCdevkit --epochs 50"),
     (
-        *("prune", pruning.PruneConfig, prune.run),
-        "--model_path logs/your_model.pth --pruning_rate 0.5 --data VOCdevkit --epochs 50",
-    ),
-    (
-        *("train", settings.TrainSettings, train.run),
+        "train",
+        train.run,
         "--model_path b2_pruned_0.5.pth --teacher logs/your_model.pth --data VOCdevkit --save_dir logs_finetuned",
     ),
-    ("eval", evaluate.EvalConfig, evaluate.run, "logs/your_model.pth --data VOCdevkit --mode slide --flip"),
-    ("predict", predict.PredictConfig, predict.run, "logs/your_model.pth --input photos --kind all"),
-    ("export", export.ExportConfig, export.run, "b2_pruned_0.5.pth --format onnx --bake preprocess,argmax"),
-    (
-        *("benchmark", benchmark.BenchmarkConfig, benchmark.run),
-        "logs/your_model.pth b2_pruned_0.5.pth --runtimes torch,onnxruntime",
-    ),
-    ("convert", convert.ConvertConfig, convert.run, "b2_pruned_0.5.pth my_folder --to hf"),
-    ("scan", scan.ScanConfig, scan.run, "logs/your_model.pth --images photos"),
-    ("info", info.InfoConfig, info.run, "logs/your_model.pth"),
-    ("shapes", shapes.ShapesConfig, shapes.run, "data/shapes --num_train 2000"),
+    ("eval", evaluate.run, "logs/your_model.pth --data VOCdevkit --mode slide --flip"),
+    ("predict", predict.run, "logs/your_model.pth --input photos --kind all"),
+    ("export", export.run, "b2_pruned_0.5.pth --format onnx --bake preprocess,argmax"),
+    ("benchmark", benchmark.run, "logs/your_model.pth b2_pruned_0.5.pth --runtimes torch,onnxruntime"),
+    ("convert", convert.run, "b2_pruned_0.5.pth my_folder --to hf"),
+    ("scan", scan.run, "logs/your_model.pth --images photos"),
+    ("info", info.run, "logs/your_model.pth"),
+    ("shapes", shapes.run, "data/shapes --num_train 2000"),
 )
-for _name, _config, _run, _example in _COMMANDS:
+for _name, _run, _example in _COMMANDS:
     _epilog = f"Example: segprune {_name} {_example}"
-    app.command(_name, context_settings=CONTEXT, epilog=_epilog)(command(_config, _run))
+    app.command(_name, context_settings=CONTEXT, epilog=_epilog)(command(_run))
 
 
 def main() -> None:

@@ -30,8 +30,7 @@ from segprune.benchmark import (
     open_case,
     peak_memory,
 )
-from segprune.cli.common import (
-    Layout,
+from segprune.cli.console import (
     choose_device,
     console,
     number_of,
@@ -41,8 +40,8 @@ from segprune.cli.common import (
     show_notes,
     show_settings,
     show_table,
-    switch,
 )
+from segprune.cli.flags import Layout, switch
 from segprune.data import Sample
 from segprune.export import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from segprune.cli.common import show_notes
+from segprune.cli.console import show_notes
 from segprune.cli.pruning import PruneConfig, needs_images
 from segprune.data import Source, letterbox, load_image, normalise
 from segprune.data.pixels import Place

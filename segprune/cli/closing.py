@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from segprune.cli.common import console, latency_text, measured_on, number_of, show_table
+from segprune.cli.console import console, latency_text, measured_on, number_of, show_table
 from segprune.files import write_json
 from segprune.runs.folder import Fit
 from segprune.runs.records import score_record

@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from segprune import checkpoint
-from segprune.cli.common import console, show_notes
+from segprune.cli.console import console, show_notes
 from segprune.formats import FORMATS, write_file, write_folder
 from segprune.stats import count
 

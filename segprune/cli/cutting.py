@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from segprune.cli.common import console, progress_bar
+from segprune.cli.console import console, progress_bar
 from segprune.cli.plans import read_plan, read_sensitivity, widths_by_group
 from segprune.cli.pruning import PruneConfig, asked_rates, split_names
 from segprune.model import SegFormer

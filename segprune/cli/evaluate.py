@@ -18,18 +18,8 @@ import torch
 from typer import Argument, Option
 
 from segprune import checkpoint
-from segprune.cli.common import (
-    Layout,
-    SkipBad,
-    choose_device,
-    console,
-    open_data,
-    progress_bar,
-    show_notes,
-    show_score,
-    show_settings,
-    switch,
-)
+from segprune.cli.console import choose_device, console, open_data, progress_bar, show_notes, show_score, show_settings
+from segprune.cli.flags import Layout, SkipBad, switch
 from segprune.export.runtimes import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, Predict, Score, evaluate

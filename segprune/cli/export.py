@@ -16,16 +16,8 @@ from typer import Argument, Option
 
 from segprune import checkpoint
 from segprune.cli.calibration import load_pictures, places_in, places_of
-from segprune.cli.common import (
-    Layout,
-    console,
-    number_of,
-    open_data,
-    quiet_exporters,
-    show_notes,
-    show_settings,
-    switch,
-)
+from segprune.cli.console import console, number_of, open_data, quiet_exporters, show_notes, show_settings
+from segprune.cli.flags import Layout, switch
 from segprune.cli.predict import palette_in
 from segprune.data.transforms import Bytes
 from segprune.export import BAKED, FORMATS, LIMITS, PRECISIONS, Limits, Precision, check_choice, export

@@ -10,7 +10,8 @@ from typer import Argument, Option
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
-from segprune.cli.common import console, show_notes, show_settings, show_table, switch
+from segprune.cli.console import console, show_notes, show_settings, show_table
+from segprune.cli.flags import switch
 from segprune.runs.records import network_size
 from segprune.spec import BlockSpec, spec_to_dict
 from segprune.stats import count

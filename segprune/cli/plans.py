@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segprune.cli.common import console, show_table
+from segprune.cli.console import console, show_table
 from segprune.files import write_json
 
 if TYPE_CHECKING:  # importing them needs torch-pruning, which other commands do without

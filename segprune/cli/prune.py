@@ -13,7 +13,7 @@ from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
 from segprune.cli.calibration import images_for
 from segprune.cli.closing import RESULTS, add_finetuned, finetuned_folder, show_closing
-from segprune.cli.common import (
+from segprune.cli.console import (
     choose_device,
     classes_of,
     console,

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from typer import Option
 
-from segprune.cli.common import Layout, SkipBad, switch
+from segprune.cli.flags import Layout, SkipBad, switch
 
 TRAINING_FLAGS = ("lr", "no_distill", "freeze_epochs", "scale", "amp")
 DATA_FLAGS = ("layout", "skip_bad", "batch_size", "num_workers")

@@ -17,17 +17,8 @@ from typer import Argument, Option
 
 from segprune import checkpoint
 from segprune.cli.calibration import load_images, places_in, places_of
-from segprune.cli.common import (
-    Layout,
-    choose_device,
-    console,
-    open_data,
-    progress_bar,
-    show_notes,
-    show_settings,
-    show_table,
-    switch,
-)
+from segprune.cli.console import choose_device, console, open_data, progress_bar, show_notes, show_settings, show_table
+from segprune.cli.flags import Layout, switch
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import SegFormer, check_input

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from typer import Option
 
-from segprune.cli.common import Layout, SkipBad, switch
+from segprune.cli.flags import Layout, SkipBad, switch
 from segprune.runs.folder import check_not_overwritten
 from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from segprune.cli.common import console, progress_bar
+from segprune.cli.console import console, progress_bar
 from segprune.data import CLASS_NAMES, CONTEXT_CLASS_NAMES, write_shapes
 
 

@@ -12,7 +12,7 @@ import torch
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint, check_writable
 from segprune.cli.closing import add_finetuned, show_closing, unfinished
-from segprune.cli.common import (
+from segprune.cli.console import (
     choose_device,
     classes_of,
     console,

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from segprune.cli.common import console, new_progress
+from segprune.cli.console import console, new_progress
 from segprune.training.state import EpochResult
 
 SHOWN = 12  # latest epochs in the live table

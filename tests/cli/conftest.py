@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from segprune.checkpoint import read, save
-from segprune.cli.common import console
+from segprune.cli.console import console
 from segprune.data import write_shapes
 from segprune.model import SegFormer
 from segprune.spec import Numerics, Spec, standard_spec

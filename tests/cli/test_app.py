@@ -1,6 +1,7 @@
 """`segprune` itself: its commands' help, and the doors' settings between defaults and flags."""
 
 import dataclasses
+import inspect
 import json
 import re
 import shlex
@@ -29,8 +30,15 @@ MANUAL = {
 }
 
 
-@pytest.mark.parametrize(("name", "config"), [(name, config) for name, config, *_ in _COMMANDS])
-def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None:
+def records_of(name: str) -> list[type]:
+    """The records that a command's `run` takes."""
+    run = next(run for known, run, _ in _COMMANDS if known == name)
+    signature = inspect.signature(run, eval_str=True).parameters
+    return [parameter.annotation for parameter in signature.values() if dataclasses.is_dataclass(parameter.annotation)]
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in _COMMANDS])
+def test_the_help_of_a_command_lists_every_flag(name: str) -> None:
     status, out, errors = invoke(name, "--help")
     assert (status, errors) == (0, "")
     shown = set(re.findall(r"^│ +(?:\* +)?--(\w+)", out, re.MULTILINE))
@@ -39,8 +47,8 @@ def test_the_help_of_a_command_lists_every_flag(name: str, config: type) -> None
     arguments = {"shapes": {"folder"}, "benchmark": {"model_paths"}, "convert": {"model_path", "target"}}.get(
         name, {"model_path"} if name in takes_file else set()
     )
-    fields = {names.get(field.name, field.name) for field in dataclasses.fields(config)} - arguments
-    assert shown == fields | {"help"}
+    fields = {field.name for record in records_of(name) for field in dataclasses.fields(record)}
+    assert shown == {names.get(field, field) for field in fields} - arguments | {"help"}
     assert ("─ Arguments ─" in out) == bool(arguments)
 
 
@@ -52,9 +60,8 @@ def test_the_example_in_a_command_s_help_can_be_typed_as_it_stands(name: str, ex
     command.make_context(name, shlex.split(example))
 
 
-@pytest.mark.parametrize("config", [PruneConfig, TrainSettings])
-def test_many_flags_come_under_titles(config: Any) -> None:
-    name = next(name for name, kind, *_ in _COMMANDS if kind is config)
+@pytest.mark.parametrize(("name", "config"), [("prune", PruneConfig), ("train", TrainSettings)])
+def test_many_flags_come_under_titles(name: str, config: Any) -> None:
     _, out, _ = invoke(name, "--help")
     titles = re.findall(r"^╭─ (.+?) ─+╮$", out, re.MULTILINE)
     assert titles == ["Options", *config.PANELS.values()]

@@ -55,7 +55,7 @@ def test_two_files_side_by_side_make_a_table_json_csv_and_a_plot(small: Path, te
 def test_a_narrow_terminal_is_told_which_columns_are_missing(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     narrow = Console(file=out, width=60, force_terminal=True, color_system=None)
-    monkeypatch.setattr("segprune.cli.common.console", narrow)
+    monkeypatch.setattr("segprune.cli.console.console", narrow)
     done("benchmark", small, *QUICK, "--no_memory")
     note = re.search(
         r"Note: The terminal is too narrow for (p99.*?); --save_dir saves them all", " ".join(out.getvalue().split())

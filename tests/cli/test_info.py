@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from segprune.checkpoint import read, save
-from segprune.cli.common import console
+from segprune.cli.console import console
 from segprune.export.runtimes import OPENERS
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer

@@ -75,8 +75,8 @@ def unread(*_: object, **__: object) -> None:
 def refused_teacher(path: Path, data: Path, small: Path, tmp_path: Path, *flags: object) -> str:
     """What is said, before the label check or anything else that takes long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("segprune.cli.common.check_labels", unread)
-        patch.setattr("segprune.cli.common.readable", unread)
+        patch.setattr("segprune.cli.console.check_labels", unread)
+        patch.setattr("segprune.cli.console.readable", unread)
         here = ("--teacher", path, "--epochs", 1, "--skip_bad", *flags)
         said = refused(*training(data, tmp_path / "out", "--model_path", small, *here))
     assert not any((tmp_path / "out").rglob("*"))
@@ -108,7 +108,7 @@ def test_pruning_refuses_a_teacher_of_other_classes_as_early_and_does_without(
     save(load(dense), path, extra={"class_names": ["background", "disc", "cat", *"abcde"]})
     here = ("prune", "--model_path", path, *SIZE, *HERE, "--data", data, "--save_dir", tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("segprune.cli.common.check_labels", unread)
+        patch.setattr("segprune.cli.console.check_labels", unread)
         assert refused(*here, "--epochs", 1) == (
             f"--model_path {path} calls class 2 'cat' and the data 'square'; give data of the same classes, or leave "
             "the teacher out with --no_distill."

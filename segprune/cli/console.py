@@ -2,74 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
-import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from segprune.data import LAYOUTS, LabelReport, Source, check_labels, open_source, readable
+from segprune.data import LabelReport, Source, check_labels, open_source, readable
 from segprune.inference.evaluate import Score
 from segprune.stats import Latency
 
-C = TypeVar("C")
-CONTEXT = {"token_normalize_func": lambda flag: flag.replace("-", "_"), "help_option_names": ["--help", "_h"]}
 _QUIET = os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes only the first one talks
 
 console = Console(quiet=_QUIET, highlight=False, soft_wrap=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def switch(flag: str, text: str) -> Any:
-    """An option that takes no value; its help names no type, which would look as if it took one."""
-    return typer.Option(flag, metavar="", help=text)
-
-
-Layout = Annotated[
-    str | None, typer.Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
-]
-SkipBad = Annotated[bool, switch("--skip_bad", "Go on without pictures that cannot be read; all are tried first.")]
-
-
-def command(config: type[C], run: Callable[[C, frozenset[str]], None]) -> Callable[..., None]:
-    """A function whose parameters are the config's fields; `run` gets the config and the names of the flags given.
-
-    A config may have `PANELS`: by field, the title under which --help lists it and those after it.
-    """
-
-    def body(context: typer.Context, **flags: Any) -> None:
-        given = {name for name in flags if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
-        with one_sentence():
-            run(config(**flags), frozenset(given))
-
-    parameters = _in_panels(inspect.signature(config, eval_str=True).parameters, getattr(config, "PANELS", {}))
-    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    body.__signature__ = inspect.Signature([context, *parameters.values()])  # type: ignore[attr-defined]
-    body.__annotations__ = {"context": typer.Context} | {n: p.annotation for n, p in parameters.items()}
-    paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
-    body.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)  # --help wraps them itself
-    return body
-
-
-def _in_panels(parameters: Mapping[str, inspect.Parameter], panels: Mapping[str, str]) -> dict[str, inspect.Parameter]:
-    placed, title = {}, None
-    for name, parameter in parameters.items():
-        title = panels.get(name, title)
-        kind, option = get_args(parameter.annotation)
-        option = copy.copy(option)  # several commands share some
-        option.rich_help_panel = title
-        placed[name] = parameter.replace(annotation=Annotated[kind, option])
-    return placed
 
 
 def keep_freed_memory() -> None:
@@ -90,8 +44,12 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """A user's mistake ends in one sentence and exit status 1, Ctrl-C in 130; our own mistakes keep their trace."""
+def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Ends a user's mistake in one sentence and exit status 1, Ctrl-C in 130; our own mistakes keep their trace.
+
+    `flags` names the flag of each argument: a message that says `head_lr` is printed with --head_lr.
+    """
+    flags = flags or {}
     try:
         yield
     except torch.OutOfMemoryError:
@@ -102,12 +60,21 @@ def one_sentence() -> Iterator[None]:
     except OSError as error:
         system = error.strerror and error.filename  # not raised by us, who name the remedy
         remedy = "give another place, or see to it that it exists, is yours and has free space"
-        _fail(f"{error.filename}: {error.strerror}; {remedy}." if system else str(error))
+        _fail(f"{error.filename}: {error.strerror}; {remedy}." if system else with_flags(str(error), flags))
     except (ValueError, ImportError) as error:
-        _fail(str(error))
+        _fail(with_flags(str(error), flags))
     except KeyboardInterrupt as interrupt:
-        errors.print(str(interrupt) or "Interrupted; no file was left half-written.", markup=False)
+        errors.print(with_flags(str(interrupt), flags) or "Interrupted; no file was left half-written.", markup=False)
         sys.exit(130)
+
+
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Returns a message of the library with flags in place of the arguments that it names in backticks.
+
+    >>> with_flags("`head_lr` is 0.0, `spec` is as it was.", {"head_lr": "--head_lr"})
+    '--head_lr is 0.0, `spec` is as it was.'
+    """
+    return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), message)
 
 
 def _fail(message: str) -> None:

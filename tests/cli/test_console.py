@@ -23,9 +23,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from segprune.checkpoint import load, save
-from segprune.cli import common
-from segprune.cli.common import (
-    command,
+from segprune.cli import console as module
+from segprune.cli.console import (
     console,
     measured_on,
     number_of,
@@ -34,7 +33,6 @@ from segprune.cli.common import (
     show_score,
     show_settings,
 )
-from segprune.cli.shapes import ShapesConfig
 from segprune.inference.evaluate import Score
 from segprune.stats import Latency
 from tests.commands import HERE, SIZE, done, invoke, refused
@@ -274,6 +272,12 @@ def test_a_mistake_of_ours_keeps_its_trace() -> None:
         raise RuntimeError("ours")
 
 
+def test_an_argument_that_the_library_names_is_printed_as_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"), one_sentence({"head_lr": "--head_lr", "model_path": "FILE"}):
+        raise ValueError("`head_lr` is 0 in `model_path`, and `other` is no argument.")
+    assert capsys.readouterr().err == "Error: --head_lr is 0 in FILE, and `other` is no argument.\n"
+
+
 def test_a_message_is_printed_as_it_is_and_not_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"), one_sentence():
         raise ValueError("stages [bold] and [/x] stay.")
@@ -287,13 +291,6 @@ def test_an_unknown_flag_is_a_usage_error_that_names_it(name: str) -> None:
     assert "No such option: --learning_rat" in errors
 
 
-def test_a_commands_parameters_are_its_configs_fields() -> None:
-    seen: list[tuple[ShapesConfig, frozenset[str]]] = []
-    body = command(ShapesConfig, lambda config, given: seen.append((config, given)))
-    names = ["folder", "num_train", "num_val", "size", "seed", "with_context"]
-    assert list(body.__signature__.parameters) == ["context", *names]  # type: ignore[attr-defined]
-
-
 WIDE = (["name", "first", "second"], [["a" * 20, "1" * 20, "2" * 20]])
 
 
@@ -304,18 +301,18 @@ def test_a_narrow_terminal_loses_whole_columns_and_says_which(
     width: int, left_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = io.StringIO()
-    monkeypatch.setattr(common, "console", Console(file=out, width=width, force_terminal=True, color_system=None))
-    assert common.show_table("Table", *WIDE, spare=("second", "first")) == left_out
+    monkeypatch.setattr(module, "console", Console(file=out, width=width, force_terminal=True, color_system=None))
+    assert module.show_table("Table", *WIDE, spare=("second", "first")) == left_out
     shown = {name for name, text in (("first", "1" * 20), ("second", "2" * 20)) if text in out.getvalue()}
     assert shown == {"first", "second"} - set(left_out)
 
 
 def test_a_log_has_the_whole_table_whatever_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
-    monkeypatch.setattr(common, "console", Console(file=out, width=40))
-    assert common.show_table("Table", *WIDE, spare=("second",)) == ()
+    monkeypatch.setattr(module, "console", Console(file=out, width=40))
+    assert module.show_table("Table", *WIDE, spare=("second",)) == ()
     assert all(text in out.getvalue() for text in WIDE[1][0])
-    assert common.console.width == 40
+    assert module.console.width == 40
 
 
 def test_one_of_a_thing_has_no_plural() -> None:
@@ -370,7 +367,7 @@ def test_a_latency_says_what_it_was_measured_on() -> None:
 
 FAULTS = """
 import resource, sys, torch
-from segprune.cli.common import keep_freed_memory
+from segprune.cli.console import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 torch.ones(2**24)

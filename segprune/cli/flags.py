@@ -1,0 +1,108 @@
+"""Commands from records: every field of the records that a command's `run` takes becomes a flag.
+
+A field of a library's record of options (`segprune.options`) brings its own default and help. Fields of the command
+line's own records carry an annotation of typer; those that several commands share stand here.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from segprune.cli.console import one_sentence
+from segprune.data import LAYOUTS
+
+CONTEXT = {"token_normalize_func": lambda flag: flag.replace("-", "_"), "help_option_names": ["--help", "_h"]}
+
+
+def switch(flag: str, text: str) -> Any:
+    """An option that takes no value; its help names no type, which would look as if it took one."""
+    return typer.Option(flag, metavar="", help=text)
+
+
+ModelFile = Annotated[
+    str, typer.Argument(metavar="FILE", help=".pth, .pt, .safetensors, a Hugging Face folder or hub name.")
+]
+Data = Annotated[str, typer.Option("--data", help="Data set: a folder, a list file or a Hugging Face name.")]
+Layout = Annotated[
+    str | None, typer.Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
+]
+SkipBad = Annotated[bool, switch("--skip_bad", "Leave out images that cannot be read; all are tried first.")]
+Dialect = Annotated[str | None, typer.Option("--dialect", help="Overrules the dialect that is recognised.")]
+Cuda = Annotated[bool, switch("--cuda", "Use the GPU.")]
+LoaderProcesses = Annotated[int, typer.Option("--num_workers", min=0, help="Processes that load images.")]
+Verbose = Annotated[bool, switch("--verbose", "Print every setting, those left at their defaults too.")]
+
+
+def command(run: Callable[..., None]) -> Callable[..., None]:
+    """Returns a function for typer whose flags are the fields of the records that `run` takes.
+
+    `run` may also take `given`, the names of the flags that were given. A message of the library that names an
+    argument in backticks, `like_this`, is printed with the flag of that name.
+    """
+    signature = inspect.signature(run, eval_str=True).parameters
+    records = {name: parameter.annotation for name, parameter in signature.items() if name != "given"}
+    assert all(map(is_dataclass, records.values())), f"{run} takes something that is no record"
+    parameters = [parameter for record in records.values() for parameter in _parameters_of(record)]
+
+    def body(context: typer.Context, **flags: Any) -> None:
+        names = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name}
+        with one_sentence(names):
+            made = {
+                name: record(**{field.name: flags[field.name] for field in fields(record)})
+                for name, record in records.items()
+            }
+            if "given" in signature:
+                sources = {name: context.get_parameter_source(name) for name in flags}
+                made["given"] = frozenset(name for name, source in sources.items() if source.name != "DEFAULT")  # type: ignore[union-attr]
+            run(**made)
+
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    body.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    body.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *parameters)}
+
+    # --help wraps the paragraphs itself.
+    paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
+    body.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return body
+
+
+def _parameters_of(record: type[Any]) -> list[inspect.Parameter]:
+    """Returns a record's fields as parameters that typer understands, below the titles that the record gives."""
+    signature = inspect.signature(record, eval_str=True).parameters
+    panels = getattr(record, "PANELS", {})
+    title = None
+    parameters = []
+    for field in fields(record):
+        parameter = signature[field.name]
+        title = panels.get(field.name, field.metadata.get("panel")) or title
+
+        if get_origin(parameter.annotation) is Annotated:
+            kind, option = get_args(parameter.annotation)
+            option = copy.copy(option)  # several commands share some, each below a title of its own
+        else:
+            kind, option = _flag_type(parameter.annotation), _flag_of(field.name, parameter.annotation, field.metadata)
+
+        option.rich_help_panel = title
+        parameters.append(parameter.replace(annotation=Annotated[kind, option]))
+    return parameters
+
+
+def _flag_of(name: str, annotation: Any, metadata: Mapping[str, Any]) -> Any:
+    if annotation is bool:
+        return switch(f"--{name}", metadata["help"])
+    return typer.Option(f"--{name}", metavar=metadata["metavar"] or None, help=metadata["help"])
+
+
+def _flag_type(annotation: Any) -> Any:
+    """Returns the type that typer parses: text for one of several words, and where text is one of several types."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if str not in kinds and not any(get_origin(kind) is Literal for kind in kinds):
+        return annotation
+    return str | None if NoneType in kinds else str
