@@ -214,21 +214,15 @@ def _from_foreign(data: Any, dialect: str | None, num_classes: int | None, heads
     meta = data["meta"] if isinstance(data.get("meta"), Mapping) else {}
     if heads is None:
         heads = stated_heads(meta)  # of a pruned network in NVlabs' names: formats/names.py
-    dialect, assumed = detect(state_dict.keys(), wrapper, dialect)
-    if dialect == "segprune":
-        raise ValueError(
-            "These are segprune's weights without their spec, which says how to compute with them; "
-            "save the network with segprune.save(model, path)."
-        )
+    naming = detect(state_dict.keys(), wrapper, dialect)
     state_dict, notes = _float32(state_dict)
-    spec, state = convert(state_dict, dialect, num_classes=num_classes, heads=heads)
-    backbone_only = "decode_head.classifier.weight" not in state
+    spec, state = convert(state_dict, naming, num_classes=num_classes, heads=heads)
+    notes = notes if naming.note is None else (naming.note, *notes)
+    backbone_only = not naming.head
     if backbone_only:
         notes += (f"Only a backbone was found: the decode head for {spec.num_classes} classes is new and untrained.",)
-    if assumed is not None:
-        notes = (assumed, *notes)
     extra = {} if backbone_only else stated_classes(meta, spec.num_classes)
-    return Checkpoint(spec, state, dialect, notes, backbone_only, extra)
+    return Checkpoint(spec, state, naming.dialect, notes, backbone_only, extra)
 
 
 def _unwrap(data: Any) -> tuple[Mapping[str, Any], frozenset[str]]:

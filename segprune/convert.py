@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,16 +11,16 @@ from torch import Tensor
 from segprune.dialects import (
     CONV_DECODER_DIM,
     HEAD_KINDS,
-    JOINED,
-    LAYOUTS,
     NUM_STAGES,
     NUMERICS,
-    Layout,
+    Layer,
+    Naming,
     count_blocks,
-    find_layout,
+    count_depths,
     join_key,
-    layer_names,
+    list_layers,
     listed,
+    naming_for,
     split_key,
 )
 from segprune.model import SegFormer
@@ -29,50 +29,74 @@ from segprune.spec import DEPTHS, NUM_HEADS, VARIANTS, WIDTHS, Spec, standard_sp
 
 def convert(
     state_dict: Mapping[str, Tensor],
-    dialect: str,
+    naming: Naming,
     *,
     num_classes: int | None = None,
     heads: Sequence[int] | None = None,
 ) -> tuple[Spec, dict[str, Tensor]]:
-    """Spec and weights in our names; of a bare backbone, the encoder's alone.
+    """Returns the spec and the weights in our names; of a bare backbone, the encoder's alone.
 
-    Strict: ValueError names the file's own keys that are missing, unknown or of another shape than its variant's.
-    `num_classes` is that of the head which a bare backbone will get, `heads` as for `infer_spec`.
+    Strict: raises ValueError that names the file's own keys that are missing, unknown or of another shape than its
+    variant's. `num_classes` is that of the head which a bare backbone will get, `heads` as for `infer_spec`.
     """
-    ours = to_ours(state_dict)
-    spec = infer_spec(ours, dialect, num_classes=num_classes, heads=heads)
-    layout = find_layout(state_dict)
-    known = {key: tensor for key, tensor in state_dict.items() if not key.startswith(layout.extras)}
-    check_state(known, _rename_back(expected_state(spec, encoder_only=not layout.head), layout), spec.variant)
+    ours = to_ours(state_dict, naming)
+    spec = infer_spec(ours, naming, num_classes=num_classes, heads=heads)
+
+    expected = expected_state(spec, encoder_only=not naming.head)
+    wrong = [key for key in expected if key not in ours or ours[key].shape != expected[key].shape]
+    wrong += [key for key in ours if key not in expected]
+    if wrong:
+        _raise_in_their_names(wrong, state_dict, expected, naming, spec)
     return spec, ours
 
 
-def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under our names, layers that are one there taken apart.
+def _raise_in_their_names(
+    wrong: Iterable[str], state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], naming: Naming, spec: Spec
+) -> None:
+    """Raises `check_state`'s ValueError for the layers that hold our `wrong` keys, renamed as in the file."""
+    layers = {ours: layer for layer in list_layers(naming, _depths(spec)) for ours in layer.ours}
+    present, allowed = {}, {}
+    for key in wrong:
+        name, _, leaf = key.rpartition(".")
+        layer = layers[name]
+        theirs = join_key(layer.theirs, leaf)
+        if theirs in state_dict:
+            present[theirs] = state_dict[theirs]
+        if key in expected:
+            allowed[theirs] = _put_together(layer, leaf, expected)
+
+    check_state(present, allowed, spec.variant)
+    raise AssertionError(f"no layer of the file differs, but ours do: {wrong}")
+
+
+def to_ours(state_dict: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
+    """Returns the same tensors under our names; a layer that holds several of ours is taken apart.
 
     Left out are decode_head.conv_seg, which nvlabs saves and does not use, and a bare backbone's image classifier.
-    Any other unknown key, and a layer without weight, is a ValueError that names it.
+    Raises ValueError that names any other unknown key, and a layer without weight.
     """
-    layout = find_layout(state_dict)
-    names = {theirs: ours for ours, theirs in layer_names(layout, state_dict).items()}
-    ours, unknown = {}, []
+    layers = {layer.theirs: layer for layer in list_layers(naming, count_depths(naming, state_dict))}
+
+    ours: dict[str, Tensor] = {}
+    unknown = []
     for key, tensor in state_dict.items():
-        layer, leaf = split_key(key)
-        if layer in names:
-            ours[f"{names[layer]}.{leaf}"] = tensor
-        elif not key.startswith(layout.extras):
+        name, leaf = split_key(key)
+        if name in layers:
+            ours |= _take_apart(layers[name], leaf, tensor)
+        elif not key.startswith(naming.extras):
             unknown.append(key)
-    weights = [join_key(layer, "weight") for layer in names]
+
+    weights = [join_key(name, "weight") for name in layers]
     _check_keys([key for key in weights if key not in state_dict], unknown)
-    return dict(_taken_apart(ours, layout))
+    return ours
 
 
 def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dict[str, Tensor]:
     """The inverse of `to_ours`, in the names that the dialect's own files have (hf: as on disk).
 
-    Names only: whether the other tool shares the numerics and expects the widths is the caller's to see. ValueError
-    for a folded decode head and for another kind of head, for a block without attention or FFN, and for layers of
-    different shapes that are one there.
+    Only renames keys: the caller must check that the other tool uses the same numerics and accepts these widths.
+    Raises ValueError for a folded decode head and for another kind of head, for a block without attention or FFN, and
+    for layers of different shapes that are one there.
     """
     if dialect not in NUMERICS:
         raise ValueError(f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}.")
@@ -90,67 +114,49 @@ def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dic
             f"Stage {bare[0]} has a block without attention or FFN, which {dialect} cannot name; "
             "write a network whose blocks are whole."
         )
-    home = "nvlabs" if dialect == "bubbliiiing" else dialect
-    return _rename_back(state_dict, next(layout for layout in LAYOUTS if layout.dialect == home))
 
-
-def _rename_back(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    names = layer_names(layout, state_dict, ours_in=True)
+    layers = {ours: layer for layer in list_layers(naming_for(dialect), _depths(spec)) for ours in layer.ours}
     renamed = {}
-    for key, tensor in _put_together(state_dict, names):
-        layer, _, leaf = key.rpartition(".")
-        if tensor.dim() == 2 and layer.endswith(layout.pointwise):
-            tensor = tensor[:, :, None, None]
-        renamed[join_key(names[layer], leaf)] = tensor
+    for key in state_dict:
+        name, _, leaf = key.rpartition(".")
+        layer = layers[name]
+        if name == layer.ours[0]:  # the others of a joined layer are written with the first
+            renamed[join_key(layer.theirs, leaf)] = _put_together(layer, leaf, state_dict)
     return renamed
 
 
-def _taken_apart(state_dict: Mapping[str, Tensor], layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Our names for layers that are one there; 1×1 convolutions as linear layers. Odd shapes are left for the check."""
-    for key, tensor in state_dict.items():
-        layer, _, leaf = key.rpartition(".")
-        if tensor.shape[2:] == (1, 1) and layer.endswith(layout.pointwise):
-            tensor = tensor.flatten(1)
-        whole = next((whole for whole in JOINED if layer.endswith(whole)), None)
-        if whole is None or tensor.dim() <= JOINED[whole][1]:
-            yield key, tensor
-            continue
-        parts, dim = JOINED[whole]
-        for part, piece in zip(parts, tensor.tensor_split(len(parts), dim), strict=True):
-            yield f"{layer.removesuffix(whole)}{part}.{leaf}", piece
+def _take_apart(layer: Layer, leaf: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Returns the tensors of ours that one of theirs holds. An odd shape gives names or shapes that no check passes."""
+    if layer.pointwise and leaf == "weight":
+        # A plain matrix is no 1×1 convolution: with a dimension too many it does not pass for our linear layer.
+        tensor = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor[..., None]
+    if tensor.dim() <= layer.dim:
+        return {f"{layer.ours[0]}.{leaf}": tensor}
+    pieces = tensor.tensor_split(len(layer.ours), layer.dim)
+    return {f"{ours}.{leaf}": piece for ours, piece in zip(layer.ours, pieces, strict=True)}
 
 
-def _put_together(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The inverse, for the layers in `names`."""
-    joined: dict[str, tuple[str, list[str], int]] = {}
-    for name in names:
-        for whole, (parts, dim) in JOINED.items():
-            if name.endswith(whole):
-                ours = [name.removesuffix(whole) + part for part in parts]
-                joined |= dict.fromkeys(ours, (name, ours, dim))
-    for key, tensor in state_dict.items():
-        layer, _, leaf = key.rpartition(".")
-        if layer not in joined:
-            yield key, tensor
-            continue
-        name, ours, dim = joined[layer]
-        if layer == ours[0]:
-            yield f"{name}.{leaf}", _side_by_side({f"{o}.{leaf}": state_dict[f"{o}.{leaf}"] for o in ours}, dim)
-
-
-def _side_by_side(tensors: Mapping[str, Tensor], dim: int) -> Tensor:
-    (first, tensor), *others = tensors.items()
-    for key, other in others:
-        if other.shape != tensor.shape:
+def _put_together(layer: Layer, leaf: str, state_dict: Mapping[str, Tensor]) -> Tensor:
+    """Returns their tensor that holds ours: the inverse of `_take_apart`."""
+    keys = [f"{ours}.{leaf}" for ours in layer.ours]
+    first, *others = keys
+    for key in others:
+        if state_dict[key].shape != state_dict[first].shape:
             raise ValueError(
-                f"{first} has the shape {_row(tensor.shape)} and {key} {_row(other.shape)}, which one layer for both "
-                "cannot hold; write the names of a code base that keeps them apart."
+                f"{first} has the shape {_row(state_dict[first].shape)} and {key} {_row(state_dict[key].shape)}, which "
+                "one layer for both cannot hold; write the names of a code base that keeps them apart."
             )
-    return torch.cat(list(tensors.values()), dim)
+
+    tensor = state_dict[first] if not others else torch.cat([state_dict[key] for key in keys], layer.dim)
+    return tensor[:, :, None, None] if layer.pointwise and leaf == "weight" else tensor
+
+
+def _depths(spec: Spec) -> list[int]:
+    return [len(stage.blocks) for stage in spec.stages]
 
 
 def infer_spec(
-    ours: Mapping[str, Tensor], dialect: str, *, num_classes: int | None = None, heads: Sequence[int] | None = None
+    ours: Mapping[str, Tensor], naming: Naming, *, num_classes: int | None = None, heads: Sequence[int] | None = None
 ) -> Spec:
     """The standard network that the shapes are of; heads are 1 2 5 8, which no shape shows.
 
@@ -172,7 +178,7 @@ def infer_spec(
             f"Its stage widths {_row(widths)} and depths {_row(depths)} are those of no variant ({known}); give the "
             "network as it was before another tool changed it, since weights alone do not tell its heads."
         )
-    decoder_dim = CONV_DECODER_DIM if HEAD_KINDS[dialect] == "conv" else None
+    decoder_dim = CONV_DECODER_DIM if HEAD_KINDS[naming.dialect] == "conv" else None
     if "decode_head.norm.weight" in ours:
         decoder_dim, num_classes = (ours[f"decode_head.{name}.weight"].shape[0] for name in ("norm", "classifier"))
     if num_classes is None:
@@ -180,8 +186,8 @@ def infer_spec(
             "This is a backbone without decode head, so its classes are unknown; give --num_classes to train it, "
             "or a whole network."
         )
-    spec = standard_spec(variants[0], num_classes, numerics=NUMERICS[dialect], decoder_dim=decoder_dim)
-    spec = replace(spec, head=HEAD_KINDS[dialect])
+    spec = standard_spec(variants[0], num_classes, numerics=NUMERICS[naming.dialect], decoder_dim=decoder_dim)
+    spec = replace(spec, head=HEAD_KINDS[naming.dialect])
     if heads is None:
         return spec
     ffn_dims = [ours[f"encoder.stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(NUM_STAGES)]

@@ -7,7 +7,7 @@ write them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,11 +90,12 @@ _HF_REST = (_FUSE, "decode_head.batch_norm", "decode_head.classifier")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One way to name a network: a prefix, a column of the tables above, the decode head (empty: a bare backbone).
+class Naming:
+    """How one code base names a network: a prefix, a column of the tables above, and the decode head's layers.
 
-    `extras` begin the names of what no network uses. `pointwise` end our names of linear layers that are 1×1
-    convolutions there.
+    `head` is empty for a bare backbone. Keys that begin with one of `extras` belong to layers that no network uses.
+    `pointwise` are the ends of our names of linear layers that this code base keeps as 1×1 convolutions. `note` says
+    what had to be assumed where two code bases share their names.
     """
 
     dialect: str
@@ -103,80 +104,137 @@ class Layout:
     head: Mapping[str, str]
     extras: tuple[str, ...] = ()
     pointwise: tuple[str, ...] = ()
+    note: str | None = None
 
 
-LAYOUTS = (
-    Layout("nvlabs", "backbone.", 0, _NVLABS_HEAD, extras=("decode_head.conv_seg.",)),
-    Layout("nvlabs", "", 0, {}),
-    Layout("smp", "encoder.", 0, _SMP_HEAD),
-    Layout("hf", "segformer.encoder.", 1, _head("decode_head.linear_c.{i}.proj", *_HF_REST)),
-    Layout("hf", "encoder.", 1, {}),
-    Layout("hf", "segformer.", 2, _head("decode_head.linear_projections.{i}.proj", *_HF_REST)),
-    Layout("hf", "", 2, {}),
-    Layout("mmseg", "backbone.", 3, _MMSEG_HEAD, pointwise=_MMSEG_POINTWISE),
-    Layout("mmseg", "", 3, {}, pointwise=_MMSEG_POINTWISE),
+NAMINGS = (
+    Naming("nvlabs", "backbone.", 0, _NVLABS_HEAD, extras=("decode_head.conv_seg.",)),
+    Naming("nvlabs", "", 0, {}),
+    Naming("smp", "encoder.", 0, _SMP_HEAD),
+    Naming("hf", "segformer.encoder.", 1, _head("decode_head.linear_c.{i}.proj", *_HF_REST)),
+    Naming("hf", "encoder.", 1, {}),
+    Naming("hf", "segformer.", 2, _head("decode_head.linear_projections.{i}.proj", *_HF_REST)),
+    Naming("hf", "", 2, {}),
+    Naming("mmseg", "backbone.", 3, _MMSEG_HEAD, pointwise=_MMSEG_POINTWISE),
+    Naming("mmseg", "", 3, {}, pointwise=_MMSEG_POINTWISE),
 )
+_OURS = "encoder.stages.0.patch_embed.proj.weight"
 _HEADS = ("decode_head.", "decoder.", "segmentation_head.")
 _IMAGE_CLASSIFIERS = ("head.", "classifier.")  # on a bare backbone: nvlabs, hf
+_TWINS = ("nvlabs", "bubbliiiing")  # they share every name
 
 
-def detect(keys: Collection[str], wrapper: Collection[str] = (), dialect: str | None = None) -> tuple[str, str | None]:
-    """The dialect of a state dict's keys, and a note if it had to be assumed.
+def detect(keys: Collection[str], wrapper: Collection[str] = (), dialect: str | None = None) -> Naming:
+    """Returns the naming of a foreign state dict, from its keys alone.
 
-    `wrapper` are the keys around the state dict in its file. `dialect` overrules what was assumed; ValueError if
-    the names are not of that dialect, or of no SegFormer.
+    `wrapper` are the keys around the state dict in its file. `dialect` overrules what had to be assumed. Raises
+    ValueError if the keys are not of that dialect, of no SegFormer, or segprune's own.
     """
     if dialect is not None and dialect not in DIALECTS:
         raise ValueError(f"Unknown dialect {dialect!r}; choose one of {', '.join(DIALECTS)}.")
-    found, note = _recognise(keys, wrapper)
+    if _OURS in keys:
+        raise ValueError(
+            "These are segprune's weights without their spec, which says how to compute with them; "
+            "save the network with segprune.save(model, path)."
+        )
+
+    naming = _tell_twins_apart(_match_naming(keys), keys, wrapper)
     if dialect is None:
-        return found, note
-    allowed = ("nvlabs", "bubbliiiing") if found in ("nvlabs", "bubbliiiing") else (found,)
+        return naming
+
+    allowed = _TWINS if naming.dialect in _TWINS else (naming.dialect,)
     if dialect not in allowed:
         names = " or ".join(allowed)
         raise ValueError(f"The names are of {names}, but --dialect {dialect} was given; leave it out or give {names}.")
-    return dialect, None
+    return replace(naming, dialect=dialect, note=None)
 
 
-def _recognise(keys: Collection[str], wrapper: Collection[str]) -> tuple[str, str | None]:
-    if "encoder.stages.0.patch_embed.proj.weight" in keys:
-        return "segprune", None
-    layout = find_layout(keys)
-    if layout.dialect != "nvlabs":
-        return layout.dialect, None
-    if not layout.head:
-        return "nvlabs", "The backbone's names fit nvlabs and bubbliiiing; nvlabs was assumed (--dialect overrules)."
-    if not {"meta", "state_dict"}.isdisjoint(wrapper) or any(key.startswith(layout.extras) for key in keys):
-        return "nvlabs", None
-    return "bubbliiiing", "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (--dialect overrules)."
+def _match_naming(keys: Collection[str]) -> Naming:
+    """Returns the naming whose first patch embedding is there; without its head if the keys have none."""
+    for naming in NAMINGS:
+        first = _PARTS["patch_embed.proj"][naming.column].format(i=0, s=1)
+        if f"{naming.prefix}{first}.weight" in keys:
+            break
+    else:
+        raise ValueError(
+            "This is not a SegFormer: expected keys such as backbone.patch_embed1.proj.weight or "
+            f"segformer.encoder.patch_embeddings.0.proj.weight, found {listed(keys)}; give a SegFormer's checkpoint."
+        )
+
+    if any(key.startswith(_HEADS) for key in keys):
+        return naming
+    return replace(naming, head={}, extras=_IMAGE_CLASSIFIERS)
 
 
-def find_layout(keys: Collection[str]) -> Layout:
-    """The layout whose first patch embedding is there; without its head if the keys have none."""
-    for layout in LAYOUTS:
-        if f"{layout.prefix}{_PARTS['patch_embed.proj'][layout.column].format(i=0, s=1)}.weight" in keys:
-            if any(key.startswith(_HEADS) for key in keys):
-                return layout
-            return replace(layout, head={}, extras=_IMAGE_CLASSIFIERS)
-    raise ValueError(
-        "This is not a SegFormer: expected keys such as backbone.patch_embed1.proj.weight or "
-        f"segformer.encoder.patch_embeddings.0.proj.weight, found {listed(keys)}; give a SegFormer's checkpoint."
-    )
+def _tell_twins_apart(naming: Naming, keys: Collection[str], wrapper: Collection[str]) -> Naming:
+    """Decides between nvlabs and bubbliiiing by what only NVlabs' training leaves, or assumes one in a note."""
+    if naming.dialect != "nvlabs":
+        return naming
+    if not naming.head:
+        note = "The backbone's names fit nvlabs and bubbliiiing; nvlabs was assumed (--dialect overrules)."
+        return replace(naming, note=note)
+
+    wrapped = "meta" in wrapper or "state_dict" in wrapper
+    if wrapped or any(key.startswith(naming.extras) for key in keys):
+        return naming
+    note = "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (--dialect overrules)."
+    return replace(naming, dialect="bubbliiiing", note=note)
 
 
-def layer_names(layout: Layout, keys: Iterable[str], ours_in: bool = False) -> dict[str, str]:
-    """Our name of each layer -> theirs, with as many blocks as `keys` have, which are theirs or ours."""
-    names = dict(layout.head)
-    for i in range(NUM_STAGES):
-        ours, column = f"encoder.stages.{i}.", layout.column
-        blocks = layout.prefix + _BLOCKS[column].format(i=i, s=i + 1)
-        for part, theirs in _PARTS.items():
-            names[ours + part] = layout.prefix + theirs[column].format(i=i, s=i + 1)
-        for j in range(count_blocks(keys, f"{ours}blocks." if ours_in else blocks)):
-            for part, theirs in _BLOCK_PARTS.items():
-                if theirs[column] and not (i == NUM_STAGES - 1 and part in _REDUCTION):
-                    names[f"{ours}blocks.{j}.{part}"] = f"{blocks}{j}.{theirs[column]}"
-    return names
+def naming_for(dialect: str) -> Naming:
+    """Returns the naming in which the dialect's own files are written."""
+    home = "nvlabs" if dialect == "bubbliiiing" else dialect
+    return next(naming for naming in NAMINGS if naming.dialect == home)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of another code base, and ours whose tensors it holds, side by side in dimension `dim` of the weight.
+
+    `pointwise`: it is a 1×1 convolution there and a linear layer here.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    dim: int
+    pointwise: bool
+
+
+def list_layers(naming: Naming, depths: Sequence[int]) -> list[Layer]:
+    """Returns all layers of a network with that many blocks in each stage."""
+    names = dict(naming.head)
+    for i, depth in enumerate(depths):
+        stage = f"encoder.stages.{i}"
+        for part, columns in _PARTS.items():
+            names[f"{stage}.{part}"] = naming.prefix + columns[naming.column].format(i=i, s=i + 1)
+
+        # The empty cells of a column are layers that this code base joins with others or does not join.
+        parts = {part: columns[naming.column] for part, columns in _BLOCK_PARTS.items() if columns[naming.column]}
+        if i == NUM_STAGES - 1:
+            parts = {part: theirs for part, theirs in parts.items() if part not in _REDUCTION}
+        for j in range(depth):
+            for part, theirs in parts.items():
+                names[f"{stage}.blocks.{j}.{part}"] = f"{_blocks_stem(naming, i)}{j}.{theirs}"
+
+    return [_layer(ours, theirs, naming) for ours, theirs in names.items()]
+
+
+def _layer(ours: str, theirs: str, naming: Naming) -> Layer:
+    pointwise = ours.endswith(naming.pointwise)
+    for whole, (parts, dim) in JOINED.items():
+        if ours.endswith(whole):
+            stem = ours.removesuffix(whole)
+            return Layer(theirs, tuple(stem + part for part in parts), dim, pointwise)
+    return Layer(theirs, (ours,), 0, pointwise)
+
+
+def count_depths(naming: Naming, keys: Collection[str]) -> list[int]:
+    """Returns the number of blocks in each stage, from the file's own keys."""
+    return [count_blocks(keys, _blocks_stem(naming, i)) for i in range(NUM_STAGES)]
+
+
+def _blocks_stem(naming: Naming, i: int) -> str:
+    return naming.prefix + _BLOCKS[naming.column].format(i=i, s=i + 1)
 
 
 def split_key(key: str) -> tuple[str, str]:

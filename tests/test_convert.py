@@ -8,11 +8,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import SegformerForImageClassification, SegformerModel
 
-from segprune.convert import convert, expected_state, from_ours, to_ours
+from segprune import convert as renaming
+from segprune.convert import expected_state, from_ours
 from segprune.dialects import HEAD_KINDS, NUMERICS, detect
 from segprune.model import SegFormer
 from segprune.spec import DEPTHS, VARIANTS, Numerics, Spec, standard_spec
 from tests.dialects import PUBLISHED, Fill, hf_model, reference, state_in
+
+
+def convert(state: dict[str, Tensor], dialect: str, num_classes: int | None = None) -> tuple[Spec, dict[str, Tensor]]:
+    return renaming.convert(state, detect(state.keys(), dialect=dialect), num_classes=num_classes)
+
+
+def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return renaming.to_ours(state, detect(state.keys()))
+
+
+def told(*arguments: Any, **options: Any) -> tuple[str, str | None]:
+    naming = detect(*arguments, **options)
+    return naming.dialect, naming.note
 
 
 def logits(spec: Spec, state: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -139,17 +153,17 @@ def test_nvlabs_is_told_by_its_wrapper_or_its_unused_layer_and_bubbliiiing_assum
     trained_like: Fill,
 ) -> None:
     bare = state_in("nvlabs", trained_like).keys()
-    assert detect(bare, {"meta", "state_dict", "optimizer"}) == ("nvlabs", None)
-    assert detect(bare, {"state_dict"}) == ("nvlabs", None)
-    assert detect([*bare, "decode_head.conv_seg.weight"]) == ("nvlabs", None)
+    assert told(bare, {"meta", "state_dict", "optimizer"}) == ("nvlabs", None)
+    assert told(bare, {"state_dict"}) == ("nvlabs", None)
+    assert told([*bare, "decode_head.conv_seg.weight"]) == ("nvlabs", None)
     note = "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (--dialect overrules)."
-    assert detect(bare) == detect(bare, {"model", "epoch"}) == ("bubbliiiing", note)
+    assert told(bare) == told(bare, {"model", "epoch"}) == ("bubbliiiing", note)
 
 
 def test_a_given_dialect_overrules_what_was_assumed(trained_like: Fill) -> None:
     keys = state_in("nvlabs", trained_like).keys()
-    assert detect(keys, dialect="nvlabs") == ("nvlabs", None)
-    assert detect(keys, {"meta"}, dialect="bubbliiiing") == ("bubbliiiing", None)
+    assert told(keys, dialect="nvlabs") == ("nvlabs", None)
+    assert told(keys, {"meta"}, dialect="bubbliiiing") == ("bubbliiiing", None)
 
 
 def test_a_given_dialect_that_the_names_are_not_of_is_refused(trained_like: Fill) -> None:
@@ -165,11 +179,26 @@ def test_a_given_dialect_that_the_names_are_not_of_is_refused(trained_like: Fill
 
 @pytest.mark.parametrize("dialect", ["hf", "smp", "mmseg"])
 def test_names_that_only_one_tool_uses_need_no_assumption(dialect: str, trained_like: Fill) -> None:
-    assert detect(state_in(dialect, trained_like).keys()) == (dialect, None)
+    assert told(state_in(dialect, trained_like).keys()) == (dialect, None)
 
 
-def test_our_own_names_are_recognised(small_spec: Spec) -> None:
-    assert detect(expected_state(small_spec).keys()) == ("segprune", None)
+@pytest.mark.parametrize("dialect", [None, "hf", "segprune"])
+def test_our_own_names_are_not_enough_without_a_spec(dialect: str | None, small_spec: Spec) -> None:
+    with pytest.raises(ValueError, match=r"segprune's weights without their spec.*segprune\.save"):
+        detect(expected_state(small_spec).keys(), dialect=dialect)
+
+
+def test_a_file_is_detected_and_its_network_laid_out_only_once(
+    trained_like: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, built = state_in("mmseg", trained_like), []
+    monkeypatch.setattr(renaming, "SegFormer", lambda spec: built.append(spec) or SegFormer(spec))
+    naming = detect(state.keys())
+    monkeypatch.setattr("segprune.dialects._match_naming", None)  # whoever asks again fails
+    spec, _ = renaming.convert(state, naming)
+    with pytest.raises(ValueError, match=r"in_proj_bias has the shape 1 where b0 has 96;"):
+        renaming.convert(state | {"backbone.layers.0.1.0.attn.attn.in_proj_bias": torch.ones(1)}, naming)
+    assert built == [spec, spec]  # one per file, in errors too
 
 
 @pytest.mark.parametrize("variant", ["b0", "b2"])
@@ -178,7 +207,7 @@ def test_a_bare_backbone_of_mmsegmentation_gives_the_encoder_and_will_get_its_ki
 ) -> None:
     whole = reference("mmseg", trained_like, variant).state_dict()
     backbone = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
-    assert detect(backbone.keys()) == ("mmseg", None)
+    assert told(backbone.keys()) == ("mmseg", None)
     spec, state = convert(backbone, "mmseg", num_classes=5)
     expected, ours = convert(whole, "mmseg")
     assert (spec, spec.head, spec.decoder_dim) == (expected, "conv", 256)
@@ -267,7 +296,7 @@ def test_a_bare_backbone_of_nvlabs_gives_the_encoder_without_its_image_classifie
     whole = state_in("nvlabs", trained_like)
     backbone = {k.replace("backbone.", prefix): v for k, v in whole.items() if k.startswith("backbone.")}
     backbone |= {"head.weight": torch.ones(1000, 256), "head.bias": torch.ones(1000)}
-    dialect, note = detect(backbone.keys())
+    dialect, note = told(backbone.keys())
     assert (dialect, note is not None and "nvlabs was assumed" in note) == ("nvlabs", True)
     spec, state = convert(backbone, dialect, num_classes=7)
     assert spec == standard_spec("b0", 7)
@@ -283,7 +312,7 @@ def test_a_bare_backbone_of_hugging_face_has_the_maps_of_transformers(
     theirs.save_pretrained(tmp_path)
     x = torch.randn(1, 3, 64, 64)
     for state in (theirs.state_dict(), load_file(tmp_path / "model.safetensors")):
-        assert detect(state.keys()) == ("hf", None)
+        assert told(state.keys()) == ("hf", None)
         spec, ours = convert(state, "hf", num_classes=4)
         encoder = SegFormer(spec).eval().encoder
         encoder.load_state_dict({key.removeprefix("encoder."): tensor for key, tensor in ours.items()})

@@ -14,6 +14,7 @@ from torch import Tensor
 from segprune.checkpoint import build, load, read
 from segprune.convert import to_ours
 from segprune.data import draw_shapes, normalise
+from segprune.dialects import detect
 from segprune.files import read_file
 from segprune.model import SegFormer
 from segprune.spec import Spec
@@ -86,5 +87,6 @@ def file_reader(path: Path, dialect: str, spec: Spec | None) -> Logits:
     else:
         data = read_file(path)[0]
         found = SegFormer(spec).eval()
-        found.load_state_dict(to_ours(data.get("state_dict", data)))
+        state = data.get("state_dict", data)
+        found.load_state_dict(to_ours(state, detect(state.keys(), dialect=dialect)))
     return lambda x: found.parts(x)[1]
