@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from segprune.dialects import NUMERICS
+from segprune.checkpoint.dialects import NUMERICS
 from segprune.spec import (
     DEPTHS,
     NUM_HEADS,

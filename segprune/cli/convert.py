@@ -9,8 +9,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from segprune import checkpoint
+from segprune.checkpoint import FORMATS
 from segprune.cli.console import console, show_notes
-from segprune.formats import FORMATS, write_file, write_folder
 from segprune.stats import count
 
 
@@ -45,11 +45,9 @@ def run(config: ConvertConfig, given: frozenset[str]) -> None:
         raise ValueError(f"{config.model_path} holds only a backbone; train it first with segprune train.")
     model = checkpoint.build(found)
     show_notes(found.notes)
-    if config.to == "hf":
-        names = found.extra.get("class_names")
-        written = write_folder(model, config.target, class_names=names, input_shape=config.input_shape)
-    else:
-        written = write_file(model, config.target, config.to)
+    written = checkpoint.convert(
+        model, config.target, config.to, class_names=found.extra.get("class_names"), input_shape=config.input_shape
+    )
     show_notes(written.notes)
     readers = " and ".join(written.readers)
     console.print(f"Read again by {readers}: logits differ by {written.difference:.1e} of the largest at most.")

@@ -97,7 +97,7 @@ def run(config: ExportConfig, given: frozenset[str]) -> None:
             limits=_limits(config),
         )
     console.print(
-        f"Run again on {number_of(difference.num_pictures, 'picture')} and compared with PyTorch: {difference.text}."
+        f"Run again on {number_of(difference.num_images, 'picture')} and compared with PyTorch: {difference.text}."
     )
     notes = {"int8": ("How much int8 costs is told by the score: segprune eval it on data.",)}
     show_notes(notes.get(config.precision, ()))

@@ -12,10 +12,11 @@ from torch import Tensor
 from typer import Argument, Option
 
 from segprune import checkpoint
-from segprune.checkpoint import Checkpoint, atomic_path, check_writable, write_json
+from segprune.checkpoint import Checkpoint
 from segprune.cli.console import choose_device, console, progress_bar, show_notes, show_settings, show_table
 from segprune.cli.flags import switch
 from segprune.data import voc_palette
+from segprune.files import atomic_path, check_writable, write_json
 from segprune.inference.draw import legend
 from segprune.inference.inputs import check_not_overwritten, find_pictures, kind_of
 from segprune.inference.label_maps import MODES, EvalMode, Network

@@ -28,6 +28,7 @@ from segprune.cli.pruning import PruneConfig, asked_rates, check_flags, label
 from segprune.cli.settings import TrainSettings, advice, check_settings, with_rates
 from segprune.cli.train import check_teacher_names, fit_with
 from segprune.data import Source
+from segprune.files import check_writable, write_json
 from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.model import SegFormer, check_input
 from segprune.runs.folder import check_kept
@@ -63,7 +64,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     show_notes((*found.notes, reason) if config.epochs else found.notes)
     teacher = found if config.epochs and fine_tuning.teacher else None
     source, pixels = _open(config, teacher) if config.data else (None, ())
-    checkpoint.check_writable(folder)
+    check_writable(folder)
 
     dense = checkpoint.build(found).to(device)
     images = images_for(config, source)
@@ -97,7 +98,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     with progress_bar("timing dense and pruned") as advance:
         latencies = measure_latency([dense, pruned], config.input_shape, device=device, progress=advance)
     record = _record(config, given, found, pruned, latencies, scores, images) | {"model_save_path": str(path)}
-    checkpoint.write_json(record, folder / RESULTS)
+    write_json(record, folder / RESULTS)
     if config.epochs and source is not None:
         if a_tenth and fine_tuning.lr is not None:
             show_notes(advice(scores["dense"].miou, scores["pruned"].miou, fine_tuning.lr))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from segprune import checkpoint
-from segprune.checkpoint import Checkpoint, check_writable
+from segprune.checkpoint import Checkpoint
 from segprune.cli.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.console import (
     choose_device,
@@ -24,6 +24,7 @@ from segprune.cli.console import (
 from segprune.cli.settings import TrainSettings, check_settings, train_config, with_rates
 from segprune.cli.view import training_view
 from segprune.data import Source
+from segprune.files import check_writable
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer, check_input
 from segprune.runs.fit import Resumable, fit, load_resumable

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from segprune.data import draw_shapes
 from segprune.data.transforms import Bytes, normalise
 from segprune.export.manifest import MIN_DYNAMIC, Manifest
 from segprune.export.network import Deployed
+
+MAX_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Job:
         pictures += pictures[: -len(pictures) % size]
         return [self.input(pictures[i : i + size]) for i in range(0, len(pictures), size)]
 
+    def compared(self) -> Iterator[list[Bytes]]:
+        """Yields the images to compare: those at hand, else generated ones; a dynamic file also gets odd sizes."""
+        shape = self.manifest.shape
+        size = 2 if shape is None else shape[0]
+        images = list(self.pictures[: MAX_BATCHES * size]) or _draw(size, self.size)
+        for i in range(0, len(images), size):
+            yield images[i : i + size]
+        if shape is None:
+            yield _draw(1, (MIN_DYNAMIC + 11, MIN_DYNAMIC + 45))
+            yield _draw(3, (MIN_DYNAMIC + 32, MIN_DYNAMIC))
+
     def traced(self) -> torch.export.ExportedProgram:
         """The graph as torch.export has it."""
         height, width = (1, 2) if self.manifest.preprocess else (2, 3)
@@ -50,3 +64,7 @@ class Job:
         shapes = None if self.manifest.shape is not None else ({0: dynamic(min=1)} | sides,)
         with torch.no_grad():
             return torch.export.export(self.network, (self.example(),), dynamic_shapes=shapes)
+
+
+def _draw(number: int, size: tuple[int, int]) -> list[Bytes]:
+    return [draw_shapes(0, "val", index, size)[0] for index in range(number)]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from segprune.checkpoint.published import uniform_problem
 from segprune.fold import unfold_decoder
 from segprune.model import DecodeHead, SegFormer
 from segprune.pruning.costs import RATES, Price, RateOf, default_price, loss_weights
@@ -25,7 +26,6 @@ from segprune.pruning.surgery import cut, read_spec
 from segprune.pruning.trace import eval_mode, run
 from segprune.pruning.uniform import Problem, removed_unfolded, solve_uniform
 from segprune.spec import Spec
-from segprune.uniform import uniform_problem
 
 
 class Pruner:

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from segprune.convert import check_state, expected_state
+from segprune.checkpoint.ours import check_state, expected_state
 from segprune.data import Source
 from segprune.files import load_record
 from segprune.inference.evaluate import EvalMode

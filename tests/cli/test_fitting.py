@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from segprune.checkpoint import load_record, read, save_record
+from segprune.checkpoint import read
 from segprune.data import write_shapes
+from segprune.files import load_record, save_record
 from segprune.inference.evaluate import Score
 from segprune.runs.folder import Journal
 from segprune.training import loop

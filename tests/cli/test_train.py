@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from segprune.checkpoint import read
+from segprune.checkpoint.dialects import NUMERICS
 from segprune.data import load_mask
-from segprune.dialects import NUMERICS
 from segprune.spec import standard_spec
 from segprune.training.losses import SegmentationLoss, class_weights_from_counts
 from tests.commands import BEST, LAST, done, results_in, same, told, training

@@ -18,7 +18,7 @@ def test_onnx_of_any_size_takes_any_and_names_its_free_sides(tmp_path: Path) -> 
     assert manifest.shape is None
     dims = [dim.dim_param or dim.dim_value for dim in onnx.load(path).graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["batch", "height", "width", 3]
-    assert difference.num_pictures == 6  # two of the size, one odd, a batch of three
+    assert difference.num_images == 6  # two of the size, one odd, a batch of three
     runtime = open_exported(path)
     for number, size in ((1, (65, 99)), (3, (128, 64))):
         x = torch.stack([normalise(draw_shapes(9, "train", index, size)[0]) for index in range(number)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from segprune.checkpoint.published import uniform_problem
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
 from segprune.pruning.pruner import Pruner
@@ -13,7 +14,6 @@ from segprune.pruning.pruner_l1 import L1Pruner
 from segprune.pruning.uniform import Problem, Search, Space
 from segprune.spec import Spec, standard_spec, with_widths
 from segprune.stats import count
-from segprune.uniform import uniform_problem
 from tests.dialects import Fill
 
 X = torch.zeros(1, 3, 64, 64)

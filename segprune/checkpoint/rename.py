@@ -1,4 +1,4 @@
-"""Foreign state dicts to ours, and back: the names of segprune/dialects.py put on tensors, strictly."""
+"""Foreign state dicts to ours, and back: the names of dialects.py put on tensors, strictly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from segprune.dialects import (
+from segprune.checkpoint.dialects import (
     CONV_DECODER_DIM,
     HEAD_KINDS,
     NUM_STAGES,
@@ -19,15 +19,14 @@ from segprune.dialects import (
     count_depths,
     join_key,
     list_layers,
-    listed,
     naming_for,
     split_key,
 )
-from segprune.model import SegFormer
+from segprune.checkpoint.ours import check_keys, check_state, expected_state, row
 from segprune.spec import DEPTHS, NUM_HEADS, VARIANTS, WIDTHS, Spec, standard_spec, with_widths
 
 
-def convert(
+def translate(
     state_dict: Mapping[str, Tensor],
     naming: Naming,
     *,
@@ -87,7 +86,7 @@ def to_ours(state_dict: Mapping[str, Tensor], naming: Naming) -> dict[str, Tenso
             unknown.append(key)
 
     weights = [join_key(name, "weight") for name in layers]
-    _check_keys([key for key in weights if key not in state_dict], unknown)
+    check_keys([key for key in weights if key not in state_dict], unknown)
     return ours
 
 
@@ -143,7 +142,7 @@ def _put_together(layer: Layer, leaf: str, state_dict: Mapping[str, Tensor]) -> 
     for key in others:
         if state_dict[key].shape != state_dict[first].shape:
             raise ValueError(
-                f"{first} has the shape {_row(state_dict[first].shape)} and {key} {_row(state_dict[key].shape)}, which "
+                f"{first} has the shape {row(state_dict[first].shape)} and {key} {row(state_dict[key].shape)}, which "
                 "one layer for both cannot hold; write the names of a code base that keeps them apart."
             )
 
@@ -173,9 +172,9 @@ def infer_spec(
     elif heads is not None:
         variants = [name for name in VARIANTS if (WIDTHS[name][0], DEPTHS[name]) == (widths[0], depths)]
     if not variants:
-        known = "; ".join(f"{name}: {_row(WIDTHS[name])}, {_row(DEPTHS[name])}" for name in VARIANTS)
+        known = "; ".join(f"{name}: {row(WIDTHS[name])}, {row(DEPTHS[name])}" for name in VARIANTS)
         raise ValueError(
-            f"Its stage widths {_row(widths)} and depths {_row(depths)} are those of no variant ({known}); give the "
+            f"Its stage widths {row(widths)} and depths {row(depths)} are those of no variant ({known}); give the "
             "network as it was before another tool changed it, since weights alone do not tell its heads."
         )
     decoder_dim = CONV_DECODER_DIM if HEAD_KINDS[naming.dialect] == "conv" else None
@@ -193,31 +192,3 @@ def infer_spec(
     ffn_dims = [ours[f"encoder.stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(NUM_STAGES)]
     stages = map(with_widths, spec.stages, widths, heads, ffn_dims)
     return replace(spec, stages=tuple(stages))
-
-
-def expected_state(spec: Spec, *, encoder_only: bool = False) -> dict[str, Tensor]:
-    """The state dict of `SegFormer(spec)` on the meta device: names and shapes without weights."""
-    with torch.device("meta"):
-        model = SegFormer(spec)
-    return {k: v for k, v in model.state_dict().items() if not encoder_only or k.startswith("encoder.")}
-
-
-def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
-    """ValueError that names the first keys that are missing, too many or of another shape than the network `name`'s."""
-    _check_keys([key for key in expected if key not in found], [key for key in found if key not in expected])
-    wrong = [key for key in expected if found[key].shape != expected[key].shape]
-    if wrong:
-        shapes = f"{_row(found[wrong[0]].shape)} where {name} has {_row(expected[wrong[0]].shape)}"
-        more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
-        raise ValueError(f"{wrong[0]} has the shape {shapes}{more}; give a checkpoint of an unchanged network.")
-
-
-def _check_keys(missing: Sequence[str], unknown: Sequence[str]) -> None:
-    problems = [f"lacks {listed(missing)}"] if missing else []
-    problems += [f"has the unknown {listed(unknown)}"] if unknown else []
-    if problems:
-        raise ValueError(f"The file {' and '.join(problems)}; give a whole state dict of an unchanged SegFormer.")
-
-
-def _row(numbers: Iterable[int]) -> str:
-    return " ".join(map(str, numbers))

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from segprune.compare import Difference, Limits, compare
 from segprune.data import draw_shapes
 from segprune.data.transforms import Bytes
+from segprune.export import run_both
 from segprune.export.job import Job
 from segprune.export.manifest import Manifest
 from segprune.export.network import Deployed
 from segprune.export.runtimes import Runtime
-from segprune.export.verify import Difference, Limits, compare
 from segprune.model import SegFormer
 
 MANIFEST = Manifest("b0", 5, "onnx", "fp32", (2, 32, 64), preprocess=False, argmax=False)
@@ -30,7 +31,7 @@ def found(network: nn.Module, job: Job, change) -> Difference:
         with torch.no_grad():
             return change(network(x))
 
-    return compare(network, Runtime("it", job.manifest, run), job)
+    return compare(run_both(network, Runtime("it", job.manifest, run), job))
 
 
 def test_the_network_itself_is_not_off(network: SegFormer) -> None:
@@ -69,7 +70,7 @@ def test_logits_that_are_no_numbers_never_pass(network: SegFormer, value: float)
 
 def test_pictures_that_are_given_are_what_is_compared(network: SegFormer) -> None:
     pictures = tuple(draw_shapes(1, "train", i, (32, 64))[0] for i in range(3))
-    assert found(network, job_of(network, pictures=pictures), lambda y: y).num_pictures == 3
+    assert found(network, job_of(network, pictures=pictures), lambda y: y).num_images == 3
 
 
 def test_a_batch_for_calibration_is_filled_up_with_the_first_pictures(network: SegFormer) -> None:

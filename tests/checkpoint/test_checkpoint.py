@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import segprune
 from segprune.checkpoint import Checkpoint, build, from_state_dict, load, read, save
-from segprune.dialects import NUMERICS
+from segprune.checkpoint.dialects import NUMERICS
 from segprune.fold import fold_decoder, unfold_decoder
 from segprune.model import SegFormer
 from segprune.spec import spec_to_dict, standard_spec

@@ -21,17 +21,19 @@ from transformers import (
 )
 
 from segprune.checkpoint import load, read, save
-from segprune.convert import from_ours
+from segprune.checkpoint.dialects import NUMERICS
+from segprune.checkpoint.hf_out import write_folder
+from segprune.checkpoint.modeling_segprune import SegpruneConfig, SegpruneForSemanticSegmentation
+from segprune.checkpoint.numerics import with_numerics
+from segprune.checkpoint.rename import from_ours
+from segprune.checkpoint.write import write_file
 from segprune.data.transforms import normalise
-from segprune.dialects import NUMERICS
 from segprune.fold import fold_decoder
-from segprune.formats import register, write_file, write_folder
-from segprune.formats.modeling_segprune import SegpruneConfig, SegpruneForSemanticSegmentation
+from segprune.formats import register
 from segprune.model import SegFormer
 from segprune.pruning.pruner import Pruner
 from segprune.spec import Numerics, Spec, standard_spec, with_widths
 from segprune.stats import count
-from segprune.uniform import with_numerics
 from tests.dialects import PUBLISHED, ConvReference, Fill, Reference, reference
 
 CLASSES = ("sky", "road", "tree", "car", "person")
@@ -153,7 +155,7 @@ def test_the_classes_can_be_registered_and_give_a_loss(small_model: SegFormer, t
     register()
     write_folder(small_model.float(), tmp_path / "hf")
     model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "hf").eval()
-    assert type(model).__module__ == "segprune.formats.modeling_segprune"
+    assert type(model).__module__ == "segprune.checkpoint.modeling_segprune"
     x, labels = torch.randn(2, 3, 32, 64), torch.full((2, 32, 64), 255)
     labels[:, :8] = 3
     out = model(x, labels=labels)
@@ -337,7 +339,7 @@ def test_what_reads_back_with_other_logits_is_refused_and_not_kept(
     def off(state: dict[str, Tensor], spec: Spec, dialect: str) -> dict[str, Tensor]:
         return {name: tensor * factor for name, tensor in from_ours(state, spec, dialect).items()}
 
-    monkeypatch.setattr("segprune.formats.names.from_ours", off)
+    monkeypatch.setattr("segprune.checkpoint.write.from_ours", off)
     refusal = (
         r"^Read again by segprune, the logits are off by .* is allowed, and nothing was kept; choose another format"
     )
@@ -345,7 +347,7 @@ def test_what_reads_back_with_other_logits_is_refused_and_not_kept(
         refusal = "has NaN or infinite values"
     with pytest.raises(ValueError, match=refusal):
         write_file(model, tmp_path / "a.pth", "nvlabs")
-    monkeypatch.setattr("segprune.formats.huggingface.from_ours", off)
+    monkeypatch.setattr("segprune.checkpoint.hf_out.from_ours", off)
     with pytest.raises(ValueError, match=refusal):
         write_folder(model, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import SegformerForImageClassification
 
 from segprune.checkpoint import build, load, read
-from segprune.dialects import NUMERICS
+from segprune.checkpoint.dialects import NUMERICS
 from segprune.spec import standard_spec
 from tests.dialects import Fill, hf_model
 

@@ -8,20 +8,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import SegformerForImageClassification, SegformerModel
 
-from segprune import convert as renaming
-from segprune.convert import expected_state, from_ours
-from segprune.dialects import HEAD_KINDS, NUMERICS, detect
+from segprune.checkpoint import ours, rename
+from segprune.checkpoint.dialects import HEAD_KINDS, NUMERICS, detect
+from segprune.checkpoint.ours import expected_state
+from segprune.checkpoint.rename import from_ours
 from segprune.model import SegFormer
 from segprune.spec import DEPTHS, VARIANTS, Numerics, Spec, standard_spec
 from tests.dialects import PUBLISHED, Fill, hf_model, reference, state_in
 
 
 def convert(state: dict[str, Tensor], dialect: str, num_classes: int | None = None) -> tuple[Spec, dict[str, Tensor]]:
-    return renaming.convert(state, detect(state.keys(), dialect=dialect), num_classes=num_classes)
+    return rename.translate(state, detect(state.keys(), dialect=dialect), num_classes=num_classes)
 
 
 def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return renaming.to_ours(state, detect(state.keys()))
+    return rename.to_ours(state, detect(state.keys()))
 
 
 def told(*arguments: Any, **options: Any) -> tuple[str, str | None]:
@@ -192,12 +193,12 @@ def test_a_file_is_detected_and_its_network_laid_out_only_once(
     trained_like: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, built = state_in("mmseg", trained_like), []
-    monkeypatch.setattr(renaming, "SegFormer", lambda spec: built.append(spec) or SegFormer(spec))
+    monkeypatch.setattr(ours, "SegFormer", lambda spec: built.append(spec) or SegFormer(spec))
     naming = detect(state.keys())
-    monkeypatch.setattr("segprune.dialects._match_naming", None)  # whoever asks again fails
-    spec, _ = renaming.convert(state, naming)
+    monkeypatch.setattr("segprune.checkpoint.dialects._match_naming", None)  # whoever asks again fails
+    spec, _ = rename.translate(state, naming)
     with pytest.raises(ValueError, match=r"in_proj_bias has the shape 1 where b0 has 96;"):
-        renaming.convert(state | {"backbone.layers.0.1.0.attn.attn.in_proj_bias": torch.ones(1)}, naming)
+        rename.translate(state | {"backbone.layers.0.1.0.attn.attn.in_proj_bias": torch.ones(1)}, naming)
     assert built == [spec, spec]  # one per file, in errors too
 
 

@@ -1,6 +1,6 @@
 """Hugging Face folders out: config.json, model.safetensors and preprocessor_config.json.
 
-A uniform network (uniform.py), dense or pruned, is one for transformers' own classes. Any other goes with its code:
+A uniform network (published.py), dense or pruned, is one for transformers' own classes. Any other goes with its code:
 segprune's spec.py and model.py and the classes around them, copied into the folder, which
 `from_pretrained(folder, trust_remote_code=True)` runs where segprune is not installed.
 """
@@ -16,19 +16,21 @@ from typing import Any
 
 from torch import Tensor
 
-from segprune.convert import from_ours
+from segprune.checkpoint import load
+from segprune.checkpoint.dialects import NUMERICS
+from segprune.checkpoint.hf_in import GELUS
+from segprune.checkpoint.numerics import with_numerics
+from segprune.checkpoint.published import uniform_problem
+from segprune.checkpoint.rename import from_ours
+from segprune.checkpoint.write import Logits, Written, check_written
 from segprune.data.transforms import MEAN, STD
-from segprune.dialects import NUMERICS
 from segprune.files import atomic_folder, save_tensors, write_json
 from segprune.fold import unfold_decoder
-from segprune.formats.verify import Written, folder_readers, written
-from segprune.huggingface import GELUS
 from segprune.model import SegFormer, check_input
 from segprune.spec import Spec, spec_to_dict
-from segprune.uniform import uniform_problem, with_numerics
 
 IGNORED = 255  # the label without a class
-CODE = ("segprune.spec", "segprune.model", "segprune.formats.modeling_segprune")
+CODE = ("segprune.spec", "segprune.model", "segprune.checkpoint.modeling_segprune")
 
 
 def write_folder(
@@ -53,8 +55,8 @@ def write_folder(
         save_tensors({k: v.detach().cpu().clone() for k, v in state.items()}, {"format": "pt"}, temporary / WEIGHTS)
         if problem:
             _copy_code(temporary)
-        readers = folder_readers(temporary, stock=problem is None)
-        return written(model, readers, tuple(_notes(model.spec, problem)))
+        readers = _folder_readers(temporary, stock=problem is None)
+        return check_written(model, readers, tuple(_notes(model.spec, problem)))
 
 
 WEIGHTS = "model.safetensors"
@@ -141,7 +143,7 @@ def _copy_code(folder: Path) -> None:
 
 def _file_stem(module: str) -> str:
     """
-    >>> _file_stem("segprune.spec"), _file_stem("segprune.formats.modeling_segprune")
+    >>> _file_stem("segprune.spec"), _file_stem("segprune.checkpoint.modeling_segprune")
     ('segprune_spec', 'modeling_segprune')
     """
     leaf = module.rpartition(".")[2]
@@ -161,3 +163,31 @@ def _processor(input_shape: tuple[int, int]) -> dict[str, Any]:
         "image_std": [round(std / 255, 6) for std in STD],
         "do_reduce_labels": False,
     }
+
+
+def _folder_readers(folder: Path, *, stock: bool) -> dict[str, Logits]:
+    """segprune, and where the folder is for `stock` transformers and that is installed, its own classes."""
+    readers: dict[str, Logits] = {"segprune": lambda x: load(folder).parts(x)[1]}
+    if stock:
+        try:
+            import transformers
+        except ImportError:
+            return readers
+        readers[f"transformers {transformers.__version__}"] = lambda x: _stock_logits(folder, x)
+    return readers
+
+
+def _stock_logits(folder: Path, x: Tensor) -> Tensor:
+    from transformers import SegformerForSemanticSegmentation
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = SegformerForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    theirs, info = loaded
+    assert not any(info.values()), info
+    return theirs.eval()(x).logits

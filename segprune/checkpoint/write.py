@@ -1,19 +1,36 @@
-"""State dicts as NVlabs', bubbliiiing's and mmsegmentation's code saves them."""
+"""State dicts as NVlabs', bubbliiiing's and mmsegmentation's code saves them.
+
+Weights are rewritten so that the other tool's numerics give the same logits (numerics.py); what its classes cannot
+hold is refused by name. What was written is read again and compared before it is kept.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from segprune.convert import from_ours
-from segprune.dialects import CONV_DECODER_DIM, HEAD_KINDS, NUMERICS
-from segprune.files import PICKLES, atomic_files, save_record
+import torch
+from torch import Tensor
+
+from segprune.checkpoint import build, read
+from segprune.checkpoint.dialects import CONV_DECODER_DIM, HEAD_KINDS, NUMERICS, detect
+from segprune.checkpoint.hf_in import HEADS
+from segprune.checkpoint.numerics import with_numerics
+from segprune.checkpoint.published import mmseg_problem, uniform_problem
+from segprune.checkpoint.rename import from_ours, to_ours
+from segprune.compare import TOLERANCE, compare
+from segprune.data import draw_shapes, normalise
+from segprune.files import PICKLES, atomic_files, read_file, save_record
 from segprune.fold import unfold_decoder
-from segprune.formats.verify import Written, file_reader, written
-from segprune.huggingface import HEADS
 from segprune.model import SegFormer
 from segprune.spec import DECODER_DIMS, VARIANTS, Spec, standard_spec
-from segprune.uniform import mmseg_problem, uniform_problem, with_numerics
+
+SIZE = (96, 128)
+
+Logits = Callable[[Tensor], Tensor]  # normalised images B 3 H W -> logits B K H/4 W/4, before the last upsampling
 
 
 def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> Written:
@@ -41,8 +58,8 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
     with atomic_files(path) as temporary:
         save_record(named if dialect == "bubbliiiing" else {"meta": meta, "state_dict": named}, temporary)
         readable = dialect == "nvlabs" or _has_standard_stages(spec)
-        reader = file_reader(temporary, dialect, None if readable else spec)
-        return written(model, {"segprune": reader}, tuple(_notes(whole.spec, dialect, readable)))
+        reader = _file_reader(temporary, dialect, None if readable else spec)
+        return check_written(model, {"segprune": reader}, tuple(_notes(whole.spec, dialect, readable)))
 
 
 def _remedy(spec: Spec, dialect: str) -> str:
@@ -108,3 +125,42 @@ def _mmseg_arguments(spec: Spec) -> str:
     head = {"in_channels": [stage.width for stage in spec.stages], "channels": spec.decoder_dim}
     listed = [", ".join(f"{name}={value}" for name, value in part.items()) for part in (encoder, head)]
     return f"MixVisionTransformer({listed[0]}), SegformerHead({listed[1]})"
+
+
+@dataclass(frozen=True)
+class Written:
+    """Notes for whoever will use it; who read it again; and the largest difference of logits over the largest one."""
+
+    notes: tuple[str, ...]
+    readers: tuple[str, ...]
+    difference: float
+
+
+def check_written(model: SegFormer, readers: Mapping[str, Logits], notes: tuple[str, ...]) -> Written:
+    """Compares the readers' logits of a generated image; ValueError if one of them is further off than `TOLERANCE`."""
+    x = normalise(draw_shapes(0, "val", 0, SIZE)[0])[None]
+    worst = 0.0
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).cpu().float().eval().parts(x)[1]
+        for name, reader in readers.items():
+            off = compare([(expected, reader(x))]).relative
+            assert off is not None
+            worst = max(worst, off)
+            if worst > TOLERANCE:
+                raise ValueError(
+                    f"Read again by {name}, the logits are off by {worst:.1e} of the largest, where {TOLERANCE:.0e} is "
+                    "allowed, and nothing was kept; choose another format."
+                )
+    return Written(notes, tuple(readers), worst)
+
+
+def _file_reader(path: Path, dialect: str, spec: Spec | None) -> Logits:
+    """segprune, which has to be told of `spec` where the file alone does not say it."""
+    if spec is None:
+        found = build(read(path, dialect=dialect))
+    else:
+        data = read_file(path)[0]
+        found = SegFormer(spec).eval()
+        state = data.get("state_dict", data)
+        found.load_state_dict(to_ours(state, detect(state.keys(), dialect=dialect)))
+    return lambda x: found.parts(x)[1]
