@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from segprune.cli import console as console_module
 from segprune.cli import view
 from segprune.inference.evaluate import Score
 from segprune.training.state import EpochResult
@@ -24,7 +25,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, results: list[EpochResult], *, termin
     """All that is written while epochs of two steps each go by, without the terminal's control codes."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=100, height=40, highlight=False, color_system=None)
-    for part in (module, view):
+    for part in (console_module, view):
         monkeypatch.setattr(part, "console", console)
     total = 2 * len(results)
     with view.training_view() as seen:
