@@ -22,7 +22,7 @@ from segprune import L1Pruner, SegFormer, count
 from segprune.cli.console import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.spec import standard_spec
-from segprune.stats import measure_latency
+from segprune.timing import measure_latency
 from tests.dialects import hf_config
 
 SHAPE, NUM_CLASSES = (512, 512), 150

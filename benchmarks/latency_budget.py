@@ -28,7 +28,8 @@ from segprune.pruning.latency import LatencyCosts, LatencyTable, meet
 from segprune.pruning.plan import Limit, solve
 from segprune.pruning.surgery import cut, read_spec
 from segprune.spec import standard_spec
-from segprune.stats import layers, measure_latency
+from segprune.stats import layers
+from segprune.timing import measure_latency
 
 NUM_CLASSES = 150
 PROTECTED = {"encoder.stages.0.patch_embed.proj", "decode_head.classifier"}

@@ -1,25 +1,19 @@
-"""Parameters, MACs, FLOPs and latency.
+"""Parameters, MACs and FLOPs.
 
 Parameters and MACs come from a closed formula over the layers of a spec, so that a budget is solved without
 building anything. MACs count what `torch.utils.flop_counter` counts (products of linear layers, convolutions and
 attention; FLOPs are two MACs); normalisation, activations and upsampling are not counted, there as here.
-Units: MACs and FLOPs for one image, latency in milliseconds for one batch.
+Units: MACs and FLOPs for one image.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
-import torch
-from torch import nn
-
-from segprune.model import MIN_SIZE, check_input
+from segprune.model import check_input
 from segprune.spec import BlockSpec, Spec, StageSpec
-from segprune.timing import Turn, interleaved
 
 Unit = Literal["params", "macs"]
 
@@ -153,52 +147,3 @@ def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
         yield Layer("decode_head.fuse", "product", sum(branch_dims), dim, positions[0], bias=False)
     yield _norm("decode_head.norm", dim)
     yield Layer("decode_head.classifier", "product", dim, spec.num_classes, positions[0])
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Time of one forward pass: median and the quartiles around it, with what it was measured on."""
-
-    median_ms: float
-    low_ms: float  # 25th percentile
-    high_ms: float  # 75th percentile
-    runs: int
-    batch: int
-    dtype: str
-    device: str
-    threads: int
-
-
-def measure_latency(
-    models: Sequence[nn.Module],
-    input_shape: tuple[int, int],
-    *,
-    device: torch.device | str = "cpu",
-    batch: int = 1,
-    max_runs: int = 30,
-    max_seconds: float = 3.0,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Latency]:
-    """Forward times of several networks, run in turn so that their ratios mean something on a noisy machine.
-
-    After a warm-up of each on an image half as high and wide come `timing.interleaved`'s rounds, at most `max_runs`.
-    The networks are moved to `device` and put into eval mode.
-    """
-    device = torch.device(device)
-    x = torch.randn(batch, 3, *input_shape, device=device)
-    for model in models:
-        model.to(device).eval()
-    small = x[..., : max(input_shape[0] // 2, MIN_SIZE), : max(input_shape[1] // 2, MIN_SIZE)]
-    with torch.inference_mode():
-        for model in models:
-            model(small)
-        turns = [Turn(partial(model, x), cuda=device.type == "cuda") for model in models]
-        times = interleaved(turns, max_rounds=max_runs, max_seconds=max_seconds, progress=progress)
-    return [_latency(row, batch, x) for row in times]
-
-
-def _latency(times_ms: list[float], batch: int, x: torch.Tensor) -> Latency:
-    low, median, high = statistics.quantiles(times_ms, n=4, method="inclusive")
-    name = torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
-    dtype = str(x.dtype).removeprefix("torch.")
-    return Latency(median, low, high, len(times_ms), batch, dtype, name, torch.get_num_threads())

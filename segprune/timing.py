@@ -1,96 +1,334 @@
-"""Times of several functions that take turns, so that a drift of the machine hits all of them alike.
+"""Latency: forward passes timed in turns, so that a machine that slows down slows all of them alike.
 
-Units: milliseconds for one call, MACs per second in thousands of millions.
+On a CPU a pass is timed as Python calls it. On a GPU it is recorded once as a CUDA graph, and the graph is replayed:
+the time is the GPU's. Called from Python, a small network keeps a large GPU waiting for its next kernel, and what is
+measured is how fast Python launches kernels, whatever was pruned. That time is kept beside the other as `eager_ms`.
+
+In half precision weights and images are cast, as a deployed network has them; autocast would cast them anew in every
+pass. "fp32" computes products exactly, "tf32" lets the GPU round their factors to 10 bits.
+Units: milliseconds for one batch, MACs per second in thousands of millions.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Method = Literal["eager", "cuda graph"]
+Call = Callable[[], object]
+Progress = Callable[[int, int], None]
+
+DTYPE_OF: dict[str, torch.dtype] = {  # by Precision
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+CPU = torch.device("cpu")
 
 MIN_ROUNDS = 3  # so that a median is none of the extremes
-PRODUCT_SIDE = 2048  # of the square float32 matrices whose product is the machine's peak
-
-Progress = Callable[[int, int], None]
+WARM_UP = 3  # passes before a graph is recorded: libraries choose their kernels and allocate in the first ones
+REPLAYS = 10  # of a graph in one turn: while one runs, the next is launched
+CPU_SIDE, GPU_SIDE = 2048, 8192  # of the square matrices whose product shows what the machine can do
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One of those that take turns. `ready` is called before each turn and is not timed."""
+class Latency:
+    """Time of one forward pass: its spread over the runs, and how and on what it was measured."""
 
-    call: Callable[[], object]
-    ready: Callable[[], object] = lambda: None
-    cuda: bool = False  # the GPU is waited for before the clock is read
+    median_ms: float
+    low_ms: float  # 25th percentile
+    high_ms: float  # 75th percentile
+    p90_ms: float
+    p99_ms: float  # of fewer than a hundred runs, close to the longest
+    runs: int
+    batch: int
+    precision: str  # a Precision, or int8 of an exported file
+    method: Method
+    device: str  # the name of the GPU, or "cpu"
+    threads: int | None  # of the CPU; None for a GPU
+    eager_ms: float | None  # on a GPU, the median of the same pass called from Python
 
 
-def interleaved(
-    turns: Sequence[Turn],
+def summarise(
+    times_ms: Sequence[float],
+    *,
+    batch: int,
+    precision: str,
+    threads: int,
+    device: torch.device = CPU,
+    eager_times_ms: Sequence[float] = (),
+) -> Latency:
+    """Returns the percentiles of at least two times, by linear interpolation, with what they were measured on.
+
+    `threads` are the CPU's, and are left out of what a GPU did.
+    """
+    cuts = statistics.quantiles(times_ms, n=100, method="inclusive")
+    on_gpu = device.type == "cuda"
+
+    return Latency(
+        median_ms=cuts[49],
+        low_ms=cuts[24],
+        high_ms=cuts[74],
+        p90_ms=cuts[89],
+        p99_ms=cuts[98],
+        runs=len(times_ms),
+        batch=batch,
+        precision=precision,
+        method="cuda graph" if on_gpu else "eager",
+        device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        threads=None if on_gpu else threads,
+        eager_ms=statistics.median(eager_times_ms) if eager_times_ms else None,
+    )
+
+
+def measure_latency(
+    networks: Sequence[nn.Module],
+    input_shape: tuple[int, int],
+    *,
+    device: torch.device | str = CPU,
+    precision: Precision = "fp32",
+    batch: int = 1,
+    max_runs: int = 30,
+    max_seconds: float = 3.0,
+    progress: Progress | None = None,
+) -> list[Latency]:
+    """Returns the latency of each network on images of (H, W) pixels, all measured in turns.
+
+    The networks are moved to `device` and put into evaluation mode. They keep their precision: another one than
+    float32 is measured on copies.
+    """
+    device, dtype = torch.device(device), DTYPE_OF[precision]
+    images = torch.randn(batch, 3, *input_shape).to(device, dtype)
+
+    passes = []
+    for network in networks:
+        network.to(device).eval()
+        if dtype != torch.float32:
+            network = copy.deepcopy(network).to(dtype)
+        passes.append(Pass(partial(network, images)))
+
+    with tf32_products(precision == "tf32"), torch.inference_mode():
+        times = time_passes(passes, device, max_rounds=max_runs, max_seconds=max_seconds, progress=progress)
+
+    return [
+        summarise(
+            row.times_ms,
+            batch=batch,
+            precision=precision,
+            threads=torch.get_num_threads(),
+            device=device,
+            eager_times_ms=row.eager_times_ms,
+        )
+        for row in times
+    ]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass to be timed. `get_ready` is called before each turn and is not timed."""
+
+    run: Call
+    get_ready: Call = lambda: None
+
+    def prepare(self) -> Call:
+        self.get_ready()
+        return self.run
+
+
+@dataclass(frozen=True)
+class Times:
+    """All times of one pass: of the replayed graph and, beside it, of calls from Python; on a CPU of these alone."""
+
+    times_ms: list[float]
+    eager_times_ms: list[float]
+
+
+def time_passes(
+    passes: Sequence[Pass],
+    device: torch.device,
     *,
     max_rounds: int,
     max_seconds: float,
     settle: bool = False,
     progress: Progress | None = None,
-) -> list[list[float]]:
-    """Milliseconds of every call, a list for each turn.
+) -> list[Times]:
+    """Returns the times of each pass on `device`, after a warm-up of each; for the rest see `time_in_turns`."""
+    on_gpu = device.type == "cuda"
+    recorder = GraphRecorder(device) if on_gpu else None
 
-    In a round each has its turn once. There are at least `MIN_ROUNDS`, at most `max_rounds`, and no new one begins
-    once `max_seconds` have passed. `settle` puts a call that is not counted before the one that is: it finds the
-    caches filled by another network and the cores taken by threads of another runtime that still wait for work.
-    """
-    times: list[list[float]] = [[] for _ in turns]
-    start = time.perf_counter()
-    for done in range(max_rounds):
-        if done >= MIN_ROUNDS and time.perf_counter() - start > max_seconds:
-            break
-        for turn, row in zip(turns, times, strict=True):
-            turn.ready()
-            if settle:
-                turn.call()
-            row.append(_timed_ms(turn))
-        if progress is not None:
-            progress(done + 1, max_rounds)
-    return times
+    calls, replays = [], []
+    for each in passes:
+        run = each.prepare()
+        if recorder is None:
+            run()
+        else:
+            replay = Pass(partial(_repeat, recorder.record(run), REPLAYS))
+            replays.append(Turn(replay.prepare, device, REPLAYS))
+        calls.append(Turn(each.prepare, device))
+
+    rows = time_in_turns(
+        [*replays, *calls], max_rounds=max_rounds, max_seconds=max_seconds, settle=settle, progress=progress
+    )
+    if not on_gpu:
+        return [Times(row, []) for row in rows]
+    return [Times(*pair) for pair in zip(rows[: len(passes)], rows[len(passes) :], strict=True)]
 
 
-def _timed_ms(turn: Turn) -> float:
-    if turn.cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    turn.call()
-    if turn.cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+def _repeat(call: Call, times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The middle of some times and how far they reach; of fewer than a hundred, the 99th percentile is near the
-    longest."""
+class Turn:
+    """One of those that take turns. `prepare` is not timed; it returns the call that is, of so many passes."""
 
-    median_ms: float
-    p90_ms: float
-    p99_ms: float
-    runs: int
+    prepare: Callable[[], Call]
+    device: torch.device = CPU
+    passes: int = 1
 
 
-def spread(times_ms: Sequence[float]) -> Spread:
-    """Percentiles between the times, at least two of them, by linear interpolation."""
-    cuts = statistics.quantiles(times_ms, n=100, method="inclusive")
-    return Spread(statistics.median(times_ms), cuts[89], cuts[98], len(times_ms))
+def time_in_turns(
+    turns: Sequence[Turn],
+    *,
+    max_rounds: int,
+    max_seconds: float,
+    min_rounds: int = MIN_ROUNDS,
+    settle: bool = False,
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """Returns the milliseconds of a pass in every round, one list for each turn.
+
+    In a round each has its turn once. There are at least `min_rounds`, at most `max_rounds`, and no new one begins
+    once `max_seconds` have passed. `settle` puts a call that is not counted before the one that is: it finds the
+    caches filled by another network, and the cores taken by threads of another runtime that still wait for work.
+    `progress` is given how many turns are done, and how many there are at most.
+    """
+    times: list[list[float]] = [[] for _ in turns]
+    total = max_rounds * len(turns)
+    start = time.perf_counter()
+
+    for round_index in range(max_rounds):
+        if round_index >= min_rounds and time.perf_counter() - start > max_seconds:
+            break
+        for i, turn in enumerate(turns):
+            call = turn.prepare()
+            if settle:
+                call()
+            times[i].append(_time_ms(call, turn.device) / turn.passes)
+            del call  # before the next one is prepared: together they may not fit into memory
+            if progress is not None:
+                progress(round_index * len(turns) + i + 1, total)
+
+    if progress is not None:
+        progress(total, total)
+    return times
 
 
-def product(device: torch.device, ready: Callable[[], object]) -> tuple[Turn, int]:
-    """A large product of float32 matrices, which no network outruns by much, and its MACs."""
-    side = PRODUCT_SIDE
-    a, b = torch.randn(2, side, side, device=device)
-    out = torch.empty(side, side, device=device)
+def _time_ms(call: Call, device: torch.device) -> float:
+    if device.type != "cuda":
+        start_s = time.perf_counter()
+        call()
+        return (time.perf_counter() - start_s) * 1e3
 
-    def call() -> Tensor:
+    # The GPU's own clock, from an idle GPU to the end of the last kernel.
+    torch.cuda.synchronize(device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+class GraphRecorder:
+    """Records calls as CUDA graphs. No two may be replayed at once: they share one stretch of memory.
+
+    Inputs and weights that a call reads must stay where they are; what it returns is overwritten by other graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+        # Memory shared by graphs is given up with the last of them, for good. This one keeps it.
+        number = torch.zeros(1, device=device)
+        self._anchor = self.record(number.zero_)
+
+    def record(self, call: Call, times: int = 1) -> Call:
+        """Returns the replay of `call`, made so many times. It is first run outside the graph, as a warm-up."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            _repeat(call, WARM_UP)
+            torch.cuda.synchronize(self._stream.device)
+
+            # Not by torch.cuda.graph, which collects garbage each time: that takes longer than recording a step.
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                _repeat(call, times)
+            except BaseException:
+                with suppress(RuntimeError):  # of a recording that is broken; why it broke is told by the first error
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+
+        def replay(_inputs_of: Call = call) -> None:  # keeps what the call reads in memory
+            graph.replay()
+
+        return replay
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Lets a GPU take TF32 for products and convolutions of float32, or forbids it, and puts back what was set."""
+    with _no_advice_on_tf32():
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    set_tf32(allowed, allowed)
+    try:
+        yield
+    finally:
+        set_tf32(*before)
+
+
+def set_tf32(products: bool, convolutions: bool) -> None:
+    """Sets PyTorch's two global switches.
+
+    They are the old ones on purpose: torch.compile reads them, and fails where only the new ones were set.
+    """
+    with _no_advice_on_tf32():
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def _no_advice_on_tf32() -> Iterator[None]:
+    """Silences what PyTorch 2.9 and later say where the old switches are read or set."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Please use the new API settings", category=UserWarning)
+        yield
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Call, int]:
+    """Returns a large product of square matrices, which no network outruns by much, and its MACs."""
+    side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    out = torch.empty_like(a)
+
+    def multiply() -> Tensor:
         return torch.mm(a, b, out=out)
 
-    return Turn(call, ready, device.type == "cuda"), side**3
+    return multiply, side**3

@@ -1,4 +1,3 @@
-import copy
 from dataclasses import replace
 
 import pytest
@@ -7,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segprune.model import SegFormer
 from segprune.spec import BlockSpec, Spec, StageSpec, standard_spec
-from segprune.stats import count, layers, measure_latency
+from segprune.stats import count, layers
 
 
 def narrowed(spec: Spec) -> Spec:
@@ -97,23 +96,3 @@ def test_every_layer_is_named_and_costs_as_its_module(change) -> None:
 def test_an_image_below_32_pixels_is_refused(small_spec: Spec) -> None:
     with pytest.raises(ValueError, match="The input is 16×64 pixels; both sides must be at least 32"):
         count(small_spec, (16, 64))
-
-
-def test_latency_names_what_it_was_measured_on_and_leaves_the_networks(small_model: SegFormer) -> None:
-    model = small_model.float().train()
-    other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
-    seen: list[tuple[int, int]] = []
-    rows = measure_latency(
-        [model, other], (64, 96), batch=2, max_runs=7, progress=lambda done, most: seen.append((done, most))
-    )
-    assert len(rows) == 2
-    for row in rows:
-        assert 0 < row.low_ms <= row.median_ms <= row.high_ms
-        assert (row.runs, row.batch, row.dtype, row.device, row.threads) == (7, 2, "float32", "cpu", 1)
-    assert seen == [(i, 7) for i in range(1, 8)]
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_latency_takes_at_least_three_runs_when_time_is_up(small_model: SegFormer) -> None:
-    (row,) = measure_latency([small_model.float()], (32, 32), max_seconds=0.0)
-    assert row.runs == 3

@@ -1,54 +1,142 @@
-"""Turns, what is counted of them, and percentiles against NumPy's."""
+"""Turns, what is counted of them, percentiles against NumPy's, and what a latency says of itself."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 
-from segprune.timing import Turn, interleaved, product, spread
+from segprune.model import SegFormer
+from segprune.timing import (
+    CPU,
+    Call,
+    Pass,
+    Turn,
+    matrix_product,
+    measure_latency,
+    set_tf32,
+    summarise,
+    tf32_products,
+    time_in_turns,
+    time_passes,
+)
 
 
-def heard(number: int, seen: list[str], **how: object) -> list[list[float]]:
-    turns = [
-        Turn(lambda i=i: seen.append(f"call {i}"), lambda i=i: seen.append(f"ready {i}"))  # type: ignore[misc]
-        for i in range(number)
-    ]
-    return interleaved(turns, **how)  # type: ignore[arg-type]
+def run_turns(number: int, seen: list[str], **how: object) -> list[list[float]]:
+    def turn(i: int) -> Turn:
+        def prepare() -> Call:
+            seen.append(f"prepare {i}")
+            return lambda: seen.append(f"call {i}")
+
+        return Turn(prepare)
+
+    return time_in_turns([turn(i) for i in range(number)], **how)  # type: ignore[arg-type]
 
 
 def test_every_round_gives_each_its_turn_in_order() -> None:
     seen: list[str] = []
-    times = heard(2, seen, max_rounds=4, max_seconds=60.0)
-    assert seen == ["ready 0", "call 0", "ready 1", "call 1"] * 4
+    times = run_turns(2, seen, max_rounds=4, max_seconds=60.0)
+    assert seen == ["prepare 0", "call 0", "prepare 1", "call 1"] * 4
     assert [len(row) for row in times] == [4, 4]
 
 
 def test_settling_puts_a_call_before_each_that_counts() -> None:
     seen: list[str] = []
-    times = heard(1, seen, max_rounds=3, max_seconds=60.0, settle=True)
-    assert seen == ["ready 0", "call 0", "call 0"] * 3
+    times = run_turns(1, seen, max_rounds=3, max_seconds=60.0, settle=True)
+    assert seen == ["prepare 0", "call 0", "call 0"] * 3
     assert len(times[0]) == 3
 
 
-def test_no_new_round_begins_once_time_is_up_but_three_are_run() -> None:
+@pytest.mark.parametrize("least", [3, 5])
+def test_no_new_round_begins_once_time_is_up_but_the_least_number_is_run(least: int) -> None:
     told: list[tuple[int, int]] = []
-    times = heard(2, [], max_rounds=50, max_seconds=0.0, progress=lambda done, most: told.append((done, most)))
-    assert [len(row) for row in times] == [3, 3]
-    assert told == [(1, 50), (2, 50), (3, 50)]
+    times = run_turns(
+        2, [], min_rounds=least, max_rounds=50, max_seconds=0.0, progress=lambda done, most: told.append((done, most))
+    )
+    assert [len(row) for row in times] == [least, least]
+    assert told == [*((i, 100) for i in range(1, 2 * least + 1)), (100, 100)]
+
+
+def test_a_turn_of_several_passes_is_told_by_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr("segprune.timing.time.perf_counter", lambda: float(next(clock)))  # a second later each time
+    turn = Turn(lambda: list, passes=4)
+    assert time_in_turns([turn], max_rounds=3, max_seconds=60.0) == [[250.0] * 3]
+
+
+def test_a_pass_gets_ready_before_each_turn_and_warms_up_once() -> None:
+    seen: list[str] = []
+    passes = [Pass(lambda: seen.append("run"), lambda: seen.append("ready"))]
+    (times,) = time_passes(passes, CPU, max_rounds=3, max_seconds=0.0)
+    assert seen == ["ready", "run"] * 4
+    assert (len(times.times_ms), times.eager_times_ms) == (3, [])
 
 
 @pytest.mark.parametrize("number", [2, 3, 100, 257])
 def test_percentiles_are_numpys(number: int) -> None:
     times = np.random.default_rng(number).lognormal(size=number)
-    found = spread(times.tolist())
-    assert [found.median_ms, found.p90_ms, found.p99_ms] == pytest.approx(np.percentile(times, [50, 90, 99]).tolist())
-    assert found.runs == number
+    latency = summarise(times.tolist(), batch=1, precision="fp32", threads=1)
+    measured = [latency.low_ms, latency.median_ms, latency.high_ms, latency.p90_ms, latency.p99_ms]
+    assert measured == pytest.approx(np.percentile(times, [25, 50, 75, 90, 99]).tolist())
+    assert latency.runs == number
 
 
 def test_the_product_is_one_of_square_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segprune.timing.PRODUCT_SIDE", 8)
-    turn, macs = product(torch.device("cpu"), lambda: None)
-    result = turn.call()
+    monkeypatch.setattr("segprune.timing.CPU_SIDE", 8)
+    run, macs = matrix_product(CPU)
+    result = run()
     assert isinstance(result, torch.Tensor)
     assert (result.shape, macs) == ((8, 8), 512)
+
+
+def test_latency_names_what_it_was_measured_on_and_leaves_the_networks(small_model: SegFormer) -> None:
+    model = small_model.float().train()
+    other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    seen: list[tuple[int, int]] = []
+    rows = measure_latency(
+        [model, other], (64, 96), batch=2, max_runs=7, progress=lambda done, most: seen.append((done, most))
+    )
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 < row.low_ms <= row.median_ms <= row.high_ms <= row.p90_ms <= row.p99_ms
+        assert (row.runs, row.batch, row.precision, row.device, row.threads) == (7, 2, "fp32", "cpu", 1)
+        assert (row.method, row.eager_ms) == ("eager", None)
+    assert seen[-1] == (14, 14)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_latency_takes_at_least_three_runs_when_time_is_up(small_model: SegFormer) -> None:
+    (row,) = measure_latency([small_model.float()], (32, 32), max_seconds=0.0)
+    assert row.runs == 3
+
+
+def test_half_precision_casts_weights_and_images_of_a_copy(small_model: SegFormer) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    class Watched(SegFormer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((x.dtype, next(self.parameters()).dtype))
+            return super().forward(x)
+
+    model = Watched(small_model.spec)
+    (row,) = measure_latency([model], (32, 32), precision="bf16", max_seconds=0.0)
+    assert row.precision == "bf16"
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_switched_for_products_and_convolutions_and_put_back(allowed: bool) -> None:
+    def switches() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = switches()
+    try:
+        set_tf32(True, False)
+        with tf32_products(allowed):
+            assert switches() == (allowed, allowed)
+        assert switches() == (True, False)
+    finally:
+        set_tf32(*before)

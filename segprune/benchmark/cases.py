@@ -13,7 +13,7 @@ from segprune.export.manifest import MIN_DYNAMIC
 from segprune.export.runtimes import require
 from segprune.model import check_input
 
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "tf32", "bf16", "fp16")
 LIVE = ("torch", "compile")  # run checkpoints themselves, on a GPU as well
 COMPUTE_IN_HALF = ("onnx", "pt2", "aotinductor", "torchscript")  # others keep weights in fp16 and compute in float32
 FORMAT_OF = {"onnxruntime" if format == "onnx" else format: format for format in FORMATS}
@@ -43,6 +43,11 @@ class Case:
         return is_exported(self.path)
 
     @property
+    def condition(self) -> int | str:
+        """What decides how fast the machine can be: the number of threads, on a GPU the precision."""
+        return self.threads if self.device == "cpu" else self.dtype
+
+    @property
     def text(self) -> str:
         return f"{self.path} in {self.runtime}, {self.dtype}, {self.size[0]}×{self.size[1]}, batch {self.batch}"
 
@@ -70,6 +75,8 @@ def grid(
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"--dtypes {dtype} is unknown; choose of {', '.join(DTYPES)}.")
+    if device == "cpu" and "tf32" in dtypes:
+        raise ValueError("--dtypes tf32 is how GPUs take products of float32; add --cuda, or leave it out.")
     cases = []
     for path in paths:
         ways = _ways_of_exported(path, runtimes, sizes, batches) if is_exported(path) else None

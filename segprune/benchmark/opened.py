@@ -14,8 +14,8 @@ from segprune.benchmark.cases import LIVE, Case
 from segprune.export import open_exported
 from segprune.fold import fold_for_inference
 from segprune.stats import count
+from segprune.timing import DTYPE_OF, set_tf32
 
-DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = 2  # passes: in the first one runtimes compile and allocate
 
 
@@ -33,16 +33,17 @@ class Opened:
     predict: Callable[[Tensor], Tensor]
     run: Callable[[], Tensor]
 
-    def ready(self) -> None:
-        torch.set_num_threads(self.case.threads)
+    def get_ready(self) -> None:
+        """Sets PyTorch's threads and the GPU's products for this case."""
+        _set_globals(self.case)
 
 
 def open_case(case: Case) -> Opened:
-    """The case after `WARM_UP` passes. PyTorch is left with the case's threads; exported files keep theirs.
+    """Returns the case after `WARM_UP` passes. PyTorch is left with its threads; exported files keep theirs.
 
-    ValueError where the runtime cannot run it.
+    Raises ValueError where the runtime cannot run it.
     """
-    torch.set_num_threads(case.threads)
+    _set_globals(case)
     opened = _open_live(case) if case.runtime in LIVE else _open_exported(case)
     try:
         for _ in range(WARM_UP):
@@ -53,6 +54,11 @@ def open_case(case: Case) -> Opened:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"{case.text} did not run ({reason}); leave it out.") from error
     return opened
+
+
+def _set_globals(case: Case) -> None:
+    torch.set_num_threads(case.threads)
+    set_tf32(case.dtype == "tf32", case.dtype == "tf32")
 
 
 def _open_live(case: Case) -> Opened:
@@ -76,7 +82,10 @@ def _open_live(case: Case) -> Opened:
 
 
 def _compiled(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """Compiled for one shape. PyTorch keeps compiled code by code object, a few for each: every case needs its own."""
+    """Returns the network compiled for one shape.
+
+    PyTorch keeps compiled code by code object, a few for each: every case needs one of its own.
+    """
 
     def forward(x: Tensor) -> Tensor:
         return model(x)

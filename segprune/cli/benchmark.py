@@ -47,6 +47,7 @@ from segprune.export import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.runs.records import benchmark_record, environment
+from segprune.timing import tf32_products
 
 T = TypeVar("T")
 RECORD, TABLE, PLOT = "benchmark.json", "benchmark.csv", "benchmark.png"
@@ -60,6 +61,7 @@ COLUMNS = {  # of the table, from the record's keys
     "median_ms": "median ms",
     "p90_ms": "p90",
     "p99_ms": "p99",
+    "eager_ms": "eager ms",
     "images_per_second": "images/s",
     "faster": "× faster",
     "peak_memory_mb": "memory MB",
@@ -108,6 +110,8 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
     for flag in ("layout", "split", "num_workers"):
         if flag in given and not config.data:
             raise ValueError(f"--{flag} has no effect without --data; leave it out.")
+    if "threads" in given and config.cuda:
+        raise ValueError("--threads has no effect with --cuda, where the GPU is measured; leave it out.")
     device = choose_device(config.cuda)
     cases = _cases(config, given, device)
     show_settings("Benchmark", asdict(config) | {"model_paths": ", ".join(config.model_paths), "cases": len(cases)})
@@ -117,7 +121,7 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
     samples = {number: _samples(config, number) for number in set(classes.values())} if config.data else {}
     threads = torch.get_num_threads()
     try:
-        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder, tf32_products(False):
             records, peaks = _measured(config, cases, samples, Path(folder))
     finally:
         torch.set_num_threads(threads)
@@ -178,7 +182,7 @@ def _size(word: str) -> tuple[int, int]:
 
 def _measured(
     config: BenchmarkConfig, cases: Sequence[Case], samples: Mapping[int, Sequence[Sample]], folder: Path
-) -> tuple[list[dict[str, Any]], dict[int, float]]:
+) -> tuple[list[dict[str, Any]], dict[int | str, float]]:
     """The record of every row, and the machine's peaks."""
     with progress_bar("exporting") as advance, quiet_exporters():
         cases = export_cases(cases, folder, progress=advance)
@@ -218,7 +222,7 @@ def _scores(
         case = one.case
         if _alike(case) in found:
             continue
-        one.ready()
+        one.get_ready()
         with progress_bar(f"scoring {case.text}") as advance:
             score = evaluate(
                 one.predict,
@@ -234,12 +238,13 @@ def _scores(
     return found
 
 
-def _show(records: Sequence[dict[str, Any]], peaks: dict[int, float]) -> None:
+def _show(records: Sequence[dict[str, Any]], peaks: dict[int | str, float]) -> None:
     """A column that says the same in every row, or nothing, is left out; what is the same stands in the title."""
     settings = [key for key in COLUMNS if key not in MEASURED]
+    settings = [key for key in settings if any(row[key] is not None for row in records)]  # threads, on a GPU
     same = [key for key in settings[1:] if len({str(row[key]) for row in records}) == 1]
     known = {key for key in MEASURED if any(row.get(key) is not None for row in records)}
-    shown = [key for key in COLUMNS if (key in known if key in MEASURED else key not in same)]
+    shown = [key for key in COLUMNS if key in known or (key in settings and key not in same)]
     title = ", ".join(f"{COLUMNS[key]} {_text(key, records[0][key])}" for key in same)
     rows = [[_text(key, row.get(key)) for key in shown] for row in records]
     headline = f"Median of {records[0]['runs']} rounds{f'; {title}' if title else ''}"
@@ -248,10 +253,19 @@ def _show(records: Sequence[dict[str, Any]], peaks: dict[int, float]) -> None:
     )
     if left_out:
         show_notes((f"The terminal is too narrow for {', '.join(left_out)}; --save_dir saves them all.",))
-    measured = ", ".join(f"{peak:.0f} with {number_of(number, 'thread')}" for number, peak in peaks.items())
-    console.print(
-        f"Peak: GMAC/s of a product of large float32 matrices in the same rounds, {measured}.", soft_wrap=True
-    )
+    if records[0]["method"] == "cuda graph":
+        measured = ", ".join(f"{peak:.0f} in {precision}" for precision, peak in peaks.items())
+        console.print(f"Peak: GMAC/s of a product of large matrices in the same rounds, {measured}.", soft_wrap=True)
+        console.print(
+            f"Passes were replayed as CUDA graphs on {records[0]['device']}; 'eager ms' is the same pass called from "
+            "Python, which may wait for each kernel's launch longer than the GPU works.",
+            soft_wrap=True,
+        )
+    else:
+        measured = ", ".join(f"{peak:.0f} with {number_of(int(number), 'thread')}" for number, peak in peaks.items())
+        console.print(
+            f"Peak: GMAC/s of a product of large float32 matrices in the same rounds, {measured}.", soft_wrap=True
+        )
     if records[0]["runs"] < 100:
         show_notes(("With fewer than 100 rounds p99 is near the longest pass; raise --rounds and --seconds.",))
 
@@ -263,11 +277,17 @@ def _text(key: str, value: Any) -> str:
         return f"{value[0]}×{value[1]}"
     if key == "peak_share":
         return f"{100 * value:.0f} %"
+    if not isinstance(value, float):
+        return str(value)
     digits = {"miou": 4, "faster": 2, "macs_G": 2, "peak_memory_mb": 0}.get(key, 1)
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    if key.endswith("_ms") and value < 10.0:
+        digits = 2
+    return f"{value:.{digits}f}"
 
 
-def _save(config: BenchmarkConfig, records: Sequence[dict[str, Any]], peaks: dict[int, float], folder: Path) -> None:
+def _save(
+    config: BenchmarkConfig, records: Sequence[dict[str, Any]], peaks: dict[int | str, float], folder: Path
+) -> None:
     from segprune import plots  # here, since drawing takes a second to import and most commands draw nothing
 
     record = {"settings": asdict(config), "rows": records, "peak_gmacs_per_second": peaks}

@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from segprune.cli.console import console, latency_text, measured_on, number_of, show_table
+from segprune.cli.console import console, eager_beside, latency_text, measured_on, number_of, show_table
 from segprune.files import write_json
 from segprune.runs.folder import Fit
 from segprune.runs.records import score_record
-from segprune.stats import Latency
+from segprune.timing import Latency
 
 RESULTS = "pruning_results.json"
 
@@ -70,6 +70,8 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
     )
     height, width = record["model_config"]["input_shape"]
     console.print(measured_on(latencies["original_model"], (height, width)))
+    if sentence := eager_beside(latencies["original_model"], latencies["pruned_model"]):
+        console.print(sentence)
     for label, path in (
         ("Pruned network", record["model_save_path"]),
         ("Fine-tuned network", record.get("finetuned_save_path")),

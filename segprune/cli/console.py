@@ -18,7 +18,7 @@ from rich.table import Table
 
 from segprune.data import LabelReport, Source, check_labels, open_source, readable
 from segprune.inference.evaluate import Score
-from segprune.stats import Latency
+from segprune.timing import Latency, Precision
 
 _QUIET = os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes only the first one talks
 
@@ -247,13 +247,42 @@ def number_of(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
+def precision_of(amp: str, device: torch.device) -> Precision:
+    """Returns the precision in which a run on `device` with this --amp is timed.
+
+    A GPU that trains in half precision is timed in it, else with TF32 for products, as it trains. A CPU is timed in
+    float32, in which networks run there.
+    """
+    if device.type != "cuda":
+        return "fp32"
+    return "fp16" if amp == "fp16" else "bf16" if amp == "bf16" else "tf32"
+
+
 def latency_text(latency: Latency) -> str:
-    return f"{latency.median_ms:.1f} ({latency.low_ms:.1f}–{latency.high_ms:.1f})"
+    digits = 1 if latency.median_ms >= 10.0 else 2
+    return f"{latency.median_ms:.{digits}f} ({latency.low_ms:.{digits}f}–{latency.high_ms:.{digits}f})"
 
 
 def measured_on(latency: Latency, shape: tuple[int, int]) -> str:
-    """One line that says what a latency was measured on."""
+    """One line that says how and on what a latency was measured."""
+    threads = "" if latency.threads is None else f", {number_of(latency.threads, 'thread')}"
+    graph = ", replayed as a CUDA graph" if latency.method == "cuda graph" else ""
     return (
-        f"Latency: median (quartiles) in ms of {latency.runs} runs after a warm-up, batch {latency.batch}, "
-        f"{shape[0]}×{shape[1]} pixels, {latency.dtype}, {latency.device}, {number_of(latency.threads, 'thread')}."
+        f"Latency: median (quartiles) in ms of {latency.runs} runs after a warm-up{graph}, batch {latency.batch}, "
+        f"{shape[0]}×{shape[1]} pixels, {latency.precision}, {latency.device}{threads}."
+    )
+
+
+EAGER_DIFFERS = 1.1  # from so many times the graph's latency on, eager is told beside it
+
+
+def eager_beside(dense: Latency, pruned: Latency) -> str:
+    """One sentence on calls from Python where they take longer than the GPU does; else nothing."""
+    pairs = [(latency.eager_ms, latency.median_ms) for latency in (dense, pruned)]
+    if not any(eager_ms is not None and eager_ms > EAGER_DIFFERS * ms for eager_ms, ms in pairs):
+        return ""
+    return (
+        f"Called from Python a pass takes {dense.eager_ms:.2f} ms dense and {pruned.eager_ms:.2f} ms pruned: the GPU "
+        "waits for each kernel's launch, and their number does not change with the widths; CUDA graphs, larger "
+        "batches or an exported engine (docs/gpu.md) bring the gain."
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from segprune.cli.console import console, progress_bar
+from segprune.cli.console import console, precision_of, progress_bar
 from segprune.cli.plans import read_plan, read_sensitivity, widths_by_group
 from segprune.cli.pruning import PruneConfig, asked_rates, split_names
 from segprune.model import SegFormer
@@ -157,7 +157,7 @@ def pruner_of(
         sensitivity=_sensitivity(config.sensitivity, model, thinned) if config.sensitivity else {},
         widths=read_plan(Path(config.plan)) if config.plan else widths,
         seed=config.seed,
-        latency_table=_latency_table(model) if "latency" in asked else None,
+        latency_table=_latency_table(model, config.amp) if "latency" in asked else None,
         progress=progress,
     )
 
@@ -169,7 +169,8 @@ def _sensitivity(path: str, model: SegFormer, thinned: bool) -> dict[str, float]
     return {name: f for name, f in factors.items() if not thinned or name.rpartition(".")[0] in left}
 
 
-def _latency_table(model: SegFormer) -> Any:
+def _latency_table(model: SegFormer, amp: str) -> Any:
     from segprune.pruning.latency import LatencyTable, default_folder
 
-    return LatencyTable(next(model.parameters()).device, folder=default_folder())
+    device = next(model.parameters()).device
+    return LatencyTable(device, precision_of(amp, device), default_folder())

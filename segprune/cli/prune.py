@@ -18,6 +18,7 @@ from segprune.cli.console import (
     classes_of,
     console,
     open_data,
+    precision_of,
     progress_bar,
     show_notes,
     show_settings,
@@ -34,7 +35,8 @@ from segprune.model import SegFormer, check_input
 from segprune.runs.folder import check_kept
 from segprune.runs.records import environment, network_record, network_size, reduction_record
 from segprune.spec import spec_to_dict, standard_spec, with_folded_head
-from segprune.stats import Latency, count, measure_latency
+from segprune.stats import count
+from segprune.timing import Latency, measure_latency
 from segprune.training.learner import Penalty
 
 
@@ -96,7 +98,13 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
         for name, model in (("dense", dense), ("pruned", pruned)):
             scores[name] = _score(model, source, config, device, f"scoring {name}")
     with progress_bar("timing dense and pruned") as advance:
-        latencies = measure_latency([dense, pruned], config.input_shape, device=device, progress=advance)
+        latencies = measure_latency(
+            [dense, pruned],
+            config.input_shape,
+            device=device,
+            precision=precision_of(config.amp, device),
+            progress=advance,
+        )
     record = _record(config, given, found, pruned, latencies, scores, images) | {"model_save_path": str(path)}
     write_json(record, folder / RESULTS)
     if config.epochs and source is not None:

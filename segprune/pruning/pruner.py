@@ -187,7 +187,7 @@ class Pruner:
                 dense_ms,
                 at,
                 costs.input_shape,
-                device=costs.table.place.device,
+                costs.table.place,
                 at_most=len(self.rates_of) > 1,
             )
         return plans[-1], met.network

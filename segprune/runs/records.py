@@ -16,7 +16,8 @@ import torch
 import segprune
 from segprune.benchmark import Row
 from segprune.inference.evaluate import Score
-from segprune.stats import Counts, Latency
+from segprune.stats import Counts
+from segprune.timing import Latency
 
 
 def network_size(counts: Counts) -> dict[str, Any]:
@@ -49,9 +50,6 @@ def benchmark_record(row: Row, peak_memory: int | None, miou: float | None) -> d
         "runtime": row.runtime,
         "dtype": case.dtype,
         "input_shape": list(case.size),
-        "batch": case.batch,
-        "threads": case.threads,
-        "device": case.device,
         "fold": case.fold,
         **asdict(row.latency),
         "images_per_second": row.images_per_second,

@@ -52,7 +52,8 @@ def test_without_runtimes_checkpoints_run_in_torch_and_exported_files_in_their_o
     ("how", "message"),
     [
         ({"runtimes": ("tvm",)}, "--runtimes tvm is unknown; choose of torch, compile, onnxruntime, openvino, "),
-        ({"dtypes": ("fp8",)}, "--dtypes fp8 is unknown; choose of fp32, bf16, fp16."),
+        ({"dtypes": ("fp8",)}, "--dtypes fp8 is unknown; choose of fp32, tf32, bf16, fp16."),
+        ({"dtypes": ("fp32", "tf32")}, "--dtypes tf32 is how GPUs take products of float32; add --cuda"),
         ({"sizes": ((16, 64),)}, "The input is 16×64 pixels; both sides must be at least 32"),
         ({"batches": (1, 0)}, "--batch_sizes has 0, where 1 and more is allowed"),
         ({"threads": (2, -1)}, "--threads has -1, where 1 and more is allowed; give a larger number."),

@@ -13,6 +13,7 @@ from segprune import load, save
 from segprune.benchmark import Case, Opened, export_cases, grid, measure, open_case, peak_memory
 from segprune.benchmark import memory as memory_module
 from segprune.model import SegFormer
+from segprune.timing import Times
 
 SIZE = (32, 64)
 
@@ -86,7 +87,7 @@ def opened(threads: int, batch: int, macs: int | None) -> Opened:
 def test_the_numbers_of_a_row_follow_from_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
     products = [4.0, 8.0, 8.0]  # ms, of 2**33 MACs
     times = [[10.0, 20.0, 30.0], [5.0, 5.0, 8.0], [40.0, 40.0, 50.0], products]
-    monkeypatch.setattr("segprune.benchmark.rounds.interleaved", lambda turns, **how: times)
+    monkeypatch.setattr("segprune.benchmark.rounds.time_passes", lambda *_, **how: [Times(row, []) for row in times])
     rows, peaks = measure(
         [opened(1, 1, 2 * 10**9), opened(1, 8, None), opened(1, 1, 10**9)], max_rounds=3, max_seconds=1
     )
@@ -100,7 +101,7 @@ def test_the_numbers_of_a_row_follow_from_its_times(monkeypatch: pytest.MonkeyPa
 
 
 def test_every_number_of_threads_has_a_peak_of_its_own_and_runs_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segprune.timing.PRODUCT_SIDE", 8)
+    monkeypatch.setattr("segprune.timing.CPU_SIDE", 8)
     seen: list[int] = []
     cases = [Case("a.pth", "torch", "fp32", SIZE, 1, number) for number in (2, 1)]
     ready = [
@@ -108,7 +109,7 @@ def test_every_number_of_threads_has_a_peak_of_its_own_and_runs_with_it(monkeypa
         for case in cases
     ]
     rows, peaks = measure(ready, max_rounds=3, max_seconds=0.0)
-    assert seen == [2, 2, 1, 1] * 3  # one pass to settle, one that counts
+    assert seen == [2, 1] + [2, 2, 1, 1] * 3  # a warm-up; then one pass to settle, one that counts
     assert list(peaks) == [1, 2]
     assert [row.latency.runs for row in rows] == [3, 3]
 

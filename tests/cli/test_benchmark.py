@@ -23,7 +23,7 @@ QUICK = ("--sizes", "32x32", "--rounds", 3, "--seconds", 0, "--threads", 1)
 
 @pytest.fixture(autouse=True)
 def _small_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segprune.timing.PRODUCT_SIDE", 64)
+    monkeypatch.setattr("segprune.timing.CPU_SIDE", 64)
 
 
 def record_in(folder: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def test_memory_is_measured_once_for_all_threads(small: Path, tmp_path: Path, mo
     ("flags", "message"),
     [
         (("--runtimes", "tvm"), "--runtimes tvm is unknown; choose of torch, compile, onnxruntime, openvino"),
-        (("--dtypes", "int4"), "--dtypes int4 is unknown; choose of fp32, bf16, fp16."),
+        (("--dtypes", "int4"), "--dtypes int4 is unknown; choose of fp32, tf32, bf16, fp16."),
         (("--dtypes", ","), "--dtypes is empty; give it as in fp32,bf16."),
         (("--sizes", "512"), "--sizes is '512'; give it as in 512x512,1024x512."),
         (("--sizes", "16x64"), "The input is 16×64 pixels; both sides must be at least 32"),
@@ -113,6 +113,7 @@ def test_memory_is_measured_once_for_all_threads(small: Path, tmp_path: Path, mo
         (("--threads", "two"), "--threads is 'two'; give it as in 1,2."),
         (("--batch_sizes", ","), "--batch_sizes is empty; give it as in 1,8."),
         (("--split", "train"), "--split has no effect without --data; leave it out."),
+        (("--cuda", "--threads", "2"), "--threads has no effect with --cuda"),
         (("--cuda",), "--cuda was given but PyTorch sees no GPU here"),
     ],
 )

@@ -26,15 +26,18 @@ from segprune.checkpoint import load, save
 from segprune.cli import console as module
 from segprune.cli.console import (
     console,
+    eager_beside,
+    latency_text,
     measured_on,
     number_of,
     one_sentence,
+    precision_of,
     progress_bar,
     show_score,
     show_settings,
 )
 from segprune.inference.evaluate import Score
-from segprune.stats import Latency
+from segprune.timing import Latency, summarise
 from tests.commands import HERE, SIZE, done, invoke, refused
 from tests.dialects import state_in
 
@@ -358,11 +361,48 @@ def test_a_progress_bar_stays_out_of_a_log(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_latency_says_what_it_was_measured_on() -> None:
-    latency = Latency(5.0, 4.5, 6.0, runs=30, batch=1, dtype="float32", device="cpu", threads=2)
-    assert measured_on(latency, (512, 1024)) == (
-        "Latency: median (quartiles) in ms of 30 runs after a warm-up, batch 1, 512×1024 pixels, float32, cpu, "
-        "2 threads."
-    )
+    latency = summarise([5.0] * 30, batch=4, precision="fp32", threads=2)
+    said = measured_on(latency, (512, 1024))
+    for fact in ("30 runs", "batch 4", "512×1024", "fp32", "cpu", "2 threads"):
+        assert fact in said
+    assert "graph" not in said
+
+
+def on_gpu(graph_ms: float, eager_ms: float) -> Latency:
+    spread = (graph_ms,) * 5
+    return Latency(*spread, 30, 1, "bf16", "cuda graph", "NVIDIA H100", threads=None, eager_ms=eager_ms)
+
+
+def test_a_gpu_s_latency_names_the_card_the_graph_and_the_precision_and_no_threads() -> None:
+    said = measured_on(on_gpu(1.2, 4.1), (512, 512))
+    for fact in ("CUDA graph", "NVIDIA H100", "bf16", "30 runs"):
+        assert fact in said
+    assert "thread" not in said
+    assert latency_text(on_gpu(1.234, 4.1)) == "1.23 (1.23–1.23)"
+
+
+def test_eager_is_told_beside_the_graph_where_it_takes_longer() -> None:
+    said = eager_beside(on_gpu(1.36, 4.11), on_gpu(1.2, 4.13))
+    assert "4.11 ms dense" in said
+    assert "4.13 ms pruned" in said
+    assert "launch" in said
+    assert eager_beside(on_gpu(41.4, 41.9), on_gpu(18.9, 19.0)) == ""
+    on_cpu = summarise([5.0] * 3, batch=1, precision="fp32", threads=1)
+    assert eager_beside(on_cpu, on_cpu) == ""
+
+
+@pytest.mark.parametrize(
+    ("amp", "kind", "precision"),
+    [
+        ("no", "cpu", "fp32"),
+        ("bf16", "cpu", "fp32"),
+        ("no", "cuda", "tf32"),
+        ("bf16", "cuda", "bf16"),
+        ("fp16", "cuda", "fp16"),
+    ],
+)
+def test_latency_is_measured_in_the_precision_of_the_run(amp: str, kind: str, precision: str) -> None:
+    assert precision_of(amp, torch.device(kind)) == precision
 
 
 FAULTS = """

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
 from segprune.pruning import prepare as preparing
-from segprune.pruning import pruner
 from segprune.pruning.costs import loss_weights
 from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.importance import l1_scores
@@ -29,20 +26,21 @@ from segprune.pruning.latency import (
     default_folder,
     dense_in_predicted_ms,
     measure_shapes,
-    measured_ratio,
     meet,
     steps,
+    target,
 )
-from segprune.pruning.latency.steps import Place, prepare
+from segprune.pruning.latency.steps import Place, build_step
 from segprune.pruning.plan import AIM, Limit, Plan, solve
 from segprune.pruning.pruner import Pruner
 from segprune.spec import Spec, standard_spec
-from segprune.stats import Latency, layers
+from segprune.stats import layers
+from segprune.timing import Latency, summarise
 from tests.pruning.cutting import STEM, cut_copy
 
 SHAPE = (64, 96)
 PROTECTED = {STEM, "decode_head.classifier"}
-HERE = Place(torch.device("cpu"), torch.float32)
+HERE = Place(torch.device("cpu"), "fp32")
 
 
 def bilinear_ms(shape: Shape) -> float:
@@ -104,7 +102,7 @@ def test_a_step_by_itself_gives_the_shape_and_layout_that_its_layer_gives_in_the
         model(torch.randn(2, 3, *SHAPE))
         for step in steps(model.spec, SHAPE, batch=2):
             name, kind = step.sides[0][0], step.shape.kind
-            out = prepare(step.shape, HERE)()
+            out = build_step(step.shape, HERE)()
             if kind in ("linear", "norm", "pointwise", *last):
                 there = seen[name.removesuffix(last[kind][0]) + last[kind][1] if kind in last else name]
                 assert (out.shape, out.stride()) == (there.shape, there.stride()), (name, kind)
@@ -131,8 +129,8 @@ def test_the_latency_of_any_widths_is_the_sum_over_the_cut_network_s_steps(b0, s
         for g, width in zip(groups, widths.tolist(), strict=True)
     }
     spec = cut_copy(model, list(groups), Plan(keep)).spec
-    predicted = LatencyCosts(model.spec, groups, LatencyTable(measure=Fake()), SHAPE, batch=2).total(widths)
-    assert predicted == pytest.approx(sum(bilinear_ms(step.shape) for step in steps(spec, SHAPE, batch=2)))
+    predicted = LatencyCosts(model.spec, groups, LatencyTable(measure=Fake()), SHAPE).total(widths)
+    assert predicted == pytest.approx(sum(bilinear_ms(step.shape) for step in steps(spec, SHAPE)))
 
 
 def test_full_widths_take_the_sum_over_all_steps(b0) -> None:
@@ -147,7 +145,7 @@ def test_at_measured_widths_a_step_takes_what_was_measured() -> None:
     curve = np.array([1.0, 2.0, 5.0, 10.0, 17.0, 17.0])
     values = np.repeat(curve[None, :, None], 6, axis=2)
     one = np.array([1.0])
-    at = [float(costs._bilinear(grid, values, np.array([float(x)]), one)[0]) for x in (4, 8, 16, 24, 32, 48, 56, 64)]
+    at = [float(costs._interpolate(grid, values, np.array([float(x)]), one)[0]) for x in (4, 8, 16, 24, 32, 48, 56, 64)]
     assert at == [1.0, 1.0, 2.0, 3.5, 5.0, 10.0, 13.5, 17.0]
 
 
@@ -155,8 +153,8 @@ def test_two_widths_are_interpolated_as_a_bilinear_patch() -> None:
     grid = np.array([[[8, 16, 32], [10, 20, 40]]], dtype=float)
     values = np.array([[[1.0, 2.0, 3.0], [4.0, 8.0, 9.0], [5.0, 10.0, 20.0]]])
     x, y = np.array([12.0]), np.array([15.0])
-    assert costs._bilinear(grid, values, x, y)[0] == pytest.approx((1 + 2 + 4 + 8) / 4)
-    assert costs._bilinear(grid, values, np.array([16.0]), np.array([40.0]))[0] == 9.0
+    assert costs._interpolate(grid, values, x, y)[0] == pytest.approx((1 + 2 + 4 + 8) / 4)
+    assert costs._interpolate(grid, values, np.array([16.0]), np.array([40.0]))[0] == 9.0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -215,8 +213,8 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("other", ["device", "dtype", "threads", "torch"])
-def test_a_table_of_another_device_dtype_threads_or_torch_is_not_used(
+@pytest.mark.parametrize("other", ["device", "precision", "threads", "torch"])
+def test_a_table_of_another_device_precision_threads_or_torch_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     LatencyTable(folder=tmp_path, measure=Fake()).require(SHAPES)
@@ -224,7 +222,7 @@ def test_a_table_of_another_device_dtype_threads_or_torch_is_not_used(
         torch.set_num_threads(2)
     if other == "torch":
         monkeypatch.setattr(torch, "__version__", "0.0.1")
-    place = {"device": "meta"} if other == "device" else {"dtype": torch.bfloat16} if other == "dtype" else {}
+    place = {"device": "meta"} if other == "device" else {"precision": "bf16"} if other == "precision" else {}
     fake = Fake()
     LatencyTable(**place, folder=tmp_path, measure=fake).require(SHAPES)
     assert len(fake.asked) == len(SHAPES)
@@ -305,16 +303,15 @@ def test_predictions_are_tied_to_what_is_measured_of_the_same_network(b0, monkey
     predicted = found.total(found.full)
 
     def measured(models: Sequence[nn.Module], shape: tuple[int, int], **options: object) -> list[Latency]:
-        assert (shape, options["device"], options["batch"]) == (SHAPE, torch.device("cpu"), 1)
+        assert (shape, options["device"], options["precision"]) == (SHAPE, torch.device("cpu"), "fp32")
         return [took(1.3 * predicted * (2.0 if network is dense else 1.0)) for network in models]
 
     monkeypatch.setattr(costs, "measure_latency", measured)
-    assert measured_ratio(model, found) == pytest.approx(1.3)
     assert dense_in_predicted_ms(dense, model, found) == pytest.approx(2.0 * predicted)
 
 
 def took(ms: float) -> Latency:
-    return Latency(ms, ms, ms, 3, 1, "float32", "cpu", 1)
+    return summarise([ms] * 3, batch=1, precision="fp32", threads=1)
 
 
 class Timed(nn.Module):
@@ -323,10 +320,17 @@ class Timed(nn.Module):
         self.ms = ms
 
 
-def measure(models: Sequence[Timed], shape: tuple[int, int], **_: object) -> list[Latency]:
-    return [took(model.ms) for model in models]
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network's latency is what it says."""
+
+    def measure(models: Sequence[Timed], shape: tuple[int, int], **_: object) -> list[Latency]:
+        return [took(model.ms) for model in models]
+
+    monkeypatch.setattr(target, "measure_latency", measure)
 
 
+@pytest.mark.usefixtures("timed")
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_a_constant_that_no_cut_removes_and_a_factor_are_corrected_by_measuring(share: float) -> None:
     asked = []
@@ -335,44 +339,55 @@ def test_a_constant_that_no_cut_removes_and_a_factor_are_corrected_by_measuring(
         asked.append(target_ms)
         return Timed(4.0 + 1.2 * target_ms), target_ms
 
-    met = meet(share, Timed(100.0), 100.0, prune, SHAPE, measure=measure)
+    met = meet(share, Timed(100.0), 100.0, prune, SHAPE, HERE)
     assert met.share == pytest.approx(share, rel=0.05)
     assert (met.pruned.median_ms, met.dense.median_ms) == (met.network.ms, 100.0)
-    assert 1 < met.rounds == len(asked) <= 3
+    assert 1 < met.tries == len(asked) <= 3
     assert asked[0] == pytest.approx(100.0 * share)
     assert met.predicted_ms == asked[-1]
 
 
+@pytest.mark.usefixtures("timed")
 def test_what_the_dense_network_would_be_predicted_is_all_that_the_first_plan_needs() -> None:
-    met = meet(0.5, Timed(100.0), 80.0, lambda ms: (Timed(1.25 * ms), ms), SHAPE, measure=measure)
-    assert (met.rounds, met.predicted_ms, met.share) == (1, 40.0, 0.5)
+    met = meet(0.5, Timed(100.0), 80.0, lambda ms: (Timed(1.25 * ms), ms), SHAPE, HERE)
+    assert (met.tries, met.predicted_ms, met.share) == (1, 40.0, 0.5)
 
 
-def test_a_target_that_is_never_measured_is_refused_with_the_nearest() -> None:
+@pytest.mark.usefixtures("timed")
+def test_a_target_that_is_never_measured_is_refused_with_the_least_and_the_rate_that_reaches_it() -> None:
     with pytest.raises(ValueError, match="could not be met") as caught:
-        meet(0.2, Timed(100.0), 100.0, lambda ms: (Timed(max(30.0, 2 * ms)), ms), SHAPE, measure=measure)
-    assert str(caught.value) == (
-        "A latency of 0.200 of the dense network's could not be met within 5% in 3 measured tries; the nearest was "
-        "0.300 (30.0 of 100.0 ms): ask for a rate of 0.700, or try again on a quieter machine."
-    )
+        meet(0.2, Timed(100.0), 100.0, lambda ms: (Timed(max(30.0, 2 * ms)), ms), SHAPE, HERE)
+    for fact in ("0.200", "within 5%", "in 3 measured tries", "0.300 of it", "30.00 of 100.00 ms", "a rate of 0.700"):
+        assert fact in str(caught.value)
 
 
-def test_a_correction_out_of_the_plan_s_reach_is_refused_with_the_nearest() -> None:
+@pytest.mark.usefixtures("timed")
+def test_where_nothing_gets_faster_no_rate_below_zero_is_named() -> None:
+    with pytest.raises(ValueError, match="could not be met") as caught:
+        meet(0.5, Timed(100.0), 100.0, lambda ms: (Timed(101.0), ms), SHAPE, HERE)
+    said = str(caught.value)
+    assert "101.00 of 100.00 ms" in said
+    assert "a rate of params or macs" in said
+    assert "-" not in said
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_correction_out_of_the_plan_s_reach_is_refused_with_what_was_reached() -> None:
     def prune(target_ms: float) -> tuple[nn.Module, float]:
         if target_ms < 40.0:
             raise ValueError("Rate 0.7 is out of reach.")
         return Timed(1.5 * target_ms), target_ms
 
-    with pytest.raises(ValueError, match=re.escape("in 1 measured tries; the nearest was 0.750")):
-        meet(0.5, Timed(100.0), 100.0, prune, SHAPE, measure=measure)
+    with pytest.raises(ValueError, match=r"in 1 measured try; .* 0\.750 of it, .* a rate of 0\.250"):
+        meet(0.5, Timed(100.0), 100.0, prune, SHAPE, HERE)
     with pytest.raises(ValueError, match=r"Rate 0\.7 is out of reach"):
-        meet(0.3, Timed(100.0), 100.0, prune, SHAPE, measure=measure)
+        meet(0.3, Timed(100.0), 100.0, prune, SHAPE, HERE)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, 2.0])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=f"is {share:g} of the dense network's; give a share between 0 and 1"):
-        meet(share, Timed(1.0), 1.0, lambda ms: (Timed(ms), ms), SHAPE, measure=measure)
+        meet(share, Timed(1.0), 1.0, lambda ms: (Timed(ms), ms), SHAPE, HERE)
 
 
 @pytest.mark.parametrize("budgets", [{"latency": 0.3}, {"latency": 0.1, "params": 0.6}])
@@ -386,10 +401,10 @@ def test_the_pruner_meets_a_latency_alone_and_beside_other_budgets(
         return whole.total(whole.full)
 
     def measure(models: Sequence[SegFormer], *_: object, **__: object) -> list[Latency]:
-        return [Latency(1.1 * ms(model), 0.0, 0.0, 3, 1, "float32", "cpu", 1) for model in models]
+        return [took(1.1 * ms(model)) for model in models]
 
     monkeypatch.setattr(preparing, "dense_in_predicted_ms", lambda dense, model, costs: ms(dense))
-    monkeypatch.setattr(pruner, "meet", partial(meet, measure=measure))
+    monkeypatch.setattr(target, "measure_latency", measure)
     work = Pruner(dense, budgets, latency_table=table)
     pruned = work.prune(torch.empty(1, 3, *SHAPE, device="meta"))
     left = {"latency": ms(pruned) / ms(dense)}

@@ -16,7 +16,8 @@ from segprune.runs.records import (
     score_from_record,
     score_record,
 )
-from segprune.stats import Counts, Latency
+from segprune.stats import Counts
+from segprune.timing import Latency
 
 COUNTS = Counts(parameters=1_234_567, macs=2_500_000_000, input_shape=(512, 512))
 SIZE = {
@@ -27,7 +28,7 @@ SIZE = {
     "flops": 5_000_000_000,
     "flops_G": 5.0,
 }
-LATENCY = Latency(5.5, 5.0, 6.25, runs=30, batch=1, dtype="float32", device="cpu", threads=2)
+LATENCY = Latency(5.5, 5.0, 6.25, 7.0, 8.0, 30, 1, "fp16", "cuda graph", "NVIDIA H100", None, 9.5)
 SCORE = Score(0.25, 0.5, 0.75, (0.5, None, 0.0), (0.5, None, None), (1.0, None, 0.0), 3, confusion=((1, 0), (0, 1)))
 SCORE_RECORD = {
     "miou": 0.25,
@@ -54,8 +55,8 @@ def test_what_was_not_measured_is_not_in_the_record() -> None:
 
 
 def test_latency_and_score_stand_beside_the_size() -> None:
-    latency = {"median_ms": 5.5, "low_ms": 5.0, "high_ms": 6.25}
-    latency |= {"runs": 30, "batch": 1, "dtype": "float32", "device": "cpu", "threads": 2}
+    latency = {"median_ms": 5.5, "low_ms": 5.0, "high_ms": 6.25, "p90_ms": 7.0, "p99_ms": 8.0, "runs": 30, "batch": 1}
+    latency |= {"precision": "fp16", "method": "cuda graph", "device": "NVIDIA H100", "threads": None, "eager_ms": 9.5}
     assert network_record(COUNTS, LATENCY, SCORE) == SIZE | {"latency_ms": 5.5, "latency": latency} | SCORE_RECORD
 
 

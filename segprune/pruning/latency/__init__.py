@@ -2,11 +2,12 @@
 
 Additive tables of measured layers follow NetAdapt (arXiv 1804.03230) and FBNet (arXiv 1812.03443). A sum of steps
 misses what they do to each other's caches and launches; so `meet` measures the cut network beside the dense one and
-asks again. Times in milliseconds for one batch in evaluation mode, on one device with the threads that torch has.
+asks again. Times are milliseconds for one image in evaluation mode, in one place: a device, a precision and, on a
+CPU, the number of threads that torch has. On a GPU all of them are of replayed CUDA graphs (segprune/timing.py).
 """
 
-from segprune.pruning.latency.costs import LatencyCosts, dense_in_predicted_ms, measured_ratio
-from segprune.pruning.latency.steps import Shape, steps
+from segprune.pruning.latency.costs import LatencyCosts, dense_in_predicted_ms
+from segprune.pruning.latency.steps import Place, Shape, steps
 from segprune.pruning.latency.table import LatencyTable, default_folder, measure_shapes
 from segprune.pruning.latency.target import Met, meet
 
@@ -14,11 +15,11 @@ __all__ = [
     "LatencyCosts",
     "LatencyTable",
     "Met",
+    "Place",
     "Shape",
     "default_folder",
     "dense_in_predicted_ms",
     "measure_shapes",
-    "measured_ratio",
     "meet",
     "steps",
 ]

@@ -1,4 +1,7 @@
-"""The latency of a SegFormer as a function of its groups' widths, interpolated between measured steps."""
+"""The latency of a SegFormer as a function of its groups' widths, interpolated between measured steps.
+
+S is the number of steps of a forward pass, L of the network's layers, P of the points that an axis is padded to.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,22 @@ from torch import nn
 
 from segprune.pruning.costs import Costs, Widths
 from segprune.pruning.groups import Group
-from segprune.pruning.latency.steps import Shape, Step, steps
-from segprune.pruning.latency.table import LatencyTable, Progress
+from segprune.pruning.latency.steps import Shape, Side, Step, steps
+from segprune.pruning.latency.table import LatencyTable
 from segprune.spec import Spec
-from segprune.stats import layers, measure_latency
+from segprune.stats import layers
+from segprune.timing import Progress, measure_latency
 
 SHARES = (0.125, 0.25, 0.5, 0.75)  # of a width, at which its steps are measured, beside the whole
 MULTIPLE = 8  # of which the measured widths are multiples; below it nothing gets faster
+NUM_POINTS = len(SHARES) + 2  # the whole width, and one point beyond it that every axis is padded with
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Axes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class LatencyCosts:
-    """Predicted ms of one batch at any widths: every step's time added up.
+    """Predicted ms of one image at any widths: every step's time added up.
 
     A step is measured on a grid of its one or two widths, made monotone by running maxima (nothing gets slower by
     becoming narrower), and interpolated linearly in between. Of an attention that loses whole heads the time falls
@@ -36,122 +41,140 @@ class LatencyCosts:
         groups: Sequence[Group],
         table: LatencyTable,
         input_shape: tuple[int, int],
-        batch: int = 1,
         progress: Progress | None = None,
     ) -> None:
         rows = layers(spec, input_shape)
         self._sides = Costs(rows, groups, "macs")
-        self.groups = groups
-        self.full = self._sides.full
-        self.table, self.input_shape, self.batch = table, input_shape, batch
-        found = steps(spec, input_shape, batch)
-        self._place_widths(found, [row.name for row in rows])
-        narrow = self._sides.dims(np.ones_like(self.full))
-        movable = {
-            (row.name, side): narrow[side, i] < dim
-            for i, row in enumerate(rows)
-            for side, dim in enumerate((row.in_dim, row.out_dim))
-        }
-        self._fill(found, [tuple(movable[side] for side in step.sides) for step in found], progress)
+        self.groups, self.full = groups, self._sides.full
+        self.table, self.input_shape = table, input_shape
+
+        all_steps = steps(spec, input_shape)
+        self._find_widths(all_steps, [row.name for row in rows])
+
+        # A width can change if it is narrower once every group has a single channel left.
+        narrowest = self._sides.dims(np.ones_like(self.full))
+        movable: set[Side] = set()
+        for i, row in enumerate(rows):
+            if narrowest[0, i] < row.in_dim:
+                movable.add((row.name, 0))
+            if narrowest[1, i] < row.out_dim:
+                movable.add((row.name, 1))
+
+        axes = [_axes(step, movable) for step in all_steps]
+        self._measure(all_steps, axes, progress)
 
     def total(self, widths: Widths) -> float:
-        """ms; 0 < widths <= full."""
-        dims = np.append(self._sides.dims(widths), 1.0)  # the one is the second width of steps that have a single one
-        heads = np.append(widths / self.full, 1.0)[self._heads]
-        x = np.maximum(dims[self._first], dims[self._other]) / (self._num_heads * heads)
-        return float((heads * _bilinear(self._grid, self._values, x, dims[self._second])).sum())
+        """Returns the predicted ms; 0 < widths <= full."""
+        dims = np.append(self._sides.dims(widths), 1.0)
+        head_shares = np.append(widths / self.full, 1.0)[self._head_group]
 
-    def _place_widths(self, found: Sequence[Step], names: list[str]) -> None:
-        """For every step, which of the 2 L widths it reads: `_first` or, for attention, the larger of that and `_other`
-        per head; and `_second`."""
-        index = {(name, side): side * len(names) + i for i, name in enumerate(names) for side in (0, 1)}
-        of_heads = {group.name.removesuffix(".heads"): g for g, group in enumerate(self.groups) if group.kind == "head"}
-        none, no_group = 2 * len(names), len(self.groups)
+        # The wider one counts where a step has two widths for its first: queries and values of attention, per head.
+        first = np.maximum(dims[self._first], dims[self._other]) / (self._num_heads * head_shares)
+        times_ms = _interpolate(self._grid, self._times_ms, first, dims[self._second])
+        return float((head_shares * times_ms).sum())
+
+    def _find_widths(self, all_steps: Sequence[Step], names: list[str]) -> None:
+        """Sets where each step finds its widths among the inputs and outputs of all layers, 2 L, and a 1 behind them.
+
+        `_second` points at that 1 where a step has one width alone. `_head_group` points at the group of whole heads
+        of an attention, and at a 1 behind all groups for every other step.
+        """
+        place = {(name, side): side * len(names) + i for i, name in enumerate(names) for side in (0, 1)}
+        head_group = {
+            group.name.removesuffix(".heads"): g for g, group in enumerate(self.groups) if group.kind == "head"
+        }
+        one, no_group = 2 * len(names), len(self.groups)
+
         columns = []
-        for step in found:
-            first, last = index[step.sides[0]], index[step.sides[-1]]
+        for step in all_steps:
+            first, last = place[step.sides[0]], place[step.sides[-1]]
             if step.shape.kind == "attention":
-                columns.append((first, last, none, step.shape.sizes[1], of_heads.get(step.sides[0][0], no_group)))
+                name, num_heads = step.sides[0][0], step.shape.sizes[1]
+                columns.append((first, last, one, num_heads, head_group.get(name, no_group)))
+            elif len(step.sides) == 2:
+                columns.append((first, first, last, 1, no_group))
             else:
-                columns.append((first, first, last if len(step.sides) == 2 else none, 1, no_group))
-        self._first, self._other, self._second, self._num_heads, self._heads = np.array(columns, dtype=np.int64).T
+                columns.append((first, first, one, 1, no_group))
 
-    def _fill(self, found: Sequence[Step], movable: Sequence[tuple[bool, ...]], progress: Progress | None) -> None:
-        """Measure all grids, and set `_grid` (S 2 P) and `_values` (S P P) of the S steps."""
-        axes = [_axes(step, moves) for step, moves in zip(found, movable, strict=True)]
-        points = [_points(step.shape, pair) for step, pair in zip(found, axes, strict=True)]
-        self.table.require([shape for shapes in points for shape in shapes], progress)
-        size = 1 + len(SHARES) + 1
-        self._grid = np.array([[_padded(axis, size) for axis in pair] for pair in axes], dtype=np.float64)
-        self._values = np.empty((len(found), size, size))
-        for i, (pair, shapes) in enumerate(zip(axes, points, strict=True)):
-            times = np.array([self.table.time_ms(shape) for shape in shapes]).reshape([len(axis) for axis in pair])
-            for axis in (0, 1):
-                times = np.maximum.accumulate(times, axis=axis)
-            self._values[i] = np.pad(times, [(0, size - n) for n in times.shape], mode="edge")
+        table = np.array(columns, dtype=np.int64)  # S 5
+        self._first, self._other, self._second, self._num_heads, self._head_group = table.T
+
+    def _measure(self, all_steps: Sequence[Step], axes: Sequence[Axes], progress: Progress | None) -> None:
+        """Sets `_grid` (S 2 P), the widths of every step at which it was measured, and `_times_ms` there (S P P)."""
+        shapes = [_shapes_on_grid(step.shape, pair) for step, pair in zip(all_steps, axes, strict=True)]
+        self.table.require([shape for row in shapes for shape in row], progress)
+
+        self._grid = np.array([[_padded(first), _padded(second)] for first, second in axes], dtype=np.float64)
+        self._times_ms = np.empty((len(all_steps), NUM_POINTS, NUM_POINTS))
+
+        for i, (first, second) in enumerate(axes):
+            measured = [self.table.time_ms(shape) for shape in shapes[i]]
+            times_ms = np.array(measured).reshape(len(first), len(second))
+
+            # Measurements scatter; but nothing gets slower by becoming narrower.
+            times_ms = np.maximum.accumulate(times_ms, axis=0)
+            times_ms = np.maximum.accumulate(times_ms, axis=1)
+
+            missing = [(0, NUM_POINTS - size) for size in times_ms.shape]
+            self._times_ms[i] = np.pad(times_ms, missing, mode="edge")
 
 
-def measured_ratio(model: nn.Module, costs: LatencyCosts, *, max_seconds: float = 3.0) -> float:
-    """What the network that `costs` describes takes, as a multiple of what they predict for it at full widths."""
-    return _measured_ms([model], costs, max_seconds)[0] / costs.total(costs.full)
+def dense_in_predicted_ms(dense: nn.Module, model: nn.Module, costs: LatencyCosts) -> float:
+    """Returns what `costs`, which describe `model`, would say of `dense`, the network before its head was folded.
 
-
-def dense_in_predicted_ms(
-    dense: nn.Module, model: nn.Module, costs: LatencyCosts, *, max_seconds: float = 3.0
-) -> float:
-    """What `costs`, which describe `model`, would say of `dense`, the network before its decode head was folded.
-
-    Both are measured in turn, so that only their ratio counts and the state of the machine does not.
+    Both are measured in turns, so that only their ratio counts and the state of the machine does not.
     """
-    dense_ms, model_ms = _measured_ms([dense, model], costs, max_seconds)
-    return costs.total(costs.full) * dense_ms / model_ms
-
-
-def _measured_ms(models: Sequence[nn.Module], costs: LatencyCosts, max_seconds: float) -> list[float]:
-    device = costs.table.place.device
-    found = measure_latency(
-        models, costs.input_shape, device=device, batch=costs.batch, max_runs=100, max_seconds=max_seconds
+    place = costs.table.place
+    before, after = measure_latency(
+        [dense, model], costs.input_shape, device=place.device, precision=place.precision, max_runs=100
     )
-    return [latency.median_ms for latency in found]
+    return costs.total(costs.full) * before.median_ms / after.median_ms
 
 
-def _axes(step: Step, movable: tuple[bool, ...]) -> Axes:
-    """The widths at which a step is measured, ascending, for its first and its second width."""
+def _axes(step: Step, movable: set[Side]) -> Axes:
+    """Returns the widths at which a step is measured, ascending, of its first and of its second width."""
+    dims = step.shape.dims
     if step.shape.kind == "attention":
-        return _axis(step.shape.dims[0], any(movable)), (1,)
-    first, *second = (_axis(dim, moves) for dim, moves in zip(step.shape.dims, movable, strict=True))
-    return first, second[0] if second else (1,)
+        return _axis(dims[0], not movable.isdisjoint(step.sides)), (1,)
+    if len(dims) == 1:
+        return _axis(dims[0], step.sides[0] in movable), (1,)
+    return _axis(dims[0], step.sides[0] in movable), _axis(dims[1], step.sides[1] in movable)
 
 
-def _axis(full: int, movable: bool) -> tuple[int, ...]:
-    if not movable:
+def _axis(full: int, is_movable: bool) -> tuple[int, ...]:
+    if not is_movable:
         return (full,)
     rounded = {max(MULTIPLE, MULTIPLE * round(share * full / MULTIPLE)) for share in SHARES}
     return (*sorted(width for width in rounded if width < full), full)
 
 
-def _points(full: Shape, axes: Axes) -> list[Shape]:
+def _shapes_on_grid(full: Shape, axes: Axes) -> list[Shape]:
     return [Shape(full.kind, full.sizes, dims[: len(full.dims)]) for dims in product(*axes)]
 
 
-def _padded(axis: tuple[int, ...], size: int) -> list[int]:
-    """Filled up with widths beyond the full one, which none reaches."""
-    return [*axis, *(axis[-1] + 1 + i for i in range(size - len(axis)))]
+def _padded(axis: tuple[int, ...]) -> list[int]:
+    """Returns the axis with widths beyond the full one, which none reaches, up to `NUM_POINTS`."""
+    return [*axis, *(axis[-1] + 1 + i for i in range(NUM_POINTS - len(axis)))]
 
 
-def _bilinear(grid: Floats, values: Floats, x: Floats, y: Floats) -> Floats:
-    """Of S surfaces (grid S 2 P, values S P P) the value at (x, y), S; outside the grid that of its rim."""
+def _interpolate(grid: Floats, values: Floats, x: Floats, y: Floats) -> Floats:
+    """Returns the value at (x, y) of each of S surfaces (grid S 2 P, values S P P); outside the grid its rim's."""
     every = np.arange(len(x))
-    (i, across), (j, along) = (_cell(grid[:, axis], at) for axis, at in enumerate((x, y)))
-    low = values[every, i, j] * (1.0 - along) + values[every, i, j + 1] * along
-    high = values[every, i + 1, j] * (1.0 - along) + values[every, i + 1, j + 1] * along
-    result: Floats = low * (1.0 - across) + high * across
+    i, x_share = _find_cell(grid[:, 0], x)
+    j, y_share = _find_cell(grid[:, 1], y)
+
+    # Along y on the cell's two sides first, then between the sides along x.
+    lower = values[every, i, j] * (1.0 - y_share) + values[every, i, j + 1] * y_share
+    upper = values[every, i + 1, j] * (1.0 - y_share) + values[every, i + 1, j + 1] * y_share
+    result: Floats = lower * (1.0 - x_share) + upper * x_share
     return result
 
 
-def _cell(axis: Floats, at: Floats) -> tuple[Ints, Floats]:
-    """Between which two points of its axis (S P) each lies, and how far along, in [0, 1]."""
-    i = np.maximum((at[:, None] >= axis[:, :-1]).sum(axis=1) - 1, 0)
+def _find_cell(axis: Floats, at: Floats) -> tuple[Ints, Floats]:
+    """Returns the point of each axis (S P) that lies below `at`, and the share of the way to the next, in [0, 1]."""
+    below = (axis[:, :-1] <= at[:, None]).sum(axis=1) - 1
+    i = np.maximum(below, 0)  # what lies before the first point takes its value
+
     every = np.arange(len(at))
-    low, high = axis[every, i], axis[every, i + 1]
-    return i, np.clip((at - low) / (high - low), 0.0, 1.0)
+    start, end = axis[every, i], axis[every, i + 1]
+    return i, np.clip((at - start) / (end - start), 0.0, 1.0)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from segprune.model import PatchEmbed, attend, to_map, to_tokens
 from segprune.spec import Spec, StageSpec
 from segprune.stats import Layer, layers
+from segprune.timing import DTYPE_OF, Precision
 
 Kind = Literal[
     "embed",  # sizes B H W kernel stride; dims in, out
@@ -144,7 +145,11 @@ class Place:
     """Where a step is run. Tensors hold ones: times do not depend on values, and no random state moves."""
 
     device: torch.device
-    dtype: torch.dtype
+    precision: Precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPE_OF[self.precision]
 
     def ones(self, size: Sequence[int], dim: int) -> Tensor:
         return torch.ones((*size, dim), device=self.device, dtype=self.dtype)
@@ -166,8 +171,8 @@ class Place:
 Runner = Callable[[], Tensor]
 
 
-def prepare(shape: Shape, place: Place) -> Runner:
-    """The step, ready to be run again and again."""
+def build_step(shape: Shape, place: Place) -> Runner:
+    """Returns the step, ready to be run again and again."""
     return _BUILDERS[shape.kind](place, shape.sizes, shape.dims)
 
 

@@ -1,7 +1,7 @@
-"""Times of single steps on one device, each measured once and kept in a file.
+"""Times of single steps in one place, each measured once and kept in a file.
 
-A file belongs to one device, dtype, number of threads and version of torch; it is only a cache, so one that is damaged
-or another's is measured anew and written over.
+A file belongs to one device, precision, way of measuring, number of threads and version of torch. It is only a cache:
+one that is damaged, or of another place, is measured anew and written over.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from segprune.files import check_writable, write_json
-from segprune.pruning.latency.steps import Place, Runner, Shape, prepare
+from segprune.pruning.latency.steps import Place, Shape, build_step
+from segprune.timing import Call, GraphRecorder, Precision, Progress, Turn, tf32_products, time_in_turns
 
-Progress = Callable[[int, int], None]
 Measure = Callable[[Sequence[Shape], Place, Progress | None], list[float]]
-FORMAT = 1
-MIN_ROUNDS, MAX_ROUNDS = 3, 7  # in each of which every shape is timed once, behind one that only warms up
+FORMAT = 2
+MIN_ROUNDS, MAX_ROUNDS = 3, 7  # in each of which every shape is timed once, after a round that only warms up
 MAX_SECONDS = 30.0  # no further round is begun after that
-CUDA_CALLS = 10  # back to back, so that launches overlap with work as in a network
+GRAPH_STEPS = 20  # of a shape in one CUDA graph, so that the launch of the graph hardly counts
 
 
 class LatencyTable:
@@ -39,47 +39,54 @@ class LatencyTable:
     def __init__(
         self,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        precision: Precision = "fp32",
         folder: str | os.PathLike[str] | None = None,
         *,
         measure: Measure | None = None,
     ) -> None:
-        self.place = Place(torch.device(device), dtype)
+        self.place = Place(torch.device(device), precision)
         self._measure = measure_shapes if measure is None else measure
+
+        on_gpu = self.place.device.type == "cuda"
         self._header = {
             "format": FORMAT,
             "device": _device_name(self.place.device),
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
+            "precision": precision,
+            "method": "cuda graph" if on_gpu else "eager",
+            "threads": None if on_gpu else torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        name = re.sub(r"[^\w.+]+", "-", "-".join(str(value) for value in self._header.values()))
+
+        words = [str(value) for value in self._header.values() if value is not None]
+        name = re.sub(r"[^\w.+]+", "-", "-".join(words))
         self.path = None if folder is None else Path(folder) / f"latency-{name}.json"
         self._times = {} if self.path is None else _read(self.path, self._header)
 
     def require(self, shapes: Iterable[Shape], progress: Progress | None = None) -> None:
-        """Measure those of the shapes that the table does not have yet, and write the file.
+        """Measures those of the shapes that the table does not have yet, and writes the file.
 
-        OSError, before anything is measured, if it cannot be written. `progress` gets how many timings are done, and
-        of how many.
+        Raises OSError, before anything is measured, if it cannot be written. `progress` is given how many timings are
+        done, and of how many.
         """
         missing = sorted({shape for shape in shapes if str(shape) not in self._times}, key=str)
         if not missing:
             return
         if self.path is not None:
             check_writable(self.path.parent)
+
         times = self._measure(missing, self.place, progress)
         self._times |= {str(shape): ms for shape, ms in zip(missing, times, strict=True)}
+
         if self.path is not None:
             write_json(self._header | {"times_ms": self._times}, self.path)
 
     def time_ms(self, shape: Shape) -> float:
-        """KeyError for a shape that was never required."""
+        """Raises KeyError for a shape that was never required."""
         return self._times[str(shape)]
 
 
 def default_folder() -> Path:
-    """Where caches of this user lie by the system's custom: segprune's folder there. It is not made here."""
+    """Returns segprune's folder where this system keeps a user's caches. It is not made here."""
     if os.name == "nt":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     else:
@@ -88,53 +95,51 @@ def default_folder() -> Path:
 
 
 def measure_shapes(shapes: Sequence[Shape], place: Place, progress: Progress | None = None) -> list[float]:
-    """Median ms of each shape over rounds that time all of them in turn.
+    """Returns the median ms of each shape over rounds that time all of them in turn.
 
     So a shape finds the caches as other work left them, like in a network, and a disturbance of the machine falls on
     one round of many shapes instead of on all runs of a few.
     """
-    times: list[list[float]] = [[] for _ in shapes]
-    start = time.perf_counter()
-    total = (1 + MAX_ROUNDS) * len(shapes)
-    with torch.inference_mode():
-        for i in range(1 + MAX_ROUNDS):
-            if i > MIN_ROUNDS and time.perf_counter() - start > MAX_SECONDS:
-                break
-            for j, (shape, row) in enumerate(zip(shapes, times, strict=True)):
-                row.append(_time_ms(prepare(shape, place), place.device))
-                if progress is not None:
-                    progress(i * len(shapes) + j + 1, total)
-    if progress is not None:
-        progress(total, total)
-    return [statistics.median(row[1:]) for row in times]
+    on_gpu = place.device.type == "cuda"
+    with tf32_products(place.precision == "tf32"), torch.inference_mode():
+        # A step is built anew for each turn: all of them together may not fit into memory.
+        if on_gpu:
+            recorder = GraphRecorder(place.device)
+            turns = [Turn(partial(_record, shape, place, recorder), place.device, GRAPH_STEPS) for shape in shapes]
+        else:
+            turns = [Turn(partial(build_step, shape, place), place.device) for shape in shapes]
+
+        rows = time_in_turns(
+            turns,
+            min_rounds=1 + MIN_ROUNDS,
+            max_rounds=1 + MAX_ROUNDS,
+            max_seconds=MAX_SECONDS,
+            progress=progress,
+        )
+
+    return [statistics.median(times_ms[1:]) for times_ms in rows]
 
 
-def _time_ms(run: Runner, device: torch.device) -> float:
-    calls = 1
-    if device.type == "cuda":
-        calls = CUDA_CALLS
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3 / calls
+def _record(shape: Shape, place: Place, recorder: GraphRecorder) -> Call:
+    return recorder.record(build_step(shape, place), GRAPH_STEPS)
 
 
 def _device_name(device: torch.device) -> str:
-    """The GPU's or the processor's model: a home folder may be shared by several machines."""
+    """Returns the GPU's or the processor's model: a home folder may be shared by several machines."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        found = None
-    name = found[1] if found else platform.processor() or platform.machine()
+        text = ""
+    line = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = line[1] if line else platform.processor() or platform.machine()
     return f"{device.type} {name}"
 
 
 def _read(path: Path, header: dict[str, Any]) -> dict[str, float]:
+    """Returns the times in the file; none where it is missing, damaged or has another header."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         times = data.pop("times_ms")
