@@ -14,6 +14,7 @@ from segprune.data import Source, letterbox, load_image, normalise
 from segprune.data.pixels import Place
 from segprune.data.transforms import Bytes
 from segprune.inference.inputs import PICTURES
+from segprune.pruning.importance import NEED_DATA
 
 BATCH = 8
 
@@ -49,8 +50,6 @@ def places_of(source: Source, split: str = "train") -> Sequence[Place]:
 
 def images_for(config: PruneConfig, source: Source | None) -> list[Tensor]:
     """Pictures for the method and the repair: none where nobody needs them, or by default where --data has none."""
-    from segprune.pruning.importance import NEED_DATA
-
     if not needs_images(config):
         return []
     try:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from segprune.cli.console import console, precision_of, progress_bar
-from segprune.cli.plans import read_plan, read_sensitivity, widths_by_group
+from segprune.cli.plans import read_plan, read_sensitivity
 from segprune.cli.pruning import PruneConfig, asked_rates, split_names
 from segprune.model import SegFormer
+from segprune.pruning.depth import branch_scores, choose, noise, remove
+from segprune.pruning.latency import LatencyTable, default_folder
+from segprune.pruning.patterns import parse_values
+from segprune.pruning.plan import check_least
+from segprune.pruning.pruner import Pruner
+from segprune.pruning.pruner_l1 import L1Pruner
 from segprune.spec import with_folded_head
 from segprune.stats import count
-from segprune.training.learner import Penalty
-
-if TYPE_CHECKING:  # importing it needs torch-pruning, which other commands do without
-    from segprune.pruning.pruner import Pruner
 
 
 def cut_network(
@@ -27,9 +29,9 @@ def cut_network(
     config: PruneConfig,
     given: frozenset[str],
     images: list[Tensor],
-    trained: Callable[[SegFormer, str, Penalty | None], SegFormer],
+    trained: Callable[[SegFormer, str], SegFormer],
 ) -> SegFormer:
-    """The network as the flags ask for it; `trained` trains it on, named by what for, between steps or before all."""
+    """The network as the flags ask for it; `trained` trains it on, named by what for, between steps."""
     x = torch.empty(1, 3, *config.input_shape, device="meta")
     images = [batch.to(next(dense.parameters()).device) for batch in images]
     start = model = _without_branches(dense, config, given, images) if config.depth else dense
@@ -38,40 +40,16 @@ def cut_network(
         with progress_bar(text) as advance:
             rates = _rates_of_step(step, dense, start, model, config, asked_rates(config, given))
             pruner = pruner_of(config, given, model, images, rates, advance, thinned=bool(config.depth))
-            if not config.sparse_epochs:
-                model = pruner.prune(x)
-        if config.sparse_epochs:
-            model = _cut_once_sparse(pruner, config, given, images, trained)
+            pruned = pruner.prune(x)
+            assert isinstance(pruned, SegFormer)
+            model = pruned
         if config.step_epochs and step + 1 < config.steps:
-            model = trained(model, f"step{step + 1}", None)
+            model = trained(model, f"step{step + 1}")
     return model
-
-
-def _cut_once_sparse(
-    pruner: Pruner,
-    config: PruneConfig,
-    given: frozenset[str],
-    images: list[Tensor],
-    trained: Callable[[SegFormer, str, Penalty | None], SegFormer],
-) -> SegFormer:
-    """Decide, train the network until what goes is worth little, and cut it then."""
-    from segprune.pruning.sparsity import group_lasso
-
-    x = torch.empty(1, 3, *config.input_shape, device="meta")
-    plan, groups = pruner.decide(x)
-    lasso, whole = group_lasso(groups, plan), pruner.prepare(x).model
-    assert isinstance(whole, SegFormer)
-    model = trained(whole, "sparse", lambda network: config.sparse_weight * lasso(network))
-    widths = {group.name: width for group, width in widths_by_group(plan, groups)}
-    with progress_bar("pruning") as advance:
-        return pruner_of(config, given, model, images, {}, advance, widths=widths).prune(x)
 
 
 def _without_branches(dense: SegFormer, config: PruneConfig, given: frozenset[str], images: list[Tensor]) -> SegFormer:
     """The network without the branches whose absence its output shows least; noise stands in for missing pictures."""
-    from segprune.pruning.depth import branch_scores, choose, noise, remove
-    from segprune.pruning.plan import check_least
-
     x, rates = torch.empty(1, 3, *config.input_shape, device="meta"), asked_rates(config, given)
     pruner = pruner_of(config, given, dense, images, None)
     whole = pruner.prepare(x)
@@ -125,17 +103,12 @@ def pruner_of(
     rates: Mapping[str, float] | None,
     progress: Callable[[int, int], None] | None = None,
     *,
-    widths: Mapping[str, int] | None = None,
     thinned: bool = False,
-) -> Any:
-    """The pruner that the flags ask for; `rates` by unit, None for those of the flags; `widths` in place of a plan.
+) -> Pruner:
+    """The pruner that the flags ask for; `rates` by unit, None for those of the flags.
 
     `thinned`: branches of the network that a scan may name are gone.
     """
-    from segprune.pruning.patterns import parse_values
-    from segprune.pruning.pruner import Pruner
-    from segprune.pruning.pruner_l1 import L1Pruner
-
     asked = asked_rates(config, given) if rates is None else rates
     pruner: Any = L1Pruner if config.pruning_method == "l1" else Pruner  # which refuses unknown words itself
     return pruner(
@@ -149,13 +122,11 @@ def pruner_of(
         heads=config.heads,
         keep_decoder=config.keep_decoder,
         uniform=config.uniform,
-        price=config.price,
-        normalise=config.normalise,
         max_rate=parse_values(config.max_rate, "--max_rate"),
         rates=parse_values(config.rates, "--rates"),
         ignore=split_names(config.ignore),
         sensitivity=_sensitivity(config.sensitivity, model, thinned) if config.sensitivity else {},
-        widths=read_plan(Path(config.plan)) if config.plan else widths,
+        widths=read_plan(Path(config.plan)) if config.plan else None,
         seed=config.seed,
         latency_table=_latency_table(model, config.amp) if "latency" in asked else None,
         progress=progress,
@@ -169,8 +140,6 @@ def _sensitivity(path: str, model: SegFormer, thinned: bool) -> dict[str, float]
     return {name: f for name, f in factors.items() if not thinned or name.rpartition(".")[0] in left}
 
 
-def _latency_table(model: SegFormer, amp: str) -> Any:
-    from segprune.pruning.latency import LatencyTable, default_folder
-
+def _latency_table(model: SegFormer, amp: str) -> LatencyTable:
     device = next(model.parameters()).device
     return LatencyTable(device, precision_of(amp, device), default_folder())

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from segprune.cli.console import console, show_table
 from segprune.files import write_json
-
-if TYPE_CHECKING:  # importing them needs torch-pruning, which other commands do without
-    from segprune.pruning.groups import Group
-    from segprune.pruning.plan import Plan
+from segprune.pruning.groups import Group
+from segprune.pruning.plan import Plan
 
 PLAN = "plan.json"
 EXPLAINED = (

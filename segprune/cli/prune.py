@@ -32,12 +32,12 @@ from segprune.data import Source
 from segprune.files import check_writable, write_json
 from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.model import SegFormer, check_input
+from segprune.pruning.prepare import check_head
 from segprune.runs.folder import check_kept
 from segprune.runs.records import environment, network_record, network_size, reduction_record
 from segprune.spec import spec_to_dict, standard_spec, with_folded_head
 from segprune.stats import count
 from segprune.timing import Latency, measure_latency
-from segprune.training.learner import Penalty
 
 
 def run(config: PruneConfig, given: frozenset[str]) -> None:
@@ -46,8 +46,6 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     Writes SAVE_DIR/METHOD/PHI/PHI_pruned_RATE.pth, which `segprune train`, `segprune eval` and
     `segprune.load` read, and pruning_results.json beside it.
     """
-    from segprune.pruning.prepare import check_head  # here, since other commands need no torch-pruning
-
     check_flags(config, given)
     check_input((1, 3, *config.input_shape))
     device = choose_device(config.cuda)
@@ -76,19 +74,16 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     classes = {} if source is None else classes_of(source, found.spec.num_classes)
     extra = classes | found.extra | {"pruning": _pruning_config(config, given, images)}
 
-    def trained(model: SegFormer, name: str, penalty: Penalty | None) -> SegFormer:
-        """Between two steps of pruning, or with a penalty before the cut."""
+    def trained(model: SegFormer, name: str) -> SegFormer:
+        """Between two steps of pruning."""
         assert source is not None
-        title = "Training towards the cut" if penalty else f"Fine-tuning after {name.replace('step', 'step ')}"
-        console.print(f"\n{title}", style="bold")
+        console.print(f"\nFine-tuning after {name.replace('step', 'step ')}", style="bold")
         start = path.with_name(f"{path.stem}_{name}.pth")
         checkpoint.save(model, start, extra=extra)
-        epochs = config.step_epochs if penalty is None else config.sparse_epochs
-        settings = replace(fine_tuning, model_path=str(start), epochs=epochs, save_dir=str(finetuned_folder(start)))
-        done = fit_with(settings, model, source, pixels, extra, teacher, penalty=penalty, partial=True)
-        if penalty is None:
-            return checkpoint.load(done.path).to(device)
-        return model.to(device)  # of a penalty the last epoch has felt most
+        folder = str(finetuned_folder(start))
+        settings = replace(fine_tuning, model_path=str(start), epochs=config.step_epochs, save_dir=folder)
+        done = fit_with(settings, model, source, pixels, extra, teacher, partial=True)
+        return checkpoint.load(done.path).to(device)
 
     # before any scoring: what cannot be met is said at once
     pruned = cut_network(dense, config, given, images, trained)
@@ -119,10 +114,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
 
 def _resolved(config: PruneConfig, given: frozenset[str]) -> dict[str, Any]:
     """The flags with what is taken where one was left out, and without a rate that nothing asks for."""
-    from segprune.pruning.costs import default_price
-
-    known: dict[str, Any] = {"price": config.price or default_price(config.uniform)}
-    known["repair"] = config.repair is not False and bool(config.data or config.images)
+    known: dict[str, Any] = {"repair": config.repair is not False and bool(config.data or config.images)}
     if config.budgets or config.rate_of not in asked_rates(config, given):
         known |= {"pruning_rate": None, "rate_of": None}
     return asdict(config) | known
@@ -222,21 +214,19 @@ def _fine_tuning(config: PruneConfig, path: Path) -> TrainSettings:
 
 
 NOTED = (
-    *("budgets", "scope", "price", "normalise", "round_to", "max_rate", "rates", "ignore", "plan", "steps"),
-    *("sparse_epochs", "depth", "heads", "keep_decoder", "uniform", "seed"),
+    *("budgets", "scope", "round_to", "max_rate", "rates", "ignore", "plan", "steps"),
+    *("depth", "heads", "keep_decoder", "uniform", "seed"),
 )  # flags that say what was removed
 
 
 def _pruning_config(config: PruneConfig, given: frozenset[str], images: list[Tensor]) -> dict[str, Any]:
     """What was asked; `pruning_rate` is None where another flag than it said so."""
-    from segprune.pruning.costs import default_price
-
     rate = None if config.budgets else asked_rates(config, given).get(config.rate_of)
     repaired = bool(images) and config.repair is not False
     known = {"method": config.pruning_method, "pruning_rate": rate, "rate_of": config.rate_of}
     known |= {"repaired": repaired, "num_images": sum(map(len, images))}
     noted = {name: getattr(config, name) for name in NOTED}
-    return known | noted | {"price": config.price or default_price(config.uniform)}
+    return known | noted
 
 
 def _record(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from typer import Option
 
 from segprune.cli.flags import Layout, SkipBad, switch
+from segprune.pruning.importance import METHODS, NEED_DATA
+from segprune.pruning.patterns import parse_budgets
 
 TRAINING_FLAGS = ("lr", "no_distill", "freeze_epochs", "scale", "amp")
 DATA_FLAGS = ("layout", "skip_bad", "batch_size", "num_workers")
 PLANNING_FLAGS = (
-    *("pruning_rate", "rate_of", "budgets", "scope", "price", "normalise", "round_to"),
+    *("pruning_rate", "rate_of", "budgets", "scope", "round_to"),
     *("max_rate", "rates", "sensitivity", "steps"),
 )  # a finished plan leaves nothing to them
-RANKING_FLAGS = ("price", "normalise", "sensitivity")  # nor does another scope than global to these
+RANKING_FLAGS = ("sensitivity",)  # nor does another scope than global to these
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PruneConfig:
         "pruning_method": "How much goes, and which channels",
         "plan_only": "A plan to look at and to edit",
         "images": "Repair, without labels",
-        "steps": "In several steps, with training towards the cut",
+        "steps": "In several steps",
         "depth": "What else may go, or may not",
         "data": "Scoring and fine-tuning",
         "cuda": "The run",
@@ -75,22 +76,6 @@ class PruneConfig:
             "of equal groups does.",
         ),
     ] = "global"
-    price: Annotated[
-        str | None,
-        Option(
-            "--price",
-            help="What a group costs when groups are compared: both, params, macs or none. If not given: both, and "
-            "params with --uniform.",
-        ),
-    ] = None
-    normalise: Annotated[
-        str,
-        Option(
-            "--normalise",
-            help="What is compared under global scope: a channel's share of what its group has left, or its score by "
-            "the group's mean or max, or as it is (none).",
-        ),
-    ] = "share"
     round_to: Annotated[int, Option("--round_to", help="Widths stay multiples of it; 1: any width.")] = 8
     max_rate: Annotated[
         str,
@@ -145,17 +130,6 @@ class PruneConfig:
     step_epochs: Annotated[
         int, Option("--step_epochs", min=0, help="Fine-tune so many epochs between two steps, on --data.")
     ] = 0
-    sparse_epochs: Annotated[
-        int,
-        Option(
-            "--sparse_epochs",
-            min=0,
-            help="Before the cut, train so many epochs on --data with a penalty on the channels that will go.",
-        ),
-    ] = 0
-    sparse_weight: Annotated[
-        float, Option("--sparse_weight", help="Of that penalty, the sum of the channels' norms, beside the loss.")
-    ] = 1e-3
     depth: Annotated[
         float,
         Option(
@@ -203,8 +177,6 @@ class PruneConfig:
 
 def needs_images(config: PruneConfig) -> bool:
     """Whether pictures, if there are some, are of use: to the repair, the method or the choice of branches."""
-    from segprune.pruning.importance import NEED_DATA
-
     will_repair = config.repair is not False and not config.plan_only
     return will_repair or config.pruning_method in NEED_DATA or config.depth > 0.0
 
@@ -219,8 +191,6 @@ def label(config: PruneConfig, given: frozenset[str]) -> str:
 
 def check_flags(config: PruneConfig, given: frozenset[str]) -> None:
     """ValueError for what is out of range, and for flags that contradict each other."""
-    from segprune.pruning.importance import METHODS, NEED_DATA  # here, since other commands need no torch-pruning
-
     if config.pruning_method not in METHODS:
         raise ValueError(f"Unknown method {config.pruning_method!r}; --pruning_method knows {', '.join(METHODS)}.")
     if config.pruning_method in NEED_DATA and not (config.data or config.images):
@@ -270,13 +240,7 @@ def _check_planning(config: PruneConfig, given: frozenset[str]) -> None:
 
 
 def _check_steps(config: PruneConfig, given: frozenset[str]) -> None:
-    """Of pruning in several steps, training in between or before, and whole branches."""
-    if config.sparse_epochs and (not config.epochs or config.steps > 1 or config.plan or config.plan_only):
-        raise ValueError("--sparse_epochs needs --epochs, and goes with neither --steps nor a plan; mend these flags.")
-    if "sparse_weight" in given and not config.sparse_epochs:
-        raise ValueError("--sparse_weight has no effect without --sparse_epochs; give the epochs.")
-    if not 0.0 < config.sparse_weight < math.inf:
-        raise ValueError(f"--sparse_weight is {config.sparse_weight:g}; it must be above 0.")
+    """Of pruning in several steps, training in between, and whole branches."""
     if config.step_epochs and not (config.steps > 1 and config.epochs):
         raise ValueError("--step_epochs has no effect without --steps 2 or more and --epochs; give both.")
     if config.steps > 1 and (config.plan_only or config.rates):
@@ -298,10 +262,8 @@ def split_names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def asked_rates(config: PruneConfig, given: frozenset[str]) -> Mapping[str, float]:
+def asked_rates(config: PruneConfig, given: frozenset[str]) -> Mapping[Any, float]:
     """Rates by unit; none where only --plan or --rates say what goes."""
-    from segprune.pruning.patterns import parse_budgets
-
     if config.budgets:
         return parse_budgets(config.budgets, "--budgets")
     if config.plan or (config.rates and "pruning_rate" not in given):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from torch import Tensor
 from typer import Argument, Option
@@ -22,10 +22,10 @@ from segprune.cli.flags import Layout, switch
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import SegFormer, check_input
+from segprune.pruning.importance import NEED_DATA
+from segprune.pruning.pruner import Pruner
+from segprune.pruning.scan import Finding, output_distance, scan, sensitivities
 from segprune.runs.records import environment
-
-if TYPE_CHECKING:  # importing it needs torch-pruning, which other commands do without
-    from segprune.pruning.scan import Finding
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,6 @@ def run(config: ScanConfig, given: frozenset[str]) -> None:
     no labels. The file that comes out weighs the groups in `segprune prune --sensitivity`.
     """
     from segprune import plots  # here, since drawing takes a second to import
-    from segprune.pruning.pruner import Pruner
-    from segprune.pruning.scan import scan, sensitivities
 
     if bool(config.images) == bool(config.data):
         raise ValueError("Give either --images, pictures without labels, or --data, a data set to score on.")
@@ -110,9 +108,6 @@ def _rates(text: str) -> tuple[float, ...]:
 
 def _measure(config: ScanConfig, model: SegFormer) -> tuple[Callable[[SegFormer], float], str, list[Tensor]]:
     """What is measured, its name, and pictures for methods that need some."""
-    from segprune.pruning.importance import NEED_DATA
-    from segprune.pruning.scan import output_distance
-
     device = next(model.parameters()).device
     if config.images:
         loaded = load_images(places_in(config.images), config.num_images, config.input_shape)

@@ -30,7 +30,6 @@ from segprune.model import SegFormer, check_input
 from segprune.runs.fit import Resumable, fit, load_resumable
 from segprune.runs.folder import BEST, LAST, Fit, check_not_overwritten
 from segprune.spec import Spec, standard_spec
-from segprune.training.learner import Penalty
 
 TEACHER_FLAGS = ("distill_pixel", "distill_channel", "distill_feature", "teacher_dialect")
 
@@ -89,7 +88,6 @@ def fit_with(
     extra: dict[str, Any],
     teacher: Checkpoint | None,
     resumed: Resumable | None = None,
-    penalty: Penalty | None = None,
     partial: bool = False,
 ) -> Fit:
     """One run as the settings say, their rates chosen; `pixels` of each class are what the label check counted.
@@ -109,7 +107,6 @@ def fit_with(
             settings=asdict(config),
             extra=extra | rate | classes_of(source, model.spec.num_classes),
             teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
-            penalty=penalty,
             partial=partial,
             resumed=resumed,
             keep=config.keep,

@@ -20,13 +20,6 @@ from torch import Tensor, nn
 from segprune.model import Attention, DecodeHead, Mlp, PatchEmbed
 from segprune.pruning.trace import CONVS, NORMS, TRANSPOSED_CONVS, eval_mode, is_depthwise, run, tensors_in, width_of
 
-try:
-    import torch_pruning
-except ImportError as error:
-    raise ImportError(
-        "Pruning needs torch-pruning, which is not installed; run: pip install torch-pruning==1.6.1"
-    ) from error
-
 Side = Literal["out", "in"]
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -133,15 +126,24 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
 def _traced_groups(
     model: nn.Module, example_inputs: Any, modules: dict[str, nn.Module]
 ) -> tuple[list[Group], dict[str, str]]:
+    # Imported here, where it is used: everything else in the package works without it.
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError(
+            "Pruning needs torch-pruning, which is not installed; run: pip install torch-pruning==1.6.1"
+        ) from error
+
     groups: list[Group] = []
     unsupported: dict[str, str] = {}
     graph = torch_pruning.DependencyGraph()
+    output_kind = torch_pruning.ops._OutputOp
     with eval_mode(model), _trainable(model), _stand_ins(model), torch.enable_grad():
         names = {module: name for name, module in model.named_modules()}
         graph.build_dependency(model, example_inputs, forward_fn=run, output_transform=tensors_in, verbose=False)
         for traced in graph.get_all_groups():
             items = [(item.dep, item.idxs, item.root_idxs) for item in traced]
-            if any(_is_output(graph, dep) for dep, _, _ in items):
+            if any(isinstance(dep.target.module, output_kind) or _is_last(graph, dep) for dep, _, _ in items):
                 continue
             layers = [item for item in items if isinstance(item[0].target.module, nn.Module)]
             layers = [item for item in layers if item[0].target.module in names]
@@ -163,12 +165,9 @@ def _traced_groups(
     return groups, unsupported
 
 
-def _is_output(graph: Any, dep: Any) -> bool:
-    """Whether cutting here would change the shape of what the network returns."""
-    node = dep.target
-    if isinstance(node.module, torch_pruning.ops._OutputOp):
-        return True
-    return not node.outputs and graph.is_out_channel_pruning_fn(dep.handler)
+def _is_last(graph: Any, dep: Any) -> bool:
+    """Returns whether a layer's outputs are the network's own, so that cutting them would change its result."""
+    return not dep.target.outputs and graph.is_out_channel_pruning_fn(dep.handler)
 
 
 def _is_parameter(dep: Any) -> bool:
@@ -183,7 +182,7 @@ def _can_cut(dep: Any) -> bool:
         return bool(module.groups == 1)
     if isinstance(module, nn.LayerNorm):
         return len(module.normalized_shape) == 1
-    if isinstance(module, nn.Linear | NORMS[0] | NORMS[1] | NORMS[2]):
+    if isinstance(module, (nn.Linear, *NORMS)):
         return True
     if isinstance(module, nn.GroupNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
         return False

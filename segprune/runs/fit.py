@@ -20,7 +20,6 @@ from segprune.model import SegFormer
 from segprune.runs.folder import RESUME, Fit, Journal
 from segprune.spec import Spec, spec_from_dict
 from segprune.training.config import TrainConfig
-from segprune.training.learner import Penalty
 from segprune.training.loop import OnStep, train
 from segprune.training.state import EpochResult, Splits, TrainingDiverged, TrainingInterrupted, TrainState
 
@@ -45,7 +44,6 @@ def fit(
     settings: Mapping[str, Any],
     extra: Mapping[str, Any],
     teacher: SegFormer | None = None,
-    penalty: Penalty | None = None,
     partial: bool = False,
     resumed: Resumable | None = None,
     keep: int = 0,
@@ -56,7 +54,7 @@ def fit(
     """Train `model` on the source's train and val, and keep the folder's files up to date after every epoch.
 
     `settings` is saved for --resume and with the results, `extra` inside the checkpoints. Ctrl-C leaves
-    resume.pth and raises KeyboardInterrupt with the command that goes on. `penalty` of the weights adds to the loss.
+    resume.pth and raises KeyboardInterrupt with the command that goes on.
     `partial` says that the run is a part of another command, which has to be begun again.
     """
     accelerator = Accelerator(cpu=not cuda, mixed_precision=config.mixed_precision)
@@ -92,7 +90,6 @@ def fit(
                 splits,
                 accelerator=accelerator,
                 teacher=teacher,
-                penalty=penalty,
                 state=state,
                 on_step=step_done,
                 on_epoch=epoch_done,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -26,8 +26,6 @@ from segprune.training.optim import make_optimizer, parameter_groups
 from segprune.training.schedule import lr_factor
 from segprune.training.state import TrainState
 
-Penalty = Callable[[nn.Module], Tensor]  # of a network's weights, added to the loss of a step
-
 
 class Learner:
     """Trains `model` in place on the accelerator's device; `close` lets go of it."""
@@ -38,10 +36,8 @@ class Learner:
         config: TrainConfig,
         accelerator: Accelerator,
         teacher: nn.Module | None,
-        penalty: Penalty | None = None,
     ) -> None:
         self.config = config
-        self.penalty = penalty
         self.accelerator = accelerator
         self.processes = accelerator.num_processes
         self.bare = model.to(accelerator.device)
@@ -111,8 +107,6 @@ class Learner:
         for number, (x, y) in enumerate(zip(pixels.chunk(pieces), labels.chunk(pieces), strict=True), start=1):
             with nullcontext() if number == pieces else self.accelerator.no_sync(self.student):
                 loss = self.objective(self.student, x, y, num_labelled) / pieces
-                if self.penalty is not None and number == pieces:
-                    loss = loss + self.penalty(self.bare)
                 self.accelerator.backward(loss)
             total += loss.detach() / self.processes
         told = total.new_full((), float(stop.is_set()))

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from segprune.data import SegmentationData, TrainTransform
 from segprune.inference.evaluate import EvalMode, Score, Tally, score, shard, tallies
 from segprune.training.config import TrainConfig
-from segprune.training.learner import Learner, Penalty
+from segprune.training.learner import Learner
 from segprune.training.objective import check_teacher
 from segprune.training.processes import check_processes, fitting_batch
 from segprune.training.state import (
@@ -50,7 +50,6 @@ def train(
     *,
     accelerator: Accelerator,
     teacher: nn.Module | None = None,
-    penalty: Penalty | None = None,
     state: TrainState | None = None,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
@@ -58,8 +57,7 @@ def train(
 ) -> Score:
     """Train `model` (logits B K H W) in place and return its last score, which is taken in full precision.
 
-    `teacher` is a SegFormer to learn from, as `config.distillation` weighs it; `penalty` of the weights is added to
-    the loss. `state` continues an earlier run with
+    `teacher` is a SegFormer to learn from, as `config.distillation` weighs it. `state` continues an earlier run with
     the same settings and pictures. On the main process `on_epoch` is called after every epoch, while `model` has the
     weights that were scored (their average, with `config.ema`), and `on_state` before the first step and every
     `config.save_steps` within epochs; both get a state to save. Seeds torch's global generator before every step.
@@ -67,7 +65,7 @@ def train(
     are no longer finite; ValueError for settings that do not fit model, pictures, processes or `state`.
     """
     check_teacher(config.distillation, teacher, model)
-    run = _Run(model, config, splits, accelerator, teacher, penalty, state)
+    run = _Run(model, config, splits, accelerator, teacher, state)
     with ExitStack() as stack:
         stack.callback(run.learner.close)
         stack.enter_context(synced(model))
@@ -98,7 +96,6 @@ class _Run:
         splits: Splits,
         accelerator: Accelerator,
         teacher: nn.Module | None,
-        penalty: Penalty | None,
         state: TrainState | None,
     ) -> None:
         self.config = config
@@ -114,7 +111,7 @@ class _Run:
         if teacher is not None:
             self.settings["teacher"] = fingerprint_of(teacher)
         self.model, self.device = model, accelerator.device
-        self.learner = Learner(model, config, accelerator, teacher, penalty)
+        self.learner = Learner(model, config, accelerator, teacher)
         self.epoch = self.step = 0
         self.best_miou = -1.0
         self.losses: list[float] = []

@@ -18,7 +18,6 @@ from segprune.stats import count
 from tests.commands import HERE, SIZE, done, interrupted, invoke, refused
 
 SHAPE = (32, 32)
-SPARSE_LAST = "b0_pruned_0.4_sparse_finetuned/last_epoch_weights.pth"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,6 @@ def test_beside_rates_by_name_the_others_make_up_for_the_rate(dense: Path, tmp_p
 def test_of_several_budgets_each_is_met_and_one_exactly(dense: Path, tmp_path: Path) -> None:
     out = done("prune", "--model_path", dense, *SIZE, "--budgets", "params=0.3,macs=0.85", "--save_dir", tmp_path)
     assert " pruning_rate – rate_of – budgets params=0.3,macs=0.85 " in out  # no rate that nothing asked for
-    assert " price both " in out
     before, after = (count(load(path).spec, SHAPE) for path in (dense, tmp_path / "l1/b0/b0_pruned_budgets.pth"))
     assert 1 - after.parameters / before.parameters > 0.29
     assert 1 - after.macs / before.macs == pytest.approx(0.85, abs=0.01)
@@ -241,26 +239,8 @@ def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path:
     assert "finetuned_model" in json.loads((folder / "pruning_results.json").read_text(encoding="utf-8"))
 
 
-def test_before_the_cut_the_network_is_trained_to_miss_little(dense: Path, data: Path, tmp_path: Path) -> None:
-    flags = ("--sparse_epochs", 2, "--sparse_weight", 0.1, "--epochs", 1, "--no_repair", "--pruning_rate", 0.4)
-    faster = ("--batch_size", 2, "--lr", 0.01)
-    out = done("prune", "--model_path", dense, *SIZE, *HERE, *flags, *faster, "--data", data, "--save_dir", tmp_path)
-    assert 0 < out.index(" Training towards the cut ") < out.index(" Fine-tuning the pruned network ")
-    folder = tmp_path / "l1/b0"
-    start, sparse = (load(folder / name) for name in ("b0_pruned_0.4_sparse.pth", SPARSE_LAST))
-    planned = tmp_path / "planned"
-    done("prune", "--model_path", dense, *SIZE, "--pruning_rate", 0.4, "--plan_only", "--save_dir", planned)
-    pruned = load(folder / "b0_pruned_0.4.pth").spec
-    assert widths(planned / "l1/b0/plan.json")["encoder.stages.3.width"] == pruned.stages[3].width
-    name = "encoder.stages.3.blocks.0.mlp.fc2.weight"
-    norms = [model.state_dict()[name].norm(dim=0).sort().values for model in (start, sparse)]
-    assert norms[1][:20].mean() < 0.5 * norms[0][:20].mean()  # of those that go; without a penalty none shrinks
-
-
-@pytest.mark.parametrize("part", [("--sparse_epochs", 1), ("--steps", 2, "--step_epochs", 1)])
-def test_training_that_is_a_part_of_pruning_has_to_be_begun_again(
-    part: tuple[object, ...], dense: Path, data: Path, tmp_path: Path
-) -> None:
+def test_training_that_is_a_part_of_pruning_has_to_be_begun_again(dense: Path, data: Path, tmp_path: Path) -> None:
+    part = ("--steps", 2, "--step_epochs", 1)
     here = (*SIZE, *HERE, "--num_images", 2, "--data", data, "--epochs", 1, "--save_dir", tmp_path)
     status, errors = interrupted(1, "prune", "--model_path", dense, *part, *here)
     assert (status, errors) == (
@@ -323,25 +303,13 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--repair",), r"--repair needs pictures; give them as --images DIR or --data, labels are not needed\."),
     (("--num_images", 3), r"--num_images has no effect without --images or --data; say where the pictures lie\."),
     (("--images", "nowhere"), r"--images nowhere holds no picture; give a folder with .*\.png.* files\."),
-    (("--price", "dear"), r"Price 'dear' is unknown; choose one of both, params, macs, none\."),
-    (("--normalise", "sum"), r"Normalisation 'sum' is unknown; choose one of share, mean, max, none\."),
-    (("--scope", "local", "--normalise", "mean"), r"--normalise has no effect with --scope local, which ranks"),
     (("--scope", "local", "--sensitivity", "other.json"), r"--sensitivity has no effect with --scope local, which"),
-    (("--rates", "head=0.5", "--price", "macs"), r"--price has no effect with --rates alone, which say all"),
+    (("--rates", "head=0.5", "--scope", "local"), r"--scope has no effect with --rates alone, which say all"),
     (("--images", ".", "--no_repair"), r"--images has no effect where nothing is repaired or ranked by pictures;"),
     (("--no_repair", "--plan_only"), r"--repair and --no_repair have no effect with --plan_only, which cuts"),
     (("--depth", 1), r"--depth is 1; it must be at least 0 and below 1\."),
     (("--depth", 0.5), r"--depth 0\.5 is a part of the rate of the params; it must be below that\."),
     (("--depth", 0.1, "--rate_of", "latency"), r"--depth goes with a rate of params or macs, and without"),
-    (
-        ("--sparse_epochs", 1),
-        r"--sparse_epochs needs --epochs, and goes with neither --steps nor a plan; mend these flags\.",
-    ),
-    (("--sparse_weight", 1), r"--sparse_weight has no effect without --sparse_epochs; give the epochs\."),
-    (
-        ("--sparse_epochs", 1, "--epochs", 1, "--data", ".", "--sparse_weight", 0),
-        r"--sparse_weight is 0; it must be above 0\.",
-    ),
     (("--step_epochs", 1), r"--step_epochs has no effect without --steps 2 or more and --epochs; give both\."),
     (("--steps", 2, "--plan_only"), r"--steps has no effect with --plan_only or --rates; leave it out\."),
     (("--plan_only", "--epochs", 1, "--data", "."), r"--epochs has no effect with --plan_only, which cuts nothing;"),

@@ -12,11 +12,11 @@ import torch
 
 from segprune import load
 from segprune.checkpoint import read
+from segprune.cli import cutting
 from segprune.data import open_source
 from segprune.data.shapes import CLASS_NAMES
 from segprune.fold import fold_decoder
 from segprune.inference.evaluate import EvalMode, evaluate
-from segprune.pruning import pruner_l1
 from segprune.stats import count
 from segprune.training.distill import Distillation
 from tests.commands import HERE, SIZE, done, interrupted, refused, told, training
@@ -195,9 +195,9 @@ def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monk
         scopes.append(options["scope"])
         raise ValueError("Seen.")
 
-    monkeypatch.setattr(pruner_l1, "L1Pruner", pruner)
+    monkeypatch.setattr(cutting, "L1Pruner", pruner)
     flags = ("--pruning_rate", 0.4, "--rate_of", "channels", "--round_to", 4, "--heads")
-    plan = ("--price", "macs", "--normalise", "mean", "--max_rate", 0.8, "--rates", "head=0.5", "--ignore", "a.*, b")
+    plan = ("--max_rate", 0.8, "--rates", "head=0.5", "--ignore", "a.*, b")
     here = ("--keep_decoder", "--seed", 5, "--save_dir", tmp_path)
     assert refused("prune", "--model_path", dense, *flags, *plan, *here) == "Seen."
     reached = {name: value for name, value in seen.items() if name not in ("progress", "latency_table")}
@@ -210,8 +210,6 @@ def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monk
         "round_to": 4,
         "heads": True,
         "keep_decoder": True,
-        "price": "macs",
-        "normalise": "mean",
         "max_rate": {"*": 0.8},
         "rates": {"head": 0.5},
         "ignore": ["a.*", "b"],
