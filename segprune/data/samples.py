@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from segprune.data.loading import load_batches
 from segprune.data.pixels import Place, SampleError, header, load_image, load_mask, size_message
 from segprune.data.transforms import IGNORE_INDEX, Bytes, Transform, normalise
 
@@ -142,14 +143,13 @@ def readable(
 
 def _complaints(samples: Sequence[Sample], num_workers: int) -> Iterator[list[str | None]]:
     """For a few samples at a time, what is wrong with each."""
-    loader: DataLoader[Any] = DataLoader(
-        samples,  # type: ignore[arg-type]
+    yield from load_batches(
+        samples,
         batch_size=8,
         num_workers=num_workers,
         collate_fn=_try,
         generator=torch.Generator(),  # a loader draws a number; not from the global generator
     )
-    yield from loader
 
 
 def _try(samples: Sequence[Sample]) -> list[str | None]:

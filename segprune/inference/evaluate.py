@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from segprune.data import Sample
+from segprune.data.loading import load_batches
 from segprune.inference.label_maps import EvalMode, Network, Picture, Predict, label_maps, prepare
 from segprune.inference.metrics import Score, Tally, score, shard
 
@@ -67,8 +66,8 @@ def tallies(
 
     Nothing is drawn from torch's global generator.
     """
-    loader: DataLoader[Any] = DataLoader(
-        list(samples),  # type: ignore[arg-type]
+    batches = load_batches(
+        list(samples),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=partial(_load_batch, how=how),
@@ -76,7 +75,7 @@ def tallies(
     )
     network = Network(predict, num_classes, device, batch_size)
     with _in_eval_mode(predict):
-        for pictures, labels in loader:
+        for pictures, labels in batches:
             tally = Tally(num_classes, boundary=how.boundary, device=device)
             with torch.inference_mode():
                 for predicted, truth in zip(label_maps(network, pictures, how), labels, strict=True):

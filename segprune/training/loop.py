@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from segprune.data import SegmentationData, TrainTransform
+from segprune.data.loading import load_batches
 from segprune.inference.evaluate import EvalMode, Score, Tally, score, shard, tallies
 from segprune.training.config import TrainConfig
 from segprune.training.learner import Learner
@@ -130,13 +129,13 @@ class _Run:
         self.data.set_epoch(self.epoch)
         self.learner.prepare(self.epoch)
         start = time.perf_counter()
-        loader: DataLoader[Any] = DataLoader(
+        batches = load_batches(
             self.data,
             batch_sampler=self._batches()[self.step :],
             num_workers=self.config.num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        for pixels, labels in loader:
+        for pixels, labels in batches:
             torch.manual_seed((self.config.seed * 1_000_003 + self.steps_done) * self.processes + self.process)
             x, y = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels))
             try:
