@@ -107,9 +107,11 @@ def measure_latency(
     """Returns the latency of each network on images of (H, W) pixels, all measured in turns.
 
     The networks are moved to `device` and put into evaluation mode. They keep their precision: another one than
-    float32 is measured on copies.
+    float32 is measured on copies. Raises ValueError for TF32 where there is none.
     """
     device, dtype = torch.device(device), DTYPE_OF[precision]
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"The precision is tf32 on {device.type}, and only GPUs have it; give fp32, bf16 or fp16.")
     images = torch.randn(batch, 3, *input_shape).to(device, dtype)
 
     passes = []

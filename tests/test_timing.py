@@ -127,6 +127,11 @@ def test_half_precision_casts_weights_and_images_of_a_copy(small_model: SegForme
     assert next(model.parameters()).dtype == torch.float32
 
 
+def test_tf32_is_refused_where_there_is_none(small_model: SegFormer) -> None:
+    with pytest.raises(ValueError, match=r"tf32 on cpu.*give fp32, bf16 or fp16"):
+        measure_latency([small_model], (32, 32), precision="tf32")
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_is_switched_for_products_and_convolutions_and_put_back(allowed: bool) -> None:
     def switches() -> tuple[bool, bool]:
