@@ -13,13 +13,12 @@ scale of attention into the queries.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from segprune.model import Attention, DecodeHead, SegFormer
-from segprune.spec import with_folded_head
+from segprune.spec import Spec, with_folded_head, with_unfolded_head
 
 
 def fold_decoder(model: SegFormer) -> SegFormer:
@@ -30,16 +29,14 @@ def fold_decoder(model: SegFormer) -> SegFormer:
     spec = with_folded_head(model.spec)
     if spec == model.spec:
         return copy.deepcopy(model)
-    return _with_head(model, DecodeHead(spec), spec.branch_dims, _folded_state(model.decode_head))
+    return _with_head(model, spec, _folded_state(model.decode_head))
 
 
 def unfold_decoder(model: SegFormer) -> SegFormer:
     """The inverse for files that other tools read: linear_c are the products, fuse adds them up."""
     if not model.spec.folded:
         return copy.deepcopy(model)
-    dims = (model.spec.decoder_dim,) * len(model.spec.stages)
-    spec = replace(model.spec, branch_dims=dims)
-    return _with_head(model, DecodeHead(spec), dims, _unfolded_state(model.decode_head))
+    return _with_head(model, with_unfolded_head(model.spec), _unfolded_state(model.decode_head))
 
 
 def fold_for_inference(model: SegFormer) -> SegFormer:
@@ -66,7 +63,7 @@ def _fold_batchnorm(head: DecodeHead) -> None:
         for i, norm in enumerate(head.branch_norms):
             _into_products(norm, head.branches[i : i + 1])
             head.branch_norms[i] = nn.Identity().eval()
-    _into_products(head.norm, head.branches if head.fuses is None else head.fuses)
+    _into_products(head.norm, head.summed_products())
     head.norm = nn.Identity().eval()  # type: ignore[assignment]
 
 
@@ -83,18 +80,19 @@ def _into_products(norm: nn.Module, products: nn.ModuleList) -> None:
     products[-1].bias = nn.Parameter(bias.to(norm.bias.dtype), requires_grad=False)
 
 
-def _with_head(
-    model: SegFormer, head: DecodeHead, branch_dims: tuple[int, ...] | None, state: dict[str, Tensor]
-) -> SegFormer:
-    old = model.decode_head
-    memo = {id(old): head}  # deepcopy then takes the new head where the old one stood
+def _with_head(model: SegFormer, spec: Spec, state: dict[str, Tensor]) -> SegFormer:
+    """Returns a copy of the network whose decode head is the spec's, with the weights in `state`."""
+    old, head = model.decode_head, DecodeHead(spec)
     head.to(old.classifier.weight).train(old.training)
     head.load_state_dict(state)
+
+    # What was frozen stays so.
     frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
     for name, parameter in head.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    new = copy.deepcopy(model, memo)
-    new.spec = replace(model.spec, branch_dims=branch_dims)
+
+    new = copy.deepcopy(model, {id(old): head})  # the new head is taken where the old one stood
+    new.spec = spec
     return new
 
 

@@ -8,6 +8,8 @@ are views of each other.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,6 +138,15 @@ class Block(nn.Module):
             self.mlp = Mlp(stage.width, block.ffn_dim, numerics.gelu)
         self.drop_path = DropPath(drop_path)
 
+    def list_branches(self) -> list[tuple[Literal["attn", "mlp"], nn.LayerNorm, Attention | Mlp]]:
+        """Returns the branches that are there, in the order in which they run, each with the LayerNorm before it."""
+        branches: list[tuple[Literal["attn", "mlp"], nn.LayerNorm, Attention | Mlp]] = []
+        if self.norm1 is not None and self.attn is not None:
+            branches.append(("attn", self.norm1, self.attn))
+        if self.norm2 is not None and self.mlp is not None:
+            branches.append(("mlp", self.norm2, self.mlp))
+        return branches
+
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         if self.norm1 is not None and self.attn is not None:
             x = x + self.drop_path(self.attn(self.norm1(x), height, width))
@@ -152,6 +163,9 @@ class Stage(nn.Module):
             Block(stage, block, numerics, rate) for block, rate in zip(stage.blocks, drop_paths, strict=True)
         )
         self.norm = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
+
+    def list_blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def forward(self, x: Tensor, *, checkpointed: bool = False) -> Tensor:
         tokens, height, width = self.patch_embed(x)
@@ -210,21 +224,25 @@ class DecodeHead(nn.Module):
 
     branch_norms: nn.ModuleList | None
     fuses: nn.ModuleList | None
+    fuse: nn.Conv2d | None
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        numerics, dim = spec.numerics, spec.decoder_dim
-        conv = spec.head == "conv"
-        branch_dims = (dim,) * len(spec.stages) if spec.branch_dims is None else spec.branch_dims
+        numerics, form = spec.numerics, spec.head_form
+        dim, widths = spec.decoder_dim, spec.branch_widths
+
         self.branches = nn.ModuleList(
-            nn.Linear(stage.width, branch, bias=not (spec.folded or conv))
-            for stage, branch in zip(spec.stages, branch_dims, strict=True)
+            nn.Linear(stage.width, width, bias=form.branch_bias)
+            for stage, width in zip(spec.stages, widths, strict=True)
         )
-        self.branch_norms, self.fuses = None, None
-        if conv:
-            self.branch_norms = nn.ModuleList(_batch_norm(branch, numerics) for branch in branch_dims)
-            self.fuses = nn.ModuleList(nn.Linear(branch, dim, bias=False) for branch in branch_dims)
-        self.fuse = None if spec.folded or conv else nn.Conv2d(sum(branch_dims), dim, 1, bias=False)
+        self.branch_norms, self.fuses, self.fuse = None, None, None
+        if form.branch_norm:
+            self.branch_norms = nn.ModuleList(_batch_norm(width, numerics) for width in widths)
+        if form.fuse == "per_stage":
+            self.fuses = nn.ModuleList(nn.Linear(width, dim, bias=False) for width in widths)
+        elif form.fuse == "concatenated":
+            self.fuse = nn.Conv2d(sum(widths), dim, 1, bias=False)
+
         self.norm = _batch_norm(dim, numerics)
         self.act = nn.ReLU(inplace=True)
         dropout = nn.Dropout2d if numerics.head_dropout_kind == "2d" else nn.Dropout
@@ -248,6 +266,11 @@ class DecodeHead(nn.Module):
         for x in parts[2::-1]:
             fused += x
         return fused
+
+    def summed_products(self) -> nn.ModuleList:
+        """Returns the products, one per stage, whose upsampled results are summed; not of a head that concatenates."""
+        assert self.fuse is None
+        return self.branches if self.fuses is None else self.fuses
 
     def hidden(self, i: int, x: Tensor) -> Tensor:
         """Stage i's branch, at the stage's own size."""
@@ -282,6 +305,9 @@ class SegFormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resize(self.parts(x)[1], x.shape[2:])
+
+    def list_stages(self) -> list[Stage]:
+        return [stage for stage in self.encoder.stages if isinstance(stage, Stage)]
 
     def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The encoder's four maps, and the logits B K H/4 W/4 before the last upsampling."""

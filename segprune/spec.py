@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 T = TypeVar("T")
 Gelu = Literal["none", "tanh"]  # torch's words; the exact one is "none"
 HeadDropout = Literal["2d", "plain"]
-Head = Literal["mlp", "conv"]
+Head = Literal["mlp", "conv"]  # as it is published; "mlp" can be folded
 
 WIDTHS = {"b0": (32, 64, 160, 256)} | dict.fromkeys(("b1", "b2", "b3", "b4", "b5"), (64, 128, 320, 512))
 DEPTHS = {
@@ -91,6 +91,28 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class HeadForm:
+    """How a decode head turns the stages' maps into the one that its BatchNorm and its classifier read.
+
+    Every form begins with one product over channels per stage, its branches. Model, counts, times and file names are
+    derived from this record, so a further form is one more row of `HEAD_FORMS`.
+    """
+
+    name: str
+    branch_bias: bool
+    branch_norm: bool  # each branch ends in a BatchNorm and a ReLU
+    fuse: Literal["concatenated", "per_stage", "none"]  # the second product: one of all branches, one of each, or none
+    branches: str  # in words
+
+
+HEAD_FORMS = {
+    "mlp": HeadForm("mlp", True, False, "concatenated", "linear branches"),
+    "folded": HeadForm("folded", False, False, "none", "linear branches folded into the fuse convolution"),
+    "conv": HeadForm("conv", False, True, "per_stage", "a BatchNorm and a ReLU in each branch"),
+}
+
+
+@dataclass(frozen=True)
 class Spec:
     """One network. `branch_dims` are the widths of the decode head's branches; None says that the head is folded.
 
@@ -109,6 +131,15 @@ class Spec:
     @property
     def folded(self) -> bool:
         return self.branch_dims is None
+
+    @property
+    def head_form(self) -> HeadForm:
+        return HEAD_FORMS["folded" if self.folded else self.head]
+
+    @property
+    def branch_widths(self) -> tuple[int, ...]:
+        """What each branch writes; a folded head's branches write the sum itself."""
+        return (self.decoder_dim,) * len(self.stages) if self.branch_dims is None else self.branch_dims
 
 
 def check_variant(variant: str) -> None:
@@ -238,9 +269,24 @@ def _check_numerics(numerics: Numerics) -> None:
 
 
 def with_folded_head(spec: Spec) -> Spec:
-    """With the decode head folded, where it can be; a conv head stays as it is."""
+    """Returns the spec with its decode head folded, or as it is where the head cannot be folded."""
     return replace(spec, branch_dims=None) if spec.head == "mlp" else spec
 
 
-def with_num_classes(spec: Spec, num_classes: int) -> Spec:
-    return replace(spec, num_classes=num_classes)
+def with_unfolded_head(spec: Spec) -> Spec:
+    """Returns the spec with branches as wide as the decode head in place of a folded one."""
+    return replace(spec, branch_dims=spec.branch_widths)
+
+
+def block_name(stage: int, block: int) -> str:
+    """Returns the name of a block's module, both counted from 0.
+
+    >>> block_name(0, 1)
+    'encoder.stages.0.blocks.1'
+    """
+    return f"{stage_name(stage)}.blocks.{block}"
+
+
+def stage_name(stage: int) -> str:
+    """Returns the name of a stage's module, counted from 0."""
+    return f"encoder.stages.{stage}"

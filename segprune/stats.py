@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from segprune.model import check_input
-from segprune.spec import BlockSpec, Spec, StageSpec
+from segprune.spec import BlockSpec, Spec, StageSpec, block_name, stage_name
 
 Unit = Literal["params", "macs"]
 
@@ -88,7 +88,7 @@ def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
     height, width = input_shape
     in_channels, positions = 3, []
     for i, stage in enumerate(spec.stages):
-        prefix = f"encoder.stages.{i}"
+        prefix = stage_name(i)
         height, width = (-(-side // stage.stride) for side in (height, width))  # padding is half the kernel
         area = height * width
         positions.append(area)
@@ -97,7 +97,7 @@ def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
         rows.append(_norm(f"{prefix}.patch_embed.norm", stage.width))
         reduced = (height // stage.reduction_ratio) * (width // stage.reduction_ratio)
         for j, block in enumerate(stage.blocks):
-            rows += _block_layers(f"{prefix}.blocks.{j}", stage, block, area, reduced)
+            rows += _block_layers(block_name(i, j), stage, block, area, reduced)
         rows.append(_norm(f"{prefix}.norm", stage.width))
         in_channels = stage.width
     return rows + list(_head_layers(spec, positions))
@@ -134,16 +134,15 @@ def _attention_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int
 
 
 def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
-    dim = spec.decoder_dim
-    conv = spec.head == "conv"
-    branch_dims = (dim,) * len(spec.stages) if spec.branch_dims is None else spec.branch_dims
-    for i, (stage, branch) in enumerate(zip(spec.stages, branch_dims, strict=True)):
-        bias = not (spec.folded or conv)
+    form, dim, widths = spec.head_form, spec.decoder_dim, spec.branch_widths
+    for i, (stage, branch) in enumerate(zip(spec.stages, widths, strict=True)):
+        bias = form.branch_bias
         yield Layer(f"decode_head.branches.{i}", "product", stage.width, branch, positions[i], bias=bias)
-        if conv:
+        if form.branch_norm:
             yield _norm(f"decode_head.branch_norms.{i}", branch)
+        if form.fuse == "per_stage":
             yield Layer(f"decode_head.fuses.{i}", "product", branch, dim, positions[i], bias=False)
-    if not (spec.folded or conv):
-        yield Layer("decode_head.fuse", "product", sum(branch_dims), dim, positions[0], bias=False)
+    if form.fuse == "concatenated":
+        yield Layer("decode_head.fuse", "product", sum(widths), dim, positions[0], bias=False)
     yield _norm("decode_head.norm", dim)
     yield Layer("decode_head.classifier", "product", dim, spec.num_classes, positions[0])

@@ -17,7 +17,7 @@ from segprune.spec import (
     spec_to_dict,
     standard_spec,
     with_folded_head,
-    with_num_classes,
+    with_unfolded_head,
 )
 
 
@@ -66,10 +66,13 @@ def test_only_the_published_head_folds(small_spec: Spec, conv_spec: Spec) -> Non
     assert with_folded_head(conv_spec) == conv_spec
 
 
-def test_only_the_classes_change_with_num_classes(small_spec: Spec) -> None:
-    other = with_num_classes(small_spec, 9)
-    assert other.num_classes == 9
-    assert replace(other, num_classes=small_spec.num_classes) == small_spec
+def test_a_head_is_of_one_form_and_unfolding_gives_it_branches_again(small_spec: Spec, conv_spec: Spec) -> None:
+    folded = with_folded_head(small_spec)
+    assert [spec.head_form.name for spec in (small_spec, folded, conv_spec)] == ["mlp", "folded", "conv"]
+    assert folded.branch_widths == (folded.decoder_dim,) * 4
+    assert with_unfolded_head(folded).head_form == small_spec.head_form
+    assert with_unfolded_head(folded).branch_dims == folded.branch_widths
+    assert with_unfolded_head(conv_spec) == conv_spec
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from segprune.spec import Head, Numerics
+from segprune.spec import DECODER_DIMS, Head, Numerics
 
 NUMERICS = {
     "nvlabs": Numerics(),
@@ -20,8 +20,7 @@ NUMERICS = {
     "smp": Numerics(head_dropout=0.0, align_corners=True),  # no dropout, and its head ends in nn.UpsamplingBilinear2d
     "mmseg": Numerics(embed_norm_eps=1e-6),
 }
-CONV_DECODER_DIM = 256  # of mmsegmentation's heads, whatever the variant
-HEAD_KINDS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
+HEADS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
 DIALECTS = ("segprune", *NUMERICS)
 NUM_STAGES = 4
 
@@ -119,7 +118,7 @@ NAMINGS = (
     Naming("mmseg", "", 3, {}, pointwise=_MMSEG_POINTWISE),
 )
 _OURS = "encoder.stages.0.patch_embed.proj.weight"
-_HEADS = ("decode_head.", "decoder.", "segmentation_head.")
+_HEAD_STEMS = ("decode_head.", "decoder.", "segmentation_head.")
 _IMAGE_CLASSIFIERS = ("head.", "classifier.")  # on a bare backbone: nvlabs, hf
 _TWINS = ("nvlabs", "bubbliiiing")  # they share every name
 
@@ -161,7 +160,7 @@ def _match_naming(keys: Collection[str]) -> Naming:
             f"segformer.encoder.patch_embeddings.0.proj.weight, found {listed(keys)}; give a SegFormer's checkpoint."
         )
 
-    if any(key.startswith(_HEADS) for key in keys):
+    if any(key.startswith(_HEAD_STEMS) for key in keys):
         return naming
     return replace(naming, head={}, extras=_IMAGE_CLASSIFIERS)
 
@@ -179,6 +178,11 @@ def _tell_twins_apart(naming: Naming, keys: Collection[str], wrapper: Collection
         return naming
     note = "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (--dialect overrules)."
     return replace(naming, dialect="bubbliiiing", note=note)
+
+
+def decoder_dim(dialect: str, variant: str) -> int:
+    """Returns the published width of the decode head; mmsegmentation's is the same for all variants."""
+    return 256 if dialect == "mmseg" else DECODER_DIMS[variant]
 
 
 def naming_for(dialect: str) -> Naming:

@@ -18,7 +18,7 @@ from segprune.files import SUFFIXES, read_file
 from segprune.spec import Gelu, Spec
 
 GELUS: dict[str, Gelu] = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # transformers' words
-HEADS = "num_attention_heads"
+NUM_HEADS_KEY = "num_attention_heads"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -87,7 +87,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def stated_heads(config: Mapping[str, Any]) -> list[int] | None:
     """Of each stage, where the config says it and stages can be that."""
-    heads, widths = config.get(HEADS), config.get("hidden_sizes")
+    heads, widths = config.get(NUM_HEADS_KEY), config.get("hidden_sizes")
     if not isinstance(heads, list) or not isinstance(widths, list) or not len(heads) == len(widths) == 4:
         return None
     whole = all(type(n) is int and n > 0 for n in (*heads, *widths))

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from segprune.spec import Numerics, Spec, StageSpec
+from segprune.spec import Numerics, Spec, StageSpec, block_name, stage_name
 
 
 def with_numerics(state_dict: Mapping[str, Tensor], spec: Spec, numerics: Numerics) -> tuple[dict[str, Tensor], Spec]:
@@ -34,10 +34,10 @@ def with_numerics(state_dict: Mapping[str, Tensor], spec: Spec, numerics: Numeri
     stream = (numerics.norm_eps / old.norm_eps) ** 0.5  # what writes to a stage's residual stream
     embed = (numerics.embed_norm_eps / old.embed_norm_eps) ** 0.5  # what a patch embedding or reduction normalises
     for i, stage in enumerate(spec.stages):
-        prefix = f"encoder.stages.{i}"
+        prefix = stage_name(i)
         factors |= {f"{prefix}.patch_embed.proj": embed, f"{prefix}.patch_embed.norm": stream}
         for j, block in enumerate(stage.blocks):
-            inside = f"{prefix}.blocks.{j}"
+            inside = block_name(i, j)
             factors |= {f"{inside}.attn.proj": stream, f"{inside}.mlp.fc2": stream, f"{inside}.attn.sr": embed}
             factors[f"{inside}.attn.q"] = block.qk_scale * block.qk_dim**0.5
     state = dict(state_dict)

@@ -6,7 +6,7 @@ per stage and one width in the decode head; mmsegmentation's also one width of a
 
 from __future__ import annotations
 
-from segprune.spec import BlockSpec, Head, Spec, StageSpec
+from segprune.spec import HEAD_FORMS, BlockSpec, Head, Spec, StageSpec
 
 
 def uniform_problem(spec: Spec, head: Head = "mlp") -> str | None:
@@ -15,8 +15,7 @@ def uniform_problem(spec: Spec, head: Head = "mlp") -> str | None:
     A folded decode head does not: it can be unfolded (fold.py). `head` is the kind of decode head that they have.
     """
     if spec.head != head:
-        has, lacks = "a BatchNorm and a ReLU in each branch", "no BatchNorm and ReLU in its branches"
-        return f"its decode head has {has if spec.head == 'conv' else lacks}"
+        return f"its decode head has {HEAD_FORMS[spec.head].branches}, not {HEAD_FORMS[head].branches}"
     for s, stage in enumerate(spec.stages, 1):
         for b, block in enumerate(stage.blocks):
             problem = _block_problem(stage, block)

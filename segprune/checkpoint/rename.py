@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from segprune.checkpoint.dialects import (
-    CONV_DECODER_DIM,
-    HEAD_KINDS,
+    HEADS,
     NUM_STAGES,
     NUMERICS,
     Layer,
     Naming,
     count_blocks,
     count_depths,
+    decoder_dim,
     join_key,
     list_layers,
     naming_for,
@@ -101,11 +101,10 @@ def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dic
         raise ValueError(f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}.")
     if spec.folded:
         raise ValueError(f"The decode head is folded, which {dialect} cannot name; unfold it with segprune.fold first.")
-    if spec.head != HEAD_KINDS[dialect]:
-        kinds = {"mlp": "linear branches", "conv": "a BatchNorm and a ReLU in each branch"}
-        others = ", ".join(name for name, head in HEAD_KINDS.items() if head == spec.head)
+    if spec.head != HEADS[dialect]:
+        others = ", ".join(name for name, head in HEADS.items() if head == spec.head)
         raise ValueError(
-            f"The decode head has {kinds[spec.head]}, which {dialect} cannot name; write the names of {others}."
+            f"The decode head has {spec.head_form.branches}, which {dialect} cannot name; write the names of {others}."
         )
     bare = [i for i, s in enumerate(spec.stages, 1) for b in s.blocks if not (b.has_attention and b.has_ffn)]
     if bare:
@@ -177,16 +176,16 @@ def infer_spec(
             f"Its stage widths {row(widths)} and depths {row(depths)} are those of no variant ({known}); give the "
             "network as it was before another tool changed it, since weights alone do not tell its heads."
         )
-    decoder_dim = CONV_DECODER_DIM if HEAD_KINDS[naming.dialect] == "conv" else None
-    if "decode_head.norm.weight" in ours:
-        decoder_dim, num_classes = (ours[f"decode_head.{name}.weight"].shape[0] for name in ("norm", "classifier"))
+    dim = decoder_dim(naming.dialect, variants[0])
+    if naming.head:
+        dim, num_classes = (ours[f"decode_head.{name}.weight"].shape[0] for name in ("norm", "classifier"))
     if num_classes is None:
         raise ValueError(
             "This is a backbone without decode head, so its classes are unknown; give --num_classes to train it, "
             "or a whole network."
         )
-    spec = standard_spec(variants[0], num_classes, numerics=NUMERICS[naming.dialect], decoder_dim=decoder_dim)
-    spec = replace(spec, head=HEAD_KINDS[naming.dialect])
+    spec = standard_spec(variants[0], num_classes, numerics=NUMERICS[naming.dialect], decoder_dim=dim)
+    spec = replace(spec, head=HEADS[naming.dialect])
     if heads is None:
         return spec
     ffn_dims = [ours[f"encoder.stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(NUM_STAGES)]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from segprune.checkpoint import build, read
-from segprune.checkpoint.dialects import CONV_DECODER_DIM, HEAD_KINDS, NUMERICS, detect
-from segprune.checkpoint.hf_in import HEADS
+from segprune.checkpoint.dialects import HEADS, NUMERICS, decoder_dim, detect
+from segprune.checkpoint.hf_in import NUM_HEADS_KEY
 from segprune.checkpoint.numerics import with_numerics
 from segprune.checkpoint.published import mmseg_problem, uniform_problem
 from segprune.checkpoint.rename import from_ours, to_ours
@@ -26,7 +26,7 @@ from segprune.data import draw_shapes, normalise
 from segprune.files import PICKLES, atomic_files, read_file, save_record
 from segprune.fold import unfold_decoder
 from segprune.model import SegFormer
-from segprune.spec import DECODER_DIMS, VARIANTS, Spec, standard_spec
+from segprune.spec import VARIANTS, Spec, standard_spec
 
 SIZE = (96, 128)
 
@@ -54,7 +54,10 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
     named = {name: tensor.detach().cpu().clone() for name, tensor in from_ours(state, spec, dialect).items()}
     meta: dict[str, list[int]] = {}
     if dialect == "nvlabs" and not _is_standard(spec, dialect):
-        meta = {"hidden_sizes": [s.width for s in spec.stages], HEADS: [s.blocks[0].num_heads for s in spec.stages]}
+        meta = {
+            "hidden_sizes": [s.width for s in spec.stages],
+            NUM_HEADS_KEY: [s.blocks[0].num_heads for s in spec.stages],
+        }
     with atomic_files(path) as temporary:
         save_record(named if dialect == "bubbliiiing" else {"meta": meta, "state_dict": named}, temporary)
         readable = dialect == "nvlabs" or _has_standard_stages(spec)
@@ -63,8 +66,8 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
 
 
 def _remedy(spec: Spec, dialect: str) -> str:
-    if spec.head != HEAD_KINDS[dialect]:
-        others = [name for name in ("nvlabs", "bubbliiiing", "mmseg") if HEAD_KINDS[name] == spec.head]
+    if spec.head != HEADS[dialect]:
+        others = [name for name in ("nvlabs", "bubbliiiing", "mmseg") if HEADS[name] == spec.head]
         return f"write --to {', '.join(others)} or hf"
     elsewhere = "write --to hf, which needs no uniform widths"
     return elsewhere if spec.head == "conv" else f"prune with --uniform for them, or {elsewhere}"
@@ -86,8 +89,7 @@ def _notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
 
 
 def _is_standard(spec: Spec, dialect: str) -> bool:
-    dim = CONV_DECODER_DIM if HEAD_KINDS[dialect] == "conv" else DECODER_DIMS.get(spec.variant)
-    return _has_standard_stages(spec) and spec.decoder_dim == dim
+    return _has_standard_stages(spec) and spec.decoder_dim == decoder_dim(dialect, spec.variant)
 
 
 def _has_standard_stages(spec: Spec) -> bool:

@@ -50,9 +50,9 @@ def test_heads_have_to_divide_the_width_and_branches_to_be_as_wide_as_the_head()
 def test_the_kind_of_decode_head_has_to_be_theirs() -> None:
     spec = standard_spec("b0", 5)
     conv = replace(spec, head="conv")
-    assert uniform_problem(conv) == "its decode head has a BatchNorm and a ReLU in each branch"
+    assert uniform_problem(conv) == "its decode head has a BatchNorm and a ReLU in each branch, not linear branches"
     assert mmseg_problem(conv) is None
-    assert mmseg_problem(spec) == "its decode head has no BatchNorm and ReLU in its branches"
+    assert mmseg_problem(spec) == "its decode head has linear branches, not a BatchNorm and a ReLU in each branch"
 
 
 def test_mmsegmentation_has_one_width_of_heads_and_one_ratio_for_all_stages() -> None:

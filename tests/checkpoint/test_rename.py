@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import SegformerForImageClassification, SegformerModel
 
 from segprune.checkpoint import ours, rename
-from segprune.checkpoint.dialects import HEAD_KINDS, NUMERICS, detect
+from segprune.checkpoint.dialects import HEADS, NUMERICS, detect
 from segprune.checkpoint.ours import expected_state
 from segprune.checkpoint.rename import from_ours
 from segprune.model import SegFormer
@@ -116,7 +116,7 @@ def test_there_and_back_is_the_identity(dialect: str, trained_like: Fill) -> Non
 
 @pytest.mark.parametrize("dialect", NUMERICS)
 def test_a_network_with_a_missing_branch_has_no_name_elsewhere(dialect: str, small_spec: Spec) -> None:
-    small_spec = replace(small_spec, head=HEAD_KINDS[dialect])
+    small_spec = replace(small_spec, head=HEADS[dialect])
     stages = list(small_spec.stages)
     stages[2] = replace(stages[2], blocks=(stages[2].blocks[0], stages[2].blocks[1].without_ffn()))
     spec = replace(small_spec, stages=tuple(stages))
@@ -141,7 +141,7 @@ def test_hugging_face_names_are_written_as_save_pretrained_writes_them(trained_l
 @pytest.mark.parametrize("dialect", NUMERICS)
 def test_every_variant_is_recognised_by_its_shapes(variant: str, dialect: str) -> None:
     width = 256 if dialect == "mmseg" else None
-    spec = replace(standard_spec(variant, 19, numerics=NUMERICS[dialect], decoder_dim=width), head=HEAD_KINDS[dialect])
+    spec = replace(standard_spec(variant, 19, numerics=NUMERICS[dialect], decoder_dim=width), head=HEADS[dialect])
     assert convert(from_ours(expected_state(spec), spec, dialect), dialect)[0] == spec
 
 

@@ -138,7 +138,8 @@ def test_any_other_network_goes_with_its_code_where_segprune_is_not(
         reason = "block 0 of stage 1 has values of width 12 per head where the stage's width 16 asks for 16"
         way = "trust_remote_code=True (prune with --uniform to do without)."
     else:
-        reason, way = "its decode head has a BatchNorm and a ReLU in each branch", "trust_remote_code=True."
+        reason = "its decode head has a BatchNorm and a ReLU in each branch, not linear branches"
+        way = "trust_remote_code=True."
     assert f"since {reason};" in notes[0]
     assert notes[0].endswith(way)
     x = torch.randn(1, 3, 64, 96)
@@ -261,14 +262,14 @@ def test_a_decode_head_of_the_other_kind_is_refused_with_the_formats_that_have_i
 ) -> None:
     dense = network(trained_like, NUMERICS["hf"])
     message = (
-        "^mmseg's classes cannot hold this network, since its decode head has no BatchNorm and ReLU in its branches; "
-        r"write --to nvlabs, bubbliiiing or hf\.$"
+        "^mmseg's classes cannot hold this network, since its decode head has linear branches, not a BatchNorm and "
+        r"a ReLU in each branch; write --to nvlabs, bubbliiiing or hf\.$"
     )
     with pytest.raises(ValueError, match=message):
         write_file(dense, tmp_path / "a.pth", "mmseg")
     message = (
-        "^nvlabs's classes cannot hold this network, since its decode head has a BatchNorm and a ReLU in each branch; "
-        r"write --to mmseg or hf\.$"
+        "^nvlabs's classes cannot hold this network, since its decode head has a BatchNorm and a ReLU in each branch, "
+        r"not linear branches; write --to mmseg or hf\.$"
     )
     with pytest.raises(ValueError, match=message):
         write_file(conv_model.float(), tmp_path / "a.pth", "nvlabs")

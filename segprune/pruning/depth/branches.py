@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import nn
-
-from segprune.model import Attention, Block, Mlp, SegFormer, Stage
-from segprune.spec import BlockSpec, Spec
+from segprune.spec import BlockSpec, Spec, block_name
 from segprune.stats import Unit, layers
 
 Kind = Literal["attn", "mlp", "block"]
@@ -38,7 +35,7 @@ def branches(spec: Spec) -> list[Branch]:
     found = []
     for i, stage in enumerate(spec.stages):
         for j, block in enumerate(stage.blocks):
-            name = f"encoder.stages.{i}.blocks.{j}"
+            name = block_name(i, j)
             kinds: list[Kind] = []
             if block.has_attention:
                 kinds.append("attn")
@@ -67,7 +64,7 @@ def without(spec: Spec, names: Collection[str]) -> Spec:
     gone = singles(spec, names)
     stages = []
     for i, stage in enumerate(spec.stages):
-        left = [_left(block, f"encoder.stages.{i}.blocks.{j}", gone) for j, block in enumerate(stage.blocks)]
+        left = [_left(block, block_name(i, j), gone) for j, block in enumerate(stage.blocks)]
         blocks = tuple(block for block in left if block.has_attention or block.has_ffn)
         if not blocks:
             raise ValueError(
@@ -95,19 +92,3 @@ def branch_costs(spec: Spec, unit: Unit, input_shape: tuple[int, int]) -> tuple[
             if found[1] in costs:
                 costs[found[1]] += row.cost(unit)
     return costs, sum(row.cost(unit) for row in rows)
-
-
-def stages_of(model: SegFormer) -> list[Stage]:
-    return [stage for stage in model.encoder.stages if isinstance(stage, Stage)]
-
-
-def blocks_of(stage: Stage) -> list[Block]:
-    return [block for block in stage.blocks if isinstance(block, Block)]
-
-
-def parts_of(block: Block) -> Iterator[tuple[str, nn.LayerNorm, Attention | Mlp]]:
-    """The block's branches as they run: "attn" or "mlp", with the LayerNorm before it."""
-    if block.norm1 is not None and block.attn is not None:
-        yield "attn", block.norm1, block.attn
-    if block.norm2 is not None and block.mlp is not None:
-        yield "mlp", block.norm2, block.mlp

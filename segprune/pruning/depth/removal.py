@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from segprune.model import Attention, Block, SegFormer, check_input, drop_path_rates
-from segprune.pruning.depth.branches import blocks_of, parts_of, singles, stages_of, without
+from segprune.pruning.depth.branches import singles, without
 from segprune.pruning.trace import eval_mode
+from segprune.spec import block_name
 
 
 @torch.no_grad()
@@ -27,23 +28,24 @@ def remove(model: SegFormer, names: Collection[str], batches: Iterable[Tensor] =
     images = images_for(model, batches)
     means = _mean_outputs(model, gone, images) if images else {}
     result = copy.deepcopy(model)
-    for i, stage in enumerate(stages_of(result)):
+    for i, stage in enumerate(result.list_stages()):
         bias = stage.patch_embed.norm.bias
-        for j, block in enumerate(blocks_of(stage)):
-            for kind, _, module in list(parts_of(block)):
-                name = f"encoder.stages.{i}.blocks.{j}.{kind}"
+        for j, block in enumerate(stage.list_blocks()):
+            for kind, _, module in block.list_branches():
+                name = f"{block_name(i, j)}.{kind}"
                 if name not in gone:
                     bias = (module.proj if isinstance(module, Attention) else module.fc2).bias
                     continue
                 if name in means:
                     bias.add_(means[name])
                 _drop(block, kind)
-        for j in reversed(range(len(stage.blocks))):
-            if not any(True for _ in parts_of(blocks_of(stage)[j])):
-                del stage.blocks[j]
-    left = [block for stage in stages_of(result) for block in blocks_of(stage)]
-    for block, rate in zip(left, drop_path_rates(spec), strict=True):
-        block.drop_path.rate = rate
+        stage.blocks = nn.ModuleList(block for block in stage.list_blocks() if block.list_branches())
+
+    # Stochastic depth is spread anew over the blocks that remain.
+    rates = iter(drop_path_rates(spec))
+    for stage in result.list_stages():
+        for block in stage.list_blocks():
+            block.drop_path.rate = next(rates)
     result.spec = spec
     return result
 

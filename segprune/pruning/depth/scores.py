@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from segprune.model import SegFormer, to_map
-from segprune.pruning.depth.branches import Branch, blocks_of, branches, parts_of, stages_of
+from segprune.pruning.depth.branches import Branch, branches
 from segprune.pruning.depth.removal import images_for
 from segprune.pruning.trace import eval_mode
+from segprune.spec import block_name
 
 Distance = Literal["kl", "mse"]
 Place = tuple[int, int]  # stage, block
@@ -62,9 +63,9 @@ def branch_scores(
 def _walk(model: SegFormer, x: Tensor) -> Iterator[tuple[Place, Tensor, list[Tensor], Size]]:
     """Before every block: where, the stream B N C, the maps of the stages behind, the size."""
     maps: list[Tensor] = []
-    for i, stage in enumerate(stages_of(model)):
+    for i, stage in enumerate(model.list_stages()):
         tokens, height, width = stage.patch_embed(x)
-        for j, block in enumerate(blocks_of(stage)):
+        for j, block in enumerate(stage.list_blocks()):
             yield (i, j), tokens, maps, (height, width)
             tokens = block(tokens, height, width)
         x = to_map(stage.norm(tokens), height, width)
@@ -73,8 +74,9 @@ def _walk(model: SegFormer, x: Tensor) -> Iterator[tuple[Place, Tensor, list[Ten
 
 def _skipping(model: SegFormer, branch: Branch, tokens: Tensor, size: Size) -> Tensor:
     """The stream behind the branch's block without what the branch adds to it."""
-    name = f"encoder.stages.{branch.stage}.blocks.{branch.block}"
-    for kind, norm, module in parts_of(blocks_of(stages_of(model)[branch.stage])[branch.block]):
+    name = block_name(branch.stage, branch.block)
+    block = model.list_stages()[branch.stage].list_blocks()[branch.block]
+    for kind, norm, module in block.list_branches():
         if f"{name}.{kind}" not in branch.singles:
             tokens = tokens + module(norm(tokens), *size)
     return tokens
@@ -82,9 +84,9 @@ def _skipping(model: SegFormer, branch: Branch, tokens: Tensor, size: Size) -> T
 
 def _finish(model: SegFormer, place: Place, tokens: Tensor, maps: list[Tensor], size: Size) -> Tensor:
     """The logits B K H/4 W/4 that come of the stream behind the block at `place`."""
-    stages = stages_of(model)
+    stages = model.list_stages()
     stage = stages[place[0]]
-    for block in blocks_of(stage)[place[1] + 1 :]:
+    for block in stage.list_blocks()[place[1] + 1 :]:
         tokens = block(tokens, *size)
     maps = [*maps, to_map(stage.norm(tokens), *size)]
     for later in stages[place[0] + 1 :]:

@@ -21,7 +21,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from segprune.model import SegFormer, Stage, check_input
+from segprune.model import SegFormer, check_input
 from segprune.pruning.groups import Group
 from segprune.pruning.plan import Plan
 from segprune.pruning.repair.basis import Reads
@@ -30,6 +30,7 @@ from segprune.pruning.repair.layers import Pairs, Removed
 from segprune.pruning.repair.stages import repair_stage
 from segprune.pruning.surgery import cut, read_spec, removed_positions
 from segprune.pruning.trace import eval_mode
+from segprune.spec import stage_name
 
 DAMPING = 3e-3  # of the mean variance of what a layer reads; 1e-4 to 1e-2 make little difference
 
@@ -76,7 +77,7 @@ def _repair(
     damping: float,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    stages = list(zip(_stages(reference), _stages(result), strict=True))
+    stages = list(zip(reference.list_stages(), result.list_stages(), strict=True))
     total = sum(len(stage.blocks) for stage in reference.spec.stages) + 1
     steps = count(1)
 
@@ -87,15 +88,11 @@ def _repair(
     maps, into = Pairs(images, images, []), Reads()
     every, ways = [], []
     for i, (old, new) in enumerate(stages):
-        maps, into = repair_stage(f"encoder.stages.{i}", old, new, into, removed, maps, damping, step)
+        maps, into = repair_stage(stage_name(i), old, new, into, removed, maps, damping, step)
         every.append(maps)
         ways.append(into)
     repair_head(reference.decode_head, result.decode_head, ways, removed, every, damping)
     step()
-
-
-def _stages(model: SegFormer) -> list[Stage]:
-    return [stage for stage in model.encoder.stages if isinstance(stage, Stage)]
 
 
 def _images(batches: Iterable[Tensor], model: SegFormer) -> list[Tensor]:

@@ -114,7 +114,7 @@ def _assign_fused(pruned: DecodeHead, weight: Tensor) -> None:
     if pruned.fuse is not None:
         pruned.fuse.weight.copy_(weight.view_as(pruned.fuse.weight))
         return
-    products = _layers(pruned.branches if pruned.fuses is None else pruned.fuses)
+    products = _layers(pruned.summed_products())
     widths = [product.in_features for product in products]
     for product, columns in zip(products, weight.split(widths, dim=1), strict=True):
         product.weight.copy_(columns)

@@ -37,27 +37,20 @@ def repair_stage(
         starts = [dense.patch_embed.norm(x) for x in embedded]
         basis = principal(second_moment(_normalised_stream(dense, starts, sizes)), pruned.norm.normalized_shape[0])
     tokens = _repair_embedding(dense, pruned, into, basis, maps.pruned, embedded, sizes, damping)
-    for j, (old, new) in enumerate(zip(_blocks(dense), _blocks(pruned), strict=True)):
+    for j, (old, new) in enumerate(zip(dense.list_blocks(), pruned.list_blocks(), strict=True)):
         tokens = _repair_block(f"{name}.blocks.{j}", old, new, basis, removed, tokens, damping)
         step()
     reads = fit_norm(dense.norm, pruned.norm, basis, tokens, damping)
     return tokens.through(dense.norm, pruned.norm).as_maps(), reads
 
 
-def _blocks(stage: Stage) -> list[Block]:
-    return [block for block in stage.blocks if isinstance(block, Block)]
-
-
 def _normalised_stream(dense: Stage, tokens: list[Tensor], sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
     """The dense stream B N D as each of its LayerNorms sees it."""
     for x, size in zip(tokens, sizes, strict=True):
-        for block in _blocks(dense):
-            if block.norm1 is not None and block.attn is not None:
-                yield normalised(block.norm1, x)
-                x = x + block.attn(block.norm1(x), *size)
-            if block.norm2 is not None and block.mlp is not None:
-                yield normalised(block.norm2, x)
-                x = x + block.mlp(block.norm2(x), *size)
+        for block in dense.list_blocks():
+            for _, norm, branch in block.list_branches():
+                yield normalised(norm, x)
+                x = x + branch(norm(x), *size)
         yield normalised(dense.norm, x)
 
 
