@@ -13,7 +13,7 @@ from segprune.model import Attention, Block, SegFormer
 from segprune.pruning.groups import Group, Side
 from segprune.pruning.plan import Plan
 from segprune.pruning.trace import NORMS, TRANSPOSED_CONVS, is_depthwise, width_of
-from segprune.spec import BlockSpec, Spec
+from segprune.spec import BlockSpec, Spec, block_name, stage_name
 
 
 def cut(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
@@ -91,13 +91,12 @@ def read_spec(model: SegFormer) -> Spec:
     """The spec of a cut network: widths off its layers, everything else from the old spec."""
     stages = []
     for i, stage in enumerate(model.spec.stages):
-        prefix = f"encoder.stages.{i}"
         blocks = []
         for j, block in enumerate(stage.blocks):
-            module = model.get_submodule(f"{prefix}.blocks.{j}")
+            module = model.get_submodule(block_name(i, j))
             assert isinstance(module, Block)
             blocks.append(_read_block(block, module))
-        width = width_of(model.get_submodule(f"{prefix}.patch_embed.proj"), "out")
+        width = width_of(model.get_submodule(f"{stage_name(i)}.patch_embed.proj"), "out")
         stages.append(replace(stage, width=width, blocks=tuple(blocks)))
     head = model.decode_head
     dims = tuple(width_of(branch, "out") for branch in head.branches)

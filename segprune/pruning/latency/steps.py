@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segprune.model import PatchEmbed, attend, to_map, to_tokens
-from segprune.spec import Spec, StageSpec
+from segprune.spec import Spec, StageSpec, block_name, stage_name
 from segprune.stats import Layer, layers
 from segprune.timing import DTYPE_OF, Precision
 
@@ -64,19 +64,19 @@ def steps(spec: Spec, input_shape: tuple[int, int], batch: int = 1) -> list[Step
     maps: list[tuple[int, int]] = []
     height, width = input_shape
     for i, stage in enumerate(spec.stages):
-        prefix = f"encoder.stages.{i}"
+        prefix = stage_name(i)
         sizes = (batch, height, width, stage.kernel_size, stage.stride)
         found.append(_product(rows, "embed", sizes, f"{prefix}.patch_embed.proj"))
         height, width = (-(-side // stage.stride) for side in (height, width))
         for j, block in enumerate(stage.blocks):
-            name = f"{prefix}.blocks.{j}"
+            name = block_name(i, j)
             if f"{name}.attn" in rows:
                 found += _attention_steps(rows, name, stage, block.num_heads, (batch, height, width))
             if f"{name}.mlp.fc1" in rows:
                 found += _ffn_steps(rows, name, (batch, height, width), tanh=spec.numerics.gelu == "tanh")
         found.append(_plain(rows, "norm", (batch, height * width), f"{prefix}.norm"))
         maps.append((height, width))
-    return found + list(_head_steps(spec, rows, maps, (batch, *input_shape)))
+    return found + list(_head_steps(rows, maps, (batch, *input_shape)))
 
 
 def _attention_steps(
@@ -106,16 +106,15 @@ def _ffn_steps(rows: Mapping[str, Layer], name: str, size: tuple[int, int, int],
     yield _plain(rows, "add", flat, f"{name}.mlp.fc2")
 
 
-def _head_steps(
-    spec: Spec, rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: tuple[int, int, int]
-) -> Iterator[Step]:
+def _head_steps(rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: tuple[int, int, int]) -> Iterator[Step]:
     batch, height, width = whole[0], *maps[0]
     concatenated = "decode_head.fuse" in rows
     for i, (h, w) in enumerate(maps):
         last = f"decode_head.branches.{i}"
         yield _product(rows, "linear", (batch, h * w), last)
-        if spec.head == "conv":
+        if f"decode_head.branch_norms.{i}" in rows:
             yield _plain(rows, "activation", (batch, h, w), f"decode_head.branch_norms.{i}")
+        if f"decode_head.fuses.{i}" in rows:
             last = f"decode_head.fuses.{i}"
             yield _product(rows, "linear", (batch, h * w), last)
         if (h, w) != maps[0]:
