@@ -11,6 +11,7 @@ import torch
 from segprune.model import SegFormer
 from segprune.timing import (
     CPU,
+    REPLAYS,
     Call,
     Pass,
     Turn,
@@ -72,6 +73,31 @@ def test_a_pass_gets_ready_before_each_turn_and_warms_up_once() -> None:
     (times,) = time_passes(passes, CPU, max_rounds=3, max_seconds=0.0)
     assert seen == ["ready", "run"] * 4
     assert (len(times.times_ms), times.eager_times_ms) == (3, [])
+
+
+def test_on_a_gpu_graphs_are_replayed_in_turns_with_calls_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the recorder and the clock: what is recorded and what is counted."""
+    seen: list[str] = []
+
+    class Recorder:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+
+        def record(self, call: Call) -> Call:
+            seen.append("record")
+            return lambda: seen.append("replay")
+
+    def time_ms(call: Call, device: torch.device) -> float:
+        before = len(seen)
+        call()
+        return float(len(seen) - before)  # a millisecond for every replay or call
+
+    monkeypatch.setattr("segprune.timing.GraphRecorder", Recorder)
+    monkeypatch.setattr("segprune.timing._time_ms", time_ms)
+    passes = [Pass(lambda: seen.append("call"), lambda: seen.append("ready"))]
+    (times,) = time_passes(passes, torch.device("cuda"), max_rounds=3, max_seconds=60.0)
+    assert seen == ["ready", "record"] + (["replay"] * REPLAYS + ["ready", "call"]) * 3
+    assert (times.times_ms, times.eager_times_ms) == ([1.0] * 3, [1.0] * 3)
 
 
 @pytest.mark.parametrize("number", [2, 3, 100, 257])
