@@ -13,7 +13,7 @@ from segprune.cli.pruning import PruneConfig, needs_images
 from segprune.data import Source, letterbox, load_image, normalise
 from segprune.data.pixels import Place
 from segprune.data.transforms import Bytes
-from segprune.inference.inputs import PICTURES
+from segprune.inference.inputs import IMAGES
 from segprune.pruning.importance import NEED_DATA
 
 BATCH = 8
@@ -37,9 +37,9 @@ def load_images(places: Sequence[Place], number: int, shape: tuple[int, int]) ->
 
 def places_in(folder: str, flag: str = "--images") -> Sequence[Place]:
     """All pictures below a folder, in order of their names. FileNotFoundError where there is none."""
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGES)
     if not found:
-        raise FileNotFoundError(f"{flag} {folder} holds no picture; give a folder with {', '.join(PICTURES)} files.")
+        raise FileNotFoundError(f"{flag} {folder} holds no picture; give a folder with {', '.join(IMAGES)} files.")
     return found
 
 

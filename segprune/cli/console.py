@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,13 +92,27 @@ def choose_device(cuda: bool) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def show_settings(title: str, settings: Mapping[str, Any]) -> None:
-    """What will run, as a table."""
+def show_settings(
+    title: str,
+    settings: Mapping[str, Any],
+    given: Collection[str] | None = None,
+    chosen: Mapping[str, Any] | None = None,
+) -> None:
+    """Prints a table of the settings that were given and of what was `chosen` or read off files.
+
+    Those left at their defaults are printed only without `given`, or if `verbose` is among the settings and set.
+    """
+    shown = dict(settings)
+    verbose = shown.pop("verbose", False)
+    if given is not None and not verbose:
+        shown = {name: value for name, value in shown.items() if name in given}
+    shown |= chosen or {}
+
     console.print(title, style="bold", soft_wrap=True)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in settings.items():
+    for name, value in shown.items():
         table.add_row(name, _cell(value))
     console.print(table)
 

@@ -40,6 +40,16 @@ LoaderProcesses = Annotated[int, typer.Option("--num_workers", min=0, help="Proc
 Verbose = Annotated[bool, switch("--verbose", "Print every setting, those left at their defaults too.")]
 
 
+def refuse_without_effect(given: frozenset[str], *rules: tuple[str, bool, str]) -> None:
+    """Raises ValueError for a flag that was given although it would change nothing.
+
+    A rule is a flag's name, whether it has no effect, and where: "with --kind mask".
+    """
+    for name, has_no_effect, where in rules:
+        if name in given and has_no_effect:
+            raise ValueError(f"`{name}` has no effect {where}; leave it out.")
+
+
 def command(run: Callable[..., None]) -> Callable[..., None]:
     """Returns a function for typer whose flags are the fields of the records that `run` takes.
 

@@ -1,4 +1,4 @@
-"""`segprune predict FILE --input X`: pictures, folders, videos and cameras segmented, and drawn to look at."""
+"""`segprune predict FILE --input X`: images, folders, videos and cameras segmented, and drawn to look at."""
 
 from __future__ import annotations
 
@@ -9,33 +9,31 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from typer import Argument, Option
+from typer import Option
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
-from segprune.cli.console import choose_device, console, progress_bar, show_notes, show_settings, show_table
-from segprune.cli.flags import switch
+from segprune.cli.console import choose_device, console, number_of, progress_bar, show_notes, show_settings, show_table
+from segprune.cli.flags import Cuda, Dialect, ModelFile, Verbose, refuse_without_effect, switch
 from segprune.data import voc_palette
 from segprune.files import atomic_path, check_writable, write_json
 from segprune.inference.draw import legend
-from segprune.inference.inputs import check_not_overwritten, find_pictures, kind_of
+from segprune.inference.inputs import check_sources_kept, find_images, recognise_input
 from segprune.inference.label_maps import MODES, EvalMode, Network
-from segprune.inference.predict import KINDS, Done, Job, predict_pictures, predict_video
+from segprune.inference.predict import KINDS, Predictions, PredictJob, predict_images, predict_video
 from segprune.inference.video import open_video
 from segprune.model import SegFormer, check_input
 
 RECORD = "predictions.json"
 AMPS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-MAX_CLASSES = 256  # that a palette PNG can tell apart
+MAX_CLASSES = 256  # what a palette PNG can tell apart
 
 
 @dataclass(frozen=True)
-class PredictConfig:
-    model_path: Annotated[
-        str, Argument(metavar="FILE", help=".pth, .pt, .safetensors, a Hugging Face folder or hub name.")
-    ]
+class PredictFlags:
+    model_path: ModelFile
     input: Annotated[
-        str, Option("--input", metavar="X", help="Picture, folder of pictures, video file, or number of a camera.")
+        str, Option("--input", metavar="X", help="Image, folder of images, video file, or number of a camera.")
     ]
     save_dir: Annotated[str, Option("--save_dir", help="Folder for what is written.")] = "predictions"
     kind: Annotated[str, Option("--kind", help="What is written: overlay, mask, side_by_side or all.")] = "overlay"
@@ -50,51 +48,151 @@ class PredictConfig:
     input_shape: Annotated[
         tuple[int, int], Option("--input_shape", metavar="H W", help="Size of the letterbox or of the window.")
     ] = (512, 512)
-    batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures or frames at a time.")] = 8
-    num_workers: Annotated[int, Option("--num_workers", min=1, help="Threads that load and write pictures.")] = 4
+    batch_size: Annotated[int, Option("--batch_size", min=1, help="Images or frames at a time.")] = 8
+    num_workers: Annotated[int, Option("--num_workers", min=1, help="Threads that load and write images.")] = 4
     amp: Annotated[str, Option("--amp", help="Mixed precision: no, fp16 or bf16.")] = "no"
-    cuda: Annotated[bool, switch("--cuda", "Use the GPU.")] = False
+    cuda: Cuda = False
     max_frames: Annotated[int | None, Option("--max_frames", min=1, help="Of a video or camera.")] = None
-    skip_bad: Annotated[bool, switch("--skip_bad", "Go on without pictures that cannot be read.")] = False
+    skip_bad: Annotated[bool, switch("--skip_bad", "Leave out images that cannot be read.")] = False
     classes: Annotated[
-        str, Option("--classes", metavar="PATH", help="Text file with a class name per line; else the checkpoint's.")
+        str,
+        Option("--classes", metavar="PATH", help="Text file with a class name per line, instead of the checkpoint's."),
     ] = ""
-    dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
+    dialect: Dialect = None
+    verbose: Verbose = False
 
 
-def run(config: PredictConfig, given: frozenset[str]) -> None:
-    """Segment pictures, a video or what a camera sees, and write overlays, masks or both side by side.
+def run(flags: PredictFlags, given: frozenset[str]) -> None:
+    """Segment images, a video or what a camera sees, and write overlays, masks or both side by side.
 
     The labels are those of the original pixels. Masks are palette PNGs whose values are the classes. Ctrl-C ends a
     camera's film.
     """
-    source = kind_of(config.input)
-    _check_choices(config)
-    _check_effects(config, given, source)
-    check_input((1, 3, *config.input_shape))
-    device = choose_device(config.cuda)
-    found = checkpoint.read(config.model_path, dialect=config.dialect)
-    names, palette = class_names(config, found), palette_in(found, config.model_path) or list(voc_palette())
-    read = {"dialect": found.dialect, "variant": found.spec.variant, "num_classes": found.spec.num_classes}
-    show_settings("Prediction", asdict(config) | read)
-    show_notes(found.notes)
-    job = Job(
-        network=_network(checkpoint.build(found), device, config),
-        how=EvalMode(mode=config.mode, input_shape=config.input_shape),  # type: ignore[arg-type]
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        kinds=KINDS if config.kind == "all" else (config.kind,),
-        alpha=config.alpha,
+    source = recognise_input(flags.input)
+    _check_words(flags)
+    _check_effects(flags, given, source)
+    check_input((1, 3, *flags.input_shape))
+    device = choose_device(flags.cuda)
+
+    # Open the checkpoint.
+    opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
+    names = choose_class_names(flags, opened)
+    palette = palette_in(opened, flags.model_path) or list(voc_palette())
+    spec = opened.spec
+    read = {"dialect": opened.dialect, "variant": spec.variant, "num_classes": spec.num_classes}
+    show_settings("Prediction", asdict(flags), given, read)
+    show_notes(opened.notes)
+
+    # Predict, and write a file of each kind.
+    job = PredictJob(
+        network=_place_network(checkpoint.build(opened), device, flags),
+        how=EvalMode(mode=flags.mode, input_shape=flags.input_shape),  # type: ignore[arg-type]
+        batch_size=flags.batch_size,
+        num_workers=flags.num_workers,
+        kinds=KINDS if flags.kind == "all" else (flags.kind,),
+        alpha=flags.alpha,
         palette=palette,
-        folder=Path(config.save_dir),
+        folder=Path(flags.save_dir),
     )
-    done, seconds = _predicted(config, source, job)
-    _finish(config, source, job, done, names, seconds)
+    moving = source in ("video", "camera")
+    done, seconds = _film(flags, job, camera=source == "camera") if moving else _photograph(flags, job)
+
+    # Without any result there is nothing to record.
+    thing = "frame" if moving else "image"
+    number = sum(record.get("frames", 1) for record in done.records)
+    if not number and done.interrupted:
+        raise KeyboardInterrupt(f"Interrupted before any of the {thing}s was written.")
+    if not number:
+        raise ValueError(f"None of the images could be read, the first because: {done.skipped[0]['reason']}")
+
+    # Write the legend and the record.
+    with atomic_path(job.folder / "legend.png") as temporary:
+        legend(names, palette, done.counts.nonzero()[0].tolist()).save(temporary, format="PNG")
+    record = {"settings": asdict(flags), "num_classes": spec.num_classes, "class_names": list(names)}
+    record |= {"seconds": seconds, f"{thing}s_per_second": number / seconds}
+    write_json(record | {"results": done.records, "skipped": done.skipped}, job.folder / RECORD)
+
+    # Tell what was done.
+    if len(done.records) == 1:
+        _show_shares(done.records[0], names)
+    if done.skipped:
+        first = ", ".join(bad["name"] for bad in done.skipped[:3]) + (", …" if len(done.skipped) > 3 else "")
+        done.notes.append(f"Skipped {number_of(len(done.skipped), 'image')} that could not be read: {first}")
+    show_notes(tuple(done.notes))
+    console.print(f"{number_of(number, thing)} in {seconds:.1f} s, {number / seconds:.1f} {thing}s per second.")
+    _show_paths(job, done)
+    if done.interrupted:
+        raise KeyboardInterrupt(f"Interrupted after {number_of(number, thing)}; what was written until then is whole.")
 
 
-def _network(model: SegFormer, device: torch.device, config: PredictConfig) -> Network:
-    """The checkpoint's network, in mixed precision if asked for; ValueError for logits that are no numbers."""
-    model, amp = model.to(device), AMPS[config.amp]
+def _check_words(flags: PredictFlags) -> None:
+    for name, value, allowed in (
+        ("kind", flags.kind, (*KINDS, "all")),
+        ("mode", flags.mode, MODES),
+        ("amp", flags.amp, tuple(AMPS)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`{name}` {value} is unknown; choose one of {', '.join(allowed)}.")
+
+
+def _check_effects(flags: PredictFlags, given: frozenset[str], source: str) -> None:
+    moving = source in ("video", "camera")
+    refuse_without_effect(
+        given,
+        ("alpha", flags.kind not in ("overlay", "all"), f"with --kind {flags.kind}"),
+        ("input_shape", flags.mode == "whole", "with --mode whole"),
+        ("max_frames", not moving, "on images"),
+        ("num_workers", moving, "on a video"),
+        ("skip_bad", source != "folder", "without a folder of images"),
+    )
+
+
+def choose_class_names(flags: PredictFlags, opened: Checkpoint) -> tuple[str, ...]:
+    """Returns the names from --classes, else the checkpoint's, else numbers. ValueError unless one per class."""
+    number = opened.spec.num_classes
+    if number > MAX_CLASSES:
+        raise ValueError(f"The network has {number} classes, where masks can hold {MAX_CLASSES}; give another network.")
+
+    names: Any
+    if flags.classes:
+        names, remedy = _read_lines(Path(flags.classes)), "give one name per line, in the order of the classes"
+    else:
+        names, remedy = opened.extra.get("class_names"), "give a file with one name per line as --classes"
+    if names is None:
+        return tuple(map(str, range(number)))
+
+    if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
+        here = f"has {len(names)} class names" if isinstance(names, list) else "has class names that are no list"
+        raise ValueError(f"{flags.classes or flags.model_path} {here}, where the network has {number}; {remedy}.")
+    return tuple(names)
+
+
+def _read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a text file with one class name per line.")
+    try:
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text, the only encoding read; save it as UTF-8.") from error
+
+
+def palette_in(opened: Checkpoint, path: str) -> list[int]:
+    """Returns the colours in a checkpoint, [] if it has none. ValueError unless they are 768 numbers."""
+    palette = opened.extra.get("palette")
+    if palette is None:
+        return []
+
+    numbers = palette if isinstance(palette, list) else []
+    if len(numbers) != 768 or not all(isinstance(number, int) and 0 <= number <= 255 for number in numbers):
+        raise ValueError(
+            f"{path} has a palette that is not 768 numbers in 0..255; save it again with a whole one, or without."
+        )
+    return numbers
+
+
+def _place_network(model: SegFormer, device: torch.device, flags: PredictFlags) -> Network:
+    """Puts the network on the device, in mixed precision on demand. It raises ValueError for NaN or infinity."""
+    model, amp = model.to(device), AMPS[flags.amp]
 
     def predict(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
@@ -105,131 +203,48 @@ def _network(model: SegFormer, device: torch.device, config: PredictConfig) -> N
             )
         return logits
 
-    return Network(predict, model.spec.num_classes, device, config.batch_size)
+    return Network(predict, model.spec.num_classes, device, flags.batch_size)
 
 
-def _check_choices(config: PredictConfig) -> None:
-    for flag, value, allowed in (
-        ("kind", config.kind, (*KINDS, "all")),
-        ("mode", config.mode, MODES),
-        ("amp", config.amp, tuple(AMPS)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"--{flag} {value} is unknown; choose one of {', '.join(allowed)}.")
+def _film(flags: PredictFlags, job: PredictJob, *, camera: bool) -> tuple[Predictions, float]:
+    """Predicts on a video or camera; returns what was done and the seconds it took."""
+    target = f"camera_{flags.input}.mp4" if camera else f"{Path(flags.input).stem}.mp4"
+    with open_video(flags.input, camera) as video, progress_bar("predicting") as advance:
+        check_sources_kept([Path(flags.input)], job.folder, job.kinds, [target])
+        check_writable(job.folder)
+
+        start = perf_counter()
+        done = predict_video(job, video, target, flags.max_frames, advance)
+        return done, perf_counter() - start
 
 
-def _check_effects(config: PredictConfig, given: frozenset[str], source: str) -> None:
-    """ValueError for a flag that was given and would change nothing."""
-    moving = source in ("video", "camera")
-    for flag, without_effect, where in (
-        ("alpha", config.kind not in ("overlay", "all"), f"with --kind {config.kind}"),
-        ("input_shape", config.mode == "whole", "with --mode whole"),
-        ("max_frames", not moving, "on pictures"),
-        ("num_workers", moving, "on a video"),
-        ("skip_bad", source != "folder", "without a folder of pictures"),
-    ):
-        if flag in given and without_effect:
-            raise ValueError(f"--{flag} has no effect {where}; leave it out.")
-
-
-def class_names(config: PredictConfig, found: Checkpoint) -> tuple[str, ...]:
-    """From --classes, else the checkpoint's extra, else numbers; ValueError where they are not one per class."""
-    number = found.spec.num_classes
-    if number > MAX_CLASSES:
-        raise ValueError(f"The network has {number} classes, where masks can hold {MAX_CLASSES}; give another network.")
-    names: Any
-    if config.classes:
-        names, remedy = _lines(Path(config.classes)), "give one name per line, in the order of the classes"
-    else:
-        names, remedy = found.extra.get("class_names"), "give a file with one name per line as --classes"
-    if names is None:
-        return tuple(map(str, range(number)))
-    if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
-        here = f"has {len(names)} class names" if isinstance(names, list) else "has class names that are no list"
-        raise ValueError(f"{config.classes or config.model_path} {here}, where the network has {number}; {remedy}.")
-    return tuple(names)
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a text file with one class name per line.")
-    try:
-        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text, the only encoding read; save it as UTF-8.") from error
-
-
-def palette_in(found: Checkpoint, path: str) -> list[int]:
-    """The colours that a checkpoint brings along, empty where it has none; ValueError where they are not 768."""
-    palette = found.extra.get("palette")
-    if palette is None:
-        return []
-    numbers = palette if isinstance(palette, list) else []
-    if len(numbers) != 768 or not all(isinstance(number, int) and 0 <= number <= 255 for number in numbers):
-        raise ValueError(
-            f"{path} has a palette that is not 768 numbers in 0..255; save it again with a whole one, or without."
-        )
-    return numbers
-
-
-def _predicted(config: PredictConfig, source: str, job: Job) -> tuple[Done, float]:
-    """What was done, and the seconds it took."""
-    if source in ("video", "camera"):
-        camera = source == "camera"
-        target = f"camera_{config.input}.mp4" if camera else f"{Path(config.input).stem}.mp4"
-        with open_video(config.input, camera) as video:
-            check_not_overwritten([Path(config.input)], job.folder, job.kinds, [target])
-            check_writable(job.folder)
-            start = perf_counter()
-            with progress_bar("predicting") as advance:
-                done = predict_video(job, video, target, config.max_frames, advance)
-            return done, perf_counter() - start
-    pictures, others = find_pictures(config.input, config.save_dir)
-    check_not_overwritten(
-        [picture.path for picture in pictures], job.folder, job.kinds, [picture.target for picture in pictures]
-    )
+def _photograph(flags: PredictFlags, job: PredictJob) -> tuple[Predictions, float]:
+    """Predicts on an image or a folder of them; returns what was done and the seconds it took."""
+    images, num_others = find_images(flags.input, flags.save_dir)
+    paths, targets = [image.path for image in images], [image.target for image in images]
+    check_sources_kept(paths, job.folder, job.kinds, targets)
     check_writable(job.folder)
+
     start = perf_counter()
     with progress_bar("predicting") as advance:
-        done = predict_pictures(job, pictures, config.skip_bad, advance)
-    if others:
-        done.notes.append(f"{others} other files in {config.input} are no pictures and were left out.")
-    return done, perf_counter() - start
+        done = predict_images(job, images, flags.skip_bad, advance)
+    seconds = perf_counter() - start
 
-
-def _finish(config: PredictConfig, source: str, job: Job, done: Done, names: tuple[str, ...], seconds: float) -> None:
-    """Legend and record written, and what came of it printed; KeyboardInterrupt with a message if Ctrl-C came."""
-    what = "frames" if source in ("video", "camera") else "pictures"
-    number = sum(record.get("frames", 1) for record in done.records)
-    if not number:
-        if done.interrupted:
-            raise KeyboardInterrupt(f"Interrupted before any of the {what} was written.")
-        raise ValueError(f"None of the pictures could be read, the first because: {done.skipped[0]['reason']}")
-    with atomic_path(job.folder / "legend.png") as temporary:
-        legend(names, job.palette, done.counts.nonzero()[0].tolist()).save(temporary, format="PNG")
-    record = {"settings": asdict(config), "num_classes": job.network.num_classes, "class_names": list(names)}
-    speed = {"seconds": seconds, f"{what}_per_second": number / seconds}
-    write_json(record | speed | {"results": done.records, "skipped": done.skipped}, job.folder / RECORD)
-    if len(done.records) == 1:
-        _show_shares(done.records[0], names)
-    if done.skipped:
-        first = ", ".join(bad["name"] for bad in done.skipped[:3]) + (", …" if len(done.skipped) > 3 else "")
-        done.notes.append(f"{len(done.skipped)} pictures could not be read and were skipped: {first}")
-    show_notes(tuple(done.notes))
-    console.print(f"{number} {what} in {seconds:.1f} s, {number / seconds:.1f} {what} per second.")
-    _show_files(job, done)
-    if done.interrupted:
-        raise KeyboardInterrupt(f"Interrupted after {number} {what}; what was written until then is whole.")
+    if num_others:
+        done.notes.append(f"{number_of(num_others, 'other file')} in {flags.input} left out: no images.")
+    return done, seconds
 
 
 def _show_shares(record: dict[str, Any], names: tuple[str, ...]) -> None:
-    shares = sorted(record["percent"].items(), key=lambda share: -share[1])
-    rows = [[k if names[int(k)] == k else f"{k} {names[int(k)]}", f"{percent:.2f}"] for k, percent in shares]
+    rows = []
+    for k, percent in sorted(record["percent"].items(), key=lambda share: -share[1]):
+        name = names[int(k)]
+        rows.append([k if name == k else f"{k} {name}", f"{percent:.2f}"])
     show_table(f"{record['name']}: class shares", ["class", "% of pixels"], rows)
 
 
-def _show_files(job: Job, done: Done) -> None:
-    """Each picture by name if it is the only one, else the folders."""
+def _show_paths(job: PredictJob, done: Predictions) -> None:
+    """Prints the files if there was one input, else the folders."""
     only = done.records[0]["file"] if len(done.records) == 1 else ""
     paths = [job.folder / kind / only for kind in job.kinds]
     paths += [job.folder / "legend.png", job.folder / RECORD]

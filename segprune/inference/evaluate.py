@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from segprune.data import Sample
 from segprune.data.loading import load_batches
-from segprune.inference.label_maps import EvalMode, Network, Picture, Predict, label_maps, prepare
+from segprune.inference.label_maps import EvalMode, Network, Predict, Prepared, label_maps, prepare
 from segprune.inference.metrics import Score, Tally, score, shard
 
 __all__ = ["EvalMode", "Predict", "Progress", "Score", "Tally", "evaluate", "score", "shard", "tallies"]
@@ -83,7 +83,7 @@ def tallies(
             yield len(pictures), tally.counts
 
 
-def _load_batch(samples: Sequence[Sample], how: EvalMode) -> tuple[list[Picture], list[Tensor]]:
+def _load_batch(samples: Sequence[Sample], how: EvalMode) -> tuple[list[Prepared], list[Tensor]]:
     pictures, labels = [], []
     for sample in samples:
         image, mask = sample.load()

@@ -1,20 +1,23 @@
-"""What `--input` may be: a picture, a folder of pictures, a video file, the number of a camera."""
+"""What can be predicted on: an image, a folder of images, a video file, or the number of a camera."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from segprune.data import load_image
 from segprune.data.transforms import Bytes
-from segprune.inference import label_maps
-from segprune.inference.label_maps import EvalMode
+from segprune.inference.label_maps import EvalMode, Prepared, prepare
+
+Kind = Literal["image", "folder", "video", "camera"]
 
 # fmt: off
-PICTURES = (
+IMAGES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )
 VIDEOS = (
@@ -24,8 +27,8 @@ VIDEOS = (
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A file, its name below the folder it was found in, and that of what is written, which ends in .png."""
+class ImageFile:
+    """An image's path, its name below the folder that was searched, and the name of what is written, a .png."""
 
     path: Path
     name: str
@@ -33,87 +36,89 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A picture [H, W, 3] and what the network gets of it."""
+class LoadedImage:
+    """An image [H, W, 3] uint8, and what the network gets of it."""
 
     image: Bytes
-    ready: label_maps.Picture
+    prepared: Prepared
 
 
-def kind_of(source: str) -> str:
-    """ "folder", "video", "camera" or "picture"; FileNotFoundError if it is none of them."""
+def recognise_input(source: str) -> Kind:
+    """Returns what `source` is: a path first, then a camera's number. FileNotFoundError if it is nothing known."""
     path = Path(source)
     if path.is_dir():
         return "folder"
     if path.is_file():
-        return "video" if path.suffix.lower() in VIDEOS else "picture"
+        return "video" if path.suffix.lower() in VIDEOS else "image"
     if source.isascii() and source.isdigit():
         return "camera"
     raise FileNotFoundError(
-        f"--input {source} does not exist; give a picture, a folder of pictures, a video or the number of a camera."
+        f"{source} does not exist; give an image, a folder of images, a video or the number of a camera."
     )
 
 
-def find_pictures(source: str, save_dir: str) -> tuple[list[Picture], int]:
-    """The picture, or all below the folder in order of their names; and the number of other files that lie there.
+def find_images(source: str, save_dir: str) -> tuple[list[ImageFile], int]:
+    """Returns the image, or all images below a folder by name, and how many other files lie there.
 
-    Hidden files and what lies in `save_dir` are left out. ValueError where there is no picture, and where one would
-    be written over.
+    Hidden files and those below `save_dir` are left out. ValueError for a folder without images, and where
+    `save_dir` is the folder itself.
     """
     root, out = Path(source), Path(save_dir)
     if root.is_file():
-        return [Picture(root, root.name, f"{root.stem}.png")], 0
+        return [ImageFile(root, root.name, f"{root.stem}.png")], 0
     if out.resolve() == root.resolve():
-        raise ValueError(f"--save_dir {out} is the folder of the pictures itself; give another one.")
-    paths = list(_files_below(root, out.resolve()))
-    found = [path for path in paths if path.suffix.lower() in PICTURES]
-    if not found:
-        raise ValueError(f"{root} holds no picture; give a folder with {', '.join(PICTURES)} files.")
-    stems = Counter(_stem(root, path).casefold() for path in found)  # some systems tell no case apart
-    pictures = [
-        Picture(
-            path,
-            _printable(path.relative_to(root).as_posix()),
-            # a.jpg and a.png beside each other become a.jpg.png and a.png.png
-            f"{_stem(root, path) if stems[_stem(root, path).casefold()] == 1 else path.relative_to(root)}.png",
-        )
-        for path in found
-    ]
-    return pictures, len(paths) - len(found)
+        raise ValueError(f"`save_dir` {out} is the folder of the images itself; give another one.")
+
+    paths = list(_walk_files(root, out.resolve()))
+    images = [path for path in paths if path.suffix.lower() in IMAGES]
+    if not images:
+        raise ValueError(f"{root} holds no image; give a folder with {', '.join(IMAGES)} files.")
+
+    return _name_targets(root, images), len(paths) - len(images)
 
 
-def check_not_overwritten(sources: list[Path], folder: Path, kinds: tuple[str, ...], targets: list[str]) -> None:
-    """ValueError where a file to be read lies where one will be written, FOLDER/KIND/TARGET."""
-    written = {(folder / kind / target).resolve() for kind in kinds for target in targets}
+def _name_targets(root: Path, paths: Sequence[Path]) -> list[ImageFile]:
+    """Names the file to write for each image: a.png for a.jpg, but a.jpg.png where there is an a.png beside it."""
+    stems = [str(path.relative_to(root).with_suffix("")) for path in paths]
+    num_alike = Counter(stem.casefold() for stem in stems)  # some file systems ignore case
+
+    images = []
+    for path, stem in zip(paths, stems, strict=True):
+        below_root = path.relative_to(root)
+        target = stem if num_alike[stem.casefold()] == 1 else str(below_root)
+        images.append(ImageFile(path, _printable(below_root.as_posix()), f"{target}.png"))
+    return images
+
+
+def check_sources_kept(sources: Sequence[Path], save_dir: Path, kinds: Sequence[str], targets: Sequence[str]) -> None:
+    """Raises ValueError if a file that is read is one that will be written, SAVE_DIR/KIND/TARGET."""
+    written: set[Path] = set()
+    for kind in kinds:
+        written.update((save_dir / kind / target).resolve() for target in targets)
+
     for source in sources:
         if source.resolve() in written:
-            raise ValueError(f"{source} would be written over; give another --save_dir.")
+            raise ValueError(f"{source} would be overwritten; give another `save_dir`.")
 
 
-def load_picture(path: Path, how: EvalMode) -> Loaded:
-    """A picture read upright and made ready; ValueError if it cannot be read."""
+def read_image(path: Path, how: EvalMode) -> LoadedImage:
+    """Reads an image upright and prepares it; ValueError if it cannot be read."""
     try:
         image = load_image(path, upright=True)
     except ValueError as error:
-        raise ValueError(str(error).replace(", or leave it out with --skip_bad", "")) from error  # no way for one alone
-    except Exception as error:  # damaged files fail in every way there is
+        # Whether an image may be left out is for the caller to say.
+        raise ValueError(re.sub(r", or leave it out with [^.;]+", "", str(error))) from error
+    except Exception as error:  # damaged files make decoders fail in every possible way
         raise ValueError(f"{path} cannot be read as an image ({error}); replace it.") from error
-    return made_ready(image, how)
+    return LoadedImage(image, prepare(image, how))
 
 
-def made_ready(image: Bytes, how: EvalMode) -> Loaded:
-    return Loaded(image, label_maps.prepare(image, how))
-
-
-def _files_below(root: Path, left_out: Path) -> Iterator[Path]:
+def _walk_files(root: Path, left_out: Path) -> Iterator[Path]:
+    """Yields the files below `root` by name, without hidden ones and without the folder `left_out`."""
     for folder, folders, names in os.walk(root):
         here = Path(folder)
         folders[:] = sorted(d for d in folders if not d.startswith(".") and (here / d).resolve() != left_out)
         yield from (here / name for name in sorted(names) if not name.startswith("."))
-
-
-def _stem(root: Path, path: Path) -> str:
-    return str(path.relative_to(root).with_suffix(""))
 
 
 def _printable(name: str) -> str:

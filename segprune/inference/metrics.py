@@ -1,12 +1,12 @@
-"""What a score is made of: whole numbers counted pixel by pixel, and the ratios read off them at the end.
+"""What a score is made of: pixels counted in whole numbers, and the ratios computed from the counts at the end.
 
-The counts of all pictures are added up first, so the IoU of a class is its intersection over its union in all of
-them together, whoever counted them and in which order. A class of which nothing was counted has no value (None) and
-does not enter the mean.
+The counts of all images are added up first. So the IoU of a class is its intersection over its union in all images
+together, whoever counted them and in which order. A class without any counted pixel has no value (None) and is left
+out of the mean.
 
-Boundary IoU (arXiv 2103.16562) is the IoU of the two masks' rims alone: of the pixels of a class that lie within d
-of its contour, the picture's edge included, d being 2 % of the picture's diagonal. Distances are in whole pixels
-along the axes and diagonals alike, as in the authors' erosion by a 3×3 square.
+Boundary IoU (arXiv 2103.16562) is the IoU of the two masks' rims alone: the pixels of a class that lie within d of
+its contour, the image's edge included. d is 2 % of the image's diagonal. Distances are in whole pixels along the axes
+and diagonals alike, as in the authors' erosion by a 3×3 square.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ BOUNDARY_RATIO = 0.02  # of the diagonal
 
 @dataclass(frozen=True)
 class Score:
-    """Shares in [0, 1]; per class, None where nothing was counted that could be divided by.
+    """Shares in [0, 1]; per class, None where the ratio's denominator is 0.
 
-    Recall is the share of a class's labelled pixels that were found, precision the share of those predicted that
-    are right; `mean_accuracy` is the mean recall. `boundary_miou` and `boundary_iou` are None where no boundaries
-    were counted. Rows of `confusion` are labels, columns predictions; it is empty where only the ratios were kept.
+    Recall is the share of a class's labelled pixels that were predicted as it, precision the share of the pixels
+    predicted as it that are labelled so; `mean_accuracy` is the mean recall. `boundary_miou` and `boundary_iou` are
+    None if boundaries were not counted. Rows of `confusion` are labels, columns predictions; it is empty if only
+    the ratios were kept.
     """
 
     miou: float
@@ -49,10 +50,10 @@ class Score:
 
 
 class Tally:
-    """Pixels counted so far: `counts` is one int64 tensor, so that those of batches and processes can be added up.
+    """Pixels counted so far. `counts` is one int64 tensor, so that those of batches and processes can be added up.
 
-    It holds the K×K confusion matrix, labels by predictions; with `boundary` also each class's intersection and
-    then each class's union of the two rims.
+    It holds the K×K confusion matrix, labels by predictions. With `boundary` it also holds the K intersections and
+    then the K unions of the two rims.
     """
 
     def __init__(self, num_classes: int, *, boundary: bool = False, device: torch.device | str = "cpu") -> None:
@@ -62,36 +63,43 @@ class Tally:
         self.counts = torch.zeros(size, dtype=torch.int64, device=device)
 
     def update(self, predicted: Tensor, labels: Tensor) -> None:
-        """Count one picture, H W each and on the tally's device; labels that are not below K are ignored."""
+        """Counts one image, H W each and on the tally's device; labels that are not below K are ignored."""
         k = self.num_classes
         valid = labels < k
-        # what is ignored goes into one bin more, which is cheaper than picking out the rest
+
+        # Ignored pixels are counted in one extra bin, which is cheaper than selecting the others.
         index = torch.where(valid, labels.int() * k + predicted.int(), k * k)
         self.counts[: k * k] += torch.bincount(index.flatten(), minlength=k * k + 1)[:-1]
+
         if self.boundary:
-            rims = [_rims(torch.where(valid, x.to(torch.uint8), IGNORED)) for x in (predicted, labels)]
-            self.counts[k * k :] += _rim_counts(rims[0], rims[1], k)
+            predicted_rims = _keep_rims(torch.where(valid, predicted.to(torch.uint8), IGNORED))
+            label_rims = _keep_rims(torch.where(valid, labels.to(torch.uint8), IGNORED))
+            self.counts[k * k :] += _count_rims(predicted_rims, label_rims, k)
 
 
-def _rims(regions: Tensor) -> Tensor:
-    """[H, W] with everything ignored that is farther than d from another value or the picture's edge."""
+def _keep_rims(regions: Tensor) -> Tensor:
+    """Returns [H, W] with all pixels ignored that are farther than d from another value and from the edge."""
     height, width = regions.shape
     reach = max(1, round(BOUNDARY_RATIO * math.hypot(height, width)))
-    rim = _window_max(regions, reach) != 255 - _window_max(255 - regions, reach)  # not all the same
+
+    # A pixel belongs to a rim if the highest and the lowest value around it differ.
+    highest = _window_max(regions, reach)
+    lowest = 255 - _window_max(255 - regions, reach)
+    rim = highest != lowest
     rim[:reach] = rim[-reach:] = True
     rim[:, :reach] = rim[:, -reach:] = True
     return torch.where(rim, regions, IGNORED)
 
 
 def _window_max(values: Tensor, reach: int) -> Tensor:
-    """The highest value of [H, W] within `reach` pixels of each in both directions.
+    """Returns the highest value of [H, W] within `reach` pixels of each pixel along both axes.
 
-    A window of so many pixels is two overlapping ones half as long, so the costs grow with the reach's logarithm.
+    A window is built from two overlapping ones half as long, so the cost grows with the logarithm of the reach.
     """
     size = 2 * reach + 1
-    for _ in range(2):
-        values = F.pad(values, (reach, reach)).T.contiguous()  # padding with 0, the lowest
-        length = 1
+    for _ in range(2):  # once per axis: each pass transposes
+        values = F.pad(values, (reach, reach)).T.contiguous()  # padded with 0, the lowest value
+        length = 1  # of the windows whose maximum `values` holds
         while length < size:
             step = min(length, size - length)
             values = torch.maximum(values[:-step], values[step:])
@@ -99,33 +107,36 @@ def _window_max(values: Tensor, reach: int) -> Tensor:
     return values
 
 
-def _rim_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """2K: what both rims share of each class, then what either has."""
-    counted = [
-        torch.bincount(rim.flatten().int(), minlength=IGNORED + 1)[:num_classes]
-        for rim in (torch.where(predicted == labels, labels, IGNORED), predicted, labels)
-    ]
-    shared, *each = counted
-    return torch.cat([shared, each[0] + each[1] - shared])
+def _count_rims(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Returns 2K counts: each class's intersection of the two rims, then each class's union."""
+
+    def count(rims: Tensor) -> Tensor:
+        return torch.bincount(rims.flatten().int(), minlength=IGNORED + 1)[:num_classes]
+
+    shared = count(torch.where(predicted == labels, labels, IGNORED))
+    return torch.cat([shared, count(predicted) + count(labels) - shared])
 
 
 def score(counts: Tensor, num_classes: int, num_images: int) -> Score:
-    """Read a `Score` off a tally's counts; ValueError where no pixel had a label."""
+    """Computes a `Score` from a tally's counts. ValueError if no pixel had a label."""
     counts = counts.cpu()
     size = num_classes * num_classes
     confusion = counts[:size].view(num_classes, num_classes)
     if int(confusion.sum()) == 0:
-        raise ValueError("No labelled pixel was found, so there is nothing to score; check the masks' values.")
+        raise ValueError("No pixel has a label, so there is nothing to score; check the masks' values.")
+
     right, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    iou, recall = _ratios(right, labelled + predicted - right), _ratios(right, labelled)
-    boundary_iou = _ratios(*counts[size:].view(2, num_classes)) if len(counts) > size else None
+    iou = _divide(right, labelled + predicted - right)
+    recall = _divide(right, labelled)
+    boundary_iou = _divide(*counts[size:].view(2, num_classes)) if len(counts) > size else None
+
     return Score(
         miou=_mean(iou),
         mean_accuracy=_mean(recall),
         pixel_accuracy=int(right.sum()) / int(confusion.sum()),
         iou=iou,
         recall=recall,
-        precision=_ratios(right, predicted),
+        precision=_divide(right, predicted),
         num_images=num_images,
         boundary_miou=None if boundary_iou is None else _mean(boundary_iou),
         boundary_iou=boundary_iou,
@@ -133,7 +144,7 @@ def score(counts: Tensor, num_classes: int, num_images: int) -> Score:
     )
 
 
-def _ratios(parts: Tensor, wholes: Tensor) -> Ratios:
+def _divide(parts: Tensor, wholes: Tensor) -> Ratios:
     return tuple(a / b if b else None for a, b in zip(parts.tolist(), wholes.tolist(), strict=True))
 
 
@@ -143,6 +154,6 @@ def _mean(ratios: Ratios) -> float:
 
 
 def shard(samples: Sequence[T], process: int, processes: int) -> Sequence[T]:
-    """What one of several processes scores: together they have each sample once, none two more than another."""
+    """Returns one process's share of the samples: together they have each one once, in shares equal to within one."""
     assert 0 <= process < processes
     return samples[process::processes]

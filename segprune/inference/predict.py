@@ -1,7 +1,7 @@
-"""Pictures and videos through a network and into files: masks, overlays, side by side.
+"""Images and videos through a network and into files: masks, overlays, side by side.
 
-Pictures are loaded and written by threads while the network runs. Every file is written whole or not at all; Ctrl-C
-leaves what was finished and says so.
+Threads load and write images while the network runs. Every file is written whole or not at all; Ctrl-C keeps what
+was finished and is reported in the result.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from PIL import Image
 from segprune.data.transforms import Bytes
 from segprune.files import atomic_path
 from segprune.inference.draw import mask_image, overlay, paint, side_by_side
-from segprune.inference.inputs import Loaded, Picture, load_picture, made_ready
-from segprune.inference.label_maps import EvalMode, Network, label_maps
+from segprune.inference.inputs import ImageFile, LoadedImage, read_image
+from segprune.inference.label_maps import EvalMode, Network, label_maps, prepare
 from segprune.inference.video import Frame, Video, write_video
 
 Counts = npt.NDArray[np.int64]  # pixels per class
-Progress = Callable[[int, int], None]  # pictures done, pictures in all
-VideoProgress = Callable[[int, int | None], None]  # frames done, frames in all if known
+Progress = Callable[[int, int], None]  # images done, images in all
+VideoProgress = Callable[[int, int | None], None]  # frames done, frames in all if that is known
 KINDS = ("overlay", "mask", "side_by_side")
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is done with every picture: `how` it goes through the network, and what is written of it."""
+class PredictJob:
+    """What is done with every image: `how` it goes through the network, and which kinds of files are written."""
 
     network: Network
     how: EvalMode
@@ -45,10 +45,17 @@ class Job:
     palette: list[int]
     folder: Path
 
+    def count(self, labels: Bytes) -> Counts:
+        """Returns the pixels per class."""
+        return np.bincount(labels.ravel(), minlength=self.network.num_classes)
+
+    def no_pixels(self) -> Counts:
+        return np.zeros(self.network.num_classes, dtype=np.int64)
+
 
 @dataclass
-class Done:
-    """Grows while a run goes on: a record per picture or video, pixels per class, pictures skipped, what to note."""
+class Predictions:
+    """What a run has done so far: a record per image or video, pixels per class, images skipped, and notes."""
 
     counts: Counts
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -63,45 +70,53 @@ class Done:
         self.counts += counts
 
 
-def predict(job: Job, batch: Sequence[Loaded]) -> list[Bytes]:
-    """The labels [H, W] of every picture in its own size."""
+def predict_labels(job: PredictJob, batch: Sequence[LoadedImage]) -> list[Bytes]:
+    """Returns the labels [H, W] of every image in its own size."""
     with torch.inference_mode():
-        maps = label_maps(job.network, [one.ready for one in batch], job.how)
-    return [found.cpu().numpy() for found in maps]
+        maps = label_maps(job.network, [loaded.prepared for loaded in batch], job.how)
+    return [labels.cpu().numpy() for labels in maps]
 
 
-def draw(job: Job, kind: str, image: Bytes, labels: Bytes) -> Bytes:
-    """One of KINDS as RGB [H, W, 3]."""
+def draw_kind(job: PredictJob, kind: str, image: Bytes, labels: Bytes) -> Bytes:
+    """Draws one of KINDS as RGB [H, W, 3]."""
     if kind == "overlay":
         return overlay(image, labels, job.palette, job.alpha)
     painted = paint(labels, job.palette)
     return painted if kind == "mask" else side_by_side(image, painted)
 
 
-def predict_pictures(
-    job: Job, pictures: Sequence[Picture], skip_bad: bool = False, progress: Progress | None = None
-) -> Done:
-    """Files KIND/TARGET below the job's folder, and a record per picture in their order.
+def predict_images(
+    job: PredictJob, images: Sequence[ImageFile], skip_bad: bool = False, progress: Progress | None = None
+) -> Predictions:
+    """Writes the files KIND/TARGET below the job's folder; returns a record per image in their order.
 
-    ValueError names a picture that cannot be read, unless those are skipped.
+    An image that cannot be read is listed as skipped with `skip_bad`; otherwise ValueError names it.
     """
-    done = Done(_no_pixels(job))
+    done = Predictions(job.no_pixels())
     writing: deque[Future[tuple[dict[str, Any], Counts]]] = deque()
+
     with ThreadPoolExecutor(job.num_workers) as pool:
         try:
-            for seen, batch in _loaded(job, pictures, pool):
-                bad = [(picture, reason) for picture, reason in batch if isinstance(reason, str)]
-                if bad and not skip_bad:
-                    advice = ", or leave it out with --skip_bad." if len(pictures) > 1 else "."
-                    raise ValueError(bad[0][1].removesuffix(".") + advice)
-                done.skipped += [{"name": picture.name, "reason": reason} for picture, reason in bad]
-                whole = [(picture, one) for picture, one in batch if isinstance(one, Loaded)]
-                labels = predict(job, [one for _, one in whole])
-                _collect(writing, done, leave=job.batch_size)  # only so many pictures lie in memory
-                for (picture, one), found in zip(whole, labels, strict=True):
-                    writing.append(pool.submit(_write, job, picture, one.image, found))
+            for seen, batch in _read_ahead(job, images, pool):
+                readable = []
+                for image, loaded in batch:
+                    if isinstance(loaded, LoadedImage):
+                        readable.append((image, loaded))
+                    elif skip_bad:
+                        done.skipped.append({"name": image.name, "reason": loaded})
+                    else:
+                        advice = ", or leave it out with `skip_bad`." if len(images) > 1 else "."
+                        raise ValueError(loaded.removesuffix(".") + advice)
+
+                labels = predict_labels(job, [loaded for _, loaded in readable])
+
+                # Wait for earlier files, so that at most one batch of images waits in memory to be written.
+                _collect(writing, done, leave=job.batch_size)
+                for (image, loaded), own in zip(readable, labels, strict=True):
+                    writing.append(pool.submit(_write_files, job, image, loaded.image, own))
+
                 if progress is not None:
-                    progress(seen, len(pictures))
+                    progress(seen, len(images))
             _collect(writing, done)
         except KeyboardInterrupt:
             done.interrupted = True
@@ -110,112 +125,121 @@ def predict_pictures(
     return done
 
 
-def _no_pixels(job: Job) -> Counts:
-    return np.zeros(job.network.num_classes, dtype=np.int64)
-
-
-def _collect(writing: deque[Future[tuple[dict[str, Any], Counts]]], done: Done, leave: int = 0) -> None:
-    """Wait for all that is written but the last `leave`; what was cancelled leaves nothing."""
+def _collect(writing: deque[Future[tuple[dict[str, Any], Counts]]], done: Predictions, leave: int = 0) -> None:
+    """Waits for all files but the last `leave` and adds their records; what was cancelled leaves no record."""
     while len(writing) > leave:
         if not writing[0].cancelled():
             done.add(*writing[0].result())
         writing.popleft()
 
 
-def _loaded(
-    job: Job, pictures: Sequence[Picture], pool: ThreadPoolExecutor
-) -> Iterator[tuple[int, list[tuple[Picture, Loaded | str]]]]:
-    """Pictures seen so far, and a batch of them: each loaded, or why it cannot be; the next batch is loaded ahead."""
+def _read_ahead(
+    job: PredictJob, images: Sequence[ImageFile], pool: ThreadPoolExecutor
+) -> Iterator[tuple[int, list[tuple[ImageFile, LoadedImage | str]]]]:
+    """Yields how many images were seen, and a batch of them: each loaded, or why it cannot be read.
 
-    def load(picture: Picture) -> Loaded | str:
+    The batch after it is being loaded meanwhile.
+    """
+
+    def load(image: ImageFile) -> LoadedImage | str:
         try:
-            return load_picture(picture.path, job.how)
+            return read_image(image.path, job.how)
         except (ValueError, OSError) as error:
             return str(error)
 
-    ahead: deque[tuple[int, list[tuple[Picture, Future[Loaded | str]]]]] = deque()
-    for start in range(0, len(pictures), job.batch_size):
-        batch = pictures[start : start + job.batch_size]
-        ahead.append((start + len(batch), [(picture, pool.submit(load, picture)) for picture in batch]))
-        if len(ahead) > 1:
+    ahead: deque[tuple[int, list[tuple[ImageFile, Future[LoadedImage | str]]]]] = deque()
+    starts = [*range(0, len(images), job.batch_size), None]  # None: nothing more to load, only to yield
+    for start in starts:
+        if start is not None:
+            batch = images[start : start + job.batch_size]
+            ahead.append((start + len(batch), [(image, pool.submit(load, image)) for image in batch]))
+        if ahead and (start is None or len(ahead) > 1):
             seen, futures = ahead.popleft()
-            yield seen, [(picture, future.result()) for picture, future in futures]
-    for seen, futures in ahead:
-        yield seen, [(picture, future.result()) for picture, future in futures]
+            yield seen, [(image, future.result()) for image, future in futures]
 
 
-def _write(job: Job, picture: Picture, image: Bytes, labels: Bytes) -> tuple[dict[str, Any], Counts]:
-    """The picture's files; its record and pixels per class."""
+def _write_files(job: PredictJob, image: ImageFile, pixels: Bytes, labels: Bytes) -> tuple[dict[str, Any], Counts]:
+    """Writes the image's files; returns its record and its pixels per class."""
     for kind in job.kinds:
-        # the mask's values are the classes, so it is no RGB
-        drawn = mask_image(labels, job.palette) if kind == "mask" else Image.fromarray(draw(job, kind, image, labels))
-        with atomic_path(job.folder / kind / picture.target) as temporary:
-            drawn.save(temporary, format="PNG", compress_level=3)  # twice as fast as 6, a tenth larger
-    record = {"name": picture.name, "file": picture.target, "size": list(labels.shape)}
-    return record, np.bincount(labels.ravel(), minlength=job.network.num_classes)
+        # A mask keeps its classes as pixel values, so it is a palette image and no RGB.
+        if kind == "mask":
+            drawn = mask_image(labels, job.palette)
+        else:
+            drawn = Image.fromarray(draw_kind(job, kind, pixels, labels))
+        with atomic_path(job.folder / kind / image.target) as temporary:
+            drawn.save(temporary, format="PNG", compress_level=3)  # twice as fast as level 6, a tenth larger
+
+    return {"name": image.name, "file": image.target, "size": list(labels.shape)}, job.count(labels)
 
 
 def predict_video(
-    job: Job, video: Video, target: str, limit: int | None, progress: VideoProgress | None = None
-) -> Done:
-    """Files KIND/TARGET below the job's folder, and one record. Ctrl-C closes them after the last whole frame.
+    job: PredictJob, video: Video, target: str, limit: int | None, progress: VideoProgress | None = None
+) -> Predictions:
+    """Writes the files KIND/TARGET below the job's folder; returns one record. Reads `limit` frames at most.
 
-    A camera's frames are repeated where the network is slower than it, so that the file plays at its own speed.
-    ValueError for a video without a frame.
+    Ctrl-C closes the files after the last whole frame. Where the network is slower than a camera, its frames are
+    repeated, so that the file plays at the camera's speed. ValueError for a video without a frame.
     """
-    done = Done(_no_pixels(job))
+    done = Predictions(job.no_pixels())
+    counts = job.no_pixels()
     total = video.num_frames if limit is None or video.num_frames is None else min(limit, video.num_frames)
-    counts = _no_pixels(job)
+
     with ExitStack() as files:
         batches = files.enter_context(closing(video.batches(job.batch_size, limit)))
         out = _VideoFiles(job, video.fps, target, files)
         try:
             for batch in batches:
-                labels = predict(job, [made_ready(frame.image, job.how) for frame in batch])
-                for frame, found in zip(batch, labels, strict=True):
-                    out.add(frame, found)
-                    counts += np.bincount(found.ravel(), minlength=job.network.num_classes)
+                loaded = [LoadedImage(frame.image, prepare(frame.image, job.how)) for frame in batch]
+                for frame, labels in zip(batch, predict_labels(job, loaded), strict=True):
+                    out.add(frame, labels)
+                    counts += job.count(labels)
                 if progress is not None:
-                    progress(out.frames, total or limit)
+                    progress(out.num_frames, total or limit)
         except KeyboardInterrupt:
             done.interrupted = True
-    if out.frames:
-        size = list(out.size)
-        done.add({"name": video.name, "file": target, "size": size, "frames": out.frames, "fps": video.fps}, counts)
+
+    if out.num_frames:
+        record = {"name": video.name, "file": target, "size": list(out.size)}
+        done.add(record | {"frames": out.num_frames, "fps": video.fps}, counts)
     elif not done.interrupted:
-        raise ValueError(f"No frame of {video.name} could be read; {_remedy(video)}.")
-    if total is not None and not done.interrupted and out.frames < 0.99 * total:
-        done.notes.append(f"Only {out.frames} of {total} frames of {video.name} could be read; it seems to be cut off.")
+        remedy = "close other programs that use it" if video.live else "replace the file, or convert it to .mp4"
+        raise ValueError(f"No frame of {video.name} could be read; {remedy}.")
+
+    # Headers may be off by a frame or two.
+    if total is not None and not done.interrupted and out.num_frames < 0.99 * total:
+        read = f"Only {out.num_frames} of {total} frames of {video.name} could be read"
+        done.notes.append(f"{read}; it seems to be cut off.")
     return done
 
 
-def _remedy(video: Video) -> str:
-    return "see to it that no other program uses it" if video.live else "replace the file, or convert it to .mp4"
-
-
 class _VideoFiles:
-    """One file per kind, opened with the first frame, whose size all of them have."""
+    """One video file per kind; all are opened with the first frame, which decides their size."""
 
-    def __init__(self, job: Job, fps: float, target: str, files: ExitStack) -> None:
+    def __init__(self, job: PredictJob, fps: float, target: str, files: ExitStack) -> None:
         self.job, self.fps, self.target, self.files = job, fps, target, files
         self.writers: dict[str, Callable[[Bytes], None]] = {}
         self.size: tuple[int, ...] = ()
-        self.frames = self.written = 0
+        self.num_frames = 0
+        self.num_written = 0
 
     def add(self, frame: Frame, labels: Bytes) -> None:
-        copies = _copies(frame, self.fps, self.written)
+        copies = count_copies(frame, self.fps, self.num_written)
         self.size = labels.shape
+
         for kind in self.job.kinds:
-            drawn = draw(self.job, kind, frame.image, labels)
+            drawn = draw_kind(self.job, kind, frame.image, labels)
             if kind not in self.writers:
                 path = self.job.folder / kind / self.target
                 self.writers[kind] = self.files.enter_context(write_video(path, self.fps, drawn.shape[:2]))
             for _ in range(copies):
                 self.writers[kind](drawn)
-        self.frames += 1
-        self.written += copies
+
+        self.num_frames += 1
+        self.num_written += copies
 
 
-def _copies(frame: Frame, fps: float, written: int) -> int:
-    """How often a frame is written: once, a camera's until the file is as long as it has been running."""
-    return 1 if frame.seconds is None else max(1, round(frame.seconds * fps) + 1 - written)
+def count_copies(frame: Frame, fps: float, num_written: int) -> int:
+    """Returns how often a frame is written: once; a camera's until the file is as long as it has been running."""
+    if frame.seconds is None:
+        return 1
+    return max(1, round(frame.seconds * fps) + 1 - num_written)

@@ -1,7 +1,7 @@
 """Videos and cameras read and written with OpenCV, an optional extra.
 
-Frames are uint8 [H, W, 3] RGB. What is written is MPEG-4 in .mp4, without sound; its sides are even, so the last row
-or column of an odd one is doubled.
+Frames are uint8 [H, W, 3] RGB. Files are written as MPEG-4 in .mp4, without sound. Their sides must be even, so the
+last row or column of an odd frame is doubled.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 from segprune.data.transforms import Bytes
 from segprune.files import atomic_path
 
-DEFAULT_FPS = 25.0  # where a camera or file does not tell its own
+DEFAULT_FPS = 25.0  # for cameras and files that do not tell their own
 
 
 @dataclass(frozen=True)
 class Frame:
-    """`seconds` is when a camera's frame came, from the first on; a file's frames have None."""
+    """`seconds` is when a camera's frame came, counted from its first one; None for frames of a file."""
 
     image: Bytes
     seconds: float | None
@@ -34,7 +34,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Video:
-    """An open video or camera. `num_frames` is what a file's header says, None if it says nothing."""
+    """An open video or camera. `num_frames` is what a file's header says; None if it says nothing."""
 
     name: str
     fps: float
@@ -43,38 +43,44 @@ class Video:
     capture: Any
 
     def batches(self, size: int, limit: int | None) -> Generator[list[Frame]]:
-        """Frames in lists of `size`, at most `limit` of them; a thread reads on meanwhile."""
-        frames = islice(self._frames(), limit)
+        """Yields frames in lists of `size`, at most `limit` frames; a thread reads the next list meanwhile."""
+        frames = islice(self._read_frames(), limit)
+
         with ThreadPoolExecutor(1) as pool:
             pending = pool.submit(lambda: list(islice(frames, size)))
             while batch := pending.result():
                 pending = pool.submit(lambda: list(islice(frames, size)))
                 yield batch
 
-    def _frames(self) -> Iterator[Frame]:
+    def _read_frames(self) -> Iterator[Frame]:
         start = None
         while True:
             there, frame = self.capture.read()
             if not there:
                 return
+
             start = start or perf_counter()
-            yield Frame(np.ascontiguousarray(frame[..., ::-1]), perf_counter() - start if self.live else None)
+            seconds = perf_counter() - start if self.live else None
+            yield Frame(np.ascontiguousarray(frame[..., ::-1]), seconds)  # BGR -> RGB
 
 
 @contextmanager
 def open_video(source: str, camera: bool) -> Iterator[Video]:
-    """ImportError without OpenCV; ValueError for a file that is no video and a camera that is not there."""
-    cv2 = _opencv()
+    """Opens a video file or a camera. ImportError without OpenCV; ValueError if it cannot be opened."""
+    cv2 = _import_opencv()
     with closing(_Released(cv2.VideoCapture(int(source) if camera else source))) as opened:
         capture = opened.device
-        if not capture.isOpened():
+        if not capture.isOpened() and camera:
             raise ValueError(
-                f"Camera {source} cannot be opened; see to it that it is connected and that no other program uses it, "
+                f"Camera {source} cannot be opened; check that it is connected and that no other program uses it, "
                 "or give another number."
-                if camera
-                else f"{source} cannot be read as a video; replace the file, or convert it to .mp4."
             )
-        fps, frames = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        if not capture.isOpened():
+            raise ValueError(f"{source} cannot be read as a video; replace the file, or convert it to .mp4.")
+
+        # Both are 0 or nonsense where the file or the camera does not say.
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        frames = capture.get(cv2.CAP_PROP_FRAME_COUNT)
         yield Video(
             name=f"camera {source}" if camera else source,
             fps=fps if 0 < fps < 1000 else DEFAULT_FPS,
@@ -86,27 +92,31 @@ def open_video(source: str, camera: bool) -> Iterator[Video]:
 
 @contextmanager
 def write_video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[Bytes], None]]:
-    """Yields `write(frame)` for frames of `size` (H, W); on success the file is whole, on failure there is none.
+    """Yields `write(frame)` for frames of `size` (H, W); the file is whole on success, and absent on failure.
 
     OSError if it cannot be written.
     """
-    cv2 = _opencv()
-    even = (size[0] + size[0] % 2, size[1] + size[1] % 2)
-    written = 0
+    cv2 = _import_opencv()
+    odd = (size[0] % 2, size[1] % 2)
+    even = (size[0] + odd[0], size[1] + odd[1])
+    num_written = 0
+
     with atomic_path(path) as temporary:
-        unfinished = temporary.with_name(f"{temporary.name}.mp4")  # OpenCV goes by the ending
+        unfinished = temporary.with_name(f"{temporary.name}.mp4")  # OpenCV takes the format from the ending
         try:
             code = cv2.VideoWriter.fourcc(*"mp4v")
             with closing(_Released(cv2.VideoWriter(str(unfinished), code, fps, even[::-1]))) as opened:
 
                 def write(frame: Bytes) -> None:
-                    nonlocal written
-                    padding = [(0, even[i] - size[i]) for i in (0, 1)]
-                    opened.device.write(np.pad(frame, [*padding, (0, 0)], mode="edge")[..., ::-1])
-                    written += 1
+                    nonlocal num_written
+                    padded = np.pad(frame, [(0, odd[0]), (0, odd[1]), (0, 0)], mode="edge")
+                    opened.device.write(padded[..., ::-1])  # RGB -> BGR
+                    num_written += 1
 
                 yield write
-            if _frames_in(unfinished) != written:  # of a full disk OpenCV tells nobody
+
+            # OpenCV does not report a full disk, so count what can be read again.
+            if _count_frames(unfinished) != num_written:
                 raise OSError("the video did not get onto the disk whole")
             unfinished.replace(temporary)
         finally:
@@ -114,7 +124,7 @@ def write_video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Calla
 
 
 class _Released:
-    """Gives `closing` what it closes: OpenCV's own name for it is release."""
+    """Lets `contextlib.closing` close an OpenCV device, which calls it release."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
@@ -123,14 +133,14 @@ class _Released:
         self.device.release()
 
 
-def _frames_in(path: Path) -> int:
-    cv2 = _opencv()
+def _count_frames(path: Path) -> int:
+    cv2 = _import_opencv()
     with closing(_Released(cv2.VideoCapture(str(path)))) as opened:
         return int(opened.device.get(cv2.CAP_PROP_FRAME_COUNT))
 
 
-def _opencv() -> Any:
-    """The module, its own messages switched off: they say in many lines what we say in one sentence."""
+def _import_opencv() -> Any:
+    """Returns the module with its own messages switched off; ours say the same in one sentence."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         import cv2

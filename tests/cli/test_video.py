@@ -12,7 +12,7 @@ import pytest
 
 from segprune.data import draw_shapes
 from segprune.data.transforms import Bytes
-from segprune.inference.predict import _copies
+from segprune.inference.predict import count_copies
 from segprune.inference.video import Frame, open_video, write_video
 from tests.cli.test_predict import interrupted_at, predicting_on, record_in
 from tests.commands import done, invoke, refused
@@ -138,24 +138,24 @@ def test_a_video_that_breaks_off_is_noted(small: Path, tmp_path: Path) -> None:
 def test_a_camera_that_is_not_there_is_refused(small: Path, tmp_path: Path) -> None:
     said = refused(*predicting_on("97", small, tmp_path / "out"))
     assert said == (
-        "Camera 97 cannot be opened; see to it that it is connected and that no other program uses it, "
+        "Camera 97 cannot be opened; check that it is connected and that no other program uses it, "
         "or give another number."
     )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_flag_for_pictures_is_refused_on_a_video(clip: Path, small: Path, tmp_path: Path) -> None:
+def test_a_flag_for_images_is_refused_on_a_video(clip: Path, small: Path, tmp_path: Path) -> None:
     call = predicting_on(clip, small, tmp_path / "out")
     assert refused(*call, "--num_workers", 2) == "--num_workers has no effect on a video; leave it out."
     said = refused(*call, "--skip_bad")
-    assert said == "--skip_bad has no effect without a folder of pictures; leave it out."
+    assert said == "--skip_bad has no effect without a folder of images; leave it out."
 
 
 def test_a_video_is_not_written_over(clip: Path, small: Path, tmp_path: Path) -> None:
     (tmp_path / "overlay").mkdir()
     source = clip.rename(tmp_path / "overlay/clip.mp4")
     said = refused(*predicting_on(source, small, tmp_path))
-    assert said == f"{source} would be written over; give another --save_dir."
+    assert said == f"{source} would be overwritten; give another --save_dir."
 
 
 class Camera:
@@ -200,15 +200,15 @@ def test_a_camera_that_gives_no_frame_is_refused(
 ) -> None:
     with_camera(clip, 0, monkeypatch)
     said = refused(*predicting_on("0", small, tmp_path / "out"))
-    assert said == "No frame of camera 0 could be read; see to it that no other program uses it."
+    assert said == "No frame of camera 0 could be read; close other programs that use it."
 
 
 def test_a_slow_networks_film_of_a_camera_plays_in_real_time() -> None:
     written = 0
     for i in range(20):  # a frame every 0.2 s, at 25 frames per second
-        written += _copies(Frame(np.zeros((1, 1, 3), dtype=np.uint8), i * 0.2), 25.0, written)
+        written += count_copies(Frame(np.zeros((1, 1, 3), dtype=np.uint8), i * 0.2), 25.0, written)
     assert written == 19 * 5 + 1
-    assert _copies(Frame(np.zeros((1, 1, 3), dtype=np.uint8), None), 25.0, 3) == 1
+    assert count_copies(Frame(np.zeros((1, 1, 3), dtype=np.uint8), None), 25.0, 3) == 1
 
 
 def test_a_full_disk_is_told_and_leaves_the_old_film(

@@ -48,7 +48,7 @@ def write_sample(folder: Path, labels: np.ndarray, image: np.ndarray | None = No
 
 def test_masks_without_a_labelled_pixel_are_refused(tmp_path: Path) -> None:
     sample = write_sample(tmp_path, np.full((32, 32), 255, dtype=np.uint8))
-    with pytest.raises(ValueError, match="No labelled pixel was found"):
+    with pytest.raises(ValueError, match="No pixel has a label"):
         evaluate(ColourModel(), [sample], 4, EvalMode(input_shape=(32, 32)))
 
 

@@ -1,4 +1,4 @@
-"""What --input may be: kinds told apart, pictures found and read whatever they are called and however stored."""
+"""What can be predicted on: kinds told apart, images found and read whatever they are called and however stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segprune.inference.inputs import find_pictures, kind_of, load_picture
+from segprune.inference.inputs import find_images, read_image, recognise_input
 from segprune.inference.label_maps import EvalMode
 
 WHOLE = EvalMode("whole")
@@ -24,57 +24,55 @@ def put(path: Path, array: np.ndarray = RGB, **options: object) -> Path:
     return path
 
 
-def test_folders_videos_pictures_and_cameras_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_videos_images_and_cameras_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.MP4", "b.jpg", "c"):
         Path(name).touch()
-    assert [kind_of(x) for x in (".", "a.MP4", "b.jpg", "c", "0", "12")] == [
+    assert [recognise_input(x) for x in (".", "a.MP4", "b.jpg", "c", "0", "12")] == [
         "folder",
         "video",
-        "picture",
-        "picture",
+        "image",
+        "image",
         "camera",
         "camera",
     ]
     Path("0").touch()
-    assert kind_of("0") == "picture"  # a file goes before a number
+    assert recognise_input("0") == "image"  # a file goes before a number
 
 
 @pytest.mark.parametrize("source", ["nothing.jpg", "-1", "1.5", "²"])
 def test_what_is_not_there_is_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist; give a picture, a folder of pictures, a video or the"):
-        kind_of(source)
+    with pytest.raises(FileNotFoundError, match="does not exist; give an image, a folder of images"):
+        recognise_input(source)
 
 
-def test_pictures_are_found_below_the_folder_in_order_and_others_counted(tmp_path: Path) -> None:
+def test_images_are_found_below_the_folder_in_order_and_others_counted(tmp_path: Path) -> None:
     root = tmp_path / "Bilder"
     for name in ("b.JPG", "猫/ü.png", "猫/z/deep.bmp", "a.webp"):
         put(root / name)
     for name in ("notes.txt", "猫/film.mp4", ".DS_Store", "._b.jpg", ".hidden/c.jpg"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).touch()
-    pictures, others = find_pictures(str(root), str(tmp_path / "out"))
-    assert [picture.name for picture in pictures] == ["a.webp", "b.JPG", "猫/ü.png", "猫/z/deep.bmp"]
-    assert [Path(picture.target) for picture in pictures] == list(
-        map(Path, ["a.png", "b.png", "猫/ü.png", "猫/z/deep.png"])
-    )
+    images, others = find_images(str(root), str(tmp_path / "out"))
+    assert [image.name for image in images] == ["a.webp", "b.JPG", "猫/ü.png", "猫/z/deep.bmp"]
+    assert [Path(image.target) for image in images] == list(map(Path, ["a.png", "b.png", "猫/ü.png", "猫/z/deep.png"]))
     assert others == 2
 
 
-def test_pictures_that_differ_in_their_ending_alone_keep_it(tmp_path: Path) -> None:
+def test_images_that_differ_in_their_ending_alone_keep_it(tmp_path: Path) -> None:
     for name in ("a.jpg", "A.png", "b.jpg", "sub/a.jpg"):
         put(tmp_path / "in" / name)
-    pictures, _ = find_pictures(str(tmp_path / "in"), str(tmp_path / "out"))
-    targets = {picture.name: picture.target for picture in pictures}
+    images, _ = find_images(str(tmp_path / "in"), str(tmp_path / "out"))
+    targets = {image.name: image.target for image in images}
     assert targets == {"a.jpg": "a.jpg.png", "A.png": "A.png.png", "b.jpg": "b.png", "sub/a.jpg": "sub/a.png"}
 
 
 def test_what_an_earlier_run_wrote_is_not_read_again(tmp_path: Path) -> None:
     put(tmp_path / "a.jpg")
     put(tmp_path / "out/overlay/a.png")
-    pictures, others = find_pictures(str(tmp_path), str(tmp_path / "out"))
-    assert ([picture.name for picture in pictures], others) == (["a.jpg"], 0)
+    images, others = find_images(str(tmp_path), str(tmp_path / "out"))
+    assert ([image.name for image in images], others) == (["a.jpg"], 0)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names there are text")
@@ -84,13 +82,13 @@ def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path) -> None:
         Path(os.fsdecode(path)).write_bytes(put(tmp_path / "x.bmp").read_bytes())
     except OSError:
         pytest.skip("this disk takes no such name")
-    pictures, _ = find_pictures(str(tmp_path), str(tmp_path / "out"))
-    assert [picture.name for picture in pictures] == ["x.bmp", "?.png"]
-    assert load_picture(pictures[1].path, WHOLE).image.shape == RGB.shape
+    images, _ = find_images(str(tmp_path), str(tmp_path / "out"))
+    assert [image.name for image in images] == ["x.bmp", "?.png"]
+    assert read_image(images[1].path, WHOLE).image.shape == RGB.shape
 
 
 def stored(kind: str, path: Path) -> tuple[Path, np.ndarray]:
-    """A picture stored that way, and the RGB it means."""
+    """A image stored that way, and the RGB it means."""
     three = np.stack([GREY] * 3, axis=2)
     match kind:
         case "RGB":
@@ -125,9 +123,9 @@ def stored(kind: str, path: Path) -> tuple[Path, np.ndarray]:
         "RGB", "grey", "RGBA", "16-bit PNG", "16-bit TIFF", "32-bit TIFF", "black and white", "turned", "turned 16-bit",
     ],
 )  # fmt: skip
-def test_a_picture_is_read_upright_in_8_bits_however_it_is_stored(kind: str, tmp_path: Path) -> None:
+def test_a_image_is_read_upright_in_8_bits_however_it_is_stored(kind: str, tmp_path: Path) -> None:
     path, meant = stored(kind, tmp_path / "x")
-    assert np.array_equal(load_picture(path, WHOLE).image, meant)
+    assert np.array_equal(read_image(path, WHOLE).image, meant)
 
 
 def test_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
@@ -135,28 +133,28 @@ def test_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"x\.tif holds values from 70000 to 70000, where 0\.\.65535 is allowed; save it"
     ):
-        load_picture(path, WHOLE)
+        read_image(path, WHOLE)
 
 
-def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
+def test_floating_point_images_are_refused(tmp_path: Path) -> None:
     path = put(tmp_path / "x.tif", np.zeros((4, 4), dtype=np.float32))
     with pytest.raises(ValueError, match=r"x\.tif has mode F, where 8 or 16 bits per channel are allowed; save it"):
-        load_picture(path, WHOLE)
+        read_image(path, WHOLE)
 
 
 @pytest.mark.parametrize("damage", ["empty", "a text", "half"])
-def test_a_damaged_picture_is_refused_by_name(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_image_is_refused_by_name(damage: str, tmp_path: Path) -> None:
     path = put(tmp_path / "x.jpg")
-    content = {"empty": b"", "a text": b"no picture", "half": path.read_bytes()[: path.stat().st_size // 2]}
+    content = {"empty": b"", "a text": b"no image", "half": path.read_bytes()[: path.stat().st_size // 2]}
     path.write_bytes(content[damage])
     with pytest.raises(ValueError, match=r"x\.jpg cannot be read as an image \(.+\); replace it\.$"):
-        load_picture(path, WHOLE)
+        read_image(path, WHOLE)
 
 
-def test_whatever_a_decoder_stumbles_over_names_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_decoder_stumbles_over_names_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stumble(*args: object, **kwargs: object) -> None:
         raise IndexError("list index out of range")
 
     monkeypatch.setattr("segprune.inference.inputs.load_image", stumble)
     with pytest.raises(ValueError, match=r"x\.png cannot be read as an image \(list index out of range\); replace"):
-        load_picture(put(tmp_path / "x.png"), WHOLE)
+        read_image(put(tmp_path / "x.png"), WHOLE)

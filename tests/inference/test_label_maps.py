@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from segprune.data import normalise
 from segprune.inference import label_maps as module
-from segprune.inference.label_maps import EvalMode, Network, Predict, label_maps, normalised, prepare
+from segprune.inference.label_maps import EvalMode, Network, Predict, label_maps, normalise_pixels, prepare
 
 K = 5
 
@@ -75,9 +75,9 @@ def same(found: Tensor, expected: Tensor) -> None:
     assert len(expected.unique()) > 1
 
 
-def test_normalised_is_the_datas_normalise() -> None:
+def test_normalise_pixels_is_the_datas_normalise() -> None:
     images = [picture(40, 33), picture(40, 33)[::-1].copy()]
-    found = normalised(torch.stack([torch.from_numpy(image) for image in images]))
+    found = normalise_pixels(torch.stack([torch.from_numpy(image) for image in images]))
     assert torch.equal(found, torch.stack([normalise(image) for image in images]))
 
 
@@ -167,14 +167,14 @@ def test_logits_at_a_lower_resolution_are_resized(predict: Predict, mode: module
 
 def test_sliding_keeps_only_the_rows_that_are_still_needed(predict: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
     most = 0
-    read = module._Sliding.read
+    read = module._SlidingWindows.read
 
-    def watched(self: module._Sliding, a: int, b: int) -> Tensor:
+    def watched(self: module._SlidingWindows, a: int, b: int) -> Tensor:
         nonlocal most
         most = max(most, self.sums.shape[1])
         return read(self, a, b)
 
-    monkeypatch.setattr(module._Sliding, "read", watched)
+    monkeypatch.setattr(module._SlidingWindows, "read", watched)
     monkeypatch.setattr(module, "CPU_STRIP_NUMBERS", K * 40 * 8)
     labelled(predict, [picture(1000, 40)], EvalMode("slide", (32, 40)))
     assert 32 <= most <= 64
@@ -182,7 +182,7 @@ def test_sliding_keeps_only_the_rows_that_are_still_needed(predict: Predict, mon
 
 def test_a_network_with_other_classes_is_refused() -> None:
     message = (
-        r"The network made \(1, 3, 32, 32\) of a batch of 1, where B K H W with 1 pictures and 5 classes is expected; "
+        r"The network made \(1, 3, 32, 32\) of a batch of 1, where B K H W with 1 images and 5 classes is expected; "
         "give a network with as many classes as the data."
     )
     with pytest.raises(ValueError, match=message):
@@ -192,16 +192,16 @@ def test_a_network_with_other_classes_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "crop"}, "The mode 'crop' is unknown; choose one of letterbox, whole, slide."),
-        ({"scales": ()}, "scales is empty; give at least one, each above 0, such as 0.75 1 1.25."),
-        ({"scales": (1.0, 0.0)}, "scales is 1 0; give at least one, each above 0, such as 0.75 1 1.25."),
-        ({"scales": (math.nan,)}, "scales is nan; give at least one, each above 0"),
-        ({"stride": (9, 9)}, "stride has no effect in mode letterbox; leave it out, or choose the mode slide."),
+        ({"mode": "crop"}, "`mode` 'crop' is unknown; choose one of letterbox, whole, slide."),
+        ({"scales": ()}, "`scales` is empty; give at least one, each above 0, such as 0.75 1 1.25."),
+        ({"scales": (1.0, 0.0)}, "`scales` is 1 0; give at least one, each above 0, such as 0.75 1 1.25."),
+        ({"scales": (math.nan,)}, "`scales` is nan; give at least one, each above 0"),
+        ({"stride": (9, 9)}, "`stride` has no effect in mode letterbox; leave it out, or choose the mode slide."),
         (
             {"mode": "slide", "input_shape": (64, 32), "stride": (64, 33)},
-            "stride is 64×33, where 1×1 to the window's 64×32 is allowed; a longer one would leave pixels out.",
+            "`stride` is 64×33, where 1×1 to the window's 64×32 is allowed; a longer one would leave pixels out.",
         ),
-        ({"mode": "slide", "stride": (0, 9)}, "stride is 0×9, where 1×1 to the window's 512×512 is allowed"),
+        ({"mode": "slide", "stride": (0, 9)}, "`stride` is 0×9, where 1×1 to the window's 512×512 is allowed"),
     ],
 )
 def test_a_mode_that_makes_no_sense_is_refused(settings: dict[str, object], message: str) -> None:

@@ -72,7 +72,7 @@ def test_rows_are_labels_and_labels_from_num_classes_up_are_ignored() -> None:
 
 
 def test_nothing_labelled_is_refused() -> None:
-    message = "No labelled pixel was found, so there is nothing to score; check the masks' values."
+    message = "No pixel has a label, so there is nothing to score; check the masks' values."
     with pytest.raises(ValueError, match=message):
         score(Tally(3).counts, 3, 1)
 
