@@ -78,7 +78,7 @@ def test_the_flags_say_how_pictures_go_through_the_network(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--mode", "crop"), "The mode 'crop' is unknown; choose one of letterbox, whole, slide."),
+        (("--mode", "crop"), "--mode 'crop' is unknown; choose one of letterbox, whole, slide."),
         (("--stride", 16, 16), "--stride has no effect in mode letterbox; leave it out, or choose the mode slide."),
         (("--mode", "slide", *SIZE, "--stride", 33, 16), "--stride is 33×16, where 1×1 to the window"),
         (("--scales", "1;2"), "--scales is '1;2'; give numbers such as 0.75,1,1.25."),
