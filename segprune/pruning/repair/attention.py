@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from segprune.model import Attention, to_tokens
 from segprune.pruning.repair.basis import (
+    UNSEEN,
     Basis,
     Reads,
     fit_norm,
@@ -155,7 +156,10 @@ def _truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _root(moment: Tensor) -> Tensor:
-    """L with L L^T = moment."""
+    """L with L L^T = moment, and a little in directions that the images do not show: else rounding would rank them."""
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]
+    moment = moment + torch.diag_embed(UNSEEN * mean.expand(moment.shape[:-1]))
+
     values, vectors = torch.linalg.eigh(moment)
     return vectors * values.clamp_min(0.0).sqrt()[..., None, :]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 RANK_TOLERANCE = 1e-10  # singular values below this share of the largest are rounding, whichever driver found them
+UNSEEN = 1e-6  # of the mean variance: what directions get that no image shows, far above rounding, far below damping
 
 
 class Basis:
@@ -54,13 +55,20 @@ class Reads:
 def principal(second_moment: Tensor, width: int) -> Basis:
     """The best `width` coordinates for a normalised stream with that second moment (D D, about zero)."""
     # What is the same in all channels never reaches a LayerNorm's output: it comes last, however few directions count.
-    second_moment = second_moment - second_moment.trace() / len(second_moment)
+    size = len(second_moment)
+    mean = second_moment.trace() / size
+    second_moment = second_moment - mean
+
+    # Of directions that the images do not show, rounding would choose: prefer the first channels' instead.
+    ramp = torch.linspace(2.0, 1.0, size, dtype=mean.dtype, device=mean.device)
+    second_moment = second_moment + torch.diag(UNSEEN * mean * ramp)
+
     directions = torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, : width - 1]  # D k
 
     # An eigenvector's sign is the driver's choice, and gains fitted channel by channel depend on it.
     directions = directions * signs_of_columns(directions)
 
-    scale = (width / len(second_moment)) ** 0.5
+    scale = (width / size) ** 0.5
     return Basis(scale * _sum_to_zero(width, directions.device) @ directions.T)
 
 
