@@ -5,7 +5,7 @@ Images are uint8 [H, W, 3] RGB, masks uint8 [H, W] holding class indices, 255 ig
 
 from segprune.data.check import LabelReport, check_labels
 from segprune.data.layouts import LAYOUTS, open_source
-from segprune.data.pixels import SampleError, load_image, load_mask, voc_palette
+from segprune.data.pixels import Location, SampleError, load_image, load_mask, voc_palette
 from segprune.data.samples import Pair, Sample, SegmentationData, Source, readable
 from segprune.data.shapes import CLASS_NAMES, CONTEXT_CLASS_NAMES, draw_shapes, write_shapes
 from segprune.data.transforms import (
@@ -28,6 +28,7 @@ __all__ = [
     "STD",
     "EvalTransform",
     "LabelReport",
+    "Location",
     "Pair",
     "Sample",
     "SampleError",

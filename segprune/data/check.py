@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from segprune.data.pixels import Place, size_message
+from segprune.data.pixels import Location, describe_unequal
 from segprune.data.samples import Pair, Source
 from segprune.data.transforms import IGNORE_INDEX
+
+_TURNED_BY_A_QUARTER = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_MAX_LABELS_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,16 @@ class LabelReport:
 
 
 @dataclass
-class _Findings:
+class _Tally:
     """Grows while the files are read: per kind of mistake its first message and number of files; counts."""
 
     num_classes: int
-    trained: bool  # the network, so its number of classes is given
+    trained: bool  # the network, so that its number of classes is fixed
     first: dict[str, str] = field(default_factory=dict)
     num_bad: dict[str, int] = field(default_factory=dict)
     counts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)  # [256] per split
     num_masks_at_limit: int = 0  # masks that hold the label num_classes
-    turned: list[Place] = field(default_factory=list)  # images with an EXIF orientation
+    turned: list[Location] = field(default_factory=list)  # images with an EXIF orientation
 
     def add(self, kind: str, message: str) -> None:
         self.first.setdefault(kind, message)
@@ -48,116 +51,136 @@ def check_labels(
     source: Source,
     num_classes: int,
     splits: Sequence[str] = ("train", "val"),
-    limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     trained: bool = False,
 ) -> LabelReport:
-    """Reads the masks of the splits (the first `limit` of each) and refuses what would train wrongly.
+    """Reads the masks of the splits and refuses what would train wrongly.
 
-    `progress` is called with (masks done, masks in all); `trained` says that `num_classes` is that of a network that
-    there is already, which decides what is advised. Raises FileNotFoundError for missing lists, images
-    and masks, and ValueError for masks that are RGB or unreadable, sizes that differ within a pair, labels
-    above `num_classes` other than 255, and a first split whose masks hold nothing but 0 and 255. The message
-    names the first file found and counts the files alike. The label `num_classes` is ignored, with a note.
+    `progress` is called with (masks done, masks in all). `trained` says that `num_classes` belongs to a network that
+    exists already, which decides what the messages advise. The label `num_classes` is ignored, with a note.
+
+    Raises FileNotFoundError for missing lists, images and masks, and ValueError for masks that are unreadable or
+    coloured, sizes that differ within a pair, labels above `num_classes` other than 255, and a first split whose masks
+    hold nothing but 0 and 255. The message names the first such file and counts all of them.
     """
     if not 1 <= num_classes <= IGNORE_INDEX:
-        raise ValueError(f"num_classes is {num_classes}, where 1..{IGNORE_INDEX} is allowed; label 255 is ignored.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}, where at least 1 is allowed; leave it out to read every mask.")
-    samples = {split: source.split(split)[:limit] for split in splits}
-    findings = _Findings(num_classes, trained)
-    total, done = sum(map(len, samples.values())), 0
-    for split, chosen in samples.items():
-        findings.counts[split] = np.zeros(256, dtype=np.int64)
-        for sample in chosen:
-            _inspect(sample, split, findings, source)
+        raise ValueError(f"`num_classes` is {num_classes}, where 1..{IGNORE_INDEX} is allowed; label 255 is ignored.")
+
+    samples = {split: source.split(split) for split in splits}
+    total = sum(len(pairs) for pairs in samples.values())
+    tally = _Tally(num_classes, trained)
+
+    done = 0
+    for split, pairs in samples.items():
+        tally.counts[split] = np.zeros(256, dtype=np.int64)
+        for pair in pairs:
+            _inspect(pair, split, tally, source)
             done += 1
             if progress is not None:
                 progress(done, total)
-    if findings.first:
-        kind, message = next(iter(findings.first.items()))
-        raise ValueError(f"{message.removesuffix('.')} ({findings.num_bad[kind]} of {total} files {kind}).")
+
+    # One sentence about the kind of mistake that was met first.
+    if tally.first:
+        kind, message = next(iter(tally.first.items()))
+        raise ValueError(f"{message.removesuffix('.')} ({tally.num_bad[kind]} of {total} files {kind}).")
+
     if source.own_numbering:
-        _check_binary(samples[splits[0]], findings.counts[splits[0]], num_classes)
-    return _report(samples, findings, splits[0], limit)
+        _check_binary(samples[splits[0]], tally.counts[splits[0]], num_classes)
 
-
-def _inspect(sample: Pair, split: str, findings: _Findings, source: Source) -> None:
-    try:
-        mask = sample.labels()
-    except ValueError as error:
-        findings.add("have a mask that cannot be used", str(error))
-        return
-    try:
-        size, orientation = sample.header()
-    except ValueError as error:
-        findings.add("have an image that cannot be read", str(error))
-        return
-    if orientation != 1:
-        findings.turned.append(sample.image)
-    if size != mask.shape and not (orientation in (5, 6, 7, 8) and size[::-1] == mask.shape):
-        findings.add("have a mask of another size", size_message(sample.image, sample.mask, size, mask.shape))
-    counts = np.bincount(mask.reshape(-1), minlength=256)
-    findings.counts[split] += counts
-    findings.num_masks_at_limit += bool(findings.num_classes != IGNORE_INDEX and counts[findings.num_classes])
-    wrong = [int(value) for value in np.flatnonzero(counts) if findings.num_classes < value < IGNORE_INDEX]
-    if wrong:
-        findings.add("have such labels", _range_message(sample.mask, wrong, findings, source))
-
-
-def _range_message(mask: Place, wrong: list[int], findings: _Findings, source: Source) -> str:
-    num_classes = findings.num_classes
-    raised = "raise --num_classes or relabel the masks"
-    remedy = "relabel the masks, or give a network that was trained for these classes" if findings.trained else raised
-    values = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
-    counted = "" if source.own_numbering else f" (as the layout {source.layout} numbers them)"
-    return (
-        f"Mask {mask} holds the label{'s' * (len(wrong) > 1)} {values}{counted}, where 0..{num_classes - 1} and "
-        f"{IGNORE_INDEX} (ignored) are allowed with {num_classes} classes; {remedy}."
+    counts = np.sum(list(tally.counts.values()), axis=0)
+    absent = np.flatnonzero(tally.counts[splits[0]][:num_classes] == 0)
+    return LabelReport(
+        num_images={split: len(pairs) for split, pairs in samples.items()},
+        pixels=tuple(counts[:num_classes].tolist()),
+        ignored=int(counts[num_classes:].sum()),
+        absent=tuple(absent.tolist()),
+        notes=_write_notes(tally, counts, absent.tolist(), splits[0]),
     )
 
 
-def _check_binary(samples: tuple[Pair, ...], counts: npt.NDArray[np.int64], num_classes: int) -> None:
-    """Many a mask rightly holds 255, to be ignored; a split with nothing but 0 beside it was painted wrong."""
+def _inspect(pair: Pair, split: str, tally: _Tally, source: Source) -> None:
+    """Adds what one pair holds, and what is wrong with it, to the tally."""
+    try:
+        mask = pair.load_labels()
+    except ValueError as error:
+        tally.add("have a mask that cannot be used", str(error))
+        return
+
+    try:
+        size, orientation = pair.read_header()
+    except ValueError as error:
+        tally.add("have an image that cannot be read", str(error))
+        return
+
+    # The mask has the image's size as stored, or that of the upright image.
+    if orientation != 1:
+        tally.turned.append(pair.image)
+    fits_upright = orientation in _TURNED_BY_A_QUARTER and size[::-1] == mask.shape
+    if size != mask.shape and not fits_upright:
+        tally.add("have a mask of another size", describe_unequal(pair.image, pair.mask, size, mask.shape))
+
+    counts = np.bincount(mask.reshape(-1), minlength=256)
+    tally.counts[split] += counts
+    num_classes = tally.num_classes
+    if num_classes != IGNORE_INDEX and counts[num_classes]:
+        tally.num_masks_at_limit += 1
+
+    wrong = [label for label in np.flatnonzero(counts).tolist() if num_classes < label < IGNORE_INDEX]
+    if wrong:
+        tally.add("have such labels", _describe_labels(pair.mask, wrong, tally, source))
+
+
+def _describe_labels(mask: Location, wrong: list[int], tally: _Tally, source: Source) -> str:
+    """Returns the message for a mask with labels that are out of range."""
+    labels = ", ".join(map(str, wrong[:_MAX_LABELS_NAMED]))
+    if len(wrong) > _MAX_LABELS_NAMED:
+        labels += ", …"
+
+    numbering = "" if source.own_numbering else f" (as the layout {source.layout} numbers them)"
+    remedy = "raise `num_classes` or relabel the masks"
+    if tally.trained:
+        remedy = "relabel the masks, or give a network that was trained for these classes"
+
+    return (
+        f"Mask {mask} holds the label{'s' * (len(wrong) > 1)} {labels}{numbering}, where 0..{tally.num_classes - 1} "
+        f"and {IGNORE_INDEX} (ignored) are allowed with {tally.num_classes} classes; {remedy}."
+    )
+
+
+def _check_binary(pairs: tuple[Pair, ...], counts: npt.NDArray[np.int64], num_classes: int) -> None:
+    """Raises ValueError if a split holds nothing but 0 and 255: then the object was painted 255, which is ignored."""
     if num_classes < 2 or not counts[IGNORE_INDEX] or counts[1:IGNORE_INDEX].any():
         return
-    holders = [sample.mask for sample in samples if (sample.labels() == IGNORE_INDEX).any()]
+
+    holders = [pair.mask for pair in pairs if (pair.load_labels() == IGNORE_INDEX).any()]
     raise ValueError(
         f"Mask {holders[0]} and all others hold only 0 and 255, where the pixel value must be the class and "
-        f"255 is ignored; paint the object 1 instead of 255 ({len(holders)} of {len(samples)} masks hold 255)."
+        f"255 is ignored; paint the object 1 instead of 255 ({len(holders)} of {len(pairs)} masks hold 255)."
     )
 
 
-def _report(samples: dict[str, tuple[Pair, ...]], findings: _Findings, first: str, limit: int | None) -> LabelReport:
-    num_classes = findings.num_classes
-    counts = np.sum(list(findings.counts.values()), axis=0)
-    absent = tuple(int(c) for c in np.flatnonzero(findings.counts[first][:num_classes] == 0))
+def _write_notes(tally: _Tally, counts: npt.NDArray[np.int64], absent: list[int], first: str) -> tuple[str, ...]:
+    num_classes = tally.num_classes
     notes = []
+
     if absent:
         names = ", ".join(map(str, absent))
         notes.append(f"Without a pixel in the masks of {first}, so never learnt: class {names}.")
-    if findings.num_masks_at_limit:
+
+    if tally.num_masks_at_limit:
         share = 100 * counts[num_classes] / counts.sum()
-        wanted = (
-            f"the network needs {num_classes + 1} of them"
-            if findings.trained
-            else f"--num_classes must be {num_classes + 1}"
-        )
+        remedy = f"num_classes must be {num_classes + 1}"
+        if tally.trained:
+            remedy = f"the network needs {num_classes + 1} of them"
         notes.append(
-            f"The label {num_classes} = num_classes is ignored ({findings.num_masks_at_limit} masks, "
-            f"{share:.1f} % of all pixels); if it is a class, {wanted}."
+            f"The label {num_classes} = num_classes is ignored ({tally.num_masks_at_limit} masks, {share:.1f} % of "
+            f"all pixels); if it is a class, {remedy}."
         )
-    if findings.turned:
+
+    if tally.turned:
         notes.append(
-            f"{len(findings.turned)} images carry an EXIF orientation ({findings.turned[0]} first) and are read "
-            "as stored unless only the turned picture has the mask's size; save them upright to be sure."
+            f"{len(tally.turned)} images carry an EXIF orientation ({tally.turned[0]} first) and are read as stored "
+            "unless only the turned image has the mask's size; save them upright to be sure."
         )
-    if limit is not None:
-        notes.append(f"Only the first {limit} masks of each split were read.")
-    return LabelReport(
-        num_images={split: len(chosen) for split, chosen in samples.items()},
-        pixels=tuple(int(n) for n in counts[:num_classes]),
-        ignored=int(counts[num_classes:].sum()),
-        absent=absent,
-        notes=tuple(notes),
-    )
+
+    return tuple(notes)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from segprune.data.listing import by_stem, check_present
+from segprune.data.listing import check_present, list_by_stem
 from segprune.data.pixels import voc_palette
 from segprune.data.samples import Pair, Source
 
-LOOKED_FOR = "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png"
+SIGNS = "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png"
 
 _CLASSES = (  # in the order of the train ids: label id, name, colour
     (7, "road", (128, 64, 128)),
@@ -43,43 +43,54 @@ TRAIN_IDS = bytes(_TRAIN_IDS.get(value, 255) for value in range(256))  # by the 
 _IMAGE, _MASK = "_leftImg8bit", "_gtFine_"
 
 
-def find(folder: Path) -> Path | None:
-    """The folder itself, or a cityscapes folder in it."""
-    roots = (folder, folder / "cityscapes", folder / "Cityscapes")
-    return next((root for root in roots if (root / "leftImg8bit").is_dir()), None)
+def find_root(folder: Path) -> Path | None:
+    """Returns the folder itself, or a cityscapes folder in it."""
+    for root in (folder, folder / "cityscapes", folder / "Cityscapes"):
+        if (root / "leftImg8bit").is_dir():
+            return root
+
+    return None
 
 
-def source(root: Path) -> Source:
+def open_root(root: Path) -> Source:
     names = tuple(name for _, name, _ in _CLASSES)
-    colours = tuple(value for _, _, colour in _CLASSES for value in colour)
-    palette = colours + voc_palette()[len(colours) :]
-    return Source("cityscapes", str(root), names, palette, partial(_split, root), False)
+
+    # Colours of the classes first, then VOC's up to 256 colours.
+    palette: list[int] = []
+    for _, _, colour in _CLASSES:
+        palette.extend(colour)
+    palette.extend(voc_palette()[len(palette) :])
+
+    return Source("cityscapes", str(root), names, tuple(palette), partial(_list_split, root), False)
 
 
-def _split(root: Path, split: str) -> tuple[Pair, ...]:
+def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
     image_folder, mask_folder = root / "leftImg8bit" / split, root / "gtFine" / split
-    images = _by_key(image_folder, _IMAGE)
+    images = _list_by_key(image_folder, _IMAGE)
     if not images:
         raise FileNotFoundError(
             f"{image_folder} holds no CITY/*{_IMAGE}.png; unpack leftImg8bit_trainvaltest.zip into {root}, "
             "or give another split."
         )
+
+    # labelTrainIds, which need no table, are read only where a split has no labelIds.
     table: bytes | None = TRAIN_IDS
     kind = "labelIds"
-    masks = _by_key(mask_folder, _MASK + kind)
+    masks = _list_by_key(mask_folder, _MASK + kind)
     if not masks:
         table, kind = None, "labelTrainIds"
-        masks = _by_key(mask_folder, _MASK + kind)
+        masks = _list_by_key(mask_folder, _MASK + kind)
     if not masks:
         raise FileNotFoundError(
             f"{mask_folder} holds no CITY/*{_MASK}labelIds.png; unpack gtFine_trainvaltest.zip into {root}."
         )
+
     keys = sorted(images)
     check_present(keys, masks, str(mask_folder / f"{{}}{_MASK}{kind}.png"), "mask", "")
     return tuple(Pair(key.rpartition("/")[2], images[key], masks[key], table) for key in keys)
 
 
-def _by_key(folder: Path, ending: str) -> dict[str, str]:
-    """Files by CITY/NAME, the part of their paths that images and masks share."""
-    found = by_stem(folder, (".png",), deep=True)
-    return {stem.removesuffix(ending): path for stem, path in found.items() if stem.endswith(ending)}
+def _list_by_key(folder: Path, ending: str) -> dict[str, str]:
+    """Returns the files by CITY/NAME, the part of their paths that images and masks share."""
+    paths = list_by_stem(folder, (".png",), deep=True)
+    return {stem.removesuffix(ending): path for stem, path in paths.items() if stem.endswith(ending)}

@@ -1,7 +1,7 @@
 """Hugging Face `datasets`: a folder or a hub name, with an image column and a label column.
 
 A folder is one written by `save_to_disk`, an imagefolder whose metadata names a mask beside each image, or parquet
-files. Pictures are taken encoded, as they are stored, and decoded by us like files; the mask's pixel value is the
+files. Images are taken encoded, as they are stored, and decoded by us like files; the mask's pixel value is the
 class, 255 is ignored. The package `datasets` is imported only here, and only when such a set is opened.
 """
 
@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segprune.data.listing import aliases, class_names
-from segprune.data.pixels import SampleError, palette_of
+from segprune.data.listing import list_aliases, read_class_names
+from segprune.data.pixels import SampleError, read_palette
 from segprune.data.samples import Pair, Source
 
-LOOKED_FOR = "a folder of save_to_disk, metadata.jsonl beside images, or *.parquet"
+SIGNS = "a folder of save_to_disk, metadata.jsonl beside images, or *.parquet"
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "pixel_values")
 LABEL_COLUMNS = (
     "label",
@@ -34,14 +34,14 @@ LABEL_COLUMNS = (
     "seg",
 )
 _SAVED = ("dataset_dict.json", "state.json")
-_SIGNS = (*_SAVED, "metadata.jsonl", "metadata.csv", "metadata.parquet")
+_FILES = (*_SAVED, "metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 @dataclass(frozen=True, slots=True)
 class HfCell:
-    """A picture in a row of one column."""
+    """An image in a row of one column."""
 
-    column: Any  # a datasets.Dataset of that column alone, pictures left encoded
+    column: Any  # a datasets.Dataset of that column alone, images left encoded
     row: int
     where: str  # "column image of train in PATH"
 
@@ -55,28 +55,41 @@ class HfCell:
         if isinstance(value, str) and os.path.isfile(value):
             return Path(value).read_bytes()
         if not isinstance(value, bytes):
-            raise SampleError(f"{self} holds no picture; put one there, or leave the row out with --skip_bad.")
+            raise SampleError(f"{self} holds no image; put one there, or leave the row out with `skip_bad`.")
+
         return value
 
 
-def find(folder: Path) -> Path | None:
-    """The folder itself if it is one of datasets'."""
-    parents = [folder, folder / "data", *(folder / alias for split in ("train", "val") for alias in aliases(split))]
-    signs = any((parent / name).is_file() for parent in parents for name in _SIGNS)
-    return folder if signs or any(next(parent.glob("*.parquet"), None) for parent in parents[:2]) else None
+def find_root(folder: Path) -> Path | None:
+    """Returns the folder itself if `datasets` can open it."""
+    parents = [folder, folder / "data"]
+    for parent in parents:
+        if next(parent.glob("*.parquet"), None):
+            return folder
+
+    # An imagefolder has its metadata in the splits' folders.
+    for split in ("train", "val"):
+        parents.extend(folder / alias for alias in list_aliases(split))
+    for parent in parents:
+        if any((parent / name).is_file() for name in _FILES):
+            return folder
+
+    return None
 
 
-def source(place: Path | str) -> Source:
-    """An opened folder, or what the hub name "owner/name" or "owner/name:config" stands for."""
-    splits = _load(place)
+def open_root(place: Path | str) -> Source:
+    """Returns the data set of a folder, or of the hub name "owner/name" or "owner/name:config"."""
+    splits = _load_splits(place)
+    names = _read_names(Path(place)) if os.path.isdir(place) else ()
+
+    # The palette is that of the first mask.
     first = "train" if "train" in splits else next(iter(splits))
-    (sample,) = _split(place, splits, first, 1)
-    names = _names(Path(place)) if os.path.isdir(place) else ()
-    return Source("hf", str(place), names, palette_of(sample.mask), partial(_split, place, splits))
+    (sample,) = _list_split(place, splits, first, 1)
+    return Source("hf", str(place), names, read_palette(sample.mask), partial(_list_split, place, splits))
 
 
-def _load(place: Path | str) -> Mapping[str, Any]:
-    """Splits by name. ImportError without the package, ValueError for what it cannot open."""
+def _load_splits(place: Path | str) -> Mapping[str, Any]:
+    """Returns the splits by name. Raises ImportError without the package, ValueError for what it cannot open."""
     try:
         import datasets
     except ImportError as error:
@@ -84,80 +97,95 @@ def _load(place: Path | str) -> Mapping[str, Any]:
             f"{place} is to be opened by Hugging Face's datasets, which is not installed; "
             'pip install "datasets>=4,<6".'
         ) from error
+
     try:
-        if os.path.isdir(place):
-            saved = any(os.path.isfile(os.path.join(place, name)) for name in _SAVED)
-            loaded = datasets.load_from_disk(place) if saved else datasets.load_dataset(os.fspath(place))
-        else:
+        if not os.path.isdir(place):
             name, _, config = str(place).partition(":")
             loaded = datasets.load_dataset(name, config or None)
+        elif any(os.path.isfile(os.path.join(place, name)) for name in _SAVED):
+            loaded = datasets.load_from_disk(place)
+        else:
+            loaded = datasets.load_dataset(os.fspath(place))
     except Exception as error:  # a library over a network and many readers fails in many ways
         raise ValueError(
             f"{place} could not be opened by datasets ({' '.join(str(error).split())[:300]}); check the name or "
             "folder and the connection, and for a set with several configurations write NAME:CONFIG."
         ) from error
+
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
-def _split(place: Path | str, splits: Mapping[str, Any], split: str, limit: int | None = None) -> tuple[Pair, ...]:
-    name = next((alias for alias in (split, *aliases(split)) if alias in splits), None)
+def _list_split(place: Path | str, splits: Mapping[str, Any], split: str, limit: int | None = None) -> tuple[Pair, ...]:
+    name = next((alias for alias in (split, *list_aliases(split)) if alias in splits), None)
     if name is None:
         raise FileNotFoundError(
             f"{place} has no {split} split (it has {', '.join(splits)}); make one with train_test_split of datasets, "
             f"name it {split}, and save_to_disk both."
         )
+
     table = splits[name]
-    image, label = _columns(table.features, f"{name} of {place}")
+    image_column, mask_column = _choose_columns(table.features, f"{name} of {place}")
     if not len(table):
-        raise ValueError(f"{name} of {place} has no row; give a split with pictures.")
-    images, labels = (_encoded(table, column) for column in (image, label))
-    of_image, of_label = (f"column {column} of {name} in {place}" for column in (image, label))
-    return tuple(
-        Pair(f"{name}_{row:06d}", HfCell(images, row, of_image), HfCell(labels, row, of_label))
-        for row in range(len(table) if limit is None else min(limit, len(table)))
-    )
+        raise ValueError(f"{name} of {place} has no row; give a split with images.")
+
+    images = _select_encoded(table, image_column)
+    masks = _select_encoded(table, mask_column)
+    pairs = []
+    for row in range(len(table) if limit is None else min(limit, len(table))):
+        image = HfCell(images, row, f"column {image_column} of {name} in {place}")
+        mask = HfCell(masks, row, f"column {mask_column} of {name} in {place}")
+        pairs.append(Pair(f"{name}_{row:06d}", image, mask))
+
+    return tuple(pairs)
 
 
-def _columns(features: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """The names of the image column and the label column; ValueError where they cannot be told."""
-    pictures = [name for name, feature in features.items() if _holds_pictures(feature)]
-    images = [name for name in IMAGE_COLUMNS if name in pictures]
-    labels = [name for name in LABEL_COLUMNS if name in pictures]
-    if images and not labels and len(pictures) == 2:
-        labels = [name for name in pictures if name != images[0]]
+def _choose_columns(features: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """Returns the names of the image column and the label column. Raises ValueError where they cannot be told."""
+    candidates = [name for name, feature in features.items() if _holds_images(feature)]
+    images = [name for name in IMAGE_COLUMNS if name in candidates]
+    labels = [name for name in LABEL_COLUMNS if name in candidates]
+
+    # Of two columns of images, one of which is known, the other holds the labels.
+    if images and not labels and len(candidates) == 2:
+        labels = [name for name in candidates if name != images[0]]
+
     if not images or not labels:
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
         raise ValueError(
-            f"The columns of {where} are {columns}, where one of pictures named image and one of masks named label are "
-            "needed; rename them with rename_columns of datasets, masks as pictures, and save_to_disk."
+            f"The columns of {where} are {columns}, where one of images named image and one of masks named label are "
+            "needed; rename them with rename_columns of datasets, masks as images, and save_to_disk."
         )
     return images[0], labels[0]
 
 
-def _holds_pictures(feature: Any) -> bool:
-    if isinstance(feature, dict):  # a picture saved without saying so
+def _holds_images(feature: Any) -> bool:
+    if isinstance(feature, dict):  # an encoded image whose column was not declared as one
         return set(feature) == {"bytes", "path"}
     return type(feature).__name__ == "Image" or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def _encoded(table: Any, column: str) -> Any:
-    """The column alone, its pictures left as they are stored."""
+def _select_encoded(table: Any, column: str) -> Any:
+    """Returns the column alone, its images left as they are stored."""
     import datasets
 
     alone = table.select_columns([column]).with_format(None)
     if isinstance(alone.features[column], datasets.Image):
         alone = alone.cast_column(column, datasets.Image(decode=False))
+
     return alone
 
 
-def _names(folder: Path) -> tuple[str, ...]:
-    """classes.txt, or the id2label.json that many data sets on the hub have."""
-    names = class_names(folder)
+def _read_names(folder: Path) -> tuple[str, ...]:
+    """Returns the names in classes.txt, or in the id2label.json that many data sets on the hub have."""
+    names = read_class_names(folder)
     path = folder / "id2label.json"
     if names or not path.is_file():
         return names
+
     try:
-        table = {int(number): str(name) for number, name in json.loads(path.read_text(encoding="utf-8")).items()}
+        entries = json.loads(path.read_text(encoding="utf-8")).items()
+        table = {int(number): str(name) for number, name in entries}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f'{path} is not a table of names such as {{"0": "wall"}}; mend it or remove it.') from error
+        raise ValueError(f'{path} is not a table of names such as {{"0": "wall"}}; correct or remove it.') from error
+
     return tuple(table.get(number, "") for number in range(max(table, default=-1) + 1))

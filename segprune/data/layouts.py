@@ -1,7 +1,8 @@
 """A data set opened, whatever its layout: recognised from the folder, or named.
 
-A layout is a module with `find` (the root of such a set in or at a folder, else None), `source` (the set opened) and
-`LOOKED_FOR` (what tells it, in words). They are asked in the order below, the most particular first.
+A layout is a module with `find_root` (returns the root of such a set in or at a folder, else None), `open_root`
+(returns the set opened) and `SIGNS` (what tells it, in words). They are tried in the order below, the most particular
+first.
 """
 
 from __future__ import annotations
@@ -24,45 +25,45 @@ LAYOUTS: tuple[str, ...] = tuple(_MODULES)
 
 
 def open_source(folder: str | os.PathLike[str], layout: str | None = None) -> Source:
-    """The data set in `folder`: a folder, a two-column list file, or with the layout hf a hub name.
+    """Returns the data set in `folder`: a folder, a two-column list file, or with the layout hf a hub name.
 
-    Raises ValueError for an unknown layout and for what fits two, FileNotFoundError where nothing is recognised;
+    Raises ValueError for an unknown layout and for what fits two, FileNotFoundError where nothing is recognised, and
     ImportError where hf needs the package datasets.
     """
     if layout is not None and layout not in _MODULES:
         raise ValueError(f"The layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}.")
+
     path = Path(folder)
     if layout == "hf":
-        return hf.source(path if path.exists() else os.fspath(folder))
+        return hf.open_root(path if path.exists() else os.fspath(folder))
     if not path.exists():
         raise FileNotFoundError(
             f"{folder} does not exist; give a folder in one of the layouts {', '.join(LAYOUTS)}, or write a generated "
             "one with `segprune shapes DIR`."
         )
     if path.is_file():
-        return _opened_file(path, layout)
-    for name in LAYOUTS if layout is None else (layout,):
-        root = _find(name, path, named=layout is not None)
+        return _open_file(path, layout)
+
+    tried = LAYOUTS if layout is None else (layout,)
+    for name in tried:
+        # Only ADE20K's folders can mean something else, so it alone has to know whether the user named it.
+        root = ade20k.find_root(path, layout is not None) if name == "ade20k" else _MODULES[name].find_root(path)
         if root is not None:
-            return _MODULES[name].source(root)
-    looked = "; ".join(f"{name}: {_MODULES[name].LOOKED_FOR}" for name in (LAYOUTS if layout is None else (layout,)))
-    whose = "in a known layout" if layout is None else f"in the layout {layout}"
+            return _MODULES[name].open_root(root)
+
+    signs = "; ".join(f"{name}: {_MODULES[name].SIGNS}" for name in tried)
+    which = "in a known layout" if layout is None else f"in the layout {layout}"
     raise FileNotFoundError(
-        f"{folder} holds no data set {whose} (looked for {looked}); give such a folder, or write a generated one with "
+        f"{folder} holds no data set {which} (looked for {signs}); give such a folder, or write a generated one with "
         "`segprune shapes DIR`."
     )
 
 
-def _opened_file(path: Path, layout: str | None) -> Source:
+def _open_file(path: Path, layout: str | None) -> Source:
     if layout not in (None, "list") or path.suffix.lower() not in lists.SUFFIXES:
         raise ValueError(
             f"{path} is a file, where a folder, or a list of images and masks that ends in "
             f"{', '.join(lists.SUFFIXES)}, is allowed; give one of those."
         )
-    return lists.source(path)
 
-
-def _find(name: str, folder: Path, named: bool) -> Path | None:
-    if name == "ade20k":
-        return ade20k.find(folder, named)
-    return _MODULES[name].find(folder)
+    return lists.open_root(path)

@@ -1,162 +1,227 @@
-"""Folders and lists read fast: names before paths, each folder listed once, no file opened.
+"""Folders and lists read fast: names before paths, each folder listed once, no image opened.
 
-A hundred thousand files are listed in about a second, so paths stay strings here.
+A hundred thousand files are listed in about a second, so paths stay strings here. `walk_folder` is the only way in
+which segprune walks folders, so that data sets, inputs of predictions and calibration images see the same files.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from segprune.data.pixels import IMAGE_EXTENSIONS
 from segprune.data.samples import Pair
 
 MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
-MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_seg")  # after the image's name, the first that is there
+MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_seg")  # after the image's name, the first that exists
 ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
 
+# Written by Windows, macOS and network drives into users' folders; in lower case.
+SYSTEM_NAMES = {
+    "thumbs.db",
+    "desktop.ini",
+    "__macosx",
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "$recycle.bin",
+    "lost+found",
+    "system volume information",
+}
 
-def aliases(split: str) -> tuple[str, ...]:
-    """What folders and lists of a split may be called."""
+
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or folder of that name belongs to a tool or a system and not to the user's data.
+
+    Begins with a dot (.ipynb_checkpoints, macOS' ._a.jpg) or is one of `SYSTEM_NAMES`.
+    """
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def walk_folder(
+    top: str | os.PathLike[str], *, deep: bool = True, skip: str | os.PathLike[str] = ""
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields (path, sorted names of its files) of the folder and, if `deep`, of those inside, in order of their names.
+
+    Leaves out what is hidden and the folder `skip`. Follows links to folders but ends where one leads back into a
+    folder that it lies in. Yields nothing where there is no folder.
+    """
+    skipped = os.path.realpath(skip) if skip else ""
+    yield from _walk(os.fspath(top), deep, skipped, ())
+
+
+def _walk(folder: str, deep: bool, skipped: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """`above` are the true paths of the folders on the way here."""
+    real = os.path.realpath(folder)
+    if real == skipped or real in above or not os.path.isdir(folder):
+        return
+
+    files, folders = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not is_hidden(entry.name):
+                (folders if entry.is_dir() else files).append(entry.name)
+
+    yield folder, sorted(files)
+
+    if deep:
+        for name in sorted(folders):
+            yield from _walk(os.path.join(folder, name), deep, skipped, (*above, real))
+
+
+def list_aliases(split: str) -> tuple[str, ...]:
+    """Returns what folders and lists of a split may be called."""
     return ALIASES.get(split, (split,))
 
 
-def subfolder(folder: str | os.PathLike[str], names: Iterable[str]) -> str | None:
-    """The first of the names that is a folder in `folder`, whatever its capitals; as a path."""
+def find_subfolder(folder: str | os.PathLike[str], names: Iterable[str]) -> str | None:
+    """Returns the path of the first of the names that is a folder in `folder`, whatever its capitals."""
     if not os.path.isdir(folder):
         return None
-    there = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
+
+    with os.scandir(folder) as entries:
+        there = {entry.name.lower(): entry.path for entry in entries if entry.is_dir()}
+
     return next((there[name] for name in names if name in there), None)
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a UTF-8 text without their ends; ValueError for another encoding."""
+    """Returns the lines of a UTF-8 text without their ends. Raises ValueError for another encoding."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text, the only encoding read; save it as UTF-8.") from error
 
 
-def class_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The lines of classes.txt in the folder, line k naming class k; () where there is none."""
+def read_class_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Returns the lines of classes.txt in the folder, line k naming class k; () without such a file."""
     path = os.path.join(folder, "classes.txt")
-    names = [line.strip() for line in read_lines(path)] if os.path.isfile(path) else []
+    if not os.path.isfile(path):
+        return ()
+
+    names = [line.strip() for line in read_lines(path)]
     while names and not names[-1]:
         names.pop()
+
     return tuple(names)
 
 
-def by_stem(folder: str | os.PathLike[str], extensions: Sequence[str], deep: bool = False) -> dict[str, str]:
-    """The folder's files by name without extension, in no order; hidden files are left out.
+def list_by_stem(
+    folder: str | os.PathLike[str], extensions: Sequence[str], deep: bool = False
+) -> dict[str, str]:
+    """Returns the paths of the folder's files by their names without extension.
 
-    Where several share a name, the earliest extension's is taken. `deep` goes into the folders inside: keys are then
-    relative paths with slashes.
+    Where several share a name, the earliest extension's is taken. With `deep`, files in folders inside are listed as
+    well: their keys are relative paths with slashes.
     """
+    top = os.fspath(folder)
     rank = {extension.removeprefix("."): number for number, extension in enumerate(extensions)}
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     ranks: dict[str, int] = {}
-    for parent, names, prefix in _folders(os.fspath(folder), deep):
+
+    for parent, names in walk_folder(top, deep=deep):
         start = os.path.join(parent, "")
-        for name in sorted(names):
+        prefix = start.removeprefix(os.path.join(top, "")).replace(os.sep, "/")
+
+        for name in names:
             stem, _, extension = name.rpartition(".")
-            mine = rank.get(extension.lower())
             key = prefix + stem
-            if mine is not None and not name.startswith(".") and mine < ranks.get(key, len(rank)):
-                found[key], ranks[key] = start + name, mine
-    return found
+            own_rank = rank.get(extension.lower())
+            if own_rank is not None and own_rank < ranks.get(key, len(rank)):
+                paths[key] = start + name
+                ranks[key] = own_rank
+
+    return paths
 
 
-def _folders(top: str, deep: bool) -> Iterable[tuple[str, list[str], str]]:
-    """(path, names of the files, prefix of their keys) of the folder and, if `deep`, of those inside."""
-    if not os.path.isdir(top):
-        return
-    if not deep:
-        yield top, os.listdir(top), ""
-        return
-    for parent, _, names in os.walk(top, followlinks=True):
-        inside = os.path.relpath(parent, top).replace(os.sep, "/")
-        yield parent, names, "" if inside == "." else f"{inside}/"
+def find_first_file(folder: str | os.PathLike[str], extensions: Sequence[str] = MASK_EXTENSIONS) -> str | None:
+    """Returns the first file with such an extension, in the folder or in the first folder inside that has one."""
+    for parent, names in walk_folder(folder):
+        for name in names:
+            if os.path.splitext(name)[1].lower() in extensions:
+                return os.path.join(parent, name)
+
+    return None
 
 
-def first_file(folder: str | os.PathLike[str], extensions: Sequence[str] = MASK_EXTENSIONS) -> str | None:
-    """The first file with such an extension, in the folder or in the first folder inside that has one."""
-    if not os.path.isdir(folder):
-        return None
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    for entry in entries:
-        if os.path.splitext(entry.name)[1].lower() in extensions and not entry.name.startswith("."):
-            return entry.path
-    inside = (first_file(entry.path, extensions) for entry in entries if entry.is_dir(follow_symlinks=False))
-    return next((path for path in inside if path is not None), None)
-
-
-def unique(names: Iterable[str]) -> list[str]:
-    """The names, a repeated one with its number behind it: a picture may stand in a list twice."""
+def number_repeats(names: Iterable[str]) -> list[str]:
+    """Returns the names, a repeated one with its number behind it: an image may stand in a list twice."""
     seen: dict[str, int] = {}
-    result = []
+    numbered = []
+
     for name in names:
         seen[name] = seen.get(name, 0) + 1
-        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return result
+        numbered.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+
+    return numbered
 
 
-def pairs(
+def pair_folders(
     image_folder: str,
     mask_folder: str,
     names: Sequence[str] | None = None,
     table: bytes | None = None,
     listed_in: str = "",
 ) -> tuple[Pair, ...]:
-    """Images and masks of two folders (and those inside them) by matching names; `names` chooses and orders.
+    """Pairs the images and masks of two folders, and of those inside them, by their names.
 
-    Raises FileNotFoundError where one of a pair is missing, ValueError where there is none or masks are JPEG.
+    `names` chooses and orders the images; `listed_in` is the list that they stand in. Raises FileNotFoundError where
+    one of a pair is missing, ValueError where there is no image or masks are JPEG.
     """
-    images = by_stem(image_folder, IMAGE_EXTENSIONS, deep=True)
-    masks = by_stem(mask_folder, MASK_EXTENSIONS, deep=True)
+    images = list_by_stem(image_folder, IMAGE_EXTENSIONS, deep=True)
+    masks = list_by_stem(mask_folder, MASK_EXTENSIONS, deep=True)
     if not images:
         raise ValueError(
             f"{image_folder} holds no image ({', '.join(IMAGE_EXTENSIONS)}); put the split's images there."
         )
-    if not masks and by_stem(mask_folder, (".jpg", ".jpeg"), deep=True):
+    if not masks and list_by_stem(mask_folder, (".jpg", ".jpeg"), deep=True):
         raise ValueError(f"{mask_folder} holds JPEG masks, and JPEG changes the labels; save the masks as PNG.")
+
+    # A mask has its image's name, possibly with an ending.
     chosen = sorted(images) if names is None else list(names)
-    partner = {name: _mask_name(name, masks) for name in chosen}
+    mask_paths = {}
+    for name in chosen:
+        endings = (ending for ending in MASK_ENDINGS if name + ending in masks)
+        ending = next(endings, None)
+        if ending is not None:
+            mask_paths[name] = masks[name + ending]
+
     check_present(chosen, images, os.path.join(image_folder, "{}.jpg"), "image", listed_in)
-    check_present(chosen, partner, os.path.join(mask_folder, "{}.png"), "mask", listed_in)
+    check_present(chosen, mask_paths, os.path.join(mask_folder, "{}.png"), "mask", listed_in)
     if names is None:
-        _check_no_mask_alone(masks, set(partner.values()), image_folder)
-    return tuple(
-        Pair(own, images[name], masks[str(partner[name])], table)
-        for own, name in zip(unique(chosen), chosen, strict=True)
-    )
+        _check_all_used(masks.values(), set(mask_paths.values()), image_folder)
 
-
-def _mask_name(image: str, masks: dict[str, str]) -> str | None:
-    return next((image + ending for ending in MASK_ENDINGS if image + ending in masks), None)
+    own_names = number_repeats(chosen)
+    return tuple(Pair(own, images[name], mask_paths[name], table) for own, name in zip(own_names, chosen, strict=True))
 
 
 def check_present(
-    names: Sequence[str], found: dict[str, str] | dict[str, str | None], path: str, kind: str, listed_in: str
+    names: Sequence[str], paths: Mapping[str, str], place: str, kind: str, listed_in: str
 ) -> None:
-    """FileNotFoundError for names that were not found; `path` has a place for the name."""
-    missing = [name for name in names if found.get(name) is None]
-    if missing:
-        of, remedy = (f" of {listed_in}", f"take its name off {listed_in}") if listed_in else ("", "remove its partner")
-        raise FileNotFoundError(
-            f"{kind.capitalize()} {path.format(missing[0])} is missing ({len(missing)} of "
-            f"{len(names)} {kind}s{of} are); add it or {remedy}."
-        )
+    """Raises FileNotFoundError for names without a path; `place` is where one belongs, with `{}` for the name."""
+    missing = [name for name in names if name not in paths]
+    if not missing:
+        return
+
+    of_list, remedy = "", "remove its partner"
+    if listed_in:
+        of_list, remedy = f" of {listed_in}", f"take its name off {listed_in}"
+    raise FileNotFoundError(
+        f"{kind.capitalize()} {place.format(missing[0])} is missing ({len(missing)} of {len(names)} {kind}s{of_list} "
+        f"are); add it or {remedy}."
+    )
 
 
-def _check_no_mask_alone(masks: dict[str, str], used: set[str | None], image_folder: str) -> None:
-    alone = [path for name, path in masks.items() if name not in used]
-    if alone:
+def _check_all_used(masks: Iterable[str], used: set[str], image_folder: str) -> None:
+    masks = list(masks)
+    unused = [path for path in masks if path not in used]
+    if unused:
         raise FileNotFoundError(
-            f"Mask {alone[0]} has no image of its name in {image_folder} ({len(alone)} of {len(masks)} masks have "
+            f"Mask {unused[0]} has no image of its name in {image_folder} ({len(unused)} of {len(masks)} masks have "
             "none); add it, remove the mask, or list the images to use in train.txt and val.txt."
         )

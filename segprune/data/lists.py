@@ -1,7 +1,7 @@
 """Two-column lists: a line names an image and its mask, relative to the list's folder.
 
 The columns are separated by a tab, a comma, or blanks; names with blanks need one of the first two. A mask's pixel
-value is the class, 255 is ignored. Given is the training list, with val.txt (or the list's name with val for
+value is the class, 255 is ignored. The user gives the training list, with val.txt (or the list's name with val for
 train) beside it, or the folder that holds both.
 """
 
@@ -12,110 +12,144 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from segprune.data.listing import ALIASES, aliases, class_names, read_lines, unique
-from segprune.data.pixels import IMAGE_EXTENSIONS, palette_of
+from segprune.data.listing import ALIASES, list_aliases, number_repeats, read_class_names, read_lines
+from segprune.data.pixels import IMAGE_EXTENSIONS, read_palette
 from segprune.data.samples import Pair, Source
 
-LOOKED_FOR = "train.txt and val.txt with lines IMAGE MASK"
+SIGNS = "train.txt and val.txt with lines IMAGE MASK"
 SUFFIXES = (".txt", ".csv", ".tsv", ".lst")
-_HEADER = {"image", "img", "images", "image_path", "file_name", "filename"}
+_HEADINGS = {"image", "img", "images", "image_path", "file_name", "filename"}
 
 
-def find(path: Path) -> Path | None:
-    """The list itself if `path` is a file; in a folder the first split's list whose first line names two pictures."""
+def find_root(path: Path) -> Path | None:
+    """Returns the list itself if `path` is a file; in a folder the first list of a split that names two images."""
     if path.is_file():
         return path
-    for name in (alias for split in ALIASES for alias in ALIASES[split]):
-        for suffix in SUFFIXES:
-            if (path / (name + suffix)).is_file() and _names_two_pictures(path / (name + suffix)):
-                return path / (name + suffix)
+
+    for split in ALIASES:
+        for name in list_aliases(split):
+            for suffix in SUFFIXES:
+                candidate = path / (name + suffix)
+                if candidate.is_file() and _names_two_images(candidate):
+                    return candidate
+
     return None
 
 
-def source(path: Path) -> Source:
+def _names_two_images(path: Path) -> bool:
+    """Returns whether one of the first two lines does: the first may be a heading."""
+    for line in read_lines(path)[:2]:
+        extensions = [os.path.splitext(name)[1].lower() for name in _split_columns(line)]
+        if len(extensions) == 2 and all(extension in IMAGE_EXTENSIONS for extension in extensions):
+            return True
+
+    return False
+
+
+def open_root(path: Path) -> Source:
     try:
-        first = next(_rows(path), None)
-    except ValueError:  # told of where the split is read
+        first = next(_read_rows(path), None)
+    except ValueError:  # raised again where the split is read
         first = None
-    palette = palette_of(os.path.join(path.parent, first[1]) if first else None)
-    return Source("list", str(path), class_names(path.parent), palette, partial(_split, path))
+
+    palette = read_palette(os.path.join(path.parent, first[1]) if first else None)
+    return Source("list", str(path), read_class_names(path.parent), palette, partial(_list_split, path))
 
 
-def _split(path: Path, split: str) -> tuple[Pair, ...]:
-    listed = _list_of(path, split)
-    rows = list(_rows(listed))
+def _list_split(path: Path, split: str) -> tuple[Pair, ...]:
+    listed = _find_list(path, split)
+    rows = list(_read_rows(listed))
     if not rows:
-        raise ValueError(f"{listed} lists no picture; write an image and its mask on each line.")
-    folder = os.path.join(listed.parent, "")
-    images, masks = (
-        [path if os.path.isabs(path) else folder + path for path in column] for column in zip(*rows, strict=True)
-    )
+        raise ValueError(f"{listed} lists no image; write an image and its mask on each line.")
+
+    # `join` leaves absolute paths as they are.
+    images = [os.path.join(listed.parent, image) for image, _ in rows]
+    masks = [os.path.join(listed.parent, mask) for _, mask in rows]
     _check_present([*images, *masks], listed)
-    names = _names([image for image, _ in rows])
+
+    names = _name_samples([image for image, _ in rows])
     return tuple(Pair(*row) for row in zip(names, images, masks, strict=True))
 
 
-def _list_of(path: Path, split: str) -> Path:
-    """The given list if it is the split's, else the one beside it."""
-    mine = next((known for known in ALIASES if path.stem in aliases(known)), None)
-    if split == (mine or "train"):
+def _find_list(path: Path, split: str) -> Path:
+    """Returns the given list if it is the split's, else the one beside it."""
+    own_split = "train"
+    for known in ALIASES:
+        if path.stem in list_aliases(known):
+            own_split = known
+    if split == own_split:
         return path
-    names = [path.stem.replace("train", split)] if "train" in path.stem else []
-    beside = [path.with_name(name + path.suffix) for name in [*names, *aliases(split)]]
-    found = next((candidate for candidate in beside if candidate.is_file() and candidate != path), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"{beside[0]} is missing, the list of the {split} split; write it with an image and its mask on each line"
-            + (", about a tenth of the pictures, and take them off the other list." if split == "val" else ".")
-        )
-    return found
+
+    names = list(list_aliases(split))
+    if "train" in path.stem:
+        names.insert(0, path.stem.replace("train", split))
+
+    candidates = [path.with_name(name + path.suffix) for name in names]
+    for candidate in candidates:
+        if candidate.is_file() and candidate != path:
+            return candidate
+
+    share = ", about a tenth of the images, and take them off the other list" if split == "val" else ""
+    raise FileNotFoundError(
+        f"{candidates[0]} is missing, the list of the {split} split; write it with an image and its mask on each "
+        f"line{share}."
+    )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str]]:
-    """The two columns of each line; a heading as in CSV files is left out. ValueError names a line that has not two."""
+def _read_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields the two columns of each line, without a heading. Raises ValueError that names a line of another number."""
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
-        columns = _columns(line)
-        if number == 1 and columns[0].lower() in _HEADER:
+
+        columns = _split_columns(line)
+        if number == 1 and columns[0].lower() in _HEADINGS:
             continue
         if len(columns) != 2:
             raise ValueError(
                 f"Line {number} of {path} has {len(columns)} column{'s' * (len(columns) != 1)}, where an image and its "
                 "mask are allowed; separate them by a blank, or by a tab or comma where names hold blanks."
             )
+
         yield columns[0], columns[1]
 
 
-def _columns(line: str) -> list[str]:
+def _split_columns(line: str) -> list[str]:
     separator = next((mark for mark in "\t," if mark in line), None)
     return [column.strip().strip('"') for column in line.strip().split(separator)]
 
 
-def _names_two_pictures(path: Path) -> bool:
-    lines = [line for line in read_lines(path)[:2] if line.strip()]
-    columns = [_columns(line) for line in lines]
-    return any(
-        len(two) == 2 and all(os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS for name in two) for two in columns
-    )
-
-
 def _check_present(paths: Sequence[str], listed: Path) -> None:
-    """Lists each folder once instead of asking for each file."""
-    split = [os.path.split(path) for path in paths]
-    there = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in {f for f, _ in split}}
-    missing = [path for path, (folder, name) in zip(paths, split, strict=True) if name not in there[folder]]
+    """Raises FileNotFoundError if one is missing. Lists each folder once instead of looking for each file."""
+    there: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in there:
+            there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in there[folder]:
+            missing.append(path)
+
     if missing:
         raise FileNotFoundError(
             f"{missing[0]} is missing ({len(missing)} of {len(paths)} files in {listed} are); paths are relative to "
-            "the list's folder: add the file, mend the path, or take the line off."
+            "the list's folder: add the file, correct the path, or take the line off."
         )
 
 
-def _names(images: Sequence[str]) -> list[str]:
-    """The files' names without extension where all differ, else with their folders; never a way out of a folder."""
+def _name_samples(images: Sequence[str]) -> list[str]:
+    """Returns the files' names without extension where all differ, else with their folders.
+
+    Results are written under these names, so none leads out of a folder.
+    """
     stems = [os.path.splitext(image.replace("\\", "/"))[0] for image in images]
     names = [stem.rpartition("/")[2] for stem in stems]
     if len(set(names)) == len(names):
         return names
-    return unique("/".join(part for part in stem.split("/") if part not in ("", ".", "..")) for stem in stems)
+
+    inside = []
+    for stem in stems:
+        parts = [part for part in stem.split("/") if part not in ("", ".", "..")]
+        inside.append("/".join(parts))
+
+    return number_repeats(inside)

@@ -1,8 +1,8 @@
-"""Encoded pictures become arrays: images uint8 [H, W, 3] RGB, masks uint8 [H, W] that hold classes.
+"""Encoded images become arrays: images uint8 [H, W, 3] RGB, masks uint8 [H, W] that hold classes.
 
-A picture lies in a file or in a cell of a table. Grey, 16-bit, palette, alpha and CMYK are converted: 16 bits by their
+An image lies in a file or in a cell of a table. Grey, 16-bit, palette, alpha and CMYK are converted: 16 bits by their
 full range, alpha is dropped. Images are read as they are stored. An EXIF orientation is applied only where the
-picture as stored does not have the mask's size and the turned one does: masks drawn on the upright picture
+image as stored does not have the mask's size and the turned one does: masks drawn on the upright image
 fit then, and all others keep the pixels that other readers see.
 """
 
@@ -31,7 +31,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.Decom
 
 
 class SampleError(ValueError):
-    """A picture that cannot be used, in one sentence.
+    """An image that cannot be used, in one sentence.
 
     torch raises what came from a worker process again with the whole traceback as its text; the sentence stands last
     in it and is taken out here, so that a message reads the same with and without workers.
@@ -42,90 +42,102 @@ class SampleError(ValueError):
 
 
 class Cell(Protocol):
-    """An encoded picture in a table; `str` is what an error names."""
+    """An encoded image in a table; `str` is what an error names."""
 
     def read(self) -> bytes: ...
 
 
-Place = str | os.PathLike[str] | Cell
+Location = str | os.PathLike[str] | Cell
 
 
 @contextmanager
-def opened(place: Place) -> Iterator[Image.Image]:
-    """The picture open, pixels not yet decoded; failures in the block become SampleError, which names the place."""
-    if isinstance(place, str | os.PathLike) and not os.path.isfile(place):
-        raise SampleError(f"{place} is missing; put it back, or leave it out with --skip_bad.")
+def open_image(location: Location) -> Iterator[Image.Image]:
+    """Opens an image whose pixels are not decoded yet. Failures in the block become a SampleError that names it."""
+    is_path = isinstance(location, str | os.PathLike)
+    if is_path and not os.path.isfile(location):
+        raise SampleError(f"{location} is missing; put it back, or leave it out with `skip_bad`.")
+
     try:
-        with Image.open(place if isinstance(place, str | os.PathLike) else io.BytesIO(place.read())) as image:
+        with Image.open(location if is_path else io.BytesIO(location.read())) as image:
             yield image
     except SampleError:
         raise
     except _BROKEN as error:
         raise SampleError(
-            f"{place} cannot be read as an image ({error}); replace it, or leave it out with --skip_bad."
+            f"{location} cannot be read as an image ({error}); replace it, or leave it out with `skip_bad`."
         ) from error
 
 
-def load_image(place: Place, upright: bool = False) -> Bytes:
-    """[H, W, 3] uint8 RGB. `upright` applies the EXIF orientation.
+def load_image(location: Location, upright: bool = False) -> Bytes:
+    """Returns [H, W, 3] uint8 RGB. `upright` applies the EXIF orientation.
 
     Raises SampleError for what is missing, cannot be decoded, or has more than 16 bits per channel.
     """
-    with opened(place) as image:
+    with open_image(location) as image:
         image.load()
         turned = ImageOps.exif_transpose(image) if upright else image
+
         if turned.mode in (*_SIXTEEN_BITS, "I"):  # Pillow reads many a 16-bit file as I, which has 32
-            return _eight_bits(np.asarray(turned), place)
+            return _reduce_to_eight_bits(np.asarray(turned), location)
         if turned.mode not in _EIGHT_BITS:
             raise SampleError(
-                f"Image {place} has mode {turned.mode}, where 8 or 16 bits per channel are allowed; "
+                f"Image {location} has mode {turned.mode}, where 8 or 16 bits per channel are allowed; "
                 "save it as 8-bit RGB."
             )
+
+        # By way of RGBA a transparent palette colour keeps its colour, and Pillow does not warn.
         if turned.mode in ("P", "PA"):
-            turned = turned.convert("RGBA")  # a transparent palette colour keeps its colour and warns of nothing
+            turned = turned.convert("RGBA")
         return np.asarray(turned if turned.mode == "RGB" else turned.convert("RGB"))
 
 
-def _eight_bits(grey: npt.NDArray[Any], place: Place) -> Bytes:
-    """[H, W] of 0..65535 as [H, W, 3] of 0..255."""
+def _reduce_to_eight_bits(grey: npt.NDArray[Any], location: Location) -> Bytes:
+    """Returns [H, W] of 0..65535 as [H, W, 3] of 0..255."""
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65535:
         raise SampleError(
-            f"Image {place} holds values from {low} to {high}, where 0..65535 is allowed; save it as 8-bit RGB."
+            f"Image {location} holds values from {low} to {high}, where 0..65535 is allowed; save it as 8-bit RGB."
         )
-    return np.repeat(np.rint(grey * (255 / 65535)).astype(np.uint8)[..., None], 3, axis=2)
+
+    scaled = np.rint(grey * (255 / 65535)).astype(np.uint8)
+    return np.repeat(scaled[..., None], 3, axis=2)
 
 
-def load_mask(place: Place) -> Bytes:
-    """[H, W] uint8: the grey value or the palette's index, as it stands in the file.
+def load_mask(location: Location) -> Bytes:
+    """Returns [H, W] uint8: the grey value or the palette's index, as it stands in the file.
 
     Raises SampleError for what is missing, cannot be decoded, is neither grey nor palette, or has values above 255.
     """
-    with opened(place) as mask:
+    with open_image(location) as mask:
         mask.load()
         if mask.mode not in _MASK_MODES:
             raise SampleError(
-                f"Mask {place} has mode {mask.mode}, where an 8-bit grey or palette PNG is allowed whose pixel "
+                f"Mask {location} has mode {mask.mode}, where an 8-bit grey or palette PNG is allowed whose pixel "
                 "value is the class; convert its colours to class indices."
             )
         values = np.asarray(mask)
-    if values.dtype.itemsize > 1 and values.size and not 0 <= values.min() <= values.max() <= 255:
-        wrong = values.max() if values.max() > 255 else values.min()
-        raise SampleError(
-            f"Mask {place} holds the value {wrong}, where 0..255 is allowed; number the classes from 0 and paint what "
-            "is to be ignored 255."
-        )
+
+    if values.dtype.itemsize > 1 and values.size:
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 255:
+            raise SampleError(
+                f"Mask {location} holds the value {high if high > 255 else low}, where 0..255 is allowed; number the "
+                "classes from 0 and paint what is to be ignored 255."
+            )
+
     return values.astype(np.uint8)
 
 
-def header(place: Place) -> tuple[tuple[int, int], int]:
-    """Size (H, W) as stored and EXIF orientation, 1 where there is none; nothing is decoded."""
-    with opened(place) as image:
+def read_header(location: Location) -> tuple[tuple[int, int], int]:
+    """Returns the size (H, W) as stored and the EXIF orientation, 1 where there is none; decodes nothing."""
+    with open_image(location) as image:
         return (image.height, image.width), image.getexif().get(_ORIENTATION, 1)
 
 
-def size_message(image: Place, mask: Place, image_size: tuple[int, ...], mask_size: tuple[int, ...]) -> str:
-    """What is said of a pair whose sizes (H, W) differ."""
+def describe_unequal(
+    image: Location, mask: Location, image_size: tuple[int, ...], mask_size: tuple[int, ...]
+) -> str:
+    """Returns the message for a pair whose sizes (H, W) differ."""
     return (
         f"Image {image} is {image_size[0]}x{image_size[1]} but mask {mask} is {mask_size[0]}x{mask_size[1]} (HxW), "
         "where both must be the same size; export the mask again at the image's size."
@@ -133,22 +145,27 @@ def size_message(image: Place, mask: Place, image_size: tuple[int, ...], mask_si
 
 
 def voc_palette() -> tuple[int, ...]:
-    """The 256 colours of Pascal VOC's masks, flat: an index's bits dealt in turn to R, G, B, highest first."""
-    return tuple(
-        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
-        for index in range(256)
-        for channel in range(3)
-    )
+    """Returns the 256 colours of Pascal VOC's masks, flat: 768 numbers."""
+    palette = []
+    for index in range(256):
+        # The bits of the index are dealt in turn to R, G and B, which take them from their highest bit down.
+        for channel in range(3):
+            bits = [(index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)]
+            palette.append(sum(bits))
+
+    return tuple(palette)
 
 
-def palette_of(mask: Place | None) -> tuple[int, ...]:
-    """768 numbers: the palette that a mask carries, filled up with VOC's; all VOC's where it has none or a grey one."""
+def read_palette(mask: Location | None) -> tuple[int, ...]:
+    """Returns 768 numbers: the palette that a mask carries, filled up with VOC's; VOC's alone if it has no colours."""
     if mask is None:
         return voc_palette()
+
     try:
-        with opened(mask) as image:
+        with open_image(mask) as image:
             own = tuple(image.getpalette() or ()) if image.mode == "P" else ()
-    except SampleError:  # a bad mask is told of where it is read
+    except SampleError:  # raised again where the mask is read
         own = ()
+
     grey = all(own[i] == own[i + 1] == own[i + 2] for i in range(0, len(own), 3))
     return voc_palette() if grey else own + voc_palette()[len(own) :]

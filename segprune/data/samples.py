@@ -1,6 +1,6 @@
 """What a data set is, whatever its layout: splits of samples, class names, a palette; and how torch is served.
 
-A sample is cheap: it knows where its two pictures lie and reads them when asked. What a layout does to labels
+A sample is cheap: it knows where its two images lie and reads them when it is loaded. What a layout does to labels
 (another numbering, classes that are ignored) is a table of 256 entries, applied when a mask is read.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from segprune.data.loading import load_batches
-from segprune.data.pixels import Place, SampleError, header, load_image, load_mask, size_message
+from segprune.data.pixels import Location, SampleError, describe_unequal, load_image, load_mask, read_header
 from segprune.data.transforms import IGNORE_INDEX, Bytes, Transform, normalise
 
 Progress = Callable[[int, int], None]
@@ -23,13 +23,16 @@ S = TypeVar("S", bound="Sample")
 
 
 class Sample(Protocol):
-    """One picture and its labels. `name` is unique in the split; `str` is what an error names."""
+    """One image and its labels. `name` is unique in the split; `str` is what an error names."""
 
     @property
     def name(self) -> str: ...
 
     def load(self) -> tuple[Bytes, Bytes]:
-        """Image [H, W, 3] uint8 RGB and labels [H, W] uint8, 255 ignored; ValueError where they cannot be used."""
+        """Returns the image [H, W, 3] uint8 RGB and its labels [H, W] uint8, 255 ignored.
+
+        Raises ValueError where they cannot be used.
+        """
         ...
 
 
@@ -38,36 +41,40 @@ class Pair:
     """A sample of every layout: where its image and its mask lie, and the layout's table of labels."""
 
     name: str
-    image: Place
-    mask: Place
+    image: Location
+    mask: Location
     table: bytes | None = None  # 256 labels by the mask's value; None: the value is the label
 
     def __str__(self) -> str:
         return str(self.image)
 
-    def labels(self) -> Bytes:
-        """[H, W] uint8."""
+    def load_labels(self) -> Bytes:
+        """Returns [H, W] uint8."""
         mask = load_mask(self.mask)
         return mask if self.table is None else np.frombuffer(self.table, dtype=np.uint8).take(mask)
 
-    def header(self) -> tuple[tuple[int, int], int]:
-        """The image's size (H, W) as stored and its EXIF orientation, without decoding it."""
-        return header(self.image)
+    def read_header(self) -> tuple[tuple[int, int], int]:
+        """Returns the image's size (H, W) as stored and its EXIF orientation, without decoding it."""
+        return read_header(self.image)
 
     def load(self) -> tuple[Bytes, Bytes]:
-        """Image [H, W, 3] and labels [H, W]; SampleError where one cannot be read or their sizes differ."""
-        image, labels = load_image(self.image), self.labels()
+        """Returns image [H, W, 3] and labels [H, W]. Raises SampleError for unreadable files and unequal sizes."""
+        image = load_image(self.image)
+        labels = self.load_labels()
+
+        # The mask of a turned image may have been drawn on the image as stored or on the upright one.
         if image.shape[:2] != labels.shape:
             upright = load_image(self.image, upright=True)
             if upright.shape[:2] != labels.shape:
-                raise SampleError(size_message(self.image, self.mask, image.shape, labels.shape))
+                raise SampleError(describe_unequal(self.image, self.mask, image.shape, labels.shape))
             image = upright
+
         return image, labels
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened data set. Opening reads no picture; a split is listed when it is asked for."""
+    """An opened data set. Opening reads no image; a split is listed when `split` is called."""
 
     layout: str
     root: str
@@ -77,16 +84,17 @@ class Source:
     own_numbering: bool = True  # whether the values in the masks are the labels themselves
 
     def split(self, name: str) -> tuple[Pair, ...]:
-        """The samples of "train", "val" or another split, in an order that is always the same.
+        """Returns the samples of "train", "val" or another split, in an order that is always the same.
 
         Raises FileNotFoundError where the split or one of its files is missing, ValueError where it is empty.
         """
         return self.lister(name)
 
     def with_split(self, name: str, samples: Sequence[Pair]) -> Source:
-        """The same data set with these samples as the split of that name, for instance the readable ones."""
-        others, kept = self.lister, tuple(samples)
-        return replace(self, lister=lambda asked: kept if asked == name else others(asked))
+        """Returns the data set with these samples as the split of that name, for instance the readable ones."""
+        list_others = self.lister
+        own = tuple(samples)
+        return replace(self, lister=lambda split: own if split == name else list_others(split))
 
 
 class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -113,6 +121,7 @@ class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image, labels = self.samples[index].load()
+
         rng = np.random.default_rng([self.seed, self.epoch, index])
         image, labels = self.transform(image, labels, rng)
         return normalise(image), torch.from_numpy(self._targets.take(labels))
@@ -121,28 +130,31 @@ class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 def readable(
     samples: Sequence[S], num_workers: int = 0, progress: Progress | None = None
 ) -> tuple[tuple[S, ...], tuple[str, ...]]:
-    """Decodes every pair once: the samples that can be used, in order, and the messages of those that cannot.
+    """Decodes every pair once. Returns the samples that can be used, in order, and the messages of the others.
 
-    `num_workers` processes share the work. ValueError where not one sample is left.
+    `num_workers` processes share the work. Raises ValueError if not one sample can be used.
     """
     good: list[S] = []
     bad: list[str] = []
-    for complaints in _complaints(samples, num_workers):
+
+    for complaints in _try_all(samples, num_workers):
         for complaint in complaints:
             sample = samples[len(good) + len(bad)]
             if complaint is None:
                 good.append(sample)
             else:
                 bad.append(complaint)
+
         if progress is not None:
             progress(len(good) + len(bad), len(samples))
+
     if bad and not good:
-        raise ValueError(f"None of {len(bad)} pictures can be used; mend the data set, beginning with this: {bad[0]}")
+        raise ValueError(f"None of {len(bad)} images can be used; repair the data set, beginning with this: {bad[0]}")
     return tuple(good), tuple(bad)
 
 
-def _complaints(samples: Sequence[Sample], num_workers: int) -> Iterator[list[str | None]]:
-    """For a few samples at a time, what is wrong with each."""
+def _try_all(samples: Sequence[Sample], num_workers: int) -> Iterator[list[str | None]]:
+    """Yields for a few samples at a time what is wrong with each, None where nothing is."""
     yield from load_batches(
         samples,
         batch_size=8,
@@ -154,10 +166,12 @@ def _complaints(samples: Sequence[Sample], num_workers: int) -> Iterator[list[st
 
 def _try(samples: Sequence[Sample]) -> list[str | None]:
     complaints: list[str | None] = []
+
     for sample in samples:
         try:
             sample.load()
             complaints.append(None)
         except (ValueError, OSError) as error:
             complaints.append(str(error))
+
     return complaints

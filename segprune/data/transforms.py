@@ -1,7 +1,7 @@
-"""Pictures and masks made ready for a network: letterbox, augmentation, normalisation.
+"""Images and masks made ready for a network: letterbox, augmentation, normalisation.
 
 Images are uint8 [H, W, 3] RGB in 0..255, masks uint8 [H, W] holding class indices; both are numpy arrays
-until `normalise`. Padding is grey 128 in images and `IGNORE_INDEX` in masks, as in training so in evaluation.
+until `normalise`. Padding is grey 128 in images and `IGNORE_INDEX` in masks, in training as in evaluation.
 MEAN and STD are ImageNet's on 0..255, as SegFormer (arXiv 2105.15203) was trained with.
 """
 
@@ -33,25 +33,27 @@ _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.
 
 
 def normalise(image: Bytes) -> torch.Tensor:
-    """[H, W, 3] uint8 -> [3, H, W] float32, ImageNet's mean 0 and deviation 1 per channel."""
+    """Returns [H, W, 3] uint8 as [3, H, W] float32, with ImageNet's mean 0 and deviation 1 per channel."""
     scaled = (image - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))  # C H W
 
 
 def letterbox(image: Bytes, mask: Bytes | None, shape: tuple[int, int]) -> tuple[Bytes, Bytes | None, Box]:
-    """Image and mask fitted into `shape` (H, W) whole, aspect ratio kept, padded on both sides alike.
+    """Fits the whole image and mask into `shape` (H, W): aspect ratio kept, padded on both sides alike.
 
     The image is resized bicubically, the mask by nearest neighbour. The box (top, left, h, w) is where the
-    picture lies inside: `logits[..., top : top + h, left : left + w]` belongs to it.
+    image lies inside: `logits[..., top : top + h, left : left + w]` belongs to it.
     """
-    height, width = _fitted(image.shape[:2], shape)
+    height, width = _fit(image.shape[:2], shape)
     top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
     whole = (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
+
     image = _resize(image, (height, width), whole, Image.Resampling.BICUBIC)
-    image = _padded(image, shape, (top, left), GREY)
+    image = _pad(image, shape, (top, left), GREY)
     if mask is not None:
         mask = _resize(mask, (height, width), whole, Image.Resampling.NEAREST)
-        mask = _padded(mask, shape, (top, left), IGNORE_INDEX)
+        mask = _pad(mask, shape, (top, left), IGNORE_INDEX)
+
     return image, mask, (top, left, height, width)
 
 
@@ -71,8 +73,8 @@ class EvalTransform:
 class TrainTransform:
     """Random scale, crop, horizontal flip and colour, to `shape` (H, W).
 
-    A scale of 1 is the letterbox's size; what is larger than `shape` is cropped at random, what is smaller
-    lies at a random place in padding. `flip` is a probability. All randomness comes from the generator given.
+    A scale of 1 is the letterbox's size. A larger image is cropped at random, a smaller one is placed at random in
+    padding. `flip` is a probability. All randomness comes from the caller's generator.
     """
 
     shape: tuple[int, int]
@@ -87,49 +89,58 @@ class TrainTransform:
             raise ValueError(f"flip {self.flip} must be a probability in 0..1; give 0 to switch it off.")
 
     def __call__(self, image: Bytes, mask: Bytes, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
-        size, box, place = self._draw_crop(image.shape[:2], rng)
+        size, box, corner = self._draw_crop(image.shape[:2], rng)
         image = _resize(image, size, box, Image.Resampling.BICUBIC)
         mask = _resize(mask, size, box, Image.Resampling.NEAREST)
+
         if rng.random() < self.flip:
             image, mask = image[:, ::-1], mask[:, ::-1]
         if self.colour:
             image = jitter_colour(image, rng)
-        return _padded(image, self.shape, place, GREY), _padded(mask, self.shape, place, IGNORE_INDEX)
+
+        return _pad(image, self.shape, corner, GREY), _pad(mask, self.shape, corner, IGNORE_INDEX)
 
     def _draw_crop(
         self, size: tuple[int, ...], rng: np.random.Generator
     ) -> tuple[tuple[int, int], tuple[float, float, float, float], tuple[int, int]]:
-        """What is seen of a picture of `size`: size after scaling, box in the source, place in `shape`.
+        """Draws which part of an image of `size` is seen.
 
-        Only what will be seen is resampled, so that large pictures and scales cost no more than small ones.
+        Returns its size after scaling, its box in the source, and its top left corner in `shape`. Only this part is
+        resampled, so that large images and scales cost no more than small ones.
         """
-        scaled = _fitted(size, self.shape, rng.uniform(*self.scale))
+        scaled = _fit(size, self.shape, rng.uniform(*self.scale))
         seen = (min(scaled[0], self.shape[0]), min(scaled[1], self.shape[1]))
         start = [int(rng.integers(0, n - s + 1)) for n, s in zip(scaled, seen, strict=True)]
-        place = [int(rng.integers(0, n - s + 1)) for n, s in zip(self.shape, seen, strict=True)]
-        y, x = size[0] / scaled[0], size[1] / scaled[1]  # source pixels per scaled pixel
-        box = (start[1] * x, start[0] * y, (start[1] + seen[1]) * x, (start[0] + seen[0]) * y)
-        # rounding must not reach beyond the source
-        box = (box[0], box[1], min(box[2], float(size[1])), min(box[3], float(size[0])))
-        return seen, box, (place[0], place[1])
+        corner = [int(rng.integers(0, n - s + 1)) for n, s in zip(self.shape, seen, strict=True)]
+
+        # Source pixels per scaled pixel; rounding must not reach beyond the source.
+        y, x = size[0] / scaled[0], size[1] / scaled[1]
+        right = min((start[1] + seen[1]) * x, float(size[1]))
+        bottom = min((start[0] + seen[0]) * y, float(size[0]))
+        return seen, (start[1] * x, start[0] * y, right, bottom), (corner[0], corner[1])
 
 
 def jitter_colour(image: Bytes, rng: np.random.Generator) -> Bytes:
-    """Brightness, contrast, saturation and hue of [H, W, 3] changed at random, in one linear map of RGB."""
+    """Changes brightness, contrast, saturation and hue of [H, W, 3] at random, in one linear map of RGB."""
     brightness, contrast, saturation = (rng.uniform(1 - x, 1 + x) for x in (BRIGHTNESS, CONTRAST, SATURATION))
     angle = 2 * np.pi * rng.uniform(-HUE, HUE)
+
+    # Hue turns the chroma plane, saturation stretches it; brightness and contrast scale everything.
     turn = np.eye(3)
     turn[1:, 1:] = saturation * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = brightness * contrast * np.linalg.inv(_YIQ) @ turn @ _YIQ
+
+    # Contrast changes the distance from the image's mean luma, which therefore only brightness may move.
     mean_luma = float(image.mean(axis=(0, 1)) @ _YIQ[0])
-    pivot = brightness * (1 - contrast) * mean_luma
-    changed = image.astype(np.float32) @ matrix.T.astype(np.float32) + np.float32(pivot)
+    offset = brightness * (1 - contrast) * mean_luma
+
+    changed = image.astype(np.float32) @ matrix.T.astype(np.float32) + np.float32(offset)
     rounded: Bytes = np.clip(np.rint(changed), 0, 255).astype(np.uint8)
     return rounded
 
 
-def _fitted(size: tuple[int, ...], shape: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
-    """The (height, width) of a picture of `size` that just fits `shape`, times `scale`; at least one pixel."""
+def _fit(size: tuple[int, ...], shape: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
+    """Returns the (height, width) of an image of `size` that just fits `shape`, times `scale`; at least one pixel."""
     factor = scale * min(shape[0] / size[0], shape[1] / size[1])
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
@@ -137,13 +148,14 @@ def _fitted(size: tuple[int, ...], shape: tuple[int, int], scale: float = 1.0) -
 def _resize(
     array: Bytes, size: tuple[int, int], box: tuple[float, float, float, float], how: Image.Resampling
 ) -> Bytes:
-    """The part `box` (left, top, right, bottom) of an array, resampled to `size` (H, W)."""
+    """Returns the part `box` (left, top, right, bottom) of an array, resampled to `size` (H, W)."""
     resized = Image.fromarray(array).resize((size[1], size[0]), how, box=box)
     return np.asarray(resized)
 
 
-def _padded(array: Bytes, shape: tuple[int, int], place: tuple[int, int], value: int) -> Bytes:
+def _pad(array: Bytes, shape: tuple[int, int], corner: tuple[int, int], value: int) -> Bytes:
+    """Returns `shape` filled with `value`, with the array's top left corner at `corner`."""
     padded: Bytes = np.full((*shape, *array.shape[2:]), value, dtype=np.uint8)
-    top, left = place
+    top, left = corner
     padded[top : top + array.shape[0], left : left + array.shape[1]] = array
     return padded
