@@ -10,8 +10,8 @@ from torch import Tensor
 
 from segprune.cli.console import show_notes
 from segprune.cli.pruning import PruneConfig, needs_images
-from segprune.data import Source, letterbox, load_image, normalise
-from segprune.data.pixels import Place
+from segprune.data import Location, Source, letterbox, load_image, normalise
+from segprune.data.listing import list_files
 from segprune.data.transforms import Bytes
 from segprune.inference.inputs import IMAGES
 from segprune.pruning.importance import NEED_DATA
@@ -19,7 +19,7 @@ from segprune.pruning.importance import NEED_DATA
 BATCH = 8
 
 
-def load_pictures(places: Sequence[Place], number: int, shape: tuple[int, int]) -> list[Bytes]:
+def load_pictures(places: Sequence[Location], number: int, shape: tuple[int, int]) -> list[Bytes]:
     """`number` of the pictures at most, letterboxed into `shape`: [H, W, 3] uint8. ValueError for one that is damaged.
 
     They are spread over all, since neighbours in a data set are often alike.
@@ -29,21 +29,21 @@ def load_pictures(places: Sequence[Place], number: int, shape: tuple[int, int]) 
     return [letterbox(load_image(place, upright=True), None, shape)[0] for place in chosen]
 
 
-def load_images(places: Sequence[Place], number: int, shape: tuple[int, int]) -> list[Tensor]:
+def load_images(places: Sequence[Location], number: int, shape: tuple[int, int]) -> list[Tensor]:
     """The same as batches B 3 H W, normalised."""
     images = [normalise(picture) for picture in load_pictures(places, number, shape)]
     return [torch.stack(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
 
 
-def places_in(folder: str, flag: str = "--images") -> Sequence[Place]:
+def places_in(folder: str, flag: str = "--images") -> Sequence[Location]:
     """All pictures below a folder, in order of their names. FileNotFoundError where there is none."""
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGES)
+    found = [path for path in list_files(folder) if Path(path).suffix.lower() in IMAGES]
     if not found:
         raise FileNotFoundError(f"{flag} {folder} holds no picture; give a folder with {', '.join(IMAGES)} files.")
     return found
 
 
-def places_of(source: Source, split: str = "train") -> Sequence[Place]:
+def places_of(source: Source, split: str = "train") -> Sequence[Location]:
     """The pictures of a part of a data set."""
     return [pair.image for pair in source.split(split)]
 

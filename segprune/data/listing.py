@@ -55,23 +55,38 @@ def walk_folder(
     yield from _walk(os.fspath(top), deep, skipped, ())
 
 
+def list_files(top: str | os.PathLike[str], *, skip: str | os.PathLike[str] = "") -> list[str]:
+    """Returns the paths of all files that `walk_folder` sees."""
+    paths = []
+    for folder, names in walk_folder(top, skip=skip):
+        paths.extend(os.path.join(folder, name) for name in names)
+
+    return paths
+
+
 def _walk(folder: str, deep: bool, skipped: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """`above` are the true paths of the folders on the way here."""
     real = os.path.realpath(folder)
     if real == skipped or real in above or not os.path.isdir(folder):
         return
 
-    files, folders = [], []
+    files: list[str] = []
+    folders: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if not is_hidden(entry.name):
-                (folders if entry.is_dir() else files).append(entry.name)
+                (folders if _is_folder(entry) else files).append(entry.name)
 
     yield folder, sorted(files)
 
     if deep:
         for name in sorted(folders):
             yield from _walk(os.path.join(folder, name), deep, skipped, (*above, real))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Follows links; one that leads nowhere or to itself is no folder."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def list_aliases(split: str) -> tuple[str, ...]:
@@ -85,7 +100,7 @@ def find_subfolder(folder: str | os.PathLike[str], names: Iterable[str]) -> str 
         return None
 
     with os.scandir(folder) as entries:
-        there = {entry.name.lower(): entry.path for entry in entries if entry.is_dir()}
+        there = {entry.name.lower(): entry.path for entry in entries if _is_folder(entry)}
 
     return next((there[name] for name in names if name in there), None)
 
@@ -111,9 +126,7 @@ def read_class_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def list_by_stem(
-    folder: str | os.PathLike[str], extensions: Sequence[str], deep: bool = False
-) -> dict[str, str]:
+def list_by_stem(folder: str | os.PathLike[str], extensions: Sequence[str], deep: bool = False) -> dict[str, str]:
     """Returns the paths of the folder's files by their names without extension.
 
     Where several share a name, the earliest extension's is taken. With `deep`, files in folders inside are listed as
@@ -200,9 +213,7 @@ def pair_folders(
     return tuple(Pair(own, images[name], mask_paths[name], table) for own, name in zip(own_names, chosen, strict=True))
 
 
-def check_present(
-    names: Sequence[str], paths: Mapping[str, str], place: str, kind: str, listed_in: str
-) -> None:
+def check_present(names: Sequence[str], paths: Mapping[str, str], place: str, kind: str, listed_in: str) -> None:
     """Raises FileNotFoundError for names without a path; `place` is where one belongs, with `{}` for the name."""
     missing = [name for name in names if name not in paths]
     if not missing:

@@ -53,12 +53,11 @@ Location = str | os.PathLike[str] | Cell
 @contextmanager
 def open_image(location: Location) -> Iterator[Image.Image]:
     """Opens an image whose pixels are not decoded yet. Failures in the block become a SampleError that names it."""
-    is_path = isinstance(location, str | os.PathLike)
-    if is_path and not os.path.isfile(location):
+    if isinstance(location, str | os.PathLike) and not os.path.isfile(location):
         raise SampleError(f"{location} is missing; put it back, or leave it out with `skip_bad`.")
 
     try:
-        with Image.open(location if is_path else io.BytesIO(location.read())) as image:
+        with Image.open(location if isinstance(location, str | os.PathLike) else io.BytesIO(location.read())) as image:
             yield image
     except SampleError:
         raise
@@ -134,9 +133,7 @@ def read_header(location: Location) -> tuple[tuple[int, int], int]:
         return (image.height, image.width), image.getexif().get(_ORIENTATION, 1)
 
 
-def describe_unequal(
-    image: Location, mask: Location, image_size: tuple[int, ...], mask_size: tuple[int, ...]
-) -> str:
+def describe_unequal(image: Location, mask: Location, image_size: tuple[int, ...], mask_size: tuple[int, ...]) -> str:
     """Returns the message for a pair whose sizes (H, W) differ."""
     return (
         f"Image {image} is {image_size[0]}x{image_size[1]} but mask {mask} is {mask_size[0]}x{mask_size[1]} (HxW), "

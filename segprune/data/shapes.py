@@ -201,7 +201,7 @@ def _prepare_folder(folder: Path, class_names: tuple[str, ...]) -> Path:
 
 
 def _lies_in_star(u: Floats, v: Floats, points: int, outer: float, inner: float) -> Bools:
-    """Returns which points lie in a star of `points` points: a regular polygon if `inner` is outer * cos(pi / points)."""
+    """Returns which points (u, v) lie in a star; a regular polygon if `inner` is `outer` * cos(pi / points)."""
     # By symmetry half of one point is enough: fold the angle into it.
     half = np.pi / points
     angle = np.abs((np.arctan2(v, u) + half) % (2 * half) - half)

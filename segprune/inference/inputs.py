@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from segprune.data import load_image
+from segprune.data.listing import list_files
 from segprune.data.transforms import Bytes
 from segprune.inference.label_maps import EvalMode, Prepared, prepare
 
@@ -69,7 +69,7 @@ def find_images(source: str, save_dir: str) -> tuple[list[ImageFile], int]:
     if out.resolve() == root.resolve():
         raise ValueError(f"`save_dir` {out} is the folder of the images itself; give another one.")
 
-    paths = list(_walk_files(root, out.resolve()))
+    paths = [Path(path) for path in list_files(root, skip=out)]
     images = [path for path in paths if path.suffix.lower() in IMAGES]
     if not images:
         raise ValueError(f"{root} holds no image; give a folder with {', '.join(IMAGES)} files.")
@@ -111,14 +111,6 @@ def read_image(path: Path, how: EvalMode) -> LoadedImage:
     except Exception as error:  # damaged files make decoders fail in every possible way
         raise ValueError(f"{path} cannot be read as an image ({error}); replace it.") from error
     return LoadedImage(image, prepare(image, how))
-
-
-def _walk_files(root: Path, left_out: Path) -> Iterator[Path]:
-    """Yields the files below `root` by name, without hidden ones and without the folder `left_out`."""
-    for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        folders[:] = sorted(d for d in folders if not d.startswith(".") and (here / d).resolve() != left_out)
-        yield from (here / name for name in sorted(names) if not name.startswith("."))
 
 
 def _printable(name: str) -> str:

@@ -66,7 +66,7 @@ def test_a_split_of_damaged_pictures_alone_is_refused(data: Path, small: Path, t
     for other in path.parent.glob("*.jpg"):
         other.write_bytes(path.read_bytes()[:100])
     said = refused(*scoring("eval", folder, small, tmp_path, "--skip_bad"))
-    assert said.startswith("None of 3 pictures can be used; mend the data set, beginning with this: ")
+    assert said.startswith("None of 3 images can be used; repair the data set, beginning with this: ")
 
 
 @pytest.mark.parametrize("name", [*SCORERS, "train"])

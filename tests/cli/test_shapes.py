@@ -13,7 +13,7 @@ from tests.commands import HERE, done, refused
 def test_the_suggested_command_trains_on_what_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "my shapes"
     out = done("shapes", folder, "--num_train", 4, "--num_val", 2, "--size", 32, 32)
-    assert out.startswith(f"6 pictures, 8 classes, in {folder}")
+    assert out.startswith(f"6 images, 8 classes, in {folder}")
     suggested = re.search(r"Train on them: segprune (train .+)", out)
     assert suggested
     assert check_labels(open_source(folder), 8).num_images == {"train": 4, "val": 2}
@@ -23,7 +23,7 @@ def test_the_suggested_command_trains_on_what_was_written(tmp_path: Path) -> Non
 
 def test_with_context_there_are_fourteen_classes(tmp_path: Path) -> None:
     out = done("shapes", tmp_path, "--num_train", 4, "--num_val", 2, "--size", 32, 32, "--with_context")
-    assert "6 pictures, 14 classes, in " in out
+    assert "6 images, 14 classes, in " in out
     assert "--num_classes 14 " in out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from segprune.data import check_labels, open_source, voc_palette
-from tests.data.pictures import noise, write_image, write_mask
+from tests.data.drawn import noise, write_image, write_mask
 
 INFO = "Idx\tRatio\tTrain\tVal\tName\n1\t0.15\t11664\t1172\twall\n2\t0.1\t6046\t612\tbuilding, edifice\n"
 
@@ -37,7 +37,7 @@ def test_the_label_0_is_ignored_and_n_becomes_n_minus_1(tmp_path: Path) -> None:
     values = write_mask(
         root / "annotations/training/ADE_train_00000001.png", (np.arange(600) % 256).astype(np.uint8).reshape(20, 30)
     )
-    labels = open_source(root).split("train")[0].labels()
+    labels = open_source(root).split("train")[0].load_labels()
     values = values.astype(int)
     np.testing.assert_array_equal(labels, np.where((values == 0) | (values == 255), 255, values - 1))
 
@@ -57,8 +57,8 @@ def test_such_folders_without_name_and_list_could_be_anything_and_the_user_is_as
     )
     with pytest.raises(ValueError, match=message):
         open_source(root)
-    raw = open_source(root, "folders").split("train")[0].labels()
-    reduced = open_source(root, "ade20k").split("train")[0].labels()
+    raw = open_source(root, "folders").split("train")[0].load_labels()
+    reduced = open_source(root, "ade20k").split("train")[0].load_labels()
     np.testing.assert_array_equal(reduced.astype(int), np.where(raw == 0, 255, raw.astype(int) - 1))
 
 

@@ -71,22 +71,11 @@ def test_a_split_can_be_checked_alone(root: Path) -> None:
     assert report.pixels == (1, 0, 599, 0)
 
 
-def test_a_limit_reads_the_first_masks_of_each_split_and_says_so(root: Path) -> None:
-    write_pair(root, "c", labels_of(200))
-    report = check_labels(root, 4, limit=2)
-    assert report.num_images == {"train": 2, "val": 1}
-    assert report.notes == ("Only the first 2 masks of each split were read.",)
-
-
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_below_one_is_refused(root: Path, limit: int) -> None:
-    with pytest.raises(ValueError, match=rf"limit is {limit}, where at least 1 is allowed; leave it out to read"):
-        check_labels(root, 4, limit=limit)
-
-
 @pytest.mark.parametrize("num_classes", [0, -3, 256])
 def test_a_number_of_classes_that_a_mask_cannot_hold_is_refused(root: Path, num_classes: int) -> None:
-    with pytest.raises(ValueError, match=rf"num_classes is {num_classes}, where 1\.\.255 is allowed; label 255 is ig"):
+    with pytest.raises(
+        ValueError, match=rf"`num_classes` is {num_classes}, where 1\.\.255 is allowed; label 255 is ig"
+    ):
         check_labels(root, num_classes)
 
 
@@ -101,7 +90,7 @@ def test_a_label_above_num_classes_is_refused_with_its_file_and_all_such_files_c
     write_pair(root, "d", labels_of(7, 8))
     message = (
         f"Mask {root / 'SegmentationClass/b.png'} holds the label 9, where 0..3 and 255 (ignored) are allowed with 4 "
-        "classes; raise --num_classes or relabel the masks (2 of 4 files have such labels)."
+        "classes; raise `num_classes` or relabel the masks (2 of 4 files have such labels)."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         check_labels(root, 4)
@@ -121,8 +110,7 @@ def test_the_label_num_classes_is_ignored_with_a_note(root: Path) -> None:
     assert report.pixels == (1197, 601, 600)
     assert report.ignored == 2
     assert report.notes == (
-        "The label 3 = num_classes is ignored (1 masks, 0.0 % of all pixels); "
-        "if it is a class, --num_classes must be 4.",
+        "The label 3 = num_classes is ignored (1 masks, 0.0 % of all pixels); if it is a class, num_classes must be 4.",
     )
 
 

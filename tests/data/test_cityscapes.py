@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from segprune.data import open_source
-from tests.data.pictures import noise, write_image, write_mask
+from tests.data.drawn import noise, write_image, write_mask
 
 # label ids that are scored, in the order of their train ids (table 1 and the released label definitions)
 SCORED = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from segprune.data import open_source, voc_palette
-from tests.data.pictures import noise, write_image, write_mask
+from tests.data.drawn import noise, write_image, write_mask
 
 
 def names_in(source: object) -> dict[str, list[str]]:
@@ -107,7 +107,7 @@ def test_without_a_validation_split_it_is_said_what_to_do(tmp_path: Path) -> Non
         open_source(tmp_path).split("val")
     assert str(raised.value) == (
         f"{tmp_path} has no val split (neither a folder val nor valid nor validation nor a list val.txt); set about a "
-        "tenth of the pictures aside to score on: move them into images/val and masks/val, or name them in "
+        "tenth of the images aside to score on: move them into images/val and masks/val, or name them in "
         f"{tmp_path}/train.txt and {tmp_path}/val.txt, one image name per line."
     )
 
@@ -115,9 +115,7 @@ def test_without_a_validation_split_it_is_said_what_to_do(tmp_path: Path) -> Non
 def test_folders_without_any_split_are_refused_with_the_way_to_one(tmp_path: Path) -> None:
     write_image(tmp_path / "images/a.png")
     write_mask(tmp_path / "masks/a.png")
-    with pytest.raises(
-        FileNotFoundError, match=r"has no train split .*; move its pictures into images/train and masks/"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"has no train split .*; move its images into images/train and masks/"):
         open_source(tmp_path).split("train")
 
 

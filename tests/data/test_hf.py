@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from segprune.data import EvalTransform, SampleError, SegmentationData, check_labels, open_source, readable, voc_palette
-from tests.data.pictures import SIZE, noise, write_image, write_mask
+from tests.data.drawn import SIZE, noise, write_image, write_mask
 
 datasets = pytest.importorskip("datasets")
 
@@ -162,7 +162,7 @@ def test_class_names_come_from_classes_txt_or_id2label_json(tmp_path: Path) -> N
     (folder / "id2label.json").write_text('{"0": "wall", "2": "sky"}')
     assert open_source(folder).class_names == ("wall", "", "sky")
     (folder / "id2label.json").write_text('["wall"]')
-    with pytest.raises(ValueError, match=r"id2label\.json is not a table of names such as .*; mend it or remove it\."):
+    with pytest.raises(ValueError, match=r"id2label\.json is not a table of names such as .*; correct or remove it\."):
         open_source(folder)
     (folder / "classes.txt").write_text("ground\n")
     assert open_source(folder).class_names == ("ground",)
@@ -175,7 +175,7 @@ def test_columns_that_cannot_be_told_are_listed(tmp_path: Path, columns: dict[st
         table = table.add_column("third", [encoded(labels_of(0))] * 2)
     datasets.DatasetDict(train=table).save_to_disk(tmp_path / "set")
     message = (
-        rf"The columns of train of .*set are {columns['image']} \(Image\), .*, where one of pictures named image and "
+        rf"The columns of train of .*set are {columns['image']} \(Image\), .*, where one of images named image and "
         "one of masks named label are needed; rename them with rename_columns of datasets"
     )
     with pytest.raises(ValueError, match=message):
@@ -185,7 +185,7 @@ def test_columns_that_cannot_be_told_are_listed(tmp_path: Path, columns: dict[st
 def test_an_empty_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = datasets.DatasetDict(train=table_of(range(2)), validation=table_of(range(2)).select([]))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits)
-    with pytest.raises(ValueError, match=r"^validation of owner/name has no row; give a split with pictures\."):
+    with pytest.raises(ValueError, match=r"^validation of owner/name has no row; give a split with images\."):
         open_source("owner/name", "hf").split("val")
 
 
@@ -201,7 +201,7 @@ def test_a_row_without_a_picture_or_with_a_broken_one_is_named(tmp_path: Path) -
     good, bad = readable(samples)
     assert good == samples[:1]
     where = f"column image of train in {tmp_path / 'set'}"
-    assert bad[0] == f"row 1, {where} holds no picture; put one there, or leave the row out with --skip_bad."
+    assert bad[0] == f"row 1, {where} holds no image; put one there, or leave the row out with `skip_bad`."
     assert bad[1].startswith(f"row 2, {where} cannot be read as an image (")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from segprune.data import LAYOUTS, Source, open_source
-from tests.data.pictures import write_image, write_mask, write_voc
+from tests.data.drawn import write_image, write_mask, write_voc
 
 
 def test_the_layouts_are_those_of_the_manual() -> None:

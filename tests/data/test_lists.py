@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from segprune.data import open_source, voc_palette
-from tests.data.pictures import write_image, write_mask
+from tests.data.drawn import write_image, write_mask
 
 TRAIN = "pics/b.png labels/b.png\npics/a.png labels/a.png\n"
 VAL = "pics/c.png labels/c.png\n"
@@ -94,7 +94,7 @@ def test_without_a_list_to_score_on_it_is_said_what_to_do(root: Path) -> None:
         open_source(root).split("val")
     assert str(raised.value) == (
         f"{root}/val.txt is missing, the list of the val split; write it with an image and its mask on each line, "
-        "about a tenth of the pictures, and take them off the other list."
+        "about a tenth of the images, and take them off the other list."
     )
     with pytest.raises(FileNotFoundError, match=r"test\.txt is missing, .* with an image and its mask on each line\.$"):
         open_source(root).split("test")
@@ -102,7 +102,7 @@ def test_without_a_list_to_score_on_it_is_said_what_to_do(root: Path) -> None:
 
 def test_an_empty_list_is_refused(root: Path) -> None:
     (root / "val.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"val\.txt lists no picture; write an image and its mask on each line\."):
+    with pytest.raises(ValueError, match=r"val\.txt lists no image; write an image and its mask on each line\."):
         open_source(root).split("val")
 
 

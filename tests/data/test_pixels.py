@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from segprune.data import Pair, SampleError, load_image, load_mask, voc_palette
-from segprune.data.pixels import header, opened
-from tests.data.pictures import noise, write_image, write_mask
+from segprune.data.pixels import open_image, read_header
+from tests.data.drawn import noise, write_image, write_mask
 
 # the colours that the development kit's documentation lists for background and the 20 classes
 VOC_COLOURS = """
@@ -141,7 +141,7 @@ def test_a_file_that_is_missing_cut_short_or_no_picture_is_named_with_the_way_on
     for path in (cut, text):
         with pytest.raises(SampleError, match=rf"{path.name} cannot be read as an image \(.+\); replace it, or leave "):
             load_image(path)
-    with pytest.raises(SampleError, match=r"gone\.png is missing; put it back, or leave it out with --skip_bad\."):
+    with pytest.raises(SampleError, match=r"gone\.png is missing; put it back, or leave it out with `skip_bad`\."):
         load_image(tmp_path / "gone.png")
 
 
@@ -168,7 +168,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with (
         pytest.raises(SampleError, match=r"cannot be read as an image .*decompression bomb"),
-        opened(tmp_path / "x.png"),
+        open_image(tmp_path / "x.png"),
     ):
         pass
 
@@ -204,10 +204,10 @@ def test_a_turned_picture_that_fits_neither_way_is_refused(tmp_path: Path) -> No
 
 def test_a_header_is_size_and_orientation_even_where_the_pixels_are_cut_off(tmp_path: Path) -> None:
     write_image(tmp_path / "x.png", noise(20, 30, 3), orientation=6)
-    assert header(tmp_path / "x.png") == ((20, 30), 6)
+    assert read_header(tmp_path / "x.png") == ((20, 30), 6)
     write_image(tmp_path / "y.jpg", noise(20, 30, 3))
     (tmp_path / "y.jpg").write_bytes((tmp_path / "y.jpg").read_bytes()[:-300])
-    assert header(tmp_path / "y.jpg") == ((20, 30), 1)
+    assert read_header(tmp_path / "y.jpg") == ((20, 30), 1)
 
 
 def test_an_error_keeps_its_sentence_when_torch_wraps_it_in_a_traceback() -> None:

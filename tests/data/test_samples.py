@@ -21,7 +21,7 @@ from segprune.data import (
     open_source,
     readable,
 )
-from tests.data.pictures import SIZE, noise, write_image, write_mask, write_voc
+from tests.data.drawn import SIZE, noise, write_image, write_mask, write_voc
 
 
 def pairs_of(folder: Path, names: str = "ab") -> tuple[Pair, ...]:
@@ -94,7 +94,7 @@ def test_a_corrupt_picture_is_named_in_one_sentence_with_and_without_workers(tmp
     with pytest.raises(SampleError) as raised:
         list(loader)
     assert str(raised.value).startswith(f"{samples[1]} cannot be read as an image (")
-    assert str(raised.value).endswith("); replace it, or leave it out with --skip_bad.")
+    assert str(raised.value).endswith("); replace it, or leave it out with `skip_bad`.")
     assert "\n" not in str(raised.value)
 
 
@@ -110,8 +110,8 @@ def test_the_readable_samples_are_found_and_the_others_named(tmp_path: Path, num
     assert torch.equal(torch.get_rng_state(), state)
     assert good == tuple(sample for number, sample in enumerate(samples) if number not in (2, 9, 17))
     assert [message.partition("; ")[2] for message in bad] == [
-        "replace it, or leave it out with --skip_bad.",
-        "put it back, or leave it out with --skip_bad.",
+        "replace it, or leave it out with `skip_bad`.",
+        "put it back, or leave it out with `skip_bad`.",
         "export the mask again at the image's size.",
     ]
     assert all(str(samples[number]) in bad[k] for k, number in ((0, 2), (2, 17)))
@@ -124,7 +124,7 @@ def test_where_all_pictures_are_bad_the_first_is_told(tmp_path: Path) -> None:
     for sample in samples:
         cut_short(sample)
     with pytest.raises(
-        ValueError, match=r"^None of 2 pictures can be used; mend .* with this: .*a\.png cannot be read"
+        ValueError, match=r"^None of 2 images can be used; repair .* with this: .*a\.png cannot be read"
     ):
         readable(samples)
 

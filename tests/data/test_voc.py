@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from segprune.data import open_source, voc_palette
-from tests.data.pictures import noise, write_image, write_mask, write_voc
+from tests.data.drawn import noise, write_image, write_mask, write_voc
 
 
 @pytest.mark.parametrize("inside", ["", "VOC2012", "VOCdevkit/VOC2007", "VOCmine"])
