@@ -158,3 +158,11 @@ def test_whatever_a_decoder_stumbles_over_names_the_image(tmp_path: Path, monkey
     monkeypatch.setattr("segprune.inference.inputs.load_image", stumble)
     with pytest.raises(ValueError, match=r"x\.png cannot be read as an image \(list index out of range\); replace"):
         read_image(put(tmp_path / "x.png"), WHOLE)
+
+
+def test_what_tools_leave_in_folders_is_no_image(tmp_path: Path) -> None:
+    for name in ("a.png", ".ipynb_checkpoints/a-checkpoint.png", "@eaDir/a.png", "b/._c.png"):
+        put(tmp_path / name)
+    images, num_others = find_images(str(tmp_path), str(tmp_path / "out"))
+    assert [image.name for image in images] == ["a.png"]
+    assert num_others == 0
