@@ -57,7 +57,7 @@ def walk_folder(
 
 def list_files(top: str | os.PathLike[str], *, skip: str | os.PathLike[str] = "") -> list[str]:
     """Returns the paths of all files that `walk_folder` sees."""
-    paths = []
+    paths: list[str] = []
     for folder, names in walk_folder(top, skip=skip):
         paths.extend(os.path.join(folder, name) for name in names)
 

@@ -19,5 +19,5 @@ def test_images_are_those_below_the_folder_without_what_tools_leave_there(tmp_pa
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "@eaDir/a.png")
-    with pytest.raises(FileNotFoundError, match="--images .* holds no picture"):
+    with pytest.raises(FileNotFoundError, match=r"--images .* holds no picture"):
         places_in(str(tmp_path))
