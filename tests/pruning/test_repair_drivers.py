@@ -17,10 +17,12 @@ from torch import Tensor, nn
 import segprune
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
+from segprune.pruning.depth import branch_scores
 from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.importance import METHODS, scores
 from segprune.pruning.plan import Plan, plan_of
 from segprune.pruning.repair import repair
+from segprune.timing import tf32_products
 from tests.pruning.cutting import STEM, cut_copy
 
 HEADS = ("folded", "mlp", "conv")
@@ -128,6 +130,32 @@ def test_rounding_does_not_choose_where_few_images_leave_directions_open(
     assert_same(other, usual)
     unseen = error(other, usual, [torch.randn(2, 3, 64, 64).double()])
     assert unseen < 1e-8
+
+
+def test_a_gpu_may_not_round_the_factors_of_products_while_scores_are_taken_and_layers_solved(
+    small_model: SegFormer,
+) -> None:
+    """Whatever is set, as by a training run in TF32 before; afterwards it is set again."""
+    seen = set()
+
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        seen.add(switches())
+
+    def switches() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    batches = [torch.randn(1, 3, 64, 64).double()]
+    hook = small_model.encoder.stages[0].patch_embed.proj.register_forward_hook(note)
+    with tf32_products(True):
+        pruned, dense, groups, plan = cut_to_two_thirds(small_model, "wanda", batches)
+        seen.clear()  # tracing the groups ran the network, too
+        scores("wanda", dense, groups, batches)
+        repair(pruned, dense, groups, plan, batches)
+        branch_scores(dense, batches)
+        assert switches() == (True, True)
+
+    hook.remove()
+    assert seen == {(False, False)}
 
 
 def test_least_squares_that_need_full_rank_are_nowhere_in_the_package() -> None:

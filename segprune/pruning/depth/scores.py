@@ -13,6 +13,7 @@ from segprune.pruning.depth.branches import Branch, branches
 from segprune.pruning.depth.removal import images_for
 from segprune.pruning.trace import eval_mode
 from segprune.spec import block_name
+from segprune.timing import tf32_products
 
 Distance = Literal["kl", "mse"]
 Place = tuple[int, int]  # stage, block
@@ -46,7 +47,7 @@ def branch_scores(
         by_block.setdefault((branch.stage, branch.block), []).append(branch)
     totals = dict.fromkeys((branch.name for branch in found), 0.0)
     done, steps = 0, len(images) * len(by_block)
-    with eval_mode(model):
+    with eval_mode(model), tf32_products(False):
         for x in images:
             dense = model.parts(x)[1]
             for place, tokens, maps, size in _walk(model, x):

@@ -13,6 +13,7 @@ from segprune.pruning.importance.activations import wanda
 from segprune.pruning.importance.gradients import fisher, taylor
 from segprune.pruning.importance.settings import TINY, Loss, Scores, Settings
 from segprune.pruning.importance.weights import bn, fpgm, l1, l2, lamp, random
+from segprune.timing import tf32_products
 
 __all__ = ["METHODS", "NEED_DATA", "Loss", "Normalise", "Scores", "l1_scores", "scores"]
 
@@ -66,7 +67,8 @@ def scores(
     other = None
     if fallback is not None:
         other = scores(fallback, model, groups, data, normalise="none", seed=seed)
-    raw = METHODS[method](model, groups, Settings(batches, loss, seed, other))
+    with tf32_products(False):  # else a GPU would rank other channels than a CPU
+        raw = METHODS[method](model, groups, Settings(batches, loss, seed, other))
     if not all(np.isfinite(values).all() for values in raw.values()):
         raise ValueError(
             f"Method {method} gives scores that are not finite; the weights or the images hold values that are not."

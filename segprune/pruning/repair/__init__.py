@@ -31,6 +31,7 @@ from segprune.pruning.repair.stages import repair_stage
 from segprune.pruning.surgery import cut, read_spec, removed_positions
 from segprune.pruning.trace import eval_mode
 from segprune.spec import stage_name
+from segprune.timing import tf32_products
 
 DAMPING = 3e-3  # of the mean variance of what a layer reads; 1e-4 to 1e-2 make little difference
 
@@ -64,7 +65,7 @@ def repair(
         result, reference = result.float(), copy.deepcopy(dense).float()
     result.spec = read_spec(pruned)
     images = _images(batches, reference)
-    with eval_mode(reference), eval_mode(result):
+    with eval_mode(reference), eval_mode(result), tf32_products(False):  # TF32 has as few digits as half precision
         _repair(result, reference, removed_positions(groups, plan), images, damping, progress)
     return result.to(dtype)
 
