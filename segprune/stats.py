@@ -36,7 +36,7 @@ class Layer:
     bias: bool = True
 
     def coefficients(self, unit: Unit) -> tuple[int, int, int]:
-        """(a, b, c) such that the cost is a · in_dim · out_dim + b · in_dim + c · out_dim."""
+        """Returns (a, b, c) such that the cost is a · in_dim · out_dim + b · in_dim + c · out_dim."""
         match self.kind, unit:
             case "product", "params":
                 return self.kernel, 0, int(self.bias)
@@ -71,7 +71,7 @@ class Counts:
 
 
 def count(spec: Spec, input_shape: tuple[int, int]) -> Counts:
-    """Parameters and MACs of `SegFormer(spec)` for one image of (H, W) pixels, each at least 32.
+    """Returns parameters and MACs of `SegFormer(spec)` for one image of (H, W) pixels, each at least 32.
 
     >>> from segprune.spec import standard_spec
     >>> round(count(standard_spec("b0", 150), (512, 512)).macs / 1e9, 1)
@@ -82,24 +82,29 @@ def count(spec: Spec, input_shape: tuple[int, int]) -> Counts:
 
 
 def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
-    """One row per layer of `SegFormer(spec)`, named as its modules are."""
+    """Returns one row per layer of `SegFormer(spec)`, named as its modules are."""
     check_input((1, 3, *input_shape))
     rows: list[Layer] = []
-    height, width = input_shape
     in_channels, positions = 3, []
+
+    height, width = input_shape
     for i, stage in enumerate(spec.stages):
-        prefix = stage_name(i)
-        height, width = (-(-side // stage.stride) for side in (height, width))  # padding is half the kernel
+        # The convolution's padding is half its kernel, so sizes are divided and rounded up.
+        height, width = -(-height // stage.stride), -(-width // stage.stride)
         area = height * width
         positions.append(area)
-        kernel = stage.kernel_size**2
+
+        prefix, kernel = stage_name(i), stage.kernel_size**2
         rows.append(Layer(f"{prefix}.patch_embed.proj", "product", in_channels, stage.width, area, kernel))
         rows.append(_norm(f"{prefix}.patch_embed.norm", stage.width))
+
+        # Keys and values come from a map that is reduced without padding, so its size is rounded down.
         reduced = (height // stage.reduction_ratio) * (width // stage.reduction_ratio)
         for j, block in enumerate(stage.blocks):
             rows += _block_layers(block_name(i, j), stage, block, area, reduced)
         rows.append(_norm(f"{prefix}.norm", stage.width))
         in_channels = stage.width
+
     return rows + list(_head_layers(spec, positions))
 
 
@@ -121,11 +126,13 @@ def _block_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int, re
 
 def _attention_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int) -> Iterator[Layer]:
     width, qk, v = stage.width, block.num_heads * block.qk_dim, block.num_heads * block.v_dim
-    source = width
+
+    source = width  # channels of what keys and values read
     if block.reduction_dim is not None:
         source, kernel = block.reduction_dim, stage.reduction_ratio**2
         yield Layer(f"{prefix}.sr", "product", width, source, reduced, kernel)
         yield _norm(f"{prefix}.norm", source)
+
     yield Layer(f"{prefix}.q", "product", width, qk, area)
     yield Layer(f"{prefix}.k", "product", source, qk, reduced)
     yield Layer(f"{prefix}.v", "product", source, v, reduced)
@@ -144,5 +151,6 @@ def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
             yield Layer(f"decode_head.fuses.{i}", "product", branch, dim, positions[i], bias=False)
     if form.fuse == "concatenated":
         yield Layer("decode_head.fuse", "product", sum(widths), dim, positions[0], bias=False)
+
     yield _norm("decode_head.norm", dim)
     yield Layer("decode_head.classifier", "product", dim, spec.num_classes, positions[0])

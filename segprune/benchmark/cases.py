@@ -19,8 +19,10 @@ COMPUTE_IN_HALF = ("onnx", "pt2", "aotinductor", "torchscript")  # others keep w
 FORMAT_OF = {"onnxruntime" if format == "onnx" else format: format for format in FORMATS}
 RUNTIME_OF = {format: name for name, format in FORMAT_OF.items()}
 PACKAGE_OF = {name: name for name in ("onnxruntime", "openvino", "ncnn")}
-RUNTIMES: dict[str, tuple[str, ...]] = dict.fromkeys(LIVE, DTYPES)  # and the dtypes that each computes checkpoints in
-RUNTIMES |= {name: ("fp32", "fp16") if f in COMPUTE_IN_HALF else ("fp32",) for name, f in FORMAT_OF.items()}
+
+# The dtypes in which each runtime computes checkpoints.
+RUNTIMES: dict[str, tuple[str, ...]] = dict.fromkeys(LIVE, DTYPES)
+RUNTIMES |= {name: ("fp32", "fp16") if format in COMPUTE_IN_HALF else ("fp32",) for name, format in FORMAT_OF.items()}
 
 
 @dataclass(frozen=True)
@@ -58,49 +60,57 @@ def grid(
     runtimes: Sequence[str] = (),
     dtypes: Sequence[str] = ("fp32",),
     sizes: Sequence[tuple[int, int]] = ((512, 512),),
-    batches: Sequence[int] = (1,),
+    batch_sizes: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
     device: str = "cpu",
     fold: bool = False,
 ) -> list[Case]:
-    """All combinations, the first file's first; a file that `segprune export` wrote has one runtime and one dtype.
+    """Returns all combinations, the first file's first.
 
-    Without `runtimes` checkpoints run in torch. ValueError for what is unknown, too small or does not go together,
-    ImportError where a runtime's package is missing.
+    A file that `segprune export` wrote has one runtime and one dtype of its own. Without `runtimes` checkpoints run in
+    torch. Raises ValueError for what is unknown, too small or cannot be combined, ImportError where a runtime's
+    package is missing.
     """
-    _check_numbers(sizes, batches, threads)
+    _check_numbers(sizes, batch_sizes, threads)
     for runtime in runtimes:
         if runtime not in RUNTIMES:
-            raise ValueError(f"--runtimes {runtime} is unknown; choose of {', '.join(RUNTIMES)}.")
+            raise ValueError(f"`runtimes` has {runtime}, which is unknown; choose from {', '.join(RUNTIMES)}.")
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise ValueError(f"--dtypes {dtype} is unknown; choose of {', '.join(DTYPES)}.")
+            raise ValueError(f"`dtypes` has {dtype}, which is unknown; choose from {', '.join(DTYPES)}.")
     if device == "cpu" and "tf32" in dtypes:
-        raise ValueError("--dtypes tf32 is how GPUs take products of float32; add --cuda, or leave it out.")
+        raise ValueError("`dtypes` has tf32, in which only GPUs compute; leave it out, or run on a GPU.")
+
     cases = []
     for path in paths:
-        ways = _ways_of_exported(path, runtimes, sizes, batches) if is_exported(path) else None
-        if ways is None:
+        if is_exported(path):
+            ways = [_way_of_exported(path, runtimes, sizes, batch_sizes)]
+        else:
             ways = list(product(runtimes or ("torch",), dtypes))
             _check_ways(ways)
-        if device != "cpu" and (cpu_only := sorted({runtime for runtime, _ in ways} - set(LIVE))):
-            raise ValueError(f"{cpu_only[0]} runs on the CPU here; leave out --cuda, or {cpu_only[0]}.")
-        for (runtime, dtype), size, batch, number in product(ways, sizes, batches, threads):
+
+        cpu_only = sorted({runtime for runtime, _ in ways} - set(LIVE))
+        if device != "cpu" and cpu_only:
+            raise ValueError(f"{cpu_only[0]} runs on the CPU only; leave it out, or measure it without the GPU.")
+
+        for (runtime, dtype), size, batch, number in product(ways, sizes, batch_sizes, threads):
             cases.append(Case(path, runtime, dtype, size, batch, number, device, fold and runtime in LIVE, path))
+
     if fold and not any(case.fold for case in cases):
-        raise ValueError("--fold has no effect here, since what is exported is folded; leave it out.")
+        raise ValueError("`fold` has no effect here, since what is exported is folded; leave it out.")
     return cases
 
 
-def _check_numbers(sizes: Sequence[tuple[int, int]], batches: Sequence[int], threads: Sequence[int]) -> None:
+def _check_numbers(sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int], threads: Sequence[int]) -> None:
     for size in sizes:
         check_input((1, 3, *size))
-    for flag, numbers in (("batch_sizes", batches), ("threads", threads)):
+    for name, numbers in (("batch_sizes", batch_sizes), ("threads", threads)):
         if numbers and min(numbers) < 1:
-            raise ValueError(f"--{flag} has {min(numbers)}, where 1 and more is allowed; give a larger number.")
+            raise ValueError(f"`{name}` has {min(numbers)}, where 1 and more is allowed; give a larger number.")
 
 
 def _check_ways(ways: Sequence[tuple[str, str]]) -> None:
+    """Refuses a runtime that is not installed or does not compute in that dtype."""
     for runtime, dtype in ways:
         if runtime in PACKAGE_OF:
             require(PACKAGE_OF[runtime], f"Running in {runtime}")
@@ -111,52 +121,55 @@ def _check_ways(ways: Sequence[tuple[str, str]]) -> None:
             )
 
 
-def _ways_of_exported(
-    path: str, runtimes: Sequence[str], sizes: Sequence[tuple[int, int]], batches: Sequence[int]
-) -> list[tuple[str, str]]:
-    """The one runtime and dtype of the file."""
+def _way_of_exported(
+    path: str, runtimes: Sequence[str], sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int]
+) -> tuple[str, str]:
+    """Returns the one runtime and dtype of the file."""
     manifest = open_exported(path).manifest
     runtime = RUNTIME_OF[manifest.format]
     if runtimes and runtime not in runtimes:
         raise ValueError(
-            f"{path} runs in {runtime} alone, which is not among --runtimes; add it, or leave out the file."
+            f"{path} runs in {runtime} alone, which is not among `runtimes`; add it, or leave out the file."
         )
-    for size, batch in product(sizes, batches):
-        _check_taken(path, manifest, size, batch)
-    return [(runtime, manifest.precision)]
+    for size, batch in product(sizes, batch_sizes):
+        _check_input_of_exported(path, manifest, size, batch)
+    return runtime, manifest.precision
 
 
-def _check_taken(path: str, manifest: Manifest, size: tuple[int, int], batch: int) -> None:
-    if manifest.shape is None and min(size) < MIN_DYNAMIC:
-        raise ValueError(
-            f"{path} takes pictures of {MIN_DYNAMIC} pixels a side and more, got {size[0]}×{size[1]}; "
-            "give larger --sizes."
-        )
-    if manifest.shape is not None and (batch, *size) != manifest.shape:
+def _check_input_of_exported(path: str, manifest: Manifest, size: tuple[int, int], batch: int) -> None:
+    if manifest.shape is None:
+        if min(size) < MIN_DYNAMIC:
+            raise ValueError(
+                f"{path} takes images of {MIN_DYNAMIC} pixels a side and more, got {size[0]}×{size[1]}; "
+                "give larger `sizes`."
+            )
+    elif manifest.shape != (batch, *size):
         own, height, width = manifest.shape
         raise ValueError(
             f"{path} takes batches of {own} of {height}×{width} alone, got {batch} of {size[0]}×{size[1]}; "
-            f"give --sizes {height}x{width} --batch_sizes {own}, or export it again with --dynamic."
+            f"give `sizes` {height}x{width} and `batch_sizes` {own}, or export it again for any size."
         )
 
 
 def export_cases(
     cases: Sequence[Case], folder: Path, *, progress: Callable[[int, int, str], None] | None = None
 ) -> list[Case]:
-    """The cases with every checkpoint exported into `folder` whose runtime needs it, once for all threads."""
+    """Returns the cases with every checkpoint exported into `folder` whose runtime needs it."""
     written: dict[Case, str] = {}
-    found = []
+    ready = []
     for done, case in enumerate(cases):
         if progress is not None:
             progress(done, len(cases), case.text)
         if case.runtime in LIVE or case.is_exported:
-            found.append(case)
+            ready.append(case)
             continue
+
+        # One file serves all numbers of threads.
         key = replace(case, threads=1)
         if key not in written:
             written[key] = str(_export(case, folder / str(len(written))))
-        found.append(replace(case, file=written[key]))
-    return found
+        ready.append(replace(case, file=written[key]))
+    return ready
 
 
 def _export(case: Case, folder: Path) -> Path:

@@ -22,36 +22,40 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(case: Case) -> int | None:
-    """Bytes; None where the system does not tell. MemoryError where the process was killed."""
+    """Returns bytes; None where the system does not tell. Raises MemoryError where the process was killed."""
     if case.device == "cpu" and not STATUS.exists():
         return None
+
     context = multiprocessing.get_context("spawn")  # a fork would begin with all that is here
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_measured, case).result()
+            return pool.submit(_measure, case).result()
         except BrokenProcessPool as error:
             raise MemoryError(
-                f"{case.text} was killed, most likely for memory; give smaller --sizes or --batch_sizes."
+                f"{case.text} was killed, most likely for memory; give smaller `sizes` or `batch_sizes`."
             ) from error
 
 
-def _measured(case: Case) -> int:
+def _measure(case: Case) -> int:
     if case.device != "cpu":
         opened = open_case(case)
         torch.cuda.reset_peak_memory_stats()
         opened.run()
         return torch.cuda.max_memory_allocated()
+
     if case.runtime in PACKAGE_OF:
         require(PACKAGE_OF[case.runtime], "Measuring it")
     before = _resident("VmRSS")
     opened = open_case(case)
-    CLEAR.write_text("5")  # the peak begins anew: what reading the file took is none of a pass
+
+    # The peak begins anew: what reading the file took does not belong to a pass.
+    CLEAR.write_text("5")
     for _ in range(2):
         opened.run()
     return max(0, _resident("VmHWM") - before)
 
 
 def _resident(field: str) -> int:
-    """Bytes of resident memory, VmRSS now or VmHWM at its peak; see proc(5)."""
+    """Returns bytes of resident memory, VmRSS now or VmHWM at its peak; see proc(5)."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
     return int(lines[field].split()[0]) * 1024

@@ -21,7 +21,7 @@ WARM_UP = 2  # passes: in the first one runtimes compile and allocate
 
 @dataclass(frozen=True)
 class Opened:
-    """`predict` takes normalised images B 3 H W and gives logits B K H W; `run` is one pass on random pictures.
+    """`predict` takes normalised images B 3 H W and gives logits B K H W; `run` is one pass on noise.
 
     `macs` are of one image, None where an exported file does not tell.
     """
@@ -45,6 +45,7 @@ def open_case(case: Case) -> Opened:
     """
     _set_globals(case)
     opened = _open_live(case) if case.runtime in LIVE else _open_exported(case)
+
     try:
         for _ in range(WARM_UP):
             opened.run()
@@ -66,7 +67,7 @@ def _open_live(case: Case) -> Opened:
     if case.fold:
         model = fold_for_inference(model)
     model = model.to(case.device, dtype)
-    network: Callable[[Tensor], Tensor] = model if case.runtime == "torch" else _compiled(model)
+    network: Callable[[Tensor], Tensor] = model if case.runtime == "torch" else _compile(model)
     x = _noise(case).to(case.device, dtype)
 
     @torch.no_grad()
@@ -78,10 +79,11 @@ def _open_live(case: Case) -> Opened:
         return network(x)
 
     name = f"PyTorch {torch.__version__}" + (", compiled" if case.runtime == "compile" else "")
-    return Opened(case, name, model.spec.num_classes, count(model.spec, case.size).macs, predict, run)
+    macs = count(model.spec, case.size).macs
+    return Opened(case, name, model.spec.num_classes, macs, predict, run)
 
 
-def _compiled(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+def _compile(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     """Returns the network compiled for one shape.
 
     PyTorch keeps compiled code by code object, a few for each: every case needs one of its own.
@@ -98,8 +100,9 @@ def _open_exported(case: Case) -> Opened:
     runtime = open_exported(case.file)
     manifest, x = runtime.manifest, _noise(case)
     if manifest.preprocess:
-        x = (x.permute(0, 2, 3, 1) * 64 + 128).clamp(0, 255).to(torch.uint8)  # B H W 3
+        x = (x.permute(0, 2, 3, 1) * 64 + 128).clamp(0, 255).to(torch.uint8)  # B 3 H W -> B H W 3
     x = x.contiguous()
+
     macs = None if manifest.spec is None else count(manifest.spec, case.size).macs
     return Opened(case, runtime.name, manifest.num_classes, macs, runtime, lambda: runtime.run(x))
 

@@ -23,7 +23,6 @@ from segprune.benchmark import (
     RUNTIMES,
     Case,
     Opened,
-    Row,
     export_cases,
     grid,
     measure,
@@ -50,6 +49,7 @@ from segprune.runs.records import benchmark_record, environment
 from segprune.timing import tf32_products
 
 T = TypeVar("T")
+Peaks = Mapping[Any, float]  # GMAC/s by Case.condition
 RECORD, TABLE, PLOT = "benchmark.json", "benchmark.csv", "benchmark.png"
 COLUMNS = {  # of the table, from the record's keys
     "file": "file",
@@ -87,7 +87,7 @@ class BenchmarkConfig:
     sizes: Annotated[str, Option("--sizes", metavar="HxW,…", help="Heights and widths, as 512x512,1024x512.")] = (
         "512x512"
     )
-    batch_sizes: Annotated[str, Option("--batch_sizes", metavar="B,…", help="Pictures in a pass, as 1,8.")] = "1"
+    batch_sizes: Annotated[str, Option("--batch_sizes", metavar="B,…", help="Images in a pass, as 1,8.")] = "1"
     threads: Annotated[
         str, Option("--threads", metavar="T,…", help="Threads, as 1,2; if not given, as many as PyTorch takes.")
     ] = ""
@@ -112,32 +112,37 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
             raise ValueError(f"--{flag} has no effect without --data; leave it out.")
     if "threads" in given and config.cuda:
         raise ValueError("--threads has no effect with --cuda, where the GPU is measured; leave it out.")
+
+    # All that can be refused is refused before anything runs.
     device = choose_device(config.cuda)
-    cases = _cases(config, given, device)
+    cases = _list_cases(config, given, device)
     show_settings("Benchmark", asdict(config) | {"model_paths": ", ".join(config.model_paths), "cases": len(cases)})
     if config.save_dir:
         check_writable(config.save_dir)
-    classes = {path: _num_classes(path) for path in dict.fromkeys(config.model_paths)}
-    samples = {number: _samples(config, number) for number in set(classes.values())} if config.data else {}
+    classes = {path: _read_num_classes(path) for path in dict.fromkeys(config.model_paths)}
+    samples = {number: _open_samples(config, number) for number in set(classes.values())} if config.data else {}
+
+    # Cases set PyTorch's threads and TF32 as they need them.
     threads = torch.get_num_threads()
     try:
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder, tf32_products(False):
-            records, peaks = _measured(config, cases, samples, Path(folder))
+            records, peaks = _measure(config, cases, samples, Path(folder))
     finally:
         torch.set_num_threads(threads)
+
     _show(records, peaks)
     if config.save_dir:
         _save(config, records, peaks, Path(config.save_dir))
 
 
-def _cases(config: BenchmarkConfig, given: frozenset[str], device: torch.device) -> list[Case]:
+def _list_cases(config: BenchmarkConfig, given: frozenset[str], device: torch.device) -> list[Case]:
     cases = grid(
         config.model_paths,
-        runtimes=_parsed("runtimes", config.runtimes, str, "torch,onnxruntime") if config.runtimes else (),
-        dtypes=_parsed("dtypes", config.dtypes, str, "fp32,bf16"),
-        sizes=_parsed("sizes", config.sizes, _size, "512x512,1024x512"),
-        batches=_parsed("batch_sizes", config.batch_sizes, int, "1,8"),
-        threads=_parsed("threads", config.threads, int, "1,2") if config.threads else (torch.get_num_threads(),),
+        runtimes=_parse("runtimes", config.runtimes, str, "torch,onnxruntime") if config.runtimes else (),
+        dtypes=_parse("dtypes", config.dtypes, str, "fp32,bf16"),
+        sizes=_parse("sizes", config.sizes, _parse_size, "512x512,1024x512"),
+        batch_sizes=_parse("batch_sizes", config.batch_sizes, int, "1,8"),
+        threads=_parse("threads", config.threads, int, "1,2") if config.threads else (torch.get_num_threads(),),
         device=device.type,
         fold=config.fold,
     )
@@ -146,28 +151,25 @@ def _cases(config: BenchmarkConfig, given: frozenset[str], device: torch.device)
     return cases
 
 
-def _num_classes(path: str) -> int:
-    """Reads the file, so that one that is missing or damaged is told of before anything runs."""
+def _read_num_classes(path: str) -> int:
+    """Reads the file, so that one that is missing or damaged is refused before anything runs."""
     if is_exported(path):
         return open_exported(path).manifest.num_classes
-    found = checkpoint.read(path)
-    show_notes(found.notes)
-    return found.spec.num_classes
+    file = checkpoint.read(path)
+    show_notes(file.notes)
+    return file.spec.num_classes
 
 
-def _samples(config: BenchmarkConfig, num_classes: int) -> Sequence[Sample]:
+def _open_samples(config: BenchmarkConfig, num_classes: int) -> Sequence[Sample]:
     source, _ = open_data(config.data, config.layout, num_classes, (config.split,), num_workers=config.num_workers)
     return source.split(config.split)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    """What stands between commas or blanks, each once."""
-    return tuple(dict.fromkeys(filter(None, re.split(r"[,\s]+", text))))
-
-
-def _parsed(flag: str, text: str, parse: Callable[[str], T], example: str) -> tuple[T, ...]:
+def _parse(flag: str, text: str, parse: Callable[[str], T], example: str) -> tuple[T, ...]:
+    """Returns the values between commas or blanks, each once."""
+    words = dict.fromkeys(re.split(r"[,\s]+", text))
     try:
-        values = tuple(parse(word) for word in _words(text))
+        values = tuple(parse(word) for word in words if word)
     except ValueError as error:
         raise ValueError(f"--{flag} is {text!r}; give it as in {example}.") from error
     if not values:
@@ -175,52 +177,60 @@ def _parsed(flag: str, text: str, parse: Callable[[str], T], example: str) -> tu
     return values
 
 
-def _size(word: str) -> tuple[int, int]:
+def _parse_size(word: str) -> tuple[int, int]:
     height, width = map(int, re.split("[x×]", word))
     return height, width
 
 
-def _measured(
+def _measure(
     config: BenchmarkConfig, cases: Sequence[Case], samples: Mapping[int, Sequence[Sample]], folder: Path
-) -> tuple[list[dict[str, Any]], dict[int | str, float]]:
-    """The record of every row, and the machine's peaks."""
+) -> tuple[list[dict[str, Any]], Peaks]:
+    """Returns the record of every row, and the machine's peaks."""
     with progress_bar("exporting") as advance, quiet_exporters():
         cases = export_cases(cases, folder, progress=advance)
-    memory = {} if config.no_memory else _memory(cases)
+    memory = {} if config.no_memory else _measure_memory(cases)
+
     opened = []
     with progress_bar("opening") as advance:
         for done, case in enumerate(cases):
             advance(done, len(cases), case.text)
             opened.append(open_case(case))
-    scores = _scores(config, opened, samples) if config.data else {}
+
+    scores = _score(config, opened, samples) if config.data else {}
     with progress_bar("rounds") as advance:
         rows, peaks = measure(opened, max_rounds=config.rounds, max_seconds=config.seconds, progress=advance)
-    return [benchmark_record(row, memory.get(_alike(row)), scores.get(_alike(row))) for row in rows], peaks
+
+    records = []
+    for row in rows:
+        key = _without_threads(row.case)
+        records.append(benchmark_record(row, memory.get(key), scores.get(key)))
+    return records, peaks
 
 
-def _alike(row: Row | Opened | Case) -> Case:
-    """What the number of threads makes no difference to has the same one of these."""
-    return replace(row if isinstance(row, Case) else row.case, threads=1)
+def _without_threads(case: Case) -> Case:
+    """Returns the same key for all cases that differ in threads alone: memory and scores do not depend on them."""
+    return replace(case, threads=1)
 
 
-def _memory(cases: Sequence[Case]) -> dict[Case, int | None]:
-    found: dict[Case, int | None] = {}
+def _measure_memory(cases: Sequence[Case]) -> dict[Case, int | None]:
+    memory: dict[Case, int | None] = {}
     with progress_bar("memory") as advance:
         for done, case in enumerate(cases):
             advance(done, len(cases), case.text)
-            if _alike(case) not in found:
-                found[_alike(case)] = peak_memory(case)
-    return found
+            key = _without_threads(case)
+            if key not in memory:
+                memory[key] = peak_memory(case)
+    return memory
 
 
-def _scores(
+def _score(
     config: BenchmarkConfig, opened: Sequence[Opened], samples: Mapping[int, Sequence[Sample]]
 ) -> dict[Case, float]:
-    """mIoU of every file in every runtime, dtype, size and batch, the pictures letterboxed; threads share it."""
-    found: dict[Case, float] = {}
+    """Returns the mIoU of every file in every runtime, dtype, size and batch, the images letterboxed."""
+    scores: dict[Case, float] = {}
     for one in opened:
-        case = one.case
-        if _alike(case) in found:
+        case, key = one.case, _without_threads(one.case)
+        if key in scores:
             continue
         one.get_ready()
         with progress_bar(f"scoring {case.text}") as advance:
@@ -234,37 +244,40 @@ def _scores(
                 num_workers=config.num_workers,
                 progress=advance,
             )
-        found[_alike(case)] = score.miou
-    return found
+        scores[key] = score.miou
+    return scores
 
 
-def _show(records: Sequence[dict[str, Any]], peaks: dict[int | str, float]) -> None:
-    """A column that says the same in every row, or nothing, is left out; what is the same stands in the title."""
-    settings = [key for key in COLUMNS if key not in MEASURED]
-    settings = [key for key in settings if any(row[key] is not None for row in records)]  # threads, on a GPU
-    same = [key for key in settings[1:] if len({str(row[key]) for row in records}) == 1]
-    known = {key for key in MEASURED if any(row.get(key) is not None for row in records)}
-    shown = [key for key in COLUMNS if key in known or (key in settings and key not in same)]
-    title = ", ".join(f"{COLUMNS[key]} {_text(key, records[0][key])}" for key in same)
+def _show(records: Sequence[dict[str, Any]], peaks: Peaks) -> None:
+    """Prints the table, without columns that say nothing; what is the same in all rows stands in its title."""
+    stated = [key for key in COLUMNS if any(row.get(key) is not None for row in records)]
+    same = []
+    for key in stated:
+        if key not in MEASURED and key != "file" and len({str(row[key]) for row in records}) == 1:
+            same.append(key)
+    shown = [key for key in stated if key not in same]
+
+    title = f"Median of {records[0]['runs']} rounds"
+    if same:
+        title += "; " + ", ".join(f"{COLUMNS[key]} {_text(key, records[0][key])}" for key in same)
+    spare = [COLUMNS[key] for key in SPARE if key in shown]
     rows = [[_text(key, row.get(key)) for key in shown] for row in records]
-    headline = f"Median of {records[0]['runs']} rounds{f'; {title}' if title else ''}"
-    left_out = show_table(
-        headline, [COLUMNS[key] for key in shown], rows, [COLUMNS[key] for key in SPARE if key in shown]
-    )
+    left_out = show_table(title, [COLUMNS[key] for key in shown], rows, spare)
     if left_out:
         show_notes((f"The terminal is too narrow for {', '.join(left_out)}; --save_dir saves them all.",))
-    if records[0]["method"] == "cuda graph":
-        measured = ", ".join(f"{peak:.0f} in {precision}" for precision, peak in peaks.items())
-        console.print(f"Peak: GMAC/s of a product of large matrices in the same rounds, {measured}.", soft_wrap=True)
+
+    on_gpu = records[0]["method"] == "cuda graph"
+    what = "large matrices" if on_gpu else "large float32 matrices"
+    speeds = []
+    for condition, peak in peaks.items():
+        speeds.append(f"{peak:.0f} in {condition}" if on_gpu else f"{peak:.0f} with {number_of(condition, 'thread')}")
+    console.print(f"Peak: GMAC/s of a product of {what} in the same rounds, {', '.join(speeds)}.", soft_wrap=True)
+
+    if on_gpu:
         console.print(
             f"Passes were replayed as CUDA graphs on {records[0]['device']}; 'eager ms' is the same pass called from "
             "Python, which may wait for each kernel's launch longer than the GPU works.",
             soft_wrap=True,
-        )
-    else:
-        measured = ", ".join(f"{peak:.0f} with {number_of(int(number), 'thread')}" for number, peak in peaks.items())
-        console.print(
-            f"Peak: GMAC/s of a product of large float32 matrices in the same rounds, {measured}.", soft_wrap=True
         )
     if records[0]["runs"] < 100:
         show_notes(("With fewer than 100 rounds p99 is near the longest pass; raise --rounds and --seconds.",))
@@ -285,23 +298,23 @@ def _text(key: str, value: Any) -> str:
     return f"{value:.{digits}f}"
 
 
-def _save(
-    config: BenchmarkConfig, records: Sequence[dict[str, Any]], peaks: dict[int | str, float], folder: Path
-) -> None:
+def _save(config: BenchmarkConfig, records: Sequence[dict[str, Any]], peaks: Peaks, folder: Path) -> None:
     from segprune import plots  # here, since drawing takes a second to import and most commands draw nothing
 
     record = {"settings": asdict(config), "rows": records, "peak_gmacs_per_second": peaks}
     write_json(record | {"environment": environment()}, folder / RECORD)
-    header = list(dict.fromkeys(key for row in records for key in row))
-    lines = [["×".join(map(str, v)) if isinstance(v := row[key], list) else v for key in header] for row in records]
+
+    header = list(records[0])
+    lines = [[_text(key, row[key]) if key == "input_shape" else row[key] for key in header] for row in records]
     write_csv([header, *lines], folder / TABLE)
-    y = "miou" if config.data else "macs_G"
-    plots.trade_off(
-        {
-            name: [(row["median_ms"], row[y]) for row in records if row["file"] == name and row[y] is not None]
-            for name in dict.fromkeys(row["file"] for row in records)
-        },
-        "mIoU" if config.data else "GMACs of one image",
-        folder / PLOT,
-    )
+
+    # One curve for each file, of the rows where the value is known.
+    key, title = ("miou", "mIoU") if config.data else ("macs_G", "GMACs of one image")
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in records:
+        curve = points.setdefault(row["file"], [])
+        if row[key] is not None:
+            curve.append((row["median_ms"], row[key]))
+    plots.trade_off(points, title, folder / PLOT)
+
     console.print(f"Saved: {RECORD}, {TABLE} and {PLOT} in {folder}", soft_wrap=True, markup=False)

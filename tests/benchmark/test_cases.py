@@ -34,7 +34,7 @@ def test_all_combinations_come_the_first_file_s_first() -> None:
         runtimes=("torch", "onnxruntime"),
         dtypes=("fp32", "fp16"),
         sizes=((64, 96), (32, 32)),
-        batches=(1, 8),
+        batch_sizes=(1, 8),
         threads=(1, 2),
     )
     assert len(set(cases)) == len(cases) == 2**6
@@ -51,21 +51,24 @@ def test_without_runtimes_checkpoints_run_in_torch_and_exported_files_in_their_o
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"runtimes": ("tvm",)}, "--runtimes tvm is unknown; choose of torch, compile, onnxruntime, openvino, "),
-        ({"dtypes": ("fp8",)}, "--dtypes fp8 is unknown; choose of fp32, tf32, bf16, fp16."),
-        ({"dtypes": ("fp32", "tf32")}, "--dtypes tf32 is how GPUs take products of float32; add --cuda"),
+        (
+            {"runtimes": ("tvm",)},
+            "`runtimes` has tvm, which is unknown; choose from torch, compile, onnxruntime, openvino, ",
+        ),
+        ({"dtypes": ("fp8",)}, "`dtypes` has fp8, which is unknown; choose from fp32, tf32, bf16, fp16."),
+        ({"dtypes": ("fp32", "tf32")}, "`dtypes` has tf32, in which only GPUs compute; leave it out"),
         ({"sizes": ((16, 64),)}, "The input is 16×64 pixels; both sides must be at least 32"),
-        ({"batches": (1, 0)}, "--batch_sizes has 0, where 1 and more is allowed"),
-        ({"threads": (2, -1)}, "--threads has -1, where 1 and more is allowed; give a larger number."),
+        ({"batch_sizes": (1, 0)}, "`batch_sizes` has 0, where 1 and more is allowed"),
+        ({"threads": (2, -1)}, "`threads` has -1, where 1 and more is allowed; give a larger number."),
         (
             {"runtimes": ("torch", "onnxruntime"), "dtypes": ("fp32", "bf16")},
             "onnxruntime does not compute in bf16 here, only in fp32, fp16; leave out one of them, or run them apart.",
         ),
         (
             {"runtimes": ("openvino",), "device": "cuda"},
-            "openvino runs on the CPU here; leave out --cuda, or openvino.",
+            "openvino runs on the CPU only; leave it out",
         ),
-        ({"runtimes": ("openvino",), "fold": True}, "--fold has no effect here, since what is exported is folded"),
+        ({"runtimes": ("openvino",), "fold": True}, "`fold` has no effect here, since what is exported is folded"),
     ],
 )
 def test_what_is_unknown_or_does_not_go_together_is_refused(how: dict[str, object], message: str) -> None:
@@ -76,10 +79,13 @@ def test_what_is_unknown_or_does_not_go_together_is_refused(how: dict[str, objec
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"runtimes": ("torch",)}, "runs in torchscript alone, which is not among --runtimes; add it, or leave out"),
-        ({}, "takes batches of 1 of 32×64 alone, got 1 of 512×512; give --sizes 32x64 --batch_sizes 1, or export"),
-        ({"sizes": ((32, 64),), "batches": (2,)}, "takes batches of 1 of 32×64 alone, got 2 of 32×64; give --sizes"),
-        ({"sizes": ((32, 64),), "device": "cuda"}, "torchscript runs on the CPU here; leave out --cuda"),
+        ({"runtimes": ("torch",)}, "runs in torchscript alone, which is not among `runtimes`; add it, or leave out"),
+        ({}, "takes batches of 1 of 32×64 alone, got 1 of 512×512; give `sizes` 32x64 and `batch_sizes` 1, or export"),
+        (
+            {"sizes": ((32, 64),), "batch_sizes": (2,)},
+            "takes batches of 1 of 32×64 alone, got 2 of 32×64; give `sizes`",
+        ),
+        ({"sizes": ((32, 64),), "device": "cuda"}, "torchscript runs on the CPU only; leave it out"),
     ],
 )
 def test_what_an_exported_file_cannot_take_is_refused(how: dict[str, object], message: str, script: str) -> None:
@@ -90,7 +96,7 @@ def test_what_an_exported_file_cannot_take_is_refused(how: dict[str, object], me
 def test_a_file_of_any_size_that_is_asked_for_too_small_a_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest("b0", 5, "onnx", "fp32", None, preprocess=False, argmax=False)
     monkeypatch.setattr("segprune.benchmark.cases.open_exported", lambda path: Runtime("", manifest, torch.relu))
-    with pytest.raises(ValueError, match="takes pictures of 64 pixels a side and more, got 32×64; give larger --sizes"):
+    with pytest.raises(ValueError, match="takes images of 64 pixels a side and more, got 32×64; give larger `sizes`"):
         grid(["any.onnx"], sizes=((32, 64),))
 
 

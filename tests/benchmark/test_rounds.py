@@ -116,7 +116,7 @@ def test_every_number_of_threads_has_a_peak_of_its_own_and_runs_with_it(monkeypa
 
 @pytest.mark.skipif(not memory_module.STATUS.exists(), reason="the system does not tell")
 def test_a_larger_batch_takes_more_memory_and_weights_are_in_it(weights: str) -> None:
-    one, many = (peak_memory(case) for case in grid([weights], sizes=((128, 128),), batches=(1, 16)))
+    one, many = (peak_memory(case) for case in grid([weights], sizes=((128, 128),), batch_sizes=(1, 16)))
     assert one is not None
     assert many is not None
     assert many - one > 15 * 5 * 128 * 128 * 4  # at the least the logits of 15 pictures more

@@ -103,8 +103,11 @@ def test_memory_is_measured_once_for_all_threads(small: Path, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--runtimes", "tvm"), "--runtimes tvm is unknown; choose of torch, compile, onnxruntime, openvino"),
-        (("--dtypes", "int4"), "--dtypes int4 is unknown; choose of fp32, tf32, bf16, fp16."),
+        (
+            ("--runtimes", "tvm"),
+            "--runtimes has tvm, which is unknown; choose from torch, compile, onnxruntime, openvino",
+        ),
+        (("--dtypes", "int4"), "--dtypes has int4, which is unknown; choose from fp32, tf32, bf16, fp16."),
         (("--dtypes", ","), "--dtypes is empty; give it as in fp32,bf16."),
         (("--sizes", "512"), "--sizes is '512'; give it as in 512x512,1024x512."),
         (("--sizes", "16x64"), "The input is 16×64 pixels; both sides must be at least 32"),

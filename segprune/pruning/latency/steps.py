@@ -58,25 +58,29 @@ class Step:
 
 
 def steps(spec: Spec, input_shape: tuple[int, int], batch: int = 1) -> list[Step]:
-    """Every step of `SegFormer(spec)` on a batch of images of (H, W) pixels, in order."""
+    """Returns every step of `SegFormer(spec)` on a batch of images of (H, W) pixels, in order."""
     rows = {row.name: row for row in layers(spec, input_shape)}
-    found: list[Step] = []
+    all_steps: list[Step] = []
     maps: list[tuple[int, int]] = []
+
     height, width = input_shape
     for i, stage in enumerate(spec.stages):
         prefix = stage_name(i)
         sizes = (batch, height, width, stage.kernel_size, stage.stride)
-        found.append(_product(rows, "embed", sizes, f"{prefix}.patch_embed.proj"))
-        height, width = (-(-side // stage.stride) for side in (height, width))
+        all_steps.append(_product(rows, "embed", sizes, f"{prefix}.patch_embed.proj"))
+        height, width = -(-height // stage.stride), -(-width // stage.stride)
+
         for j, block in enumerate(stage.blocks):
             name = block_name(i, j)
             if f"{name}.attn" in rows:
-                found += _attention_steps(rows, name, stage, block.num_heads, (batch, height, width))
+                all_steps += _attention_steps(rows, name, stage, block.num_heads, (batch, height, width))
             if f"{name}.mlp.fc1" in rows:
-                found += _ffn_steps(rows, name, (batch, height, width), tanh=spec.numerics.gelu == "tanh")
-        found.append(_plain(rows, "norm", (batch, height * width), f"{prefix}.norm"))
+                all_steps += _ffn_steps(rows, name, (batch, height, width), tanh=spec.numerics.gelu == "tanh")
+
+        all_steps.append(_plain(rows, "norm", (batch, height * width), f"{prefix}.norm"))
         maps.append((height, width))
-    return found + list(_head_steps(rows, maps, (batch, *input_shape)))
+
+    return all_steps + list(_head_steps(rows, maps, (batch, *input_shape)))
 
 
 def _attention_steps(
@@ -84,15 +88,19 @@ def _attention_steps(
 ) -> Iterator[Step]:
     batch, area = size[0], size[1] * size[2]
     attn = f"{name}.attn"
-    reduced = rows[attn].kernel
+    reduced = rows[attn].kernel  # the number of keys and values
     yield _plain(rows, "norm", (batch, area), f"{name}.norm1")
+
     if f"{attn}.sr" in rows:
         yield _product(rows, "reduction", (*size, stage.reduction_ratio), f"{attn}.sr")
     yield _product(rows, "linear", (batch, area), f"{attn}.q")
     yield _product(rows, "linear", (batch, reduced), f"{attn}.k")
     yield _product(rows, "linear", (batch, reduced), f"{attn}.v")
+
+    # The wider of queries and values decides: where torch has no kernel for both, the narrower one is filled up.
     head_dim = max(rows[attn].in_dim, rows[attn].out_dim) // num_heads
     yield Step(Shape("attention", (batch, num_heads, area, reduced), (head_dim,)), ((attn, 0), (attn, 1)))
+
     yield _product(rows, "linear", (batch, area), f"{attn}.proj")
     yield _plain(rows, "add", (batch, area), f"{attn}.proj")
 
@@ -109,6 +117,8 @@ def _ffn_steps(rows: Mapping[str, Layer], name: str, size: tuple[int, int, int],
 def _head_steps(rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: tuple[int, int, int]) -> Iterator[Step]:
     batch, height, width = whole[0], *maps[0]
     concatenated = "decode_head.fuse" in rows
+
+    # Each stage's branch at its own size, then upsampled to that of the first and added to the others.
     for i, (h, w) in enumerate(maps):
         last = f"decode_head.branches.{i}"
         yield _product(rows, "linear", (batch, h * w), last)
@@ -121,10 +131,12 @@ def _head_steps(rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: t
             yield _plain(rows, "upsample", (batch, h, w, height, width), last)
         if i > 0 and not concatenated:
             yield _plain(rows, "sum", (batch, height * width), last)
+
     if concatenated:
         fuse = rows["decode_head.fuse"]
         yield Step(Shape("concat", (batch, height, width), (fuse.in_dim,)), ((fuse.name, 0),))
         yield _product(rows, "pointwise", (batch, height, width), fuse.name)
+
     yield _plain(rows, "activation", (batch, height, width), "decode_head.norm")
     yield _product(rows, "pointwise", (batch, height, width), "decode_head.classifier")
     yield _plain(rows, "upsample", (batch, height, width, *whole[1:]), "decode_head.classifier")
@@ -135,7 +147,7 @@ def _product(rows: Mapping[str, Layer], kind: Kind, sizes: tuple[int, ...], name
 
 
 def _plain(rows: Mapping[str, Layer], kind: Kind, sizes: tuple[int, ...], name: str) -> Step:
-    """A step as wide as the outputs of that row."""
+    """Returns a step as wide as the outputs of that row."""
     return Step(Shape(kind, sizes, (rows[name].out_dim,)), ((name, 1),))
 
 
@@ -161,6 +173,7 @@ class Place:
     def module(self, build: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):
             module = build()
+
         module = module.to_empty(device=self.device).to(self.dtype).eval()
         for tensor in [*module.parameters(), *module.buffers()]:
             tensor.detach().fill_(1)
