@@ -262,6 +262,7 @@ class GraphRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
+        torch.cuda.empty_cache()  # what earlier graphs left behind cannot be freed while another is recorded
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
