@@ -24,7 +24,17 @@ MANUAL, CHINESE_MANUAL = ((ROOT / name).read_text(encoding="utf-8") for name in 
 PAGES = (*READMES, *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 DOORS = {"train.py": "train", "prune_train.py": "prune"}
-OTHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "logdir", "extra-index-url", "no_repair", "help"}
+OTHERS = {
+    "nproc_per_node",
+    "nnodes",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "logdir",
+    "extra-index-url",
+    "no_repair",
+    "no_tf32",
+    "help",
+}
 TREE = "prune_train.py, train.py "  # how its block begins
 
 

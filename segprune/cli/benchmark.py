@@ -40,7 +40,8 @@ from segprune.cli.console import (
     show_settings,
     show_table,
 )
-from segprune.cli.flags import Layout, switch
+from segprune.cli.flags import Layout, LoaderProcesses, switch
+from segprune.cli.machine import fit_to_machine
 from segprune.data import Sample
 from segprune.export import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
@@ -101,7 +102,7 @@ class BenchmarkConfig:
     data: Annotated[str, Option("--data", help="Data set on which every file is scored in every runtime.")] = ""
     layout: Layout = None
     split: Annotated[str, Option("--split", help="The part of --data to score.")] = "val"
-    num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
+    num_workers: LoaderProcesses = None
     save_dir: Annotated[str, Option("--save_dir", help="Save the rows as JSON and CSV there, and the plot.")] = ""
 
 
@@ -115,8 +116,10 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
 
     # All that can be refused is refused before anything runs.
     device = choose_device(config.cuda)
+    config, chosen = fit_to_machine(config, device)
     cases = _list_cases(config, given, device)
     show_settings("Benchmark", asdict(config) | {"model_paths": ", ".join(config.model_paths), "cases": len(cases)})
+    show_notes(chosen if config.data else ())
     if config.save_dir:
         check_writable(config.save_dir)
     classes = {path: _read_num_classes(path) for path in dict.fromkeys(config.model_paths)}
@@ -161,6 +164,7 @@ def _read_num_classes(path: str) -> int:
 
 
 def _open_samples(config: BenchmarkConfig, num_classes: int) -> Sequence[Sample]:
+    assert config.num_workers is not None
     source, _ = open_data(config.data, config.layout, num_classes, (config.split,), num_workers=config.num_workers)
     return source.split(config.split)
 
@@ -227,6 +231,7 @@ def _score(
     config: BenchmarkConfig, opened: Sequence[Opened], samples: Mapping[int, Sequence[Sample]]
 ) -> dict[Case, float]:
     """Returns the mIoU of every file in every runtime, dtype, size and batch, the images letterboxed."""
+    assert config.num_workers is not None
     scores: dict[Case, float] = {}
     for one in opened:
         case, key = one.case, _without_threads(one.case)

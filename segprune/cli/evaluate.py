@@ -19,7 +19,8 @@ from typer import Argument, Option
 
 from segprune import checkpoint
 from segprune.cli.console import choose_device, console, open_data, progress_bar, show_notes, show_score, show_settings
-from segprune.cli.flags import Layout, SkipBad, switch
+from segprune.cli.flags import Layout, LoaderProcesses, SkipBad, switch
+from segprune.cli.machine import fit_to_machine
 from segprune.export.runtimes import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, Predict, Score, evaluate
@@ -61,7 +62,7 @@ class EvalConfig:
     flip: Annotated[bool, switch("--flip", "Average with the mirrored picture.")] = False
     no_boundary: Annotated[bool, switch("--no_boundary", "Leave out boundary IoU, which takes some time.")] = False
     batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures, or windows, at a time.")] = 8
-    num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
+    num_workers: LoaderProcesses = None
     cuda: Annotated[bool, switch("--cuda", "Use the GPU.")] = False
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
     json_path: Annotated[str, Option("--json", metavar="PATH", help="Save the score there as JSON.")] = ""
@@ -74,15 +75,17 @@ def run(config: EvalConfig, given: frozenset[str]) -> None:
     The score is that of the original pixels: logits are resized to each mask's own size. Every picture counts once.
     """
     device = choose_device(config.cuda)
+    config, chosen = fit_to_machine(config, device)
     found = _find(config, given, device)
     if found.shape is not None and "input_shape" not in given:
         config = replace(config, input_shape=found.shape)
     how = _eval_mode(config, given)
     num_classes = found.num_classes
     show_settings("Evaluation", asdict(config) | found.read | {"num_classes": num_classes})
-    show_notes(found.notes)
+    show_notes((*found.notes, *chosen))
     if config.save_dir:
         check_writable(config.save_dir)
+    assert config.num_workers is not None
     source, _ = open_data(
         config.data,
         config.layout,

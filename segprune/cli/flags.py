@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from segprune.cli.console import one_sentence
+from segprune.cli.machine import exact_products
 from segprune.data import LAYOUTS
 
 CONTEXT = {"token_normalize_func": lambda flag: flag.replace("-", "_"), "help_option_names": ["--help", "_h"]}
@@ -36,7 +37,17 @@ Layout = Annotated[
 SkipBad = Annotated[bool, switch("--skip_bad", "Leave out images that cannot be read; all are tried first.")]
 Dialect = Annotated[str | None, typer.Option("--dialect", help="Overrules the dialect that is recognised.")]
 Cuda = Annotated[bool, switch("--cuda", "Use the GPU.")]
-LoaderProcesses = Annotated[int, typer.Option("--num_workers", min=0, help="Processes that load images.")]
+LoaderProcesses = Annotated[
+    int | None,
+    typer.Option("--num_workers", min=0, help="Processes that load images; if not given, as many as cores, 8 at most."),
+]
+Amp = Annotated[
+    str,
+    typer.Option(
+        "--amp",
+        help="Mixed precision of training: no, fp16, bf16 or auto, which is what the GPU has, and on a CPU no.",
+    ),
+]
 Verbose = Annotated[bool, switch("--verbose", "Print every setting, those left at their defaults too.")]
 
 
@@ -63,7 +74,7 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
 
     def body(context: typer.Context, **flags: Any) -> None:
         names = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name}
-        with one_sentence(names):
+        with one_sentence(names), exact_products():
             made = {
                 name: record(**{field.name: flags[field.name] for field in fields(record)})
                 for name, record in records.items()

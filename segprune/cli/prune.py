@@ -24,6 +24,7 @@ from segprune.cli.console import (
     show_settings,
 )
 from segprune.cli.cutting import cut_network, pruner_of
+from segprune.cli.machine import fit_to_machine
 from segprune.cli.plans import PLAN, show_plan, write_plan
 from segprune.cli.pruning import PruneConfig, asked_rates, check_flags, label
 from segprune.cli.settings import TrainSettings, advice, check_settings, with_rates
@@ -55,13 +56,16 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
     folder = Path(config.save_dir) / config.pruning_method / found.spec.variant
     path = folder / f"{found.spec.variant}_pruned_{label(config, given)}.pth"
     check_kept(path, config.model_path, save_dir=Path(config.save_dir))
-    fine_tuning, reason = with_rates(_fine_tuning(config, path), found.extra)
+    fine_tuning, chosen = fit_to_machine(_fine_tuning(config, path), device)
+    config = replace(config, amp=fine_tuning.amp, num_workers=fine_tuning.num_workers)
+    fine_tuning, reason = with_rates(fine_tuning, found.extra)
     a_tenth = config.lr is None and "lr" in found.extra
     if config.epochs:
         config = replace(config, lr=fine_tuning.lr)
         check_settings(fine_tuning)
     show_settings("Pruning", _resolved(config, given) | {"dialect": found.dialect})
     show_notes((*found.notes, reason) if config.epochs else found.notes)
+    show_notes(chosen if config.data else ())
     teacher = found if config.epochs and fine_tuning.teacher else None
     source, pixels = _open(config, teacher) if config.data else (None, ())
     check_writable(folder)
@@ -146,6 +150,7 @@ def _read(config: PruneConfig) -> Checkpoint:
 def _open(config: PruneConfig, teacher: Checkpoint | None) -> tuple[Source, tuple[int, ...]]:
     """The data set, its labels checked, and the labelled pixels of each class."""
     assert config.num_classes is not None
+    assert config.num_workers is not None
     splits = ("train", "val") if config.epochs else ("val",)
     source, labels = open_data(
         config.data,
@@ -166,6 +171,7 @@ def _open(config: PruneConfig, teacher: Checkpoint | None) -> tuple[Source, tupl
 
 
 def _score(model: SegFormer, source: Source, config: PruneConfig, device: torch.device, text: str) -> Score:
+    assert config.num_workers is not None
     with progress_bar(text) as advance:
         return evaluate(
             model,

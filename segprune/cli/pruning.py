@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from typer import Option
 
-from segprune.cli.flags import Layout, SkipBad, switch
+from segprune.cli.flags import Amp, Layout, LoaderProcesses, SkipBad, switch
+from segprune.cli.machine import AUTO
 from segprune.pruning.importance import METHODS, NEED_DATA
 from segprune.pruning.patterns import parse_budgets
 
@@ -167,8 +168,8 @@ class PruneConfig:
     scale: Annotated[
         tuple[float, float], Option("--scale", metavar="LOW HIGH", help="Random resizing while fine-tuning.")
     ] = (0.5, 2.0)
-    num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
-    amp: Annotated[str, Option("--amp", help="Mixed precision of fine-tuning: no, fp16 or bf16.")] = "no"
+    num_workers: LoaderProcesses = None
+    amp: Amp = AUTO
     cuda: Annotated[bool, switch("--cuda", "Use the GPU; without it the CPU.")] = False
     seed: Annotated[int, Option("--seed", help="Of random weights and of fine-tuning.")] = 11
     save_dir: Annotated[str, Option("--save_dir", help="Files go to SAVE_DIR/METHOD/PHI.")] = "logs_pruning"

@@ -18,7 +18,8 @@ from typer import Argument, Option
 from segprune import checkpoint
 from segprune.cli.calibration import load_images, places_in, places_of
 from segprune.cli.console import choose_device, console, open_data, progress_bar, show_notes, show_settings, show_table
-from segprune.cli.flags import Layout, switch
+from segprune.cli.flags import Layout, LoaderProcesses, switch
+from segprune.cli.machine import fit_to_machine
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import SegFormer, check_input
@@ -49,7 +50,7 @@ class ScanConfig:
         tuple[int, int], Option("--input_shape", metavar="H W", help="Pictures are fitted whole into this size.")
     ] = (512, 512)
     batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures at a time, with --data.")] = 8
-    num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures, with --data.")] = 2
+    num_workers: LoaderProcesses = None
     cuda: Annotated[bool, switch("--cuda", "Use the GPU.")] = False
     save_dir: Annotated[str, Option("--save_dir", help="Files go there.")] = "scan"
     dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
@@ -68,9 +69,10 @@ def run(config: ScanConfig, given: frozenset[str]) -> None:
     rates = _rates(config.rates)
     check_input((1, 3, *config.input_shape))
     device = choose_device(config.cuda)
+    config, chosen = fit_to_machine(config, device)
     found = checkpoint.read(config.model_path, dialect=config.dialect)
     show_settings("Scan", asdict(config) | {"dialect": found.dialect, "variant": found.spec.variant})
-    show_notes(found.notes)
+    show_notes((*found.notes, *(chosen if config.data else ())))
     check_writable(config.save_dir)
     model = checkpoint.build(found).to(device)
     measure, unit, images = _measure(config, model)
@@ -113,8 +115,9 @@ def _measure(config: ScanConfig, model: SegFormer) -> tuple[Callable[[SegFormer]
         loaded = load_images(places_in(config.images), config.num_images, config.input_shape)
         images = [batch.to(device) for batch in loaded]
         return output_distance(model, images), "divergence", images
-    num_classes = model.spec.num_classes
-    source, _ = open_data(config.data, config.layout, num_classes, ("val",), num_workers=config.num_workers)
+    num_classes, num_workers = model.spec.num_classes, config.num_workers
+    assert num_workers is not None
+    source, _ = open_data(config.data, config.layout, num_classes, ("val",), num_workers=num_workers)
     samples = source.split("val")
 
     def score(network: SegFormer) -> float:
@@ -125,7 +128,7 @@ def _measure(config: ScanConfig, model: SegFormer) -> tuple[Callable[[SegFormer]
             EvalMode(input_shape=config.input_shape, boundary=False),
             device=device,
             batch_size=config.batch_size,
-            num_workers=config.num_workers,
+            num_workers=num_workers,
         ).miou
 
     dense = score(model)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar
 
 from typer import Option
 
-from segprune.cli.flags import Layout, SkipBad, switch
+from segprune.cli.flags import Amp, Layout, LoaderProcesses, SkipBad, switch
+from segprune.cli.machine import AUTO
 from segprune.runs.folder import check_not_overwritten
 from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation
@@ -130,12 +131,19 @@ class TrainSettings:
         False
     )
     compile: Annotated[bool, switch("--compile", "Compile the network first (torch.compile).")] = False
-    amp: Annotated[str, Option("--amp", help="Mixed precision: no, fp16 or bf16.")] = "no"
+    amp: Amp = AUTO
+    tf32: Annotated[
+        bool | None,
+        Option(
+            "--tf32/--no_tf32",
+            help="Take float32 products in TF32 while training on a GPU; if not given, where the GPU can.",
+        ),
+    ] = None
     eval_every: Annotated[int, Option("--eval_every", help="Epochs between two scores on the val list.")] = 1
     save_steps: Annotated[int, Option("--save_steps", help="Also save the state for --resume every so many steps.")] = 0
     keep: Annotated[int, Option("--keep", min=0, help="Keep the weights of so many latest epochs as files.")] = 0
     tensorboard: Annotated[bool, switch("--tensorboard", "Write logs for TensorBoard too.")] = False
-    num_workers: Annotated[int, Option("--num_workers", min=0, help="Processes that load pictures.")] = 2
+    num_workers: LoaderProcesses = None
     cuda: Annotated[bool, switch("--cuda", "Use the GPU; several GPUs by torchrun train.py …")] = False
     seed: Annotated[int, Option("--seed", help="Of weights, order and augmentation.")] = 11
     save_dir: Annotated[str, Option("--save_dir", help="Folder for checkpoints and results.")] = "logs"
@@ -214,7 +222,7 @@ def train_config(config: TrainSettings, num_classes: int, pixels: tuple[int, ...
         "momentum",
         "clip_norm",
     )
-    also = ("ema", "freeze_epochs", "scale", "eval_every", "save_steps", "num_workers", "seed", "compile")
+    also = ("ema", "freeze_epochs", "scale", "eval_every", "save_steps", "num_workers", "seed", "tf32", "compile")
     return TrainConfig(
         num_classes=num_classes,
         head_lr_factor=1.0 if config.head_lr is None else config.head_lr,

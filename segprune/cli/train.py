@@ -21,6 +21,7 @@ from segprune.cli.console import (
     show_score,
     show_settings,
 )
+from segprune.cli.machine import fit_to_machine
 from segprune.cli.settings import TrainSettings, check_settings, train_config, with_rates
 from segprune.cli.view import training_view
 from segprune.data import Source
@@ -52,12 +53,16 @@ def run(config: TrainSettings, given: frozenset[str]) -> None:
         check_not_overwritten(folder, config.model_path, config.teacher)
         model, notes, extra, config = _start(config)
     check_input((1, 3, *config.input_shape))
-    choose_device(config.cuda)
+    device = choose_device(config.cuda)
+    if "tf32" in given and config.tf32 and device.type != "cuda":
+        raise ValueError("--tf32 has no effect on a CPU; add --cuda, or leave it out.")
+    config, chosen = fit_to_machine(config, device)
     config, reason = with_rates(config, extra)
     check_settings(config)
     teacher = _read_teacher(config, model.spec.num_classes)
     show_settings("Resumed training" if config.resume else "Training", asdict(config))
-    show_notes((*notes, reason))
+    show_notes((*notes, reason, *chosen))
+    assert config.num_workers is not None
     source, labels = open_data(
         config.data,
         config.layout,
@@ -196,6 +201,7 @@ def _resumed_config(config: TrainSettings, given: frozenset[str], resumed: Resum
     Data and teacher may lie elsewhere now; the loop knows whether they are the same.
     """
     old = {name: tuple(v) if isinstance(v, list) else v for name, v in resumed.settings.items()}
+    old.setdefault("tf32", False)  # runs of earlier versions, which do not say, trained without
     flags = {name: getattr(config, name) for name in given}
     fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path", "lr", "lr_rule")
     wrong = [name for name in fixed if name in flags and flags[name] != old[name]]

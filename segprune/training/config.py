@@ -46,6 +46,7 @@ class TrainConfig:
     num_workers: int = 2
     seed: int = 11
     mixed_precision: str = "no"
+    tf32: bool = False  # for products of float32 in the steps, on a GPU; scores are taken without
     compile: bool = False
 
     def __post_init__(self) -> None:

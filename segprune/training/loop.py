@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from segprune.data import SegmentationData, TrainTransform
 from segprune.data.loading import load_batches
 from segprune.inference.evaluate import EvalMode, Score, Tally, score, shard, tallies
+from segprune.timing import tf32_products
 from segprune.training.config import TrainConfig
 from segprune.training.learner import Learner
 from segprune.training.objective import check_teacher
@@ -72,11 +73,12 @@ def train(
         if on_state is not None and accelerator.is_main_process and run.steps_done == 0:
             on_state(run.state())
         while run.epoch < config.epochs:
-            for loss in run.steps(stop):
-                if on_step is not None:
-                    on_step(run.steps_done, run.total_steps, loss, run.learner.lr)
-                if on_state is not None and accelerator.is_main_process and run.state_is_due():
-                    on_state(run.state())
+            with tf32_products(config.tf32):
+                for loss in run.steps(stop):
+                    if on_step is not None:
+                        on_step(run.steps_done, run.total_steps, loss, run.learner.lr)
+                    if on_state is not None and accelerator.is_main_process and run.state_is_due():
+                        on_state(run.state())
             with run.averaged():
                 result = run.end_epoch()
                 if on_epoch is not None and accelerator.is_main_process:

@@ -85,6 +85,7 @@ class TrainingDiverged(ValueError):
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
     """A run goes on only with the settings that decide its course."""
+    old = _BEFORE_IT_WAS_SAID | old
     for name, value in new.items():
         before = old.get(name)
         if name in _MAY_CHANGE or _plain(before) == _plain(value):
@@ -108,6 +109,7 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
         )
 
 
+_BEFORE_IT_WAS_SAID = {"tf32": False}  # what runs did whose states do not say
 _MAY_CHANGE = {"num_workers", "eval_every", "save_steps"}
 
 

@@ -32,7 +32,7 @@ NURSERY = """
 import json, os, sys, time
 from pathlib import Path
 import pydantic, torch, typer._adapters
-import segprune.cli, segprune.pictures, segprune.plots, segprune.pruning.pruner
+import segprune.cli, segprune.inference.draw, segprune.plots, segprune.pruning.pruner
 
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1)])  # imports more
