@@ -1,4 +1,4 @@
-"""`segprune convert FILE --to hf DIR`: a checkpoint in the format of another tool."""
+"""`segprune convert FILE TARGET --to hf`: a checkpoint in the format of another tool."""
 
 from __future__ import annotations
 
@@ -11,47 +11,51 @@ from typer import Argument, Option
 from segprune import checkpoint
 from segprune.checkpoint import FORMATS
 from segprune.cli.console import console, show_notes
+from segprune.cli.flags import Dialect, ModelFile, refuse_without_effect
 from segprune.stats import count
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
-    model_path: Annotated[
-        str, Argument(metavar="FILE", help=".pth, .pt, .safetensors, a Hugging Face folder or hub name.")
-    ]
+class ConvertFlags:
+    model_path: ModelFile
     target: Annotated[str, Argument(metavar="TARGET", help="Folder (hf) or .pth, .pt, .bin file to write.")]
     to: Annotated[str, Option("--to", help=f"Whose format: {', '.join(FORMATS)}.")]
     input_shape: Annotated[
-        tuple[int, int], Option("--input_shape", metavar="H W", help="Of hf: the size its image processor resizes to.")
+        tuple[int, int], Option("--input_shape", metavar="H W", help="For hf: the size its image processor resizes to.")
     ] = (512, 512)
-    dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
+    dialect: Dialect = None
 
 
-def run(config: ConvertConfig, given: frozenset[str]) -> None:
+def run(flags: ConvertFlags, given: frozenset[str]) -> None:
     """Write a checkpoint for Hugging Face's, NVlabs', bubbliiiing's or mmsegmentation's code, and compare it.
 
-    Weights are rewritten so that the other tool's numerics give the same logits. What its classes cannot hold goes
-    into a Hugging Face folder with code of its own, and is refused elsewhere. What was written is read again, and
+    Weights are rewritten so that the other tool's numerics give the same logits. What its classes cannot hold is
+    written with code of its own into a Hugging Face folder, and refused elsewhere. What was written is read again, and
     kept if the logits are the same.
     """
-    if config.to not in FORMATS:
-        raise ValueError(f"Unknown format {config.to!r}; --to knows {', '.join(FORMATS)}.")
-    if "input_shape" in given and config.to != "hf":
-        raise ValueError(f"--input_shape has no effect with --to {config.to}, which keeps no size; leave it out.")
-    if Path(config.target).resolve() == Path(config.model_path).resolve():
-        raise ValueError(f"{config.target} is the checkpoint itself; give another place to write to.")
-    found = checkpoint.read(config.model_path, dialect=config.dialect)
-    if found.backbone_only:
-        raise ValueError(f"{config.model_path} holds only a backbone; train it first with segprune train.")
-    model = checkpoint.build(found)
-    show_notes(found.notes)
+    if flags.to not in FORMATS:
+        raise ValueError(f"Unknown format {flags.to!r}; --to knows {', '.join(FORMATS)}.")
+    refuse_without_effect(given, ("input_shape", flags.to != "hf", f"with --to {flags.to}, which keeps no size"))
+    if Path(flags.target).resolve() == Path(flags.model_path).resolve():
+        raise ValueError(f"{flags.target} is the checkpoint itself; give another place to write to.")
+
+    opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
+    if opened.backbone_only:
+        raise ValueError(f"{flags.model_path} holds only a backbone; train it first with segprune train.")
+    show_notes(opened.notes)
+
+    # Write it, read it again and compare.
     written = checkpoint.convert(
-        model, config.target, config.to, class_names=found.extra.get("class_names"), input_shape=config.input_shape
+        checkpoint.build(opened),
+        flags.target,
+        flags.to,
+        class_names=opened.extra.get("class_names"),
+        input_shape=flags.input_shape,
     )
     show_notes(written.notes)
+
     readers = " and ".join(written.readers)
+    parameters = count(opened.spec, flags.input_shape).parameters
     console.print(f"Read again by {readers}: logits differ by {written.difference:.1e} of the largest at most.")
-    size = count(found.spec, config.input_shape).parameters
-    console.print(
-        f"Written for {config.to}, {found.spec.variant}, {size:,} parameters: {config.target}", soft_wrap=True
-    )
+    network = f"{opened.spec.variant}, {parameters:,} parameters"
+    console.print(f"Written for {flags.to}, {network}: {flags.target}", soft_wrap=True)

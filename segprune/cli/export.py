@@ -1,6 +1,6 @@
-"""`segprune export FILE`: a checkpoint out to what other runtimes read, run again and compared before it is kept.
+"""`segprune export FILE`: writes a checkpoint for other runtimes, runs the file and compares it before keeping it.
 
-NAME.onnx, NAME.xml …   the file, which says itself what it takes and gives
+NAME.onnx, NAME.xml …   the file, which also says what it takes and gives
 NAME.onnx.json          the settings and how far the file is from the network in PyTorch
 """
 
@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from segprune import checkpoint
-from segprune.cli.calibration import load_pictures, places_in, places_of
 from segprune.cli.console import console, number_of, open_data, quiet_exporters, show_notes, show_settings
-from segprune.cli.flags import Layout, switch
+from segprune.cli.flags import Dialect, Layout, ModelFile, Verbose, refuse_without_effect, switch
 from segprune.cli.predict import palette_in
 from segprune.data.transforms import Bytes
+from segprune.data.unlabelled import list_images, load_images
 from segprune.export import BAKED, FORMATS, LIMITS, PRECISIONS, Limits, Precision, check_choice, export
 from segprune.export.tensorrt import command_line
 from segprune.files import check_writable, write_json
@@ -28,10 +28,8 @@ from segprune.runs.records import environment
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    model_path: Annotated[
-        str, Argument(metavar="FILE", help=".pth, .pt, .safetensors, a Hugging Face folder or hub name.")
-    ]
+class ExportFlags:
+    model_path: ModelFile
     format: Annotated[str, Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "onnx"
     output: Annotated[
         str, Option("--output", metavar="PATH", help="The file to write; if not given, named after FILE in exported/.")
@@ -40,7 +38,7 @@ class ExportConfig:
     input_shape: Annotated[
         tuple[int, int], Option("--input_shape", metavar="H W", help="The size that the file takes.")
     ] = (512, 512)
-    batch_size: Annotated[int, Option("--batch_size", min=1, help="Pictures that the file takes at a time.")] = 1
+    batch_size: Annotated[int, Option("--batch_size", min=1, help="Images that the file takes at a time.")] = 1
     dynamic: Annotated[bool, switch("--dynamic", "Any batch and size; slower to export.")] = False
     bake: Annotated[
         str,
@@ -48,13 +46,13 @@ class ExportConfig:
             "--bake", help="Into the file: preprocess (uint8 RGB B H W 3 in), argmax (classes out), or both, as a,b."
         ),
     ] = ""
-    data: Annotated[str, Option("--data", help="Data set whose pictures calibrate int8 and are compared.")] = ""
+    data: Annotated[str, Option("--data", help="Data set whose images calibrate int8 and are compared.")] = ""
     layout: Layout = None
-    split: Annotated[str, Option("--split", help="The part of --data to take pictures of.")] = "train"
-    calibration: Annotated[
-        str, Option("--calibration", metavar="DIR", help="Folder of pictures, instead of --data.")
-    ] = ""
-    num_calibration: Annotated[int, Option("--num_calibration", min=1, help="Pictures to take, spread evenly.")] = 100
+    split: Annotated[str, Option("--split", help="The part of --data to take images from.")] = "train"
+    calibration: Annotated[str, Option("--calibration", metavar="DIR", help="Folder of images, instead of --data.")] = (
+        ""
+    )
+    num_calibration: Annotated[int, Option("--num_calibration", min=1, help="Images to take, spread evenly.")] = 100
     tolerance: Annotated[
         float | None,
         Option("--tolerance", min=0.0, help="Allowed difference of logits over the largest; 1e-4 for fp32."),
@@ -64,112 +62,124 @@ class ExportConfig:
         Option("--agreement", min=0.0, max=1.0, help="Share of pixels that must keep their class; 0.9 for int8."),
     ] = None
     tensorrt: Annotated[bool, switch("--tensorrt", "Print the command that builds a TensorRT engine.")] = False
-    dialect: Annotated[str | None, Option("--dialect", help="Overrules the dialect that is recognised.")] = None
+    dialect: Dialect = None
+    verbose: Verbose = False
 
 
-def run(config: ExportConfig, given: frozenset[str]) -> None:
+def run(flags: ExportFlags, given: frozenset[str]) -> None:
     """Write a checkpoint as a file for another runtime, run it, compare it with PyTorch and keep it if it agrees."""
-    check_choice(config.format, config.precision)
-    baked = _baked(config.bake)
-    _check_effects(config, given, baked)
-    check_input((config.batch_size, 3, *config.input_shape))
-    found = checkpoint.read(config.model_path, dialect=config.dialect)
-    output = _output(config)
-    read = {"output": str(output), "dialect": found.dialect, "variant": found.spec.variant}
-    show_settings("Export", asdict(config) | read | {"num_classes": found.spec.num_classes})
-    show_notes(found.notes)
+    check_choice(flags.format, flags.precision)
+    baked = _parse_bake(flags.bake)
+    _check_flags(flags, given, baked)
+    check_input((flags.batch_size, 3, *flags.input_shape))
+
+    # Open the checkpoint, and find out where the file goes.
+    opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
+    output = _choose_output(flags)
+    spec = opened.spec
+    read = {"output": str(output), "dialect": opened.dialect, "variant": spec.variant, "num_classes": spec.num_classes}
+    show_settings("Export", asdict(flags), given, read)
+    show_notes(opened.notes)
     check_writable(output.parent)
-    names, palette = found.extra.get("class_names"), palette_in(found, config.model_path)
+    names, palette = opened.extra.get("class_names"), palette_in(opened, flags.model_path)
+
+    # Write the file, run it and compare it.
+    images = _load_images(flags, spec.num_classes)
     with quiet_exporters():
         manifest, difference = export(
-            checkpoint.build(found),
+            checkpoint.build(opened),
             output,
-            format=config.format,
-            precision=config.precision,  # type: ignore[arg-type]
-            size=config.input_shape,
-            batch=config.batch_size,
-            dynamic=config.dynamic,
+            format=flags.format,
+            precision=flags.precision,  # type: ignore[arg-type]
+            size=flags.input_shape,
+            batch=flags.batch_size,
+            dynamic=flags.dynamic,
             preprocess="preprocess" in baked,
             argmax="argmax" in baked,
             class_names=names if isinstance(names, list) else (),
             palette=palette,
-            pictures=_pictures(config, found.spec.num_classes),
-            limits=_limits(config),
+            pictures=images,
+            limits=_choose_limits(flags),
         )
-    console.print(
-        f"Run again on {number_of(difference.num_images, 'picture')} and compared with PyTorch: {difference.text}."
-    )
-    notes = {"int8": ("How much int8 costs is told by the score: segprune eval it on data.",)}
-    show_notes(notes.get(config.precision, ()))
+    compared = number_of(difference.num_images, "image")
+    console.print(f"Run again on {compared} and compared with PyTorch: {difference.text}.")
+    if flags.precision == "int8":
+        show_notes(("To see what int8 costs, score the file on data with segprune eval.",))
+
+    # Record what was done beside the file.
     record: dict[str, Any] = {
-        "settings": asdict(config),
+        "settings": asdict(flags),
         "manifest": asdict(manifest),
         "difference": asdict(difference),
+        "bytes": output.stat().st_size,
+        "environment": environment(),
     }
-    record |= {"bytes": output.stat().st_size, "environment": environment()}
     write_json(record, f"{output}.json")
     console.print(f"Saved: {output}\n       {output}.json", soft_wrap=True, markup=False)
-    if config.tensorrt:
+    if flags.tensorrt:
         console.print(f"TensorRT: {command_line(output, manifest)}", soft_wrap=True, markup=False)
 
 
-def _baked(words: str) -> frozenset[str]:
+def _parse_bake(words: str) -> frozenset[str]:
     baked = frozenset(filter(None, re.split(r"[,\s]+", words)))
     if unknown := sorted(baked - set(BAKED)):
         raise ValueError(f"--bake {unknown[0]} is unknown; choose of {', '.join(BAKED)}.")
     return baked
 
 
-def _check_effects(config: ExportConfig, given: frozenset[str], baked: frozenset[str]) -> None:
-    """ValueError for flags that contradict each other, and for one that was given and would change nothing."""
-    if config.data and config.calibration:
-        raise ValueError("--data and --calibration are two sources of the same pictures; give one of them.")
-    pictures = config.data or config.calibration
-    if config.precision == "int8" and not pictures:
+def _check_flags(flags: ExportFlags, given: frozenset[str], baked: frozenset[str]) -> None:
+    """Raises ValueError for flags that contradict each other, and for one that was given and would change nothing."""
+    if flags.data and flags.calibration:
+        raise ValueError("--data and --calibration are two sources of the same images; give one of them.")
+
+    images = flags.data or flags.calibration
+    if flags.precision == "int8" and not images:
         raise ValueError(
-            "--precision int8 needs pictures to calibrate on, like those the network will see; give a data set as "
-            "--data, or a folder of pictures as --calibration."
+            "--precision int8 needs images to calibrate on, like those the network will see; give a data set as "
+            "--data, or a folder of images as --calibration."
         )
-    for flag, without_effect, where in (
-        ("batch_size", config.dynamic, "with --dynamic, which takes any batch"),
-        ("layout", not config.data, "without --data"),
-        ("split", not config.data, "without --data"),
-        ("num_calibration", not pictures, "without --data or --calibration"),
+
+    refuse_without_effect(
+        given,
+        ("batch_size", flags.dynamic, "with --dynamic, which takes any batch"),
+        ("layout", not flags.data, "without --data"),
+        ("split", not flags.data, "without --data"),
+        ("num_calibration", not images, "without --data or --calibration"),
         ("tolerance", "argmax" in baked, "with --bake argmax, which leaves no logits to compare"),
-        ("tensorrt", config.format != "onnx", f"with --format {config.format}, where TensorRT reads onnx"),
-        ("tensorrt", config.precision == "int8", "with --precision int8, whose scales are made for ONNX Runtime"),
-    ):
-        if flag in given and without_effect:
-            raise ValueError(f"--{flag} has no effect {where}; leave it out.")
+        ("tensorrt", flags.format != "onnx", f"with --format {flags.format}, since TensorRT reads onnx"),
+        ("tensorrt", flags.precision == "int8", "with --precision int8, whose scales are made for ONNX Runtime"),
+    )
 
 
-def _output(config: ExportConfig) -> Path:
-    """--output, or the checkpoint's name with the precision if it is not fp32, in exported/."""
-    suffix = FORMATS[config.format].suffix
-    if config.output:
-        if not config.output.endswith(suffix):
-            raise ValueError(f"--output {config.output} must end in {suffix}, as files of {config.format} do.")
-        return Path(config.output)
-    source = Path(config.model_path)
+def _choose_output(flags: ExportFlags) -> Path:
+    """Returns --output, or in exported/ the checkpoint's name, followed by the precision unless it is fp32."""
+    suffix = FORMATS[flags.format].suffix
+    if flags.output:
+        if not flags.output.endswith(suffix):
+            raise ValueError(f"--output {flags.output} must end in {suffix}, as files of {flags.format} do.")
+        return Path(flags.output)
+
+    source = Path(flags.model_path)
     stem = source.stem if source.is_file() else source.name
-    return Path("exported") / f"{stem}{'' if config.precision == 'fp32' else f'_{config.precision}'}{suffix}"
+    precision = "" if flags.precision == "fp32" else f"_{flags.precision}"
+    return Path("exported") / f"{stem}{precision}{suffix}"
 
 
-def _limits(config: ExportConfig) -> Limits:
-    precision: Precision = config.precision  # type: ignore[assignment]
+def _choose_limits(flags: ExportFlags) -> Limits:
+    precision: Precision = flags.precision  # type: ignore[assignment]
     limits = LIMITS[precision]
-    if config.tolerance is not None:
-        limits = replace(limits, tolerance=config.tolerance)
-    return limits if config.agreement is None else replace(limits, agreement=config.agreement)
+    if flags.tolerance is not None:
+        limits = replace(limits, tolerance=flags.tolerance)
+    return limits if flags.agreement is None else replace(limits, agreement=flags.agreement)
 
 
-def _pictures(config: ExportConfig, num_classes: int) -> Sequence[Bytes]:
-    """Those of --data or --calibration, letterboxed to --input_shape [H, W, 3]."""
-    if config.calibration:
-        places = places_in(config.calibration, "--calibration")
-    elif config.data:
-        source, _ = open_data(config.data, config.layout, num_classes, (config.split,))
-        places = places_of(source, config.split)
+def _load_images(flags: ExportFlags, num_classes: int) -> Sequence[Bytes]:
+    """Loads those of --data or --calibration, letterboxed to --input_shape [H, W, 3]."""
+    if flags.calibration:
+        places = list_images(flags.calibration)
+    elif flags.data:
+        source, _ = open_data(flags.data, flags.layout, num_classes, (flags.split,))
+        places = list_images(source, flags.split)
     else:
         return ()
-    return load_pictures(places, config.num_calibration, config.input_shape)
+    return load_images(places, flags.num_calibration, flags.input_shape)

@@ -16,10 +16,10 @@ from torch import Tensor
 from typer import Argument, Option
 
 from segprune import checkpoint
-from segprune.cli.calibration import load_images, places_in, places_of
 from segprune.cli.console import choose_device, console, open_data, progress_bar, show_notes, show_settings, show_table
 from segprune.cli.flags import Layout, LoaderProcesses, switch
 from segprune.cli.machine import fit_to_machine
+from segprune.data.unlabelled import batch_images, list_images, load_images
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import SegFormer, check_input
@@ -112,7 +112,7 @@ def _measure(config: ScanConfig, model: SegFormer) -> tuple[Callable[[SegFormer]
     """What is measured, its name, and pictures for methods that need some."""
     device = next(model.parameters()).device
     if config.images:
-        loaded = load_images(places_in(config.images), config.num_images, config.input_shape)
+        loaded = batch_images(load_images(list_images(config.images), config.num_images, config.input_shape))
         images = [batch.to(device) for batch in loaded]
         return output_distance(model, images), "divergence", images
     num_classes, num_workers = model.spec.num_classes, config.num_workers
@@ -134,7 +134,7 @@ def _measure(config: ScanConfig, model: SegFormer) -> tuple[Callable[[SegFormer]
     dense = score(model)
     images = []
     if config.pruning_method in NEED_DATA:
-        images = load_images(places_of(source), config.num_images, config.input_shape)
+        images = batch_images(load_images(list_images(source), config.num_images, config.input_shape))
     return lambda network: dense - score(network), "mIoU lost", [batch.to(device) for batch in images]
 
 

@@ -12,14 +12,12 @@ from typing import Literal
 from segprune.data import load_image
 from segprune.data.listing import list_files
 from segprune.data.transforms import Bytes
+from segprune.data.unlabelled import SUFFIXES
 from segprune.inference.label_maps import EvalMode, Prepared, prepare
 
 Kind = Literal["image", "folder", "video", "camera"]
 
 # fmt: off
-IMAGES = (
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)
 VIDEOS = (
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm", ".wmv",
 )
@@ -70,9 +68,9 @@ def find_images(source: str, save_dir: str) -> tuple[list[ImageFile], int]:
         raise ValueError(f"`save_dir` {out} is the folder of the images itself; give another one.")
 
     paths = [Path(path) for path in list_files(root, skip=out)]
-    images = [path for path in paths if path.suffix.lower() in IMAGES]
+    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
     if not images:
-        raise ValueError(f"{root} holds no image; give a folder with {', '.join(IMAGES)} files.")
+        raise ValueError(f"{root} holds no image; give a folder with {', '.join(SUFFIXES)} files.")
 
     return _name_targets(root, images), len(paths) - len(images)
 

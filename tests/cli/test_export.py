@@ -62,7 +62,7 @@ def test_the_difference_is_printed_and_saved_beside_the_file(script: tuple[Path,
     relative, agreement = record["difference"]["relative"], record["difference"]["agreement"]
     assert 0 < relative < 1e-5
     assert (
-        f"Run again on 2 pictures and compared with PyTorch: largest difference of logits {relative:.1e} relative, "
+        f"Run again on 2 images and compared with PyTorch: largest difference of logits {relative:.1e} relative, "
         f"equal class on {100 * agreement:.3f} % of pixels."
     ) in out
     assert f"Saved: {path} {path}.json" in out
@@ -111,18 +111,18 @@ def test_an_int8_onnx_file_is_calibrated_on_a_data_set_baked_and_scored(
     flags = ("--precision", "int8", "--data", shapes, "--bake", "preprocess,argmax", "--agreement", 0.4)
     out = done("export", tiny, *PIXELS, *flags)
     assert "Labels checked (voc): 4 in train" in out
-    assert "Note: How much int8 costs is told by the score: segprune eval it on data." in out
+    assert "Note: To see what int8 costs, score the file on data with segprune eval." in out
     assert "Saved: exported/tiny_int8.onnx exported/tiny_int8.onnx.json" in out
     manifest = open_exported("exported/tiny_int8.onnx").manifest
     assert (manifest.precision, manifest.preprocess, manifest.argmax) == ("int8", True, True)
     assert "mIoU" in done("eval", "exported/tiny_int8.onnx", "--data", shapes, *HERE)
 
 
-def test_a_folder_of_pictures_does_for_comparison_too(tiny: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images_does_for_comparison_too(tiny: Path, photos: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.torchscript"
     for number, taken in ((3, 3), (9, 5)):
         out = done("export", tiny, *SCRIPT, "--calibration", photos, "--num_calibration", number, "--output", path)
-        assert f"Run again on {taken} pictures" in out
+        assert f"Run again on {taken} images" in out
 
 
 def test_the_name_is_the_checkpoints_if_none_is_given(
@@ -184,21 +184,21 @@ def test_a_file_that_computes_something_else_is_not_kept(
         ),
         (
             ("--precision", "int8"),
-            "--precision int8 needs pictures to calibrate on, like those the network will see; give a data set as "
-            "--data, or a folder of pictures as --calibration.",
+            "--precision int8 needs images to calibrate on, like those the network will see; give a data set as "
+            "--data, or a folder of images as --calibration.",
         ),
         (("--bake", "preprocess,softmax"), "--bake softmax is unknown; choose of preprocess, argmax."),
         (("--input_shape", 16, 64), "The input is 16×64 pixels; both sides must be at least 32, since the last stage"),
         (("--output", "x.engine"), "--output x.engine must end in .onnx, as files of onnx do."),
-        (("--data", "a", "--calibration", "b"), "--data and --calibration are two sources of the same pictures;"),
-        (("--calibration", "nowhere"), "--calibration nowhere holds no picture; give a folder with"),
+        (("--data", "a", "--calibration", "b"), "--data and --calibration are two sources of the same images;"),
+        (("--calibration", "nowhere"), "nowhere holds no image; give a folder with"),
         (("--dynamic", "--batch_size", 2), "--batch_size has no effect with --dynamic, which takes any batch;"),
         (("--num_calibration", 2), "--num_calibration has no effect without --data or --calibration; leave it out."),
         (("--split", "val"), "--split has no effect without --data; leave it out."),
         (("--bake", "argmax", "--tolerance", 1), "--tolerance has no effect with --bake argmax, which leaves no"),
         (
             ("--format", "pt2", "--tensorrt"),
-            "--tensorrt has no effect with --format pt2, where TensorRT reads onnx; leave it out.",
+            "--tensorrt has no effect with --format pt2, since TensorRT reads onnx; leave it out.",
         ),
     ],
 )

@@ -57,7 +57,7 @@ def test_with_labels_the_loss_is_in_miou(dense: Path, data: Path, tmp_path: Path
         (("--images", ".", "--data", "."), r"Give either --images, .*, or --data, .*\."),
         (("--images", ".", "--rates", "half"), r"--rates is 'half'; give shares such as 0\.25,0\.5,0\.75\."),
         (("--images", ".", "--rates", "0.5,1"), r"--rates is '0\.5,1'; each must lie between 0 and 1\."),
-        (("--images", "nowhere"), r"--images nowhere holds no picture; give a folder with"),
+        (("--images", "nowhere"), r"nowhere holds no image; give a folder with"),
     ],
 )
 def test_a_wrong_flag_is_refused(flags: tuple[object, ...], message: str, dense: Path, tmp_path: Path) -> None:

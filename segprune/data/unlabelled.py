@@ -1,0 +1,53 @@
+"""A few images without labels: for criteria and the repair, which need some, and to calibrate an exported file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from segprune.data.listing import list_files
+from segprune.data.pixels import Location, load_image
+from segprune.data.samples import Source
+from segprune.data.transforms import Bytes, letterbox, normalise
+
+BATCH = 8
+# fmt: off
+SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)
+# fmt: on
+
+
+def list_images(source: str | os.PathLike[str] | Source, split: str = "train") -> Sequence[Location]:
+    """Returns where the images below a folder lie, folder by folder and by name, or those of a data set's split.
+
+    FileNotFoundError for a folder without images.
+    """
+    if isinstance(source, Source):
+        return [pair.image for pair in source.split(split)]
+
+    paths = [path for path in list_files(source) if Path(path).suffix.lower() in SUFFIXES]
+    if not paths:
+        raise FileNotFoundError(f"{source} holds no image; give a folder with {', '.join(SUFFIXES)} files.")
+    return paths
+
+
+def load_images(places: Sequence[Location], number: int, shape: tuple[int, int]) -> list[Bytes]:
+    """Loads `number` of the images, or all if there are fewer, letterboxed into `shape`: [H, W, 3] uint8.
+
+    They are spread evenly over all of them, since neighbours in a data set are often alike. ValueError for one that
+    is damaged.
+    """
+    number = min(number, len(places))
+    chosen = [places[i * len(places) // number] for i in range(number)]
+    return [letterbox(load_image(place, upright=True), None, shape)[0] for place in chosen]
+
+
+def batch_images(images: Sequence[Bytes]) -> list[Tensor]:
+    """Returns the images normalised in batches B 3 H W."""
+    pixels = [normalise(image) for image in images]
+    return [torch.stack(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
