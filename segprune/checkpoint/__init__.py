@@ -7,17 +7,18 @@ have and the numerics of their dialect. Loading is strict, the exceptions are na
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segprune.checkpoint.dialects import stated_classes
-from segprune.checkpoint.foreign import from_foreign
-from segprune.checkpoint.hf_in import apply_config, download, is_hub_name, read_folder, stated_heads
-from segprune.checkpoint.ours import FORMAT, VERSION, Checkpoint, from_record, record_from_metadata, save
+from segprune.checkpoint.foreign import read_foreign
+from segprune.checkpoint.hf_in import apply_config, download, is_hub_name, read_folder, record_from_folder
+from segprune.checkpoint.ours import FORMAT, Checkpoint, read_record, record_from_metadata, save
+from segprune.checkpoint.stated import read_classes, read_heads
 from segprune.files import read_file
 from segprune.model import SegFormer
 from segprune.spec import check_variant
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Checkpoint", "build", "convert", "from_state_dict", "load", "read", "save"]
 
-FORMATS = ("hf", "nvlabs", "bubbliiiing", "mmseg")  # that `convert` writes
+FORMATS = ("hf", "nvlabs", "bubbliiiing", "mmseg")  # what `convert` writes
 
 
 def load(
@@ -38,7 +39,7 @@ def load(
     variant: str | None = None,
     num_classes: int | None = None,
 ) -> SegFormer:
-    """The network in a file, in eval mode; see `read` for what may be given. Notes are not shown: see `read`."""
+    """Returns the network in a file, in eval mode. The arguments and errors are those of `read`; notes are dropped."""
     return build(read(path, dialect=dialect, variant=variant, num_classes=num_classes)).to(device)
 
 
@@ -49,21 +50,42 @@ def read(
     variant: str | None = None,
     num_classes: int | None = None,
 ) -> Checkpoint:
-    """A .pth, .pt, .bin or .safetensors file, a Hugging Face folder, or a hub name ("org/name"), which is downloaded.
+    """Reads a .pth, .pt, .bin or .safetensors file, a Hugging Face folder, or a hub name ("org/name").
 
-    `dialect` overrules what was assumed. `variant` and `num_classes` are refused if the file has others;
-    `num_classes` is needed for the head that a bare backbone will get. ValueError and FileNotFoundError say in one
-    sentence what is wrong.
+    A hub name is downloaded. `dialect` overrules what was assumed. `variant` and `num_classes` are refused if the file
+    has others; `num_classes` is needed for the head that a bare backbone will get. Raises ValueError and
+    FileNotFoundError that say in one sentence what is wrong.
     """
-    data, config = _read_any(path)
+    hub = is_hub_name(path)
+    config: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    if hub or Path(path).is_dir():
+        data, config = read_folder(download(str(path)) if hub else Path(path))
+    else:
+        data, metadata = read_file(path)
+
+    with _name_file(path):
+        # Our own networks come in three wrappings; below, all are alike.
+        if metadata.get("format") == FORMAT:
+            data = record_from_metadata(data, metadata)
+        elif config.get("model_type") == FORMAT:
+            data, config = record_from_folder(data, config), {}
+
+        heads = read_heads(config)
+        checkpoint = from_state_dict(data, dialect=dialect, variant=variant, num_classes=num_classes, heads=heads)
+        if not config:
+            return checkpoint
+
+        spec, notes = apply_config(checkpoint.spec, config, backbone_only=checkpoint.backbone_only)
+        extra = {} if checkpoint.backbone_only else read_classes(config, spec.num_classes)
+        return replace(checkpoint, spec=spec, notes=checkpoint.notes + notes, extra=extra)
+
+
+@contextmanager
+def _name_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the file's name before the message of a ValueError."""
     try:
-        heads = None if config is None else stated_heads(config)
-        found = from_state_dict(data, dialect=dialect, variant=variant, num_classes=num_classes, heads=heads)
-        if config is None:
-            return found
-        spec, notes = apply_config(found.spec, config, backbone_only=found.backbone_only)
-        extra = {} if found.backbone_only else stated_classes(config, spec.num_classes)
-        return replace(found, spec=spec, notes=found.notes + notes, extra=extra)
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -76,33 +98,38 @@ def from_state_dict(
     num_classes: int | None = None,
     heads: Sequence[int] | None = None,
 ) -> Checkpoint:
-    """As `read`, of a dict in memory: a state dict, bare or in a training script's wrapper, or our file's content.
+    """Reads a dict in memory: a state dict, bare or in a training script's wrapper, or our file's content.
 
-    `heads` per stage, which no weights show, let stages of a foreign file be narrower than its variant's.
+    Arguments and errors are those of `read`. `heads` per stage, which no weights show, let stages of a foreign file be
+    narrower than its variant's.
     """
     if variant is not None:
         check_variant(variant)
+
     if isinstance(state_dict, Mapping) and state_dict.get("format") == FORMAT:
-        found = from_record(state_dict, dialect)
+        checkpoint = read_record(state_dict, dialect)
     else:
-        found = from_foreign(state_dict, dialect, num_classes, heads)
-    spec = found.spec
+        checkpoint = read_foreign(state_dict, dialect, num_classes, heads)
+
+    spec = checkpoint.spec
     if variant not in (None, spec.variant):
         raise ValueError(
-            f"The file is a {spec.variant}, but --phi {variant} was given; leave --phi out or give {spec.variant}."
+            f"The file is a {spec.variant}, but `variant` {variant} was given; "
+            f"leave `variant` out or give {spec.variant}."
         )
     if num_classes not in (None, spec.num_classes):
         raise ValueError(
-            f"The file has {spec.num_classes} classes, but --num_classes {num_classes} was given; "
-            f"leave --num_classes out or give {spec.num_classes}."
+            f"The file has {spec.num_classes} classes, but `num_classes` {num_classes} was given; "
+            f"leave `num_classes` out or give {spec.num_classes}."
         )
-    return found
+    return checkpoint
 
 
 def build(checkpoint: Checkpoint) -> SegFormer:
-    """The network on the CPU, in eval mode; a bare backbone gets a new decode head from torch's random numbers.
+    """Returns the network on the CPU, in eval mode.
 
-    ValueError names a tensor with NaN or infinity.
+    A bare backbone gets a new decode head from torch's random numbers. Raises ValueError that names a tensor with NaN
+    or infinity.
     """
     state = {name: tensor.clone() for name, tensor in checkpoint.state_dict.items()}
     for name, tensor in state.items():
@@ -110,6 +137,7 @@ def build(checkpoint: Checkpoint) -> SegFormer:
             raise ValueError(
                 f"{name} has NaN or infinite values, so the training diverged; give an earlier checkpoint."
             )
+
     if checkpoint.backbone_only:
         model = SegFormer(checkpoint.spec)
         model.encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in state.items()})
@@ -130,11 +158,12 @@ def convert(
 ) -> Written:
     """Writes the network in another tool's format, reads it again and keeps it if the logits are the same.
 
-    `to` is one of `FORMATS`; hf: a folder, which may hold a network of any widths, its classes' names and the size
-    that its image processor resizes to; else a file of that code base's. Raises ValueError for what the tool cannot
-    hold, and where the logits differ.
+    `to` is one of `FORMATS`. For "hf", `target` is a folder, `class_names` are put into it, and `input_shape` (H, W)
+    is the size that its image processor resizes to; else it is a file. Raises ValueError for what the tool's classes
+    cannot hold, and where the logits differ.
     """
-    from segprune.checkpoint.hf_out import write_folder  # here, since a network loads without pictures
+    # Here, since a network loads without what reads images.
+    from segprune.checkpoint.hf_out import write_folder
     from segprune.checkpoint.write import write_file
 
     if to not in FORMATS:
@@ -142,24 +171,3 @@ def convert(
     if to == "hf":
         return write_folder(model, target, class_names=class_names, input_shape=input_shape)
     return write_file(model, target, to)
-
-
-def _read_any(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any] | None]:
-    """The content, and config.json if it is a folder of Hugging Face's own classes."""
-    if is_hub_name(path) or Path(path).is_dir():
-        data, config = read_folder(download(str(path)) if is_hub_name(path) else Path(path))
-        if config.get("model_type") != FORMAT:
-            return data, config
-        extra = stated_classes(config, len(config.get("id2label") or ()))
-        state = {name.removeprefix("network."): tensor for name, tensor in data.items()}
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "spec": config.get("spec"),
-            "state_dict": state,
-            "extra": extra,
-        }, None
-    data, metadata = read_file(path)
-    if metadata.get("format") == FORMAT:
-        data = record_from_metadata(data, metadata, path)
-    return data, None

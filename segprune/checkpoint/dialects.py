@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from segprune.spec import DECODER_DIMS, Head, Numerics
 
@@ -144,7 +143,7 @@ def detect(keys: Collection[str], wrapper: Collection[str] = (), dialect: str | 
     allowed = _TWINS if naming.dialect in _TWINS else (naming.dialect,)
     if dialect not in allowed:
         names = " or ".join(allowed)
-        raise ValueError(f"The names are of {names}, but --dialect {dialect} was given; leave it out or give {names}.")
+        raise ValueError(f"The names are of {names}, but `dialect` {dialect} was given; leave it out or give {names}.")
     return replace(naming, dialect=dialect, note=None)
 
 
@@ -157,7 +156,7 @@ def _match_naming(keys: Collection[str]) -> Naming:
     else:
         raise ValueError(
             "This is not a SegFormer: expected keys such as backbone.patch_embed1.proj.weight or "
-            f"segformer.encoder.patch_embeddings.0.proj.weight, found {listed(keys)}; give a SegFormer's checkpoint."
+            f"segformer.encoder.patch_embeddings.0.proj.weight, found {name_some(keys)}; give a SegFormer's checkpoint."
         )
 
     if any(key.startswith(_HEAD_STEMS) for key in keys):
@@ -170,13 +169,13 @@ def _tell_twins_apart(naming: Naming, keys: Collection[str], wrapper: Collection
     if naming.dialect != "nvlabs":
         return naming
     if not naming.head:
-        note = "The backbone's names fit nvlabs and bubbliiiing; nvlabs was assumed (--dialect overrules)."
+        note = "The backbone's names fit nvlabs and bubbliiiing; nvlabs was assumed (`dialect` overrules)."
         return replace(naming, note=note)
 
     wrapped = "meta" in wrapper or "state_dict" in wrapper
     if wrapped or any(key.startswith(naming.extras) for key in keys):
         return naming
-    note = "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (--dialect overrules)."
+    note = "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (`dialect` overrules)."
     return replace(naming, dialect="bubbliiiing", note=note)
 
 
@@ -242,7 +241,7 @@ def _blocks_stem(naming: Naming, i: int) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Layer and tensor: nn.MultiheadAttention's in_proj_weight and in_proj_bias are those of a layer in_proj.
+    """Returns layer and tensor; nn.MultiheadAttention's in_proj_weight and in_proj_bias belong to a layer in_proj.
 
     >>> split_key("attn.in_proj_weight"), join_key("attn.in_proj", "weight")
     (('attn.in_proj', 'weight'), 'attn.in_proj_weight')
@@ -252,44 +251,20 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def join_key(layer: str, tensor: str) -> str:
+    """The inverse of `split_key`."""
     return f"{layer}{'_' if layer.endswith('.in_proj') else '.'}{tensor}"
 
 
 def count_blocks(keys: Iterable[str], stem: str) -> int:
+    """Returns how many different numbers or names follow `stem`."""
     return len({key[len(stem) :].split(".")[0] for key in keys if key.startswith(stem)})
 
 
-def listed(keys: Collection[str]) -> str:
+def name_some(keys: Collection[str]) -> str:
+    """Returns the first three keys, and how many more there are.
+
+    >>> name_some(["a", "b", "c", "d", "e"]), name_some([])
+    ('a, b, c and 2 more', 'none')
+    """
     shown = ", ".join(list(keys)[:3])
     return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown or "none"
-
-
-def stated_classes(stated: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
-    """`class_names` and `palette` (768 numbers) where a config.json or a file's meta has one for each class; else none.
-
-    NVlabs' meta has CLASSES and PALETTE, mmseg's the same in its dataset_meta, of late in small letters. The LABEL_0
-    and so on that transformers puts in where nobody named the classes are no names.
-    """
-    inner = stated.get("dataset_meta")
-    named = {str(key).lower(): value for key, value in (inner if isinstance(inner, Mapping) else stated).items()}
-    labels = named.get("id2label")
-    if isinstance(labels, Mapping):
-        in_order = {str(key): name for key, name in labels.items()}  # a file may list them in another order
-        names = [in_order.get(str(k)) for k in range(len(labels))]
-        if names == [f"LABEL_{k}" for k in range(len(names))]:
-            return {}
-    else:
-        names = _listed(named.get("classes"))
-    if len(names) != num_classes or not all(isinstance(name, str) for name in names):
-        return {}
-    classes: dict[str, Any] = {"class_names": [name.strip() for name in names if name is not None]}
-    rows = [_listed(row) for row in _listed(named.get("palette"))]
-    colours = [number for row in rows for number in row]
-    each = len(rows) == num_classes <= 256 and all(len(row) == 3 for row in rows)
-    if each and all(type(number) is int and 0 <= number <= 255 for number in colours):
-        classes["palette"] = colours + [0] * (768 - len(colours))
-    return classes
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else []

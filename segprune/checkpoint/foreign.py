@@ -8,33 +8,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from segprune.checkpoint.dialects import detect, stated_classes
-from segprune.checkpoint.hf_in import stated_heads
+from segprune.checkpoint.dialects import detect
 from segprune.checkpoint.ours import Checkpoint, to_float32
 from segprune.checkpoint.rename import translate
+from segprune.checkpoint.stated import read_classes, read_heads
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 
-def from_foreign(data: Any, dialect: str | None, num_classes: int | None, heads: Sequence[int] | None) -> Checkpoint:
-    state_dict, wrapper = _unwrap(data)
-    meta = data["meta"] if isinstance(data.get("meta"), Mapping) else {}
-    if heads is None:
-        heads = stated_heads(meta)  # of a pruned network in NVlabs' names: formats/names.py
+def read_foreign(data: Any, dialect: str | None, num_classes: int | None, heads: Sequence[int] | None) -> Checkpoint:
+    """Returns what a file's content holds; the arguments are those of `from_state_dict`."""
+    state_dict, wrapper = unwrap(data)
     naming = detect(state_dict.keys(), wrapper, dialect)
     state_dict, notes = to_float32(state_dict)
+    if naming.note is not None:
+        notes = (naming.note, *notes)
+
+    # The meta of NVlabs' files: classes and, where `convert` wrote a pruned network, the heads.
+    meta = data["meta"] if isinstance(data.get("meta"), Mapping) else {}
+    if heads is None:
+        heads = read_heads(meta)
+
     spec, state = translate(state_dict, naming, num_classes=num_classes, heads=heads)
-    notes = notes if naming.note is None else (naming.note, *notes)
-    backbone_only = not naming.head
-    if backbone_only:
-        notes += (f"Only a backbone was found: the decode head for {spec.num_classes} classes is new and untrained.",)
-    extra = {} if backbone_only else stated_classes(meta, spec.num_classes)
-    return Checkpoint(spec, state, naming.dialect, notes, backbone_only, extra)
+    if naming.head:
+        extra = read_classes(meta, spec.num_classes)
+        return Checkpoint(spec, state, naming.dialect, notes, backbone_only=False, extra=extra)
+
+    notes += (f"Only a backbone was found: the decode head for {spec.num_classes} classes is new and untrained.",)
+    return Checkpoint(spec, state, naming.dialect, notes, backbone_only=True, extra={})
 
 
-def _unwrap(data: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
-    """The state dict without DataParallel's prefixes, and the keys that stood around it."""
+def unwrap(data: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
+    """Returns the state dict without the prefixes of wrapped modules, and the keys that stood around it."""
     wrapper: frozenset[str] = frozenset()
     if isinstance(data, Mapping):
         for name in WRAPPERS:
@@ -45,6 +51,16 @@ def _unwrap(data: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
         raise ValueError(
             f"It holds {type(data).__name__} data, not a state dict; save one: torch.save(model.state_dict(), path)."
         )
-    while data and (found := [p for p in PREFIXES if all(key.startswith(p) for key in data)]):
-        data = {key.removeprefix(found[0]): value for key, value in data.items()}
+
+    # A network may have been wrapped more than once.
+    while prefix := _common_prefix(data):
+        data = {key.removeprefix(prefix): value for key, value in data.items()}
     return data, wrapper
+
+
+def _common_prefix(state_dict: Mapping[str, Any]) -> str:
+    if state_dict:
+        for prefix in PREFIXES:
+            if all(key.startswith(prefix) for key in state_dict):
+                return prefix
+    return ""

@@ -14,28 +14,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from segprune.checkpoint.ours import FORMAT, VERSION
+from segprune.checkpoint.stated import NUM_HEADS_KEY, read_classes
 from segprune.files import SUFFIXES, read_file
 from segprune.spec import Gelu, Spec
 
 GELUS: dict[str, Gelu] = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # transformers' words
-NUM_HEADS_KEY = "num_attention_heads"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def is_hub_name(path: str | os.PathLike[str]) -> bool:
-    """Whether it reads like "org/name" and is neither a path that exists nor one of a checkpoint file."""
-    looks_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", os.fspath(path)) is not None
-    return looks_so and Path(path).suffix not in SUFFIXES and not Path(path).exists()
+    """Tells whether it reads like "org/name" and is neither a path that exists nor one of a checkpoint file."""
+    named_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", os.fspath(path)) is not None
+    return named_so and Path(path).suffix not in SUFFIXES and not Path(path).exists()
 
 
 def download(name: str) -> Path:
-    """The folder with config.json and weights of a hub name, from huggingface.co or its cache on this machine."""
+    """Returns the folder with a hub name's config.json and weights, from huggingface.co or this machine's cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError(
             f"{name} is to be downloaded from huggingface.co; pip install huggingface_hub first."
         ) from error
+
+    # Safetensors are preferred, so that not both are downloaded.
     try:
         folder = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors*"]))
         if not any(folder.glob("model*.safetensors*")):
@@ -49,12 +52,16 @@ def download(name: str) -> Path:
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State dict and config of a folder as `save_pretrained` writes it; FileNotFoundError names what is missing."""
+    """Returns state dict and config of a folder as `save_pretrained` writes it.
+
+    Raises FileNotFoundError that names what is missing.
+    """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} is a folder without config.json, so not one of Hugging Face; give the checkpoint file in it."
         )
     config = _read_json(folder / "config.json")
+
     for name in WEIGHTS:
         if (folder / name).is_file():
             return read_file(folder / name)[0], config
@@ -67,8 +74,10 @@ def _read_shards(index: Path) -> dict[str, Any]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map that names its shards; copy or download it again.")
+
+    # Only names count: shards lie in this folder and nowhere else.
     state: dict[str, Any] = {}
-    for name in sorted({Path(str(name)).name for name in weight_map.values()}):  # in this folder and nowhere else
+    for name in sorted({Path(str(name)).name for name in weight_map.values()}):
         state |= read_file(index.parent / name)[0]
     return state
 
@@ -85,31 +94,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def stated_heads(config: Mapping[str, Any]) -> list[int] | None:
-    """Of each stage, where the config says it and stages can be that."""
-    heads, widths = config.get(NUM_HEADS_KEY), config.get("hidden_sizes")
-    if not isinstance(heads, list) or not isinstance(widths, list) or not len(heads) == len(widths) == 4:
-        return None
-    whole = all(type(n) is int and n > 0 for n in (*heads, *widths))
-    return heads if whole and not any(width % n for width, n in zip(widths, heads, strict=True)) else None
+def record_from_folder(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a folder that `convert` wrote with our own code, in the form of our files."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "spec": config.get("spec"),
+        "state_dict": {name.removeprefix("network."): tensor for name, tensor in state_dict.items()},
+        "extra": read_classes(config, len(config.get("id2label") or ())),
+    }
 
 
 def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) -> tuple[Spec, tuple[str, ...]]:
-    """The spec with config.json's dropout rates, and notes on what is not taken over.
+    """Returns the spec with config.json's dropout rates, and notes on what is not taken over.
 
-    ValueError if it describes another network than the weights. Its layer_norm_eps is ignored, as transformers does.
+    Raises ValueError if it describes another network than the weights. Its layer_norm_eps is ignored, as transformers
+    does.
     """
-    expected: dict[str, Any] = {
-        "model_type": "segformer",
-        "num_channels": 3,
-        "depths": [len(stage.blocks) for stage in spec.stages],
-        "hidden_sizes": [stage.width for stage in spec.stages],
-        "num_attention_heads": [stage.blocks[0].num_heads for stage in spec.stages],
-        "mlp_ratios": [stage.blocks[0].ffn_dim / stage.width for stage in spec.stages],
-        "sr_ratios": [stage.reduction_ratio for stage in spec.stages],
-        "patch_sizes": [stage.kernel_size for stage in spec.stages],
-        "strides": [stage.stride for stage in spec.stages],
-    }
+    expected = _describe(spec)
     if not backbone_only:
         expected["decoder_hidden_size"] = spec.decoder_dim
     activation = config.get("hidden_act", "gelu")
@@ -121,6 +123,7 @@ def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) 
                 f"config.json says {name} {config[name]}, but a {spec.variant} as in the weights has {value}; "
                 "give a folder whose two files belong together."
             )
+
     notes = tuple(
         f"config.json's {name} {config[name]} was not taken over: no dropout inside blocks here."
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -133,3 +136,19 @@ def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) 
         head_dropout=float(config.get("classifier_dropout_prob", spec.numerics.head_dropout)),
     )
     return replace(spec, numerics=numerics), notes
+
+
+def _describe(spec: Spec) -> dict[str, Any]:
+    """Returns what config.json must say of the encoder, if it says it."""
+    stages = spec.stages
+    return {
+        "model_type": "segformer",
+        "num_channels": 3,
+        "depths": [len(stage.blocks) for stage in stages],
+        "hidden_sizes": [stage.width for stage in stages],
+        NUM_HEADS_KEY: [stage.blocks[0].num_heads for stage in stages],
+        "mlp_ratios": [stage.blocks[0].ffn_dim / stage.width for stage in stages],
+        "sr_ratios": [stage.reduction_ratio for stage in stages],
+        "patch_sizes": [stage.kernel_size for stage in stages],
+        "strides": [stage.stride for stage in stages],
+    }

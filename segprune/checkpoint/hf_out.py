@@ -1,8 +1,8 @@
 """Hugging Face folders out: config.json, model.safetensors and preprocessor_config.json.
 
-A uniform network (published.py), dense or pruned, is one for transformers' own classes. Any other goes with its code:
-segprune's spec.py and model.py and the classes around them, copied into the folder, which
-`from_pretrained(folder, trust_remote_code=True)` runs where segprune is not installed.
+A uniform network (published.py), dense or pruned, is written for transformers' own classes. Any other is written with
+its code: segprune's spec.py and model.py and the classes around them are copied into the folder, and
+`from_pretrained(folder, trust_remote_code=True)` runs them where segprune is not installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from segprune.checkpoint import load
 from segprune.checkpoint.dialects import NUMERICS
-from segprune.checkpoint.hf_in import GELUS
+from segprune.checkpoint.hf_in import GELUS, WEIGHTS
 from segprune.checkpoint.numerics import with_numerics
 from segprune.checkpoint.published import uniform_problem
 from segprune.checkpoint.rename import from_ours
@@ -40,32 +40,34 @@ def write_folder(
     class_names: Sequence[str] | None = None,
     input_shape: tuple[int, int] = (512, 512),
 ) -> Written:
-    """Write the folder, read it again and keep it if the logits are the same; whole or not at all.
+    """Writes the folder, reads it again and keeps it if the logits are the same; whole or not at all.
 
     A uniform network's folded head is unfolded. `input_shape` (H, W) is the size that the image processor resizes to.
-    ValueError for names that are not one per class, a folder that holds something already, and logits that differ.
+    Raises ValueError for names that are not one per class, a folder that holds something already, and logits that
+    differ.
     """
     check_input((1, 3, *input_shape))
-    labels = _labels(model.spec.num_classes, class_names)
+    labels = _number_labels(model.spec.num_classes, class_names)
+
     problem = uniform_problem(model.spec)
-    config, state = _with_code(model) if problem else _stock(unfold_decoder(model))
+    config, state = _describe_with_code(model) if problem else _describe_stock(unfold_decoder(model))
+
     with atomic_folder(folder) as temporary:
         write_json(config | labels, temporary / "config.json")
-        write_json(_processor(input_shape), temporary / "preprocessor_config.json")
-        save_tensors({k: v.detach().cpu().clone() for k, v in state.items()}, {"format": "pt"}, temporary / WEIGHTS)
+        write_json(_describe_processor(input_shape), temporary / "preprocessor_config.json")
+        state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        save_tensors(state, {"format": "pt"}, temporary / WEIGHTS[0])
         if problem:
             _copy_code(temporary)
+
         readers = _folder_readers(temporary, stock=problem is None)
-        return check_written(model, readers, tuple(_notes(model.spec, problem)))
+        return check_written(model, readers, tuple(_write_notes(model.spec, problem)))
 
 
-WEIGHTS = "model.safetensors"
-
-
-def _notes(spec: Spec, problem: str | None) -> list[str]:
+def _write_notes(spec: Spec, problem: str | None) -> list[str]:
     notes = []
     if problem:
-        without = " (prune with --uniform to do without)" if spec.head == "mlp" else ""
+        without = " (prune with `uniform` to do without)" if spec.head == "mlp" else ""
         notes.append(
             f"Transformers' own classes cannot hold this network, since {problem}; the folder has its code with it, "
             f"which from_pretrained runs with trust_remote_code=True{without}."
@@ -78,18 +80,20 @@ def _notes(spec: Spec, problem: str | None) -> list[str]:
     return notes
 
 
-def _labels(num_classes: int, names: Sequence[str] | None) -> dict[str, Any]:
+def _number_labels(num_classes: int, names: Sequence[str] | None) -> dict[str, Any]:
     if names is not None and (len(names) != num_classes or not all(isinstance(name, str) for name in names)):
         raise ValueError(
             f"There are {len(names)} class names where the network has {num_classes} classes; give one for each."
         )
     names = [f"LABEL_{k}" for k in range(num_classes)] if names is None else names
-    return {"id2label": {str(k): name for k, name in enumerate(names)}, "label2id": {n: k for k, n in enumerate(names)}}
+    numbers = {name: number for number, name in enumerate(names)}
+    return {"id2label": {str(number): name for number, name in enumerate(names)}, "label2id": numbers}
 
 
-def _stock(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _describe_stock(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     target = replace(NUMERICS["hf"], gelu=model.spec.numerics.gelu)  # transformers has both
     state, spec = with_numerics(model.state_dict(), model.spec, target)
+
     stages = spec.stages
     config = {
         "architectures": ["SegformerForSemanticSegmentation"],
@@ -115,7 +119,7 @@ def _stock(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, from_ours(state, spec, "hf")
 
 
-def _with_code(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _describe_with_code(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = {
         "architectures": ["SegpruneForSemanticSegmentation"],
         "model_type": "segprune",
@@ -130,19 +134,21 @@ def _with_code(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _copy_code(folder: Path) -> None:
-    """The modules as they are, but importing each other from beside them."""
+    """Copies the modules as they are, but importing each other from beside them."""
     for module in CODE:
-        found = importlib.util.find_spec(module)
-        assert found is not None
-        assert found.origin is not None
-        source = Path(found.origin).read_text(encoding="utf-8")
+        location = importlib.util.find_spec(module)
+        assert location is not None
+        assert location.origin is not None
+        source = Path(location.origin).read_text(encoding="utf-8")
+
         for name in CODE:
             source = source.replace(f"from {name} import", f"from .{_file_stem(name)} import")
         (folder / f"{_file_stem(module)}.py").write_text(source, encoding="utf-8")
 
 
 def _file_stem(module: str) -> str:
-    """
+    """Returns the name under which a module is copied.
+
     >>> _file_stem("segprune.spec"), _file_stem("segprune.checkpoint.modeling_segprune")
     ('segprune_spec', 'modeling_segprune')
     """
@@ -150,7 +156,7 @@ def _file_stem(module: str) -> str:
     return leaf if "segprune" in leaf else f"segprune_{leaf}"
 
 
-def _processor(input_shape: tuple[int, int]) -> dict[str, Any]:
+def _describe_processor(input_shape: tuple[int, int]) -> dict[str, Any]:
     return {
         "image_processor_type": "SegformerImageProcessor",
         "do_resize": True,
@@ -166,21 +172,24 @@ def _processor(input_shape: tuple[int, int]) -> dict[str, Any]:
 
 
 def _folder_readers(folder: Path, *, stock: bool) -> dict[str, Logits]:
-    """segprune, and where the folder is for `stock` transformers and that is installed, its own classes."""
+    """Returns segprune, and transformers' own classes if the folder is for them (`stock`) and they are installed."""
     readers: dict[str, Logits] = {"segprune": lambda x: load(folder).parts(x)[1]}
-    if stock:
-        try:
-            import transformers
-        except ImportError:
-            return readers
-        readers[f"transformers {transformers.__version__}"] = lambda x: _stock_logits(folder, x)
+    if not stock:
+        return readers
+
+    try:
+        import transformers
+    except ImportError:
+        return readers
+    readers[f"transformers {transformers.__version__}"] = lambda x: _run_stock(folder, x)
     return readers
 
 
-def _stock_logits(folder: Path, x: Tensor) -> Tensor:
+def _run_stock(folder: Path, x: Tensor) -> Tensor:
     from transformers import SegformerForSemanticSegmentation
     from transformers.utils import logging
 
+    # Its progress bar would stand amid our output.
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -188,6 +197,7 @@ def _stock_logits(folder: Path, x: Tensor) -> Tensor:
     finally:
         if bars:
             logging.enable_progress_bar()
+
     theirs, info = loaded
     assert not any(info.values()), info
     return theirs.eval()(x).logits

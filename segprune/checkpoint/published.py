@@ -10,17 +10,19 @@ from segprune.spec import HEAD_FORMS, BlockSpec, Head, Spec, StageSpec
 
 
 def uniform_problem(spec: Spec, head: Head = "mlp") -> str | None:
-    """What keeps the published classes from holding such a network, as half a sentence; None if nothing does.
+    """Returns what keeps the published classes from holding such a network, as half a sentence; None if nothing does.
 
     A folded decode head does not: it can be unfolded (fold.py). `head` is the kind of decode head that they have.
     """
     if spec.head != head:
         return f"its decode head has {HEAD_FORMS[spec.head].branches}, not {HEAD_FORMS[head].branches}"
+
     for s, stage in enumerate(spec.stages, 1):
         for b, block in enumerate(stage.blocks):
             problem = _block_problem(stage, block)
             if problem is not None:
                 return f"block {b} of stage {s} has {problem}"
+
     if spec.branch_dims is not None and set(spec.branch_dims) != {spec.decoder_dim}:
         dims = " ".join(map(str, spec.branch_dims))
         return f"the decode head's branches have widths {dims} where it has {spec.decoder_dim}"
@@ -28,34 +30,39 @@ def uniform_problem(spec: Spec, head: Head = "mlp") -> str | None:
 
 
 def mmseg_problem(spec: Spec) -> str | None:
-    """The same for mmsegmentation's classes, whose arguments embed_dims (of a head) and mlp_ratio are all stages'."""
+    """Returns the same for mmsegmentation's classes, whose head width and FFN ratio hold for all stages."""
     problem = uniform_problem(spec, "conv")
     if problem is not None:
         return problem
-    firsts = [(stage.width, stage.blocks[0]) for stage in spec.stages]
-    for name, found in (
-        ("its stages have heads of width", [width // block.num_heads for width, block in firsts]),
-        ("its stages have FFNs of ratio", [block.ffn_dim // width for width, block in firsts]),
-    ):
-        if len(set(found)) > 1:
-            return f"{name} {' '.join(map(str, found))} where theirs have one for all"
+
+    head_dims = [stage.width // stage.blocks[0].num_heads for stage in spec.stages]
+    if len(set(head_dims)) > 1:
+        return f"its stages have heads of width {' '.join(map(str, head_dims))} where theirs have one for all"
+    ratios = [stage.blocks[0].ffn_dim // stage.width for stage in spec.stages]
+    if len(set(ratios)) > 1:
+        return f"its stages have FFNs of ratio {' '.join(map(str, ratios))} where theirs have one for all"
     return None
 
 
 def _block_problem(stage: StageSpec, block: BlockSpec) -> str | None:
+    """Returns what keeps one block from being as its stage asks."""
     width, first = stage.width, stage.blocks[0]
+
     if not (block.has_attention and block.has_ffn):
         return "no attention or no FFN"
     if block.num_heads != first.num_heads:
         return f"{block.num_heads} heads where block 0 has {first.num_heads}"
     if width % block.num_heads:
         return f"{block.num_heads} heads, which do not divide the stage's width {width}"
+
+    # All attention is as wide as the stage.
     expected = width // block.num_heads
-    for name, found in (("queries and keys", block.qk_dim), ("values", block.v_dim)):
-        if found != expected:
-            return f"{name} of width {found} per head where the stage's width {width} asks for {expected}"
+    for name, dim in (("queries and keys", block.qk_dim), ("values", block.v_dim)):
+        if dim != expected:
+            return f"{name} of width {dim} per head where the stage's width {width} asks for {expected}"
     if block.reduction_dim != (width if stage.reduction_ratio > 1 else None):
         return f"a reduction of width {block.reduction_dim} where the stage has {width}"
+
     if block.ffn_dim % width:
         return f"an FFN of width {block.ffn_dim}, which is no multiple of the stage's width {width}"
     if block.ffn_dim != first.ffn_dim:

@@ -22,8 +22,8 @@ from segprune.checkpoint.dialects import (
     naming_for,
     split_key,
 )
-from segprune.checkpoint.ours import check_keys, check_state, expected_state, row
-from segprune.spec import DEPTHS, NUM_HEADS, VARIANTS, WIDTHS, Spec, standard_spec, with_widths
+from segprune.checkpoint.ours import check_keys, check_state, expected_state, spell_row
+from segprune.spec import DEPTHS, NUM_HEADS, VARIANTS, WIDTHS, Spec, stage_name, standard_spec, with_widths
 
 
 def translate(
@@ -53,12 +53,12 @@ def _raise_in_their_names(
     wrong: Iterable[str], state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], naming: Naming, spec: Spec
 ) -> None:
     """Raises `check_state`'s ValueError for the layers that hold our `wrong` keys, renamed as in the file."""
-    layers = {ours: layer for layer in list_layers(naming, _depths(spec)) for ours in layer.ours}
+    layers = _layers_by_our_name(naming, spec)
     present, allowed = {}, {}
     for key in wrong:
         name, _, leaf = key.rpartition(".")
         layer = layers[name]
-        theirs = join_key(layer.theirs, leaf)
+        theirs = join_key(layer.theirs, leaf)  # several of ours may lie in one of theirs
         if theirs in state_dict:
             present[theirs] = state_dict[theirs]
         if key in expected:
@@ -97,6 +97,19 @@ def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dic
     Raises ValueError for a folded decode head and for another kind of head, for a block without attention or FFN, and
     for layers of different shapes that are one there.
     """
+    _check_nameable(spec, dialect)
+    layers = _layers_by_our_name(naming_for(dialect), spec)
+    renamed = {}
+    for key in state_dict:
+        name, _, leaf = key.rpartition(".")
+        layer = layers[name]
+        if name == layer.ours[0]:  # the others of a joined layer are written with the first
+            renamed[join_key(layer.theirs, leaf)] = _put_together(layer, leaf, state_dict)
+    return renamed
+
+
+def _check_nameable(spec: Spec, dialect: str) -> None:
+    """Raises ValueError for what the dialect has no names for."""
     if dialect not in NUMERICS:
         raise ValueError(f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}.")
     if spec.folded:
@@ -106,21 +119,12 @@ def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dic
         raise ValueError(
             f"The decode head has {spec.head_form.branches}, which {dialect} cannot name; write the names of {others}."
         )
-    bare = [i for i, s in enumerate(spec.stages, 1) for b in s.blocks if not (b.has_attention and b.has_ffn)]
-    if bare:
-        raise ValueError(
-            f"Stage {bare[0]} has a block without attention or FFN, which {dialect} cannot name; "
-            "write a network whose blocks are whole."
-        )
-
-    layers = {ours: layer for layer in list_layers(naming_for(dialect), _depths(spec)) for ours in layer.ours}
-    renamed = {}
-    for key in state_dict:
-        name, _, leaf = key.rpartition(".")
-        layer = layers[name]
-        if name == layer.ours[0]:  # the others of a joined layer are written with the first
-            renamed[join_key(layer.theirs, leaf)] = _put_together(layer, leaf, state_dict)
-    return renamed
+    for i, stage in enumerate(spec.stages, 1):
+        if not all(block.has_attention and block.has_ffn for block in stage.blocks):
+            raise ValueError(
+                f"Stage {i} has a block without attention or FFN, which {dialect} cannot name; "
+                "write a network whose blocks are whole."
+            )
 
 
 def _take_apart(layer: Layer, leaf: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -138,56 +142,76 @@ def _put_together(layer: Layer, leaf: str, state_dict: Mapping[str, Tensor]) -> 
     """Returns their tensor that holds ours: the inverse of `_take_apart`."""
     keys = [f"{ours}.{leaf}" for ours in layer.ours]
     first, *others = keys
+    tensor = state_dict[first]
     for key in others:
-        if state_dict[key].shape != state_dict[first].shape:
+        shape, other = spell_row(tensor.shape), spell_row(state_dict[key].shape)
+        if other != shape:
             raise ValueError(
-                f"{first} has the shape {row(state_dict[first].shape)} and {key} {row(state_dict[key].shape)}, which "
-                "one layer for both cannot hold; write the names of a code base that keeps them apart."
+                f"{first} has the shape {shape} and {key} {other}, which one layer for both cannot hold; "
+                "write the names of a code base that keeps them apart."
             )
 
-    tensor = state_dict[first] if not others else torch.cat([state_dict[key] for key in keys], layer.dim)
+    if others:
+        tensor = torch.cat([state_dict[key] for key in keys], layer.dim)
     return tensor[:, :, None, None] if layer.pointwise and leaf == "weight" else tensor
 
 
-def _depths(spec: Spec) -> list[int]:
-    return [len(stage.blocks) for stage in spec.stages]
+def _layers_by_our_name(naming: Naming, spec: Spec) -> dict[str, Layer]:
+    """Returns for each of our layers the one of theirs that holds it."""
+    layers: dict[str, Layer] = {}
+    for layer in list_layers(naming, [len(stage.blocks) for stage in spec.stages]):
+        layers |= dict.fromkeys(layer.ours, layer)
+    return layers
 
 
 def infer_spec(
     ours: Mapping[str, Tensor], naming: Naming, *, num_classes: int | None = None, heads: Sequence[int] | None = None
 ) -> Spec:
-    """The standard network that the shapes are of; heads are 1 2 5 8, which no shape shows.
+    """Returns the standard network that the shapes are of; heads are 1 2 5 8, which no shape shows.
 
-    The decode head may have any width. Where `heads` says how many each stage has, so may FFNs and the stages behind
-    the first: the variant is then the one with that first stage and those depths. ValueError if stage widths and depths
-    are those of no variant, or if there is no decode head to read the number of classes off and `num_classes` is not
-    given.
+    The decode head may have any width. Where `heads` says how many each stage has, so may the FFNs and all stages but
+    the first. Raises ValueError if stage widths and depths are those of no variant, or if there is no decode head to
+    read the number of classes off and `num_classes` is not given.
     """
-    widths = tuple(ours[f"encoder.stages.{i}.patch_embed.proj.weight"].shape[0] for i in range(NUM_STAGES))
-    depths = tuple(count_blocks(ours, f"encoder.stages.{i}.blocks.") for i in range(NUM_STAGES))
-    variants = [name for name in VARIANTS if (WIDTHS[name], DEPTHS[name]) == (widths, depths)]
-    if variants:
-        heads = None if heads is None else NUM_HEADS
-    elif heads is not None:
-        variants = [name for name in VARIANTS if (WIDTHS[name][0], DEPTHS[name]) == (widths[0], depths)]
-    if not variants:
-        known = "; ".join(f"{name}: {row(WIDTHS[name])}, {row(DEPTHS[name])}" for name in VARIANTS)
-        raise ValueError(
-            f"Its stage widths {row(widths)} and depths {row(depths)} are those of no variant ({known}); give the "
-            "network as it was before another tool changed it, since weights alone do not tell its heads."
-        )
-    dim = decoder_dim(naming.dialect, variants[0])
+    stages = [stage_name(i) for i in range(NUM_STAGES)]
+    widths = tuple(ours[f"{stage}.patch_embed.proj.weight"].shape[0] for stage in stages)
+    depths = tuple(count_blocks(ours, f"{stage}.blocks.") for stage in stages)
+    variant = _find_variant(widths, depths, narrowed=heads is not None)
+
+    # A bare backbone will get the head that its dialect usually has.
+    dim = decoder_dim(naming.dialect, variant)
     if naming.head:
-        dim, num_classes = (ours[f"decode_head.{name}.weight"].shape[0] for name in ("norm", "classifier"))
+        dim = ours["decode_head.norm.weight"].shape[0]
+        num_classes = ours["decode_head.classifier.weight"].shape[0]
     if num_classes is None:
         raise ValueError(
-            "This is a backbone without decode head, so its classes are unknown; give --num_classes to train it, "
+            "This is a backbone without decode head, so its classes are unknown; give `num_classes` to train it, "
             "or a whole network."
         )
-    spec = standard_spec(variants[0], num_classes, numerics=NUMERICS[naming.dialect], decoder_dim=dim)
+    spec = standard_spec(variant, num_classes, numerics=NUMERICS[naming.dialect], decoder_dim=dim)
     spec = replace(spec, head=HEADS[naming.dialect])
     if heads is None:
         return spec
-    ffn_dims = [ours[f"encoder.stages.{i}.blocks.0.mlp.fc1.weight"].shape[0] for i in range(NUM_STAGES)]
-    stages = map(with_widths, spec.stages, widths, heads, ffn_dims)
-    return replace(spec, stages=tuple(stages))
+
+    # Stages of the standard widths have the standard heads; others have those that the file states.
+    if widths == WIDTHS[variant]:
+        heads = NUM_HEADS
+    ffn_dims = [ours[f"{stage}.blocks.0.mlp.fc1.weight"].shape[0] for stage in stages]
+    return replace(spec, stages=tuple(map(with_widths, spec.stages, widths, heads, ffn_dims)))
+
+
+def _find_variant(widths: tuple[int, ...], depths: tuple[int, ...], *, narrowed: bool) -> str:
+    """Returns the variant with these stage widths and depths; if `narrowed`, only the first stage's width counts."""
+    for variant in VARIANTS:
+        if (widths, depths) == (WIDTHS[variant], DEPTHS[variant]):
+            return variant
+    for variant in VARIANTS:
+        if narrowed and (widths[0], depths) == (WIDTHS[variant][0], DEPTHS[variant]):
+            return variant
+
+    known = [f"{name}: {spell_row(WIDTHS[name])}, {spell_row(DEPTHS[name])}" for name in VARIANTS]
+    raise ValueError(
+        f"Its stage widths {spell_row(widths)} and depths {spell_row(depths)} are those of no variant "
+        f"({'; '.join(known)}); give the network as it was before another tool changed it, since weights alone do not "
+        "tell its heads."
+    )

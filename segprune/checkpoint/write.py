@@ -17,10 +17,11 @@ from torch import Tensor
 
 from segprune.checkpoint import build, read
 from segprune.checkpoint.dialects import HEADS, NUMERICS, decoder_dim, detect
-from segprune.checkpoint.hf_in import NUM_HEADS_KEY
+from segprune.checkpoint.foreign import unwrap
 from segprune.checkpoint.numerics import with_numerics
 from segprune.checkpoint.published import mmseg_problem, uniform_problem
 from segprune.checkpoint.rename import from_ours, to_ours
+from segprune.checkpoint.stated import NUM_HEADS_KEY
 from segprune.compare import TOLERANCE, compare
 from segprune.data import draw_shapes, normalise
 from segprune.files import PICKLES, atomic_files, read_file, save_record
@@ -28,17 +29,48 @@ from segprune.fold import unfold_decoder
 from segprune.model import SegFormer
 from segprune.spec import VARIANTS, Spec, standard_spec
 
-SIZE = (96, 128)
+SIZE = (96, 128)  # of the image that is compared
 
 Logits = Callable[[Tensor], Tensor]  # normalised images B 3 H W -> logits B K H/4 W/4, before the last upsampling
 
 
+@dataclass(frozen=True)
+class Written:
+    """Notes for whoever will use it; who read it again; and the largest difference of logits over the largest one."""
+
+    notes: tuple[str, ...]
+    readers: tuple[str, ...]
+    difference: float
+
+
+def check_written(model: SegFormer, readers: Mapping[str, Logits], notes: tuple[str, ...]) -> Written:
+    """Compares the readers' logits of a generated image with the network's.
+
+    Raises ValueError if one of them is further off than `TOLERANCE`.
+    """
+    x = normalise(draw_shapes(0, "val", 0, SIZE)[0])[None]
+    worst = 0.0
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).cpu().float().eval().parts(x)[1]
+        for name, reader in readers.items():
+            off = compare([(expected, reader(x))]).relative
+            assert off is not None
+
+            worst = max(worst, off)
+            if worst > TOLERANCE:
+                raise ValueError(
+                    f"Read again by {name}, the logits are off by {worst:.1e} of the largest, where {TOLERANCE:.0e} is "
+                    "allowed, and nothing was kept; choose another format."
+                )
+    return Written(notes, tuple(readers), worst)
+
+
 def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> Written:
-    """Write a .pth, .pt or .bin file that `dialect`'s own code loads, read it again and keep it if the logits agree.
+    """Writes a .pth, .pt or .bin file that `dialect`'s own code loads, reads it again and keeps it if logits agree.
 
     nvlabs, mmseg: {"meta", "state_dict"}, as their training leaves it, nvlabs' meta saying the heads of a pruned
-    network; bubbliiiing: the bare state dict. A folded head is unfolded. ValueError for another ending, for a network
-    that their classes cannot hold, for another GELU, and for logits that differ.
+    network; bubbliiiing: the bare state dict. A folded head is unfolded. Raises ValueError for another ending, for a
+    network that their classes cannot hold, for another GELU, and for logits that differ.
     """
     path = Path(path)
     if path.suffix not in PICKLES:
@@ -47,33 +79,48 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
         )
     problem = mmseg_problem(model.spec) if dialect == "mmseg" else uniform_problem(model.spec)
     if problem is not None:
-        remedy = _remedy(model.spec, dialect)
+        remedy = _name_remedy(model.spec, dialect)
         raise ValueError(f"{dialect}'s classes cannot hold this network, since {problem}; {remedy}.")
+
+    # Our names and numerics to theirs.
     whole = unfold_decoder(model)
     state, spec = with_numerics(whole.state_dict(), whole.spec, NUMERICS[dialect])
     named = {name: tensor.detach().cpu().clone() for name, tensor in from_ours(state, spec, dialect).items()}
-    meta: dict[str, list[int]] = {}
+
+    # What their training writes around the weights.
+    meta = {}
     if dialect == "nvlabs" and not _is_standard(spec, dialect):
-        meta = {
-            "hidden_sizes": [s.width for s in spec.stages],
-            NUM_HEADS_KEY: [s.blocks[0].num_heads for s in spec.stages],
-        }
+        meta["hidden_sizes"] = [stage.width for stage in spec.stages]
+        meta[NUM_HEADS_KEY] = [stage.blocks[0].num_heads for stage in spec.stages]
+    record = named if dialect == "bubbliiiing" else {"meta": meta, "state_dict": named}
+
     with atomic_files(path) as temporary:
-        save_record(named if dialect == "bubbliiiing" else {"meta": meta, "state_dict": named}, temporary)
+        save_record(record, temporary)
         readable = dialect == "nvlabs" or _has_standard_stages(spec)
-        reader = _file_reader(temporary, dialect, None if readable else spec)
-        return check_written(model, {"segprune": reader}, tuple(_notes(whole.spec, dialect, readable)))
+        reader = _open_again(temporary, dialect, None if readable else spec)
+        return check_written(model, {"segprune": reader}, tuple(_write_notes(whole.spec, dialect, readable)))
 
 
-def _remedy(spec: Spec, dialect: str) -> str:
+def _open_again(path: Path, dialect: str, spec: Spec | None) -> Logits:
+    """Reads the file with segprune, which must be told of `spec` where the file alone does not say it."""
+    if spec is None:
+        model = build(read(path, dialect=dialect))
+    else:
+        model = SegFormer(spec).eval()
+        state, _ = unwrap(read_file(path)[0])
+        model.load_state_dict(to_ours(state, detect(state.keys(), dialect=dialect)))
+    return lambda x: model.parts(x)[1]
+
+
+def _name_remedy(spec: Spec, dialect: str) -> str:
     if spec.head != HEADS[dialect]:
         others = [name for name in ("nvlabs", "bubbliiiing", "mmseg") if HEADS[name] == spec.head]
-        return f"write --to {', '.join(others)} or hf"
-    elsewhere = "write --to hf, which needs no uniform widths"
-    return elsewhere if spec.head == "conv" else f"prune with --uniform for them, or {elsewhere}"
+        return f"write {', '.join(others)} or hf instead"
+    elsewhere = "write hf instead, which needs no uniform widths"
+    return elsewhere if spec.head == "conv" else f"prune with `uniform` for them, or {elsewhere}"
 
 
-def _notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
+def _write_notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
     notes = []
     if spec.numerics.align_corners != NUMERICS[dialect].align_corners:
         notes.append(
@@ -81,7 +128,7 @@ def _notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
             f"{not spec.numerics.align_corners}; set it there, or the rims of masks differ."
         )
     if not _is_standard(spec, dialect):
-        arguments = _mmseg_arguments(spec) if dialect == "mmseg" else _arguments(spec)
+        arguments = _call_of_mmseg(spec) if dialect == "mmseg" else _call_of_nvlabs(spec)
         notes.append(f"Build it with their base classes, not with a variant's: {arguments}.")
     if not readable:
         notes.append("segprune itself cannot load the file, which does not say its heads; keep the checkpoint as well.")
@@ -96,73 +143,38 @@ def _has_standard_stages(spec: Spec) -> bool:
     if spec.variant not in VARIANTS:
         return False
     dense = standard_spec(spec.variant, spec.num_classes)
-    return [(s.width, len(s.blocks), s.blocks[0].ffn_dim) for s in dense.stages] == [
-        (s.width, len(s.blocks), s.blocks[0].ffn_dim) for s in spec.stages
-    ]
+    return all(
+        (stage.width, len(stage.blocks), stage.blocks[0].ffn_dim)
+        == (standard.width, len(standard.blocks), standard.blocks[0].ffn_dim)
+        for stage, standard in zip(spec.stages, dense.stages, strict=True)
+    )
 
 
-def _arguments(spec: Spec) -> str:
-    """Of MixVisionTransformer and SegFormerHead."""
+def _call_of_nvlabs(spec: Spec) -> str:
+    """Returns how NVlabs' and bubbliiiing's classes are called to build the network."""
     stages = spec.stages
-    encoder = {
-        "embed_dims": [stage.width for stage in stages],
-        "num_heads": [stage.blocks[0].num_heads for stage in stages],
-        "mlp_ratios": [stage.blocks[0].ffn_dim // stage.width for stage in stages],
-        "depths": [len(stage.blocks) for stage in stages],
-        "sr_ratios": [stage.reduction_ratio for stage in stages],
-    }
-    listed = ", ".join(f"{name}={value}" for name, value in encoder.items())
-    return f"MixVisionTransformer({listed}), decode head width {spec.decoder_dim}"
+    encoder = _spell_arguments(
+        embed_dims=[stage.width for stage in stages],
+        num_heads=[stage.blocks[0].num_heads for stage in stages],
+        mlp_ratios=[stage.blocks[0].ffn_dim // stage.width for stage in stages],
+        depths=[len(stage.blocks) for stage in stages],
+        sr_ratios=[stage.reduction_ratio for stage in stages],
+    )
+    return f"MixVisionTransformer({encoder}), decode head width {spec.decoder_dim}"
 
 
-def _mmseg_arguments(spec: Spec) -> str:
-    """Of MixVisionTransformer and SegformerHead there."""
+def _call_of_mmseg(spec: Spec) -> str:
+    """Returns how mmsegmentation's classes are called to build the network; some arguments are all stages'."""
     first = spec.stages[0]
-    encoder = {
-        "embed_dims": first.width // first.blocks[0].num_heads,
-        "num_heads": [stage.blocks[0].num_heads for stage in spec.stages],
-        "num_layers": [len(stage.blocks) for stage in spec.stages],
-        "mlp_ratio": first.blocks[0].ffn_dim // first.width,
-    }
-    head = {"in_channels": [stage.width for stage in spec.stages], "channels": spec.decoder_dim}
-    listed = [", ".join(f"{name}={value}" for name, value in part.items()) for part in (encoder, head)]
-    return f"MixVisionTransformer({listed[0]}), SegformerHead({listed[1]})"
+    encoder = _spell_arguments(
+        embed_dims=first.width // first.blocks[0].num_heads,
+        num_heads=[stage.blocks[0].num_heads for stage in spec.stages],
+        num_layers=[len(stage.blocks) for stage in spec.stages],
+        mlp_ratio=first.blocks[0].ffn_dim // first.width,
+    )
+    head = _spell_arguments(in_channels=[stage.width for stage in spec.stages], channels=spec.decoder_dim)
+    return f"MixVisionTransformer({encoder}), SegformerHead({head})"
 
 
-@dataclass(frozen=True)
-class Written:
-    """Notes for whoever will use it; who read it again; and the largest difference of logits over the largest one."""
-
-    notes: tuple[str, ...]
-    readers: tuple[str, ...]
-    difference: float
-
-
-def check_written(model: SegFormer, readers: Mapping[str, Logits], notes: tuple[str, ...]) -> Written:
-    """Compares the readers' logits of a generated image; ValueError if one of them is further off than `TOLERANCE`."""
-    x = normalise(draw_shapes(0, "val", 0, SIZE)[0])[None]
-    worst = 0.0
-    with torch.inference_mode():
-        expected = copy.deepcopy(model).cpu().float().eval().parts(x)[1]
-        for name, reader in readers.items():
-            off = compare([(expected, reader(x))]).relative
-            assert off is not None
-            worst = max(worst, off)
-            if worst > TOLERANCE:
-                raise ValueError(
-                    f"Read again by {name}, the logits are off by {worst:.1e} of the largest, where {TOLERANCE:.0e} is "
-                    "allowed, and nothing was kept; choose another format."
-                )
-    return Written(notes, tuple(readers), worst)
-
-
-def _file_reader(path: Path, dialect: str, spec: Spec | None) -> Logits:
-    """segprune, which has to be told of `spec` where the file alone does not say it."""
-    if spec is None:
-        found = build(read(path, dialect=dialect))
-    else:
-        data = read_file(path)[0]
-        found = SegFormer(spec).eval()
-        state = data.get("state_dict", data)
-        found.load_state_dict(to_ours(state, detect(state.keys(), dialect=dialect)))
-    return lambda x: found.parts(x)[1]
+def _spell_arguments(**values: int | list[int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())

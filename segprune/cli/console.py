@@ -43,13 +43,17 @@ def keep_freed_memory() -> None:
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
+# The library's arguments whose flags have other names, or are flags of another command than the one that ran.
+ARGUMENTS = {"variant": "--phi", "dialect": "--dialect", "num_classes": "--num_classes", "uniform": "--uniform"}
+
+
 @contextmanager
 def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """Ends a user's mistake in one sentence and exit status 1, Ctrl-C in 130; our own mistakes keep their trace.
 
     `flags` names the flag of each argument: a message that says `head_lr` is printed with --head_lr.
     """
-    flags = flags or {}
+    flags = ARGUMENTS | dict(flags or {})
     try:
         yield
     except torch.OutOfMemoryError:
@@ -160,7 +164,7 @@ def _table(header: list[str], rows: list[list[str]], left_out: list[str]) -> Tab
 
 def show_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
-        console.print(f"Note: {note}", style="yellow", markup=False)
+        console.print(f"Note: {with_flags(note, ARGUMENTS)}", style="yellow", markup=False)
 
 
 def new_progress(*, transient: bool) -> Progress:

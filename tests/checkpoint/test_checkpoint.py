@@ -116,6 +116,12 @@ def test_a_foreign_safetensors_file_is_read(bare: dict[str, Tensor], tmp_path: P
     assert read(tmp_path / "a.safetensors", dialect="nvlabs").spec == standard_spec("b0", 5)
 
 
+def test_a_given_dialect_decides_how_a_loaded_network_computes(bare: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(bare, tmp_path / "a.pth")
+    assert load(tmp_path / "a.pth").spec.numerics == NUMERICS["bubbliiiing"]  # assumed
+    assert load(tmp_path / "a.pth", dialect="nvlabs").spec.numerics == NUMERICS["nvlabs"]
+
+
 def test_a_network_in_memory_is_read_as_its_file_would_be(trained_like: Fill) -> None:
     theirs = hf_model("b0", trained_like)
     found = from_state_dict(theirs.state_dict(), variant="b0", num_classes=5)
@@ -147,15 +153,15 @@ def test_a_flag_that_contradicts_the_file_is_refused_with_both(bare: Any, model:
     save(model, tmp_path / "ours.pth")
     for name in ("foreign.pth", "ours.pth"):
         assert read(tmp_path / name, variant="b0", num_classes=5).spec.num_classes == 5
-        message = f"{name}: The file is a b0, but --phi b2 was given; leave --phi out or give b0"
+        message = f"{name}: The file is a b0, but `variant` b2 was given; leave `variant` out or give b0"
         with pytest.raises(ValueError, match=message):
             load(tmp_path / name, variant="b2")
-        message = f"{name}: The file has 5 classes, but --num_classes 8 was given; leave --num_classes out or give 5"
+        message = f"{name}: The file has 5 classes, but `num_classes` 8 was given; leave `num_classes` out or give 5"
         with pytest.raises(ValueError, match=message):
             load(tmp_path / name, num_classes=8)
     with pytest.raises(ValueError, match="Unknown variant 'b9'; choose one of b0, b1"):
         read(tmp_path / "ours.pth", variant="b9")
-    with pytest.raises(ValueError, match=r"segprune's own, but --dialect hf was given; leave --dialect out"):
+    with pytest.raises(ValueError, match=r"segprune's own, but `dialect` hf was given; leave `dialect` out"):
         read(tmp_path / "ours.pth", dialect="hf")
 
 
@@ -167,7 +173,7 @@ def test_a_bare_backbone_gets_a_new_head_of_the_classes_asked_for(bare: Any, tmp
     found = read(tmp_path / "mit_b0.pth", num_classes=7)
     assert found.backbone_only
     assert found.notes == (
-        "The backbone's names fit nvlabs and bubbliiiing; nvlabs was assumed (--dialect overrules).",
+        "The backbone's names fit nvlabs and bubbliiiing; nvlabs was assumed (`dialect` overrules).",
         "Only a backbone was found: the decode head for 7 classes is new and untrained.",
     )
     x = torch.randn(1, 3, 64, 64)
@@ -175,7 +181,7 @@ def test_a_bare_backbone_gets_a_new_head_of_the_classes_asked_for(bare: Any, tmp
         assert torch.equal(mine, theirs)
     assert build(found)(x).shape == (1, 7, 64, 64)
     with pytest.raises(
-        ValueError, match=r"mit_b0\.pth: This is a backbone without decode head, .*; give --num_classes"
+        ValueError, match=r"mit_b0\.pth: This is a backbone without decode head, .*; give `num_classes`"
     ):
         read(tmp_path / "mit_b0.pth")
 
@@ -267,7 +273,7 @@ def test_what_cannot_be_loaded_again_is_not_saved(model: SegFormer, tmp_path: Pa
         save(model, tmp_path / "a.onnx")
     with pytest.raises(ValueError, match=r"takes a SegFormer, got DataParallel; unwrap it first \(\.module"):
         save(nn.DataParallel(model), tmp_path / "a.pth")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"extra is not plain data \(.*PosixPath.*\); give numbers, strings, lists"):
+    with pytest.raises(ValueError, match=r"`extra` is not plain data \(.*PosixPath.*\); give numbers, strings, lists"):
         save(model, tmp_path / "a.pth", extra={"path": tmp_path})
     model.spec = replace(model.spec, num_classes=6)
     with pytest.raises(ValueError, match=r"classifier\.weight has the shape 5 44 1 1 where its spec has 6 44 1 1"):

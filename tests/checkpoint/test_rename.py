@@ -157,7 +157,7 @@ def test_nvlabs_is_told_by_its_wrapper_or_its_unused_layer_and_bubbliiiing_assum
     assert told(bare, {"meta", "state_dict", "optimizer"}) == ("nvlabs", None)
     assert told(bare, {"state_dict"}) == ("nvlabs", None)
     assert told([*bare, "decode_head.conv_seg.weight"]) == ("nvlabs", None)
-    note = "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (--dialect overrules)."
+    note = "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (`dialect` overrules)."
     assert told(bare) == told(bare, {"model", "epoch"}) == ("bubbliiiing", note)
 
 
@@ -169,7 +169,7 @@ def test_a_given_dialect_overrules_what_was_assumed(trained_like: Fill) -> None:
 
 def test_a_given_dialect_that_the_names_are_not_of_is_refused(trained_like: Fill) -> None:
     keys = state_in("nvlabs", trained_like).keys()
-    message = "names are of nvlabs or bubbliiiing, but --dialect hf was given; leave it out or give nvlabs or bubbl"
+    message = "names are of nvlabs or bubbliiiing, but `dialect` hf was given; leave it out or give nvlabs or bubbl"
     with pytest.raises(ValueError, match=message):
         detect(keys, dialect="hf")
     with pytest.raises(
@@ -325,7 +325,7 @@ def test_a_bare_backbone_of_hugging_face_has_the_maps_of_transformers(
 def test_a_bare_backbone_without_a_number_of_classes_is_refused(trained_like: Fill) -> None:
     state = hf_model("b0", trained_like, SegformerModel).state_dict()
     with pytest.raises(
-        ValueError, match="This is a backbone without decode head, so its classes are unknown; give --num_cl"
+        ValueError, match="This is a backbone without decode head, so its classes are unknown; give `num_cl"
     ):
         convert(state, "hf")
 

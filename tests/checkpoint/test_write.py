@@ -136,7 +136,7 @@ def test_any_other_network_goes_with_its_code_where_segprune_is_not(
     assert len(notes) == 1
     if head == "mlp":
         reason = "block 0 of stage 1 has values of width 12 per head where the stage's width 16 asks for 16"
-        way = "trust_remote_code=True (prune with --uniform to do without)."
+        way = "trust_remote_code=True (prune with `uniform` to do without)."
     else:
         reason = "its decode head has a BatchNorm and a ReLU in each branch, not linear branches"
         way = "trust_remote_code=True."
@@ -197,7 +197,7 @@ def test_a_dense_network_in_another_codes_names_has_that_codes_logits(
     if NUMERICS[source].gelu != NUMERICS[dialect].gelu:
         with pytest.raises(
             ValueError,
-            match=r"GELU where theirs is the .* one, which no weights make up for; write --to hf, which has both\.$",
+            match=r"GELU where theirs is the .* one, which no weights make up for; write hf instead, which has both\.$",
         ):
             write_file(model, path, dialect)
         return
@@ -263,17 +263,17 @@ def test_a_decode_head_of_the_other_kind_is_refused_with_the_formats_that_have_i
     dense = network(trained_like, NUMERICS["hf"])
     message = (
         "^mmseg's classes cannot hold this network, since its decode head has linear branches, not a BatchNorm and "
-        r"a ReLU in each branch; write --to nvlabs, bubbliiiing or hf\.$"
+        r"a ReLU in each branch; write nvlabs, bubbliiiing or hf instead\.$"
     )
     with pytest.raises(ValueError, match=message):
         write_file(dense, tmp_path / "a.pth", "mmseg")
     message = (
         "^nvlabs's classes cannot hold this network, since its decode head has a BatchNorm and a ReLU in each branch, "
-        r"not linear branches; write --to mmseg or hf\.$"
+        r"not linear branches; write mmseg or hf instead\.$"
     )
     with pytest.raises(ValueError, match=message):
         write_file(conv_model.float(), tmp_path / "a.pth", "nvlabs")
-    message = r"has values of width 12 per head .* asks for 16; write --to hf, which needs no uniform widths\.$"
+    message = r"has values of width 12 per head .* asks for 16; write hf instead, which needs no uniform widths\.$"
     with pytest.raises(ValueError, match=message):
         write_file(conv_model, tmp_path / "a.pth", "mmseg")
     assert not list(tmp_path.iterdir())
@@ -373,7 +373,7 @@ def test_transformers_logits_are_compared_too(
 def test_what_their_classes_cannot_hold_is_refused_by_name(small_model: SegFormer, tmp_path: Path) -> None:
     message = (
         r"^bubbliiiing's classes cannot hold this network, since block 0 of stage 1 has values of width 12 .*; prune "
-        r"with --uniform for them, or write --to hf, which needs no uniform widths\.$"
+        r"with `uniform` for them, or write hf instead, which needs no uniform widths\.$"
     )
     with pytest.raises(ValueError, match=message):
         write_file(small_model.float(), tmp_path / "a.pth", "bubbliiiing")

@@ -33,6 +33,7 @@ from segprune.cli.console import (
     one_sentence,
     precision_of,
     progress_bar,
+    show_notes,
     show_score,
     show_settings,
 )
@@ -279,6 +280,14 @@ def test_an_argument_that_the_library_names_is_printed_as_the_flag(capsys: pytes
     with pytest.raises(SystemExit, match="1"), one_sentence({"head_lr": "--head_lr", "model_path": "FILE"}):
         raise ValueError("`head_lr` is 0 in `model_path`, and `other` is no argument.")
     assert capsys.readouterr().err == "Error: --head_lr is 0 in FILE, and `other` is no argument.\n"
+
+
+def test_notes_and_arguments_under_another_name_are_printed_as_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
+    show_notes(("nvlabs was assumed (`dialect` overrules).",))
+    assert "Note: nvlabs was assumed (--dialect overrules)." in capsys.readouterr().out
+    with pytest.raises(SystemExit), one_sentence({"phi": "--phi"}):
+        raise ValueError("The file is a b2, but `variant` b0 was given.")
+    assert "but --phi b0 was given." in capsys.readouterr().err
 
 
 def test_a_message_is_printed_as_it_is_and_not_as_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,4 +102,4 @@ def test_it_is_converted_back_and_to_a_folder_with_its_code(theirs: Path, tmp_pa
     out = done("convert", theirs, tmp_path / "hf", "--to", "hf")
     assert "since its decode head has a BatchNorm and a ReLU in each branch, not linear branches; the folder" in out
     assert read(tmp_path / "hf").spec == read(theirs).spec
-    assert refused("convert", theirs, tmp_path / "a.pth", "--to", "nvlabs").endswith("; write --to mmseg or hf.")
+    assert refused("convert", theirs, tmp_path / "a.pth", "--to", "nvlabs").endswith("; write mmseg or hf instead.")

@@ -1,0 +1,70 @@
+"""What a file states beside its weights: attention heads, class names and colours.
+
+Sources: transformers' config.json, NVlabs' `meta`, and mmsegmentation's `dataset_meta` in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+from segprune.checkpoint.dialects import NUM_STAGES
+
+NUM_HEADS_KEY = "num_attention_heads"
+
+
+def read_heads(stated: Mapping[str, Any]) -> list[int] | None:
+    """Returns the number of heads of each stage, or None where they are not stated or do not divide the widths."""
+    heads, widths = stated.get(NUM_HEADS_KEY), stated.get("hidden_sizes")
+    if not isinstance(heads, list) or not isinstance(widths, list) or not len(heads) == len(widths) == NUM_STAGES:
+        return None
+
+    if not all(type(number) is int and number > 0 for number in (*heads, *widths)):
+        return None
+    divided = all(width % number == 0 for width, number in zip(widths, heads, strict=True))
+    return heads if divided else None
+
+
+def read_classes(stated: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """Returns `class_names` and `palette` (768 numbers), each if it is stated for every class.
+
+    NVlabs' meta has CLASSES and PALETTE, mmseg's the same in its dataset_meta, of late in small letters.
+    """
+    inner = stated.get("dataset_meta")
+    source = inner if isinstance(inner, Mapping) else stated
+    entries = {str(key).lower(): value for key, value in source.items()}
+
+    labels = entries.get("id2label")
+    names = _names_in_order(labels) if isinstance(labels, Mapping) else _as_list(entries.get("classes"))
+    if not names or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        return {}
+    classes: dict[str, Any] = {"class_names": [name.strip() for name in names]}
+
+    palette = _flatten_palette(entries.get("palette"), num_classes)
+    if palette is not None:
+        classes["palette"] = palette
+    return classes
+
+
+def _names_in_order(labels: Mapping[Any, Any]) -> list[Any]:
+    """Returns the names by number; none where they are the LABEL_0 and so on that transformers puts in for them."""
+    by_number = {str(number): name for number, name in labels.items()}  # a file may list them in another order
+    names = [by_number.get(str(k)) for k in range(len(labels))]
+    return [] if names == [f"LABEL_{k}" for k in range(len(names))] else names
+
+
+def _flatten_palette(palette: Any, num_classes: int) -> list[int] | None:
+    """Returns the colours as image files keep them, 256 times red, green and blue; None if one is missing or odd."""
+    rows = [_as_list(row) for row in _as_list(palette)]
+    if len(rows) != num_classes or num_classes > 256 or any(len(row) != 3 for row in rows):
+        return None
+
+    numbers = list(chain.from_iterable(rows))
+    if not all(type(number) is int and 0 <= number <= 255 for number in numbers):
+        return None
+    return numbers + [0] * (3 * 256 - len(numbers))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
