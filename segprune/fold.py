@@ -22,7 +22,7 @@ from segprune.spec import Spec, with_folded_head, with_unfolded_head
 
 
 def fold_decoder(model: SegFormer) -> SegFormer:
-    """A new network with the same logits (to rounding) and a folded head; `model` is left as it was.
+    """Returns a new network with the same logits (to rounding) and a folded head; `model` is left as it was.
 
     One with a conv head is copied as it is.
     """
@@ -33,19 +33,21 @@ def fold_decoder(model: SegFormer) -> SegFormer:
 
 
 def unfold_decoder(model: SegFormer) -> SegFormer:
-    """The inverse for files that other tools read: linear_c are the products, fuse adds them up."""
+    """Returns a network with a head as published, for files that other tools read: the inverse of `fold_decoder`."""
     if not model.spec.folded:
         return copy.deepcopy(model)
     return _with_head(model, with_unfolded_head(model.spec), _unfolded_state(model.decode_head))
 
 
 def fold_for_inference(model: SegFormer) -> SegFormer:
-    """A new network with the same logits (to rounding) in evaluation: head folded, no BatchNorm, no attention scale.
+    """Returns a new network with the same logits (to rounding) in evaluation.
 
-    It has parameters that its spec knows nothing of, so it can be run and exported, not saved or trained.
+    Its head is folded, and it has no BatchNorm and no attention scale. It has parameters that its spec does not know,
+    so it can be run and exported, not saved or trained.
     """
     new = fold_decoder(model).eval().requires_grad_(False)
     _fold_batchnorm(new.decode_head)
+
     for module in new.modules():
         if isinstance(module, Attention):
             for tensor in module.q.parameters():
@@ -55,7 +57,7 @@ def fold_for_inference(model: SegFormer) -> SegFormer:
 
 
 def _fold_batchnorm(head: DecodeHead) -> None:
-    """Every BatchNorm's factors into the rows of its products; what it adds becomes a bias of the last of them.
+    """Moves every BatchNorm's factors into the rows of its products, and what it adds into a bias of the last one.
 
     Upsampling leaves a bias alone, and the last stage's map is the smallest.
     """
@@ -63,6 +65,7 @@ def _fold_batchnorm(head: DecodeHead) -> None:
         for i, norm in enumerate(head.branch_norms):
             _into_products(norm, head.branches[i : i + 1])
             head.branch_norms[i] = nn.Identity().eval()
+
     _into_products(head.norm, head.summed_products())
     head.norm = nn.Identity().eval()  # type: ignore[assignment]
 
@@ -72,10 +75,12 @@ def _into_products(norm: nn.Module, products: nn.ModuleList) -> None:
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
+
     factor = norm.weight.double() / (variance.double() + norm.eps).sqrt()
     for product in products:
         assert isinstance(product, nn.Linear)
         product.weight.copy_(factor[:, None] * product.weight.double())  # out in
+
     bias = norm.bias.double() - mean.double() * factor
     products[-1].bias = nn.Parameter(bias.to(norm.bias.dtype), requires_grad=False)
 
@@ -97,11 +102,16 @@ def _with_head(model: SegFormer, spec: Spec, state: dict[str, Tensor]) -> SegFor
 
 
 def _folded_state(head: DecodeHead) -> dict[str, Tensor]:
+    """Returns a folded head's weights: each branch times its slice of the fuse convolution."""
     whole = head.state_dict()
-    state = {k: v for k, v in whole.items() if not k.startswith(("branches.", "fuse."))}
+    state = {name: tensor for name, tensor in whole.items() if not name.startswith(("branches.", "fuse."))}
+
+    # The fuse convolution reads c4, c3, c2, c1.
     weights = [whole[f"branches.{i}.weight"].double() for i in range(len(head.branches))]  # each E C
     sizes = [len(weight) for weight in reversed(weights)]
     slices = whole["fuse.weight"].double().flatten(1).split(sizes, dim=1)[::-1]  # c1 … c4, each D E
+
+    # What the branches' biases add to the sum, the BatchNorm's mean takes away again.
     mean = whole["norm.running_mean"].double()
     for i, (weight, fuse) in enumerate(zip(weights, slices, strict=True)):
         state[f"branches.{i}.weight"] = fuse @ weight  # D E · E C -> D C
@@ -111,9 +121,11 @@ def _folded_state(head: DecodeHead) -> dict[str, Tensor]:
 
 
 def _unfolded_state(head: DecodeHead) -> dict[str, Tensor]:
+    """Returns the weights of a head as published: the products as branches, and a fuse convolution that adds them."""
     state = head.state_dict()
     weight = head.classifier.weight
     dim, stages = weight.shape[1], len(head.branches)
+
     for i in range(stages):
         state[f"branches.{i}.bias"] = weight.new_zeros(dim)
     identity = torch.eye(dim, dtype=weight.dtype, device=weight.device)

@@ -19,7 +19,7 @@ from segprune.spec import BlockSpec, Numerics, Spec, StageSpec
 
 
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    # in this order torch sees the channels-last layout for B = 1 too, and its convolutions are up to 14 times faster
+    # In this order torch sees the channels-last layout for B = 1 too, and its convolutions are up to 14 times faster.
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # B N C -> B C H W
 
 
@@ -60,17 +60,17 @@ class PatchEmbed(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Queries B N h·d, keys B M h·d and values B M h·e to B N h·e.
-
-    Torch's fused kernel for CPUs takes d = e only, and what runs otherwise is three to six times slower; so there the
-    narrower ones are filled up with zeros, which changes no product.
-    """
+    """Takes queries B N h·d, keys B M h·d and values B M h·e to B N h·e."""
     q, k, v = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # B N h·d -> B h N d
+
+    # Torch's fused kernel for CPUs takes d = e only, and what runs otherwise is three to six times slower; so there the
+    # narrower ones are filled up with zeros, which changes no product.
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if q.device.type == "cpu" and qk_dim < v_dim:
         q, k = (F.pad(t, (0, v_dim - qk_dim)) for t in (q, k))
     elif q.device.type == "cpu" and v_dim < qk_dim:
         v = F.pad(v, (0, qk_dim - v_dim))
+
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :v_dim]
     return out.transpose(1, 2).flatten(2)  # B h N e -> B N h·e
 
@@ -79,18 +79,21 @@ class Attention(nn.Module):
     """Efficient self-attention: keys and values come from a map reduced by a strided convolution.
 
     Query/key and value widths may differ, and the scale is stored: after channels are cut, the products of
-    those that stay are scaled as they were trained.
+    those that are kept are scaled as they were trained.
     """
 
     def __init__(self, width: int, block: BlockSpec, reduction_ratio: int, eps: float) -> None:
         super().__init__()
         self.num_heads = block.num_heads
         self.qk_scale = block.qk_scale
+
+        # Keys and values read the reduced map, which may be narrower.
         source = width if block.reduction_dim is None else block.reduction_dim
         self.q = nn.Linear(width, block.num_heads * block.qk_dim)
         self.k = nn.Linear(source, block.num_heads * block.qk_dim)
         self.v = nn.Linear(source, block.num_heads * block.v_dim)
         self.proj = nn.Linear(block.num_heads * block.v_dim, width)
+
         if block.reduction_dim is None:
             self.sr, self.norm = None, None
         else:
@@ -120,7 +123,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual branches, attention and FFN, each behind its LayerNorm; of a branch that is gone both are None."""
+    """Two residual branches, attention and FFN, each behind its LayerNorm; of a removed branch both are None."""
 
     norm1: nn.LayerNorm | None
     attn: Attention | None
@@ -178,7 +181,7 @@ class Stage(nn.Module):
 
 
 def drop_path_rates(spec: Spec) -> list[float]:
-    """Of every block: from 0 for the first, evenly up to the spec's rate for the last (arXiv 1603.09382)."""
+    """Returns every block's rate: from 0 for the first, evenly up to the spec's for the last (arXiv 1603.09382)."""
     depth = sum(len(stage.blocks) for stage in spec.stages)
     return [spec.numerics.drop_path * i / max(depth - 1, 1) for i in range(depth)]
 
@@ -193,12 +196,10 @@ class Encoder(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.checkpointing = False
-        rates = drop_path_rates(spec)
         self.stages = nn.ModuleList()
-        in_channels = 3
+        rates, in_channels = iter(drop_path_rates(spec)), 3
         for stage in spec.stages:
-            here, rates = rates[: len(stage.blocks)], rates[len(stage.blocks) :]
-            self.stages.append(Stage(in_channels, stage, spec.numerics, here))
+            self.stages.append(Stage(in_channels, stage, spec.numerics, [next(rates) for _ in stage.blocks]))
             in_channels = stage.width
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -253,13 +254,15 @@ class DecodeHead(nn.Module):
         return self.classifier(self.dropout(self.act(self.norm(self.fused(maps)))))
 
     def fused(self, maps: list[Tensor]) -> Tensor:
-        """What the BatchNorm reads, B D H/4 W/4."""
+        """Returns what the BatchNorm reads, B D H/4 W/4."""
+        # Every stage's products are taken at its own size, then upsampled to the first stage's.
         size, parts = maps[0].shape[2:], []
         for i, x in enumerate(maps):
             x = self.hidden(i, x)
             if self.fuses is not None:
                 x = to_map(self.fuses[i](to_tokens(x)), *x.shape[2:])
             parts.append(self._resize(x, size))
+
         if self.fuse is not None:
             return self.fuse(torch.cat(parts[::-1], dim=1))
         fused = parts[3]  # fresh from a product, so that it can be added to in place
@@ -273,7 +276,7 @@ class DecodeHead(nn.Module):
         return self.branches if self.fuses is None else self.fuses
 
     def hidden(self, i: int, x: Tensor) -> Tensor:
-        """Stage i's branch, at the stage's own size."""
+        """Returns what stage i's branch puts out, at the stage's own size."""
         x = to_map(self.branches[i](to_tokens(x)), *x.shape[2:])
         return x if self.branch_norms is None else self.act(self.branch_norms[i](x))
 
@@ -310,13 +313,13 @@ class SegFormer(nn.Module):
         return [stage for stage in self.encoder.stages if isinstance(stage, Stage)]
 
     def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The encoder's four maps, and the logits B K H/4 W/4 before the last upsampling."""
+        """Returns the encoder's four maps, and the logits B K H/4 W/4 before the last upsampling."""
         check_input(x.shape)
         maps = self.encoder(x)
         return maps, self.decode_head(maps)
 
     def resize(self, logits: Tensor, size: torch.Size) -> Tensor:
-        """Logits upsampled to the input's (H, W), by the rule the weights were trained with."""
+        """Upsamples logits to the input's (H, W), by the rule that the weights were trained with."""
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.spec.numerics.align_corners)
 
 
@@ -324,7 +327,7 @@ MIN_SIZE = 32
 
 
 def check_input(shape: tuple[int, ...]) -> None:
-    """Refuse what is not a batch of images B 3 H W with both sides at least 32."""
+    """Raises ValueError for what is not a batch of images B 3 H W with both sides at least 32."""
     if len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"The network takes images as B 3 H W, got shape {tuple(shape)}.")
     if min(shape[2:]) < MIN_SIZE:
@@ -335,12 +338,13 @@ def check_input(shape: tuple[int, ...]) -> None:
 
 
 def _init_weights(module: nn.Module) -> None:
-    """As published: linear layers truncated normal with deviation 0.02, convolutions by fan-out."""
+    """Draws weights as published: linear layers truncated normal with deviation 0.02, convolutions by fan-out."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         kernel = module.kernel_size[0] * module.kernel_size[1]
         fan_out = kernel * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
+
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)

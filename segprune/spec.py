@@ -150,26 +150,22 @@ def check_variant(variant: str) -> None:
 def standard_spec(
     variant: str, num_classes: int, *, numerics: Numerics | None = None, decoder_dim: int | None = None
 ) -> Spec:
-    """The dense network of that name.
+    """Returns the dense network of that name.
 
     >>> standard_spec("b0", 8).stages[3].width
     256
     """
     check_variant(variant)
     if num_classes < 2:
-        raise ValueError(f"num_classes is {num_classes}; segmentation needs at least 2, background included.")
-    stages = tuple(
-        StageSpec(
-            width=width,
-            kernel_size=KERNEL_SIZES[i],
-            stride=STRIDES[i],
-            reduction_ratio=REDUCTION_RATIOS[i],
-            blocks=(_uniform_block(width, NUM_HEADS[i], FFN_RATIO * width, REDUCTION_RATIOS[i]),) * DEPTHS[variant][i],
-        )
-        for i, width in enumerate(WIDTHS[variant])
-    )
+        raise ValueError(f"`num_classes` is {num_classes}; segmentation needs at least 2, background included.")
+
+    stages = []
+    for i, (width, depth) in enumerate(zip(WIDTHS[variant], DEPTHS[variant], strict=True)):
+        block = _uniform_block(width, NUM_HEADS[i], FFN_RATIO * width, REDUCTION_RATIOS[i])
+        stages.append(StageSpec(width, KERNEL_SIZES[i], STRIDES[i], REDUCTION_RATIOS[i], (block,) * depth))
+
     dim = DECODER_DIMS[variant] if decoder_dim is None else decoder_dim
-    return Spec(variant, num_classes, stages, (dim,) * len(stages), dim, numerics or Numerics())
+    return Spec(variant, num_classes, tuple(stages), (dim,) * len(stages), dim, numerics or Numerics())
 
 
 def _uniform_block(width: int, num_heads: int, ffn_dim: int, reduction_ratio: int) -> BlockSpec:
@@ -185,41 +181,45 @@ def _uniform_block(width: int, num_heads: int, ffn_dim: int, reduction_ratio: in
 
 
 def with_widths(stage: StageSpec, width: int, num_heads: int, ffn_dim: int) -> StageSpec:
-    """The stage with other widths in all its blocks alike, and the attention scale that follows from them."""
+    """Returns the stage with these widths in all its blocks, and the attention scale that follows from them."""
     block = _uniform_block(width, num_heads, ffn_dim, stage.reduction_ratio)
     return replace(stage, width=width, blocks=(block,) * len(stage.blocks))
 
 
 def spec_to_dict(spec: Spec) -> dict[str, Any]:
-    """Plain dicts, lists and numbers, as JSON and `torch.load(weights_only=True)` know them."""
+    """Returns plain dicts, lists and numbers, as JSON and `torch.load(weights_only=True)` know them."""
     return asdict(spec)
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     """The inverse of `spec_to_dict`. Files from before there were two kinds of head do not name theirs: it is "mlp".
 
-    Refused: a missing or unknown key, a width below 1 but of a branch that is gone, a block without branches, a stage
-    without blocks, an unknown head, unknown numerics.
+    Raises ValueError for a missing or unknown key, a width below 1 but in a branch that was removed, a block without
+    branches, a stage without blocks, an unknown head, unknown numerics.
     """
     try:
-        stages = tuple(
-            _record(StageSpec, stage | {"blocks": tuple(_record(BlockSpec, b) for b in stage["blocks"])})
-            for stage in data["stages"]
-        )
-        branch_dims = None if data["branch_dims"] is None else tuple(data["branch_dims"])
-        numerics = _record(Numerics, data["numerics"])
-        spec = _record(
-            Spec, {"head": "mlp"} | dict(data) | {"stages": stages, "branch_dims": branch_dims, "numerics": numerics}
-        )
+        spec = _to_record(Spec, {"head": "mlp"} | dict(data) | _parse_fields(data))
     except (KeyError, TypeError) as error:
         raise ValueError(f"This is not a segprune spec ({error}); write the file again with segprune.save.") from error
+
     _check_head(spec)
     _check_widths(spec)
     _check_numerics(spec.numerics)
     return spec
 
 
-def _record(kind: type[T], data: Mapping[str, Any]) -> T:
+def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those fields of a spec that are records or tuples."""
+    stages = []
+    for stage in data["stages"]:
+        blocks = tuple(_to_record(BlockSpec, block) for block in stage["blocks"])
+        stages.append(_to_record(StageSpec, stage | {"blocks": blocks}))
+    branch_dims = None if data["branch_dims"] is None else tuple(data["branch_dims"])
+    numerics = _to_record(Numerics, data["numerics"])
+    return {"stages": tuple(stages), "branch_dims": branch_dims, "numerics": numerics}
+
+
+def _to_record(kind: type[T], data: Mapping[str, Any]) -> T:
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if set(data) != names:
         raise TypeError(f"{kind.__name__} has {sorted(set(data) ^ names)} missing or too many")
@@ -234,10 +234,11 @@ def _check_head(spec: Spec) -> None:
 
 
 def _check_widths(spec: Spec) -> None:
-    widths = [spec.num_classes, spec.decoder_dim, *(spec.branch_dims or ())]
+    widths = [spec.num_classes, spec.decoder_dim, *spec.branch_widths]
     for stage in spec.stages:
         widths.append(stage.width)
         for block in stage.blocks:
+            # The widths of a branch that was removed are 0, all of them.
             if block != block.without_attention():
                 widths += [block.num_heads, block.qk_dim, block.v_dim]
                 widths.append(1 if block.reduction_dim is None else block.reduction_dim)
@@ -245,10 +246,13 @@ def _check_widths(spec: Spec) -> None:
                 widths.append(block.ffn_dim)
     if not all(type(width) is int and width >= 1 for width in widths):
         raise ValueError("This segprune spec has a width that is not a whole number from 1 up; the file is damaged.")
-    if not all(stage.blocks and all(b.has_attention or b.has_ffn for b in stage.blocks) for stage in spec.stages):
-        raise ValueError(
-            "This segprune spec has a block without attention and FFN, or a stage without blocks; the file is damaged."
-        )
+
+    for stage in spec.stages:
+        if not stage.blocks or not all(block.has_attention or block.has_ffn for block in stage.blocks):
+            raise ValueError(
+                "This segprune spec has a block without attention and FFN, or a stage without blocks; "
+                "the file is damaged."
+            )
 
 
 def _check_numerics(numerics: Numerics) -> None:

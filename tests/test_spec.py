@@ -83,7 +83,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
 
 
 def test_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_classes is 1; segmentation needs at least 2, background included"):
+    with pytest.raises(ValueError, match="`num_classes` is 1; segmentation needs at least 2, background included"):
         standard_spec("b0", 1)
 
 

@@ -277,7 +277,7 @@ def test_a_wrong_flag_is_refused(flags: tuple[object, ...], message: str, dense:
     ("flags", "message"),
     [
         (("--phi", "b9"), "Unknown variant 'b9'; choose one of b0, b1, b2, b3, b4, b5."),
-        (("--num_classes", 0), "num_classes is 0; segmentation needs at least 2, background included."),
+        (("--num_classes", 0), "--num_classes is 0; segmentation needs at least 2, background included."),
         (("--dialect", "hf"), "--dialect was given without --model_path; it says who wrote a checkpoint."),
     ],
 )
