@@ -4,8 +4,8 @@
 
 Random weights with trained-like statistics, 150 classes, batch 1, widths in multiples of 8; the table of steps is
 measured anew. Rates are of the latency of the dense network, its decode head not folded; "off by" is of the latency
-that should stay. "first plan" is what the table alone gives, "met" what `meet` ends with after so many rounds; each is
-measured in turn with the dense network.
+that should be left. "first plan" is what the table alone gives, "met" what `meet` ends with after so many tries; each
+is measured in turns with the dense network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from segprune.pruning.plan import Limit, solve
 from segprune.pruning.surgery import cut, read_spec
 from segprune.spec import standard_spec
 from segprune.stats import layers
-from segprune.timing import measure_latency
+from segprune.timing import PRECISIONS, Latency, measure_latency
 
 NUM_CLASSES = 150
 PROTECTED = {"encoder.stages.0.patch_embed.proj", "decode_head.classifier"}
@@ -40,35 +40,45 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["b0"])
     parser.add_argument("--shape", nargs=2, type=int, default=[256, 256])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--seconds", type=float, default=6.0, help="at most, per measurement")
     parser.add_argument("--cuda", action="store_true")
     flags = parser.parse_args()
+
     keep_freed_memory()  # as the commands do
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {flags.shape[0]}×{flags.shape[1]}, batch 1")
+    print(f"torch {torch.__version__}, {flags.precision}, {flags.shape[0]}×{flags.shape[1]}, batch 1")
     for variant in flags.variants:
-        _variant(variant, flags)
+        _show_variant(variant, flags)
 
 
-def _variant(variant: str, flags: argparse.Namespace) -> None:
-    device, shape = torch.device("cuda" if flags.cuda else "cpu"), tuple(flags.shape)
+def _show_variant(variant: str, flags: argparse.Namespace) -> None:
+    device, shape = torch.device("cuda" if flags.cuda else "cpu"), (flags.shape[0], flags.shape[1])
     torch.manual_seed(0)
     dense = SegFormer(standard_spec(variant, NUM_CLASSES))
     fill(dense)
     folded = fold_decoder(dense).to(device).eval()
+
+    def measure(*networks: nn.Module) -> list[Latency]:
+        return measure_latency(
+            networks, shape, device=device, precision=flags.precision, max_runs=100, max_seconds=flags.seconds
+        )
+
+    # How well the sum of steps predicts whole networks.
     groups = find_groups(folded, torch.zeros(1, 3, 64, 64, device=device), PROTECTED).groups
     start = time.perf_counter()
-    costs = LatencyCosts(folded.spec, groups, LatencyTable(device), shape)
-    print(f"{variant}: {time.perf_counter() - start:.0f} s for the table")
+    costs = LatencyCosts(folded.spec, groups, LatencyTable(device, flags.precision), shape)
+    print(f"{variant}: {time.perf_counter() - start:.0f} s for the table, on {measure(folded)[0].device}")
+
     predicted = [LatencyCosts(dense.spec, (), costs.table, shape), costs]
-    measured = measure_latency([dense, folded], shape, device=device, max_runs=100, max_seconds=flags.seconds)
+    measured = measure(dense, folded)
     for name, sums, latency in zip(("dense", "folded"), predicted, measured, strict=True):
         ms = sums.total(sums.full)
-        print(
-            f"{name}: predicted {ms:.1f} ms, measured {latency.median_ms:.1f}, off by {ms / latency.median_ms - 1:+.1%}"
-        )
+        off = ms / latency.median_ms - 1
+        print(f"{name}: predicted {ms:.2f} ms, measured {latency.median_ms:.2f}, off by {off:+.1%}")
+
+    # How near a plan comes, from the table alone and corrected by measuring.
     dense_ms = costs.total(costs.full) * measured[0].median_ms / measured[1].median_ms
     scores = l1_scores(folded, groups)
-
     weights = loss_weights(layers(folded.spec, shape), groups, "latency")
 
     def prune(target_ms: float) -> tuple[nn.Module, float]:
@@ -79,19 +89,19 @@ def _variant(variant: str, flags: argparse.Namespace) -> None:
         network.spec = read_spec(network)
         return network, (1.0 - plan.removed["latency"]) * dense_ms
 
-    print("| network | rate | first plan: rate measured | off by | met: rate measured | off by | rounds |")
+    print("| network | rate | first plan: rate measured | off by | met: rate measured | off by | tries |")
     print("|---|---|---|---|---|---|---|")
     for rate in flags.rates:
         try:
             network, _ = prune((1.0 - rate) * dense_ms)
-            both = measure_latency([dense, network], shape, device=device, max_runs=100, max_seconds=flags.seconds)
-            share = both[1].median_ms / both[0].median_ms
-            met = meet(1.0 - rate, dense, dense_ms, prune, shape, device=device, max_seconds=flags.seconds)
-            cells = [(share, ""), (met.share, f" | {met.rounds}")]
-            row = " | ".join(f"{1 - s:.3f} | {s / (1 - rate) - 1:+.1%}{end}" for s, end in cells)
+            before, after = measure(dense, network)
+            first = after.median_ms / before.median_ms
+            met = meet(1.0 - rate, dense, dense_ms, prune, shape, costs.table.place, max_seconds=flags.seconds)
         except ValueError as error:
-            row = str(error)
-        print(f"| {variant} | {rate:g} | {row} |", flush=True)
+            print(f"| {variant} | {rate:g} | {error} |", flush=True)
+            continue
+        cells = [f"{1 - share:.3f} | {share / (1 - rate) - 1:+.1%}" for share in (first, met.share)]
+        print(f"| {variant} | {rate:g} | {' | '.join(cells)} | {met.tries} |", flush=True)
 
 
 if __name__ == "__main__":

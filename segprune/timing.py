@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Method = Literal["eager", "cuda graph"]
 Call = Callable[[], object]
 Progress = Callable[[int, int], None]
@@ -266,7 +267,7 @@ class GraphRecorder:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-        # Memory shared by graphs is given up with the last of them, for good. This one keeps it.
+        # Shared memory ends with the last graph in it, and cannot be shared again; so one graph stays.
         number = torch.zeros(1, device=device)
         self._anchor = self.record(number.zero_)
 
@@ -297,14 +298,18 @@ class GraphRecorder:
 @contextmanager
 def tf32_products(allowed: bool) -> Iterator[None]:
     """Lets a GPU take TF32 for products and convolutions of float32, or forbids it, and puts back what was set."""
-    with _no_advice_on_tf32():
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
+    before = get_tf32()
     set_tf32(allowed, allowed)
     try:
         yield
     finally:
         set_tf32(*before)
+
+
+def get_tf32() -> tuple[bool, bool]:
+    """Returns whether products, and whether convolutions, of float32 may be taken in TF32."""
+    with _no_advice_on_tf32():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
 def set_tf32(products: bool, convolutions: bool) -> None:

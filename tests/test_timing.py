@@ -15,6 +15,7 @@ from segprune.timing import (
     Call,
     Pass,
     Turn,
+    get_tf32,
     matrix_product,
     measure_latency,
     set_tf32,
@@ -160,14 +161,11 @@ def test_tf32_is_refused_where_there_is_none(small_model: SegFormer) -> None:
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_is_switched_for_products_and_convolutions_and_put_back(allowed: bool) -> None:
-    def switches() -> tuple[bool, bool]:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-    before = switches()
+    before = get_tf32()
     try:
         set_tf32(True, False)
         with tf32_products(allowed):
-            assert switches() == (allowed, allowed)
-        assert switches() == (True, False)
+            assert get_tf32() == (allowed, allowed)
+        assert get_tf32() == (True, False)
     finally:
         set_tf32(*before)

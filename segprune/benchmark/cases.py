@@ -12,8 +12,9 @@ from segprune.export import FORMATS, Manifest, Precision, export, is_exported, o
 from segprune.export.manifest import MIN_DYNAMIC
 from segprune.export.runtimes import require
 from segprune.model import check_input
+from segprune.timing import PRECISIONS
 
-DTYPES = ("fp32", "tf32", "bf16", "fp16")
+DTYPES: tuple[str, ...] = PRECISIONS
 LIVE = ("torch", "compile")  # run checkpoints themselves, on a GPU as well
 COMPUTE_IN_HALF = ("onnx", "pt2", "aotinductor", "torchscript")  # others keep weights in fp16 and compute in float32
 FORMAT_OF = {"onnxruntime" if format == "onnx" else format: format for format in FORMATS}
