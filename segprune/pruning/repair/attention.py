@@ -125,7 +125,7 @@ def _shorten_products(
     heads = pruned.num_heads
     queries = second_moment(_split(_affine(x, query), heads) for x in inputs.pruned)
     keys = second_moment(_from_mean(_split(_affine(y, key), heads)) for y in source.pruned)
-    first, second = _truncate(queries, keys, pruned.q.out_features // heads)
+    first, second = nearest_products(queries, keys, pruned.q.out_features // heads)
     for_query, for_key = torch.block_diag(*first.mT), torch.block_diag(*second.mT)
     return (for_query @ query[0], for_query @ query[1]), (for_key @ key[0], for_key @ key[1])
 
@@ -137,11 +137,11 @@ def _shorten_values(columns: Tensor, moments: Moments, pruned: Attention) -> Aff
     covariance = moments.covariances[0].unflatten(0, (heads, dim)).unflatten(2, (heads, dim))  # h d h d
     covariance = covariance.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # h d d
     products = columns.unflatten(1, (heads, dim)).transpose(0, 1)  # h D' d
-    first, second = _truncate(products.mT @ products, covariance, pruned.v.out_features // heads)
+    first, second = nearest_products(products.mT @ products, covariance, pruned.v.out_features // heads)
     return torch.block_diag(*first), torch.block_diag(*second.mT)
 
 
-def _truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def nearest_products(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A and B (h d r) such that a^T A B^T b is nearest to a^T b, for a, b with second moments left, right (h d d)."""
     a, b = _root(left), _root(right)
     u, s, vh = torch.linalg.svd(a.mT @ b)

@@ -54,6 +54,13 @@ class Reads:
 
 def principal(second_moment: Tensor, width: int) -> Basis:
     """The best `width` coordinates for a normalised stream with that second moment (D D, about zero)."""
+    directions = leading_directions(second_moment)[:, : width - 1]  # D k
+    scale = (width / len(second_moment)) ** 0.5
+    return Basis(scale * _sum_to_zero(width, directions.device) @ directions.T)
+
+
+def leading_directions(second_moment: Tensor) -> Tensor:
+    """Returns the principal directions of a normalised stream as columns (D D), the strongest first."""
     # What is the same in all channels never reaches a LayerNorm's output: it comes last, however few directions count.
     size = len(second_moment)
     mean = second_moment.trace() / size
@@ -62,14 +69,10 @@ def principal(second_moment: Tensor, width: int) -> Basis:
     # Of directions that the images do not show, rounding would choose: prefer the first channels' instead.
     ramp = torch.linspace(2.0, 1.0, size, dtype=mean.dtype, device=mean.device)
     second_moment = second_moment + torch.diag(UNSEEN * mean * ramp)
-
-    directions = torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, : width - 1]  # D k
+    directions = torch.linalg.eigh(second_moment).eigenvectors.flip(1)
 
     # An eigenvector's sign is the driver's choice, and gains fitted channel by channel depend on it.
-    directions = directions * signs_of_columns(directions)
-
-    scale = (width / size) ** 0.5
-    return Basis(scale * _sum_to_zero(width, directions.device) @ directions.T)
+    return directions * signs_of_columns(directions)
 
 
 def signs_of_columns(vectors: Tensor) -> Tensor:

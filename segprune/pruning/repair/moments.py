@@ -35,6 +35,11 @@ class Moments:
         return self._sums[0] / self.count, self._sums[1] / self.count
 
     @property
+    def products(self) -> Tensor:
+        """Sum of x with itself (p p), about zero."""
+        return self._sums[2]
+
+    @property
     def covariances(self) -> tuple[Tensor, Tensor]:
         """Of x with itself (p p) and with y (p q)."""
         x, y = self.means
