@@ -18,7 +18,7 @@ from rich.table import Table
 
 from segprune.data import LabelReport, Source, check_labels, open_source, readable
 from segprune.inference.evaluate import Score
-from segprune.timing import Latency, Precision
+from segprune.timing import Latency
 
 _QUIET = os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes only the first one talks
 
@@ -263,17 +263,6 @@ def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:
 
 def number_of(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
-def precision_of(amp: str, device: torch.device) -> Precision:
-    """Returns the precision in which a run on `device` with this --amp is timed.
-
-    A GPU that trains in half precision is timed in it, else with TF32 for products, as it trains. A CPU is timed in
-    float32, in which networks run there.
-    """
-    if device.type != "cuda":
-        return "fp32"
-    return "fp16" if amp == "fp16" else "bf16" if amp == "bf16" else "tf32"
 
 
 def latency_text(latency: Latency) -> str:

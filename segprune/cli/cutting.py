@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segprune.cli.console import console, precision_of, progress_bar
+from segprune.cli.console import console, progress_bar
+from segprune.cli.machine import choose_precision
 from segprune.cli.plans import read_plan, read_sensitivity
 from segprune.cli.pruning import PruneConfig, asked_rates, split_names
 from segprune.model import SegFormer
@@ -142,4 +143,4 @@ def _sensitivity(path: str, model: SegFormer, thinned: bool) -> dict[str, float]
 
 def _latency_table(model: SegFormer, amp: str) -> LatencyTable:
     device = next(model.parameters()).device
-    return LatencyTable(device, precision_of(amp, device), default_folder())
+    return LatencyTable(device, choose_precision(amp, device), default_folder())

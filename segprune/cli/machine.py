@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from segprune.timing import tf32_products
+from segprune.timing import Precision, tf32_products
 from segprune.training.config import MIXED_PRECISION
 
 C = TypeVar("C")
@@ -49,6 +49,21 @@ def choose_amp(device: torch.device) -> str:
     if device.type != "cuda":
         return "no"
     return "bf16" if has_bf16(device) else "fp16"
+
+
+def choose_precision(amp: str, device: torch.device) -> Precision:
+    """Returns the precision in which networks are timed on `device` by a run with this `amp`, which is chosen already.
+
+    On a GPU it is that of the training steps: half precision, else products in TF32. A CPU is timed in float32, in
+    which networks run there.
+    """
+    if device.type != "cuda":
+        return "fp32"
+    if amp == "fp16":
+        return "fp16"
+    if amp == "bf16":
+        return "bf16"
+    return "tf32" if has_tf32(device) else "fp32"
 
 
 def choose_workers() -> int:

@@ -18,13 +18,12 @@ from segprune.cli.console import (
     classes_of,
     console,
     open_data,
-    precision_of,
     progress_bar,
     show_notes,
     show_settings,
 )
 from segprune.cli.cutting import cut_network, pruner_of
-from segprune.cli.machine import fit_to_machine
+from segprune.cli.machine import choose_precision, fit_to_machine
 from segprune.cli.plans import PLAN, show_plan, write_plan
 from segprune.cli.pruning import PruneConfig, asked_rates, check_flags, label
 from segprune.cli.settings import TrainSettings, advice, check_settings, with_rates
@@ -101,7 +100,7 @@ def run(config: PruneConfig, given: frozenset[str]) -> None:
             [dense, pruned],
             config.input_shape,
             device=device,
-            precision=precision_of(config.amp, device),
+            precision=choose_precision(config.amp, device),
             progress=advance,
         )
     record = _record(config, given, found, pruned, latencies, scores, images) | {"model_save_path": str(path)}

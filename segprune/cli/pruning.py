@@ -206,7 +206,8 @@ def check_flags(config: PruneConfig, given: frozenset[str]) -> None:
     if config.epochs and config.plan_only:
         raise ValueError("--epochs has no effect with --plan_only, which cuts nothing; leave one of them out.")
     for name in TRAINING_FLAGS:
-        if name in given and not config.epochs:
+        timed_in_it = name == "amp" and config.cuda
+        if name in given and not config.epochs and not timed_in_it:
             raise ValueError(f"--{name} has no effect without --epochs; give the epochs to fine-tune.")
     for name in DATA_FLAGS:
         if name in given and not config.data:

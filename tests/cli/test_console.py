@@ -31,7 +31,6 @@ from segprune.cli.console import (
     measured_on,
     number_of,
     one_sentence,
-    precision_of,
     progress_bar,
     show_notes,
     show_score,
@@ -398,20 +397,6 @@ def test_eager_is_told_beside_the_graph_where_it_takes_longer() -> None:
     assert eager_beside(on_gpu(41.4, 41.9), on_gpu(18.9, 19.0)) == ""
     on_cpu = summarise([5.0] * 3, batch=1, precision="fp32", threads=1)
     assert eager_beside(on_cpu, on_cpu) == ""
-
-
-@pytest.mark.parametrize(
-    ("amp", "kind", "precision"),
-    [
-        ("no", "cpu", "fp32"),
-        ("bf16", "cpu", "fp32"),
-        ("no", "cuda", "tf32"),
-        ("bf16", "cuda", "bf16"),
-        ("fp16", "cuda", "fp16"),
-    ],
-)
-def test_latency_is_measured_in_the_precision_of_the_run(amp: str, kind: str, precision: str) -> None:
-    assert precision_of(amp, torch.device(kind)) == precision
 
 
 FAULTS = """

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from segprune.cli import machine
-from segprune.cli.machine import choose_amp, choose_workers, exact_products, fit_to_machine
+from segprune.cli.machine import choose_amp, choose_precision, choose_workers, exact_products, fit_to_machine
 from segprune.cli.settings import TrainSettings
 from segprune.files import load_record, save_record
 from segprune.inference.evaluate import Tally
@@ -31,6 +31,24 @@ def pretend(
     patch.setattr(machine, "num_cores", lambda: cores)
     patch.setattr(machine, "name_of", lambda device: f"a {device.type}")
     patch.setenv("LOCAL_WORLD_SIZE", str(processes))
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "tf32", "precision"),
+    [
+        ("no", CPU, False, "fp32"),
+        ("bf16", CPU, False, "fp32"),
+        ("no", CUDA, True, "tf32"),
+        ("no", CUDA, False, "fp32"),
+        ("bf16", CUDA, True, "bf16"),
+        ("fp16", CUDA, True, "fp16"),
+    ],
+)
+def test_networks_are_timed_in_the_precision_of_the_training_steps(
+    monkeypatch: pytest.MonkeyPatch, amp: str, device: torch.device, tf32: bool, precision: str
+) -> None:
+    pretend(monkeypatch, tf32=tf32)
+    assert choose_precision(amp, device) == precision
 
 
 @pytest.mark.parametrize(
