@@ -32,9 +32,9 @@ EXPORTED = (".onnx", ".xml", ".pt2", ".torchscript", ".param")  # what segprune 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, made if need be; on success it takes the place of `path`.
+    """Yields a temporary path in the same folder, which is made if it is missing; on success it replaces `path`.
 
-    On failure it is removed and the old file stays. An OSError comes out as one sentence.
+    On failure the temporary file is removed and the old one is kept. Raises OSError in one sentence.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,14 +48,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _write_error(path, error) from error
 
 
 @contextmanager
 def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `atomic_path`, of a file that others go with: yields a path of the same name in a temporary folder.
+    """Does the same for a file that has others beside it: yields a path of the same name in a temporary folder.
 
-    On success all files in that folder move beside `path`, which comes last.
+    On success all files in that folder move to where `path` is, `path` itself last.
     """
     path = Path(path)
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -63,6 +63,8 @@ def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             yield folder / path.name
+
+            # Whoever waits for `path` then finds the others too.
             for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
@@ -70,10 +72,10 @@ def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> OSError:
+def _write_error(path: Path, error: OSError) -> OSError:
     return OSError(
         f"{path} could not be written ({error.strerror or error}); give another place, "
         f"or see to it that {path.parent} is a folder with free space in which you may write."
@@ -82,10 +84,11 @@ def _unwritable(path: Path, error: OSError) -> OSError:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `atomic_path`, of a folder that is not there yet, or empty; ValueError if something is there."""
+    """Does the same for a folder that does not exist yet or is empty; raises ValueError if something is in it."""
     path = Path(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{path} is there already, and would be written over; give another place, or remove it first.")
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -96,23 +99,23 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         inside = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of a file in the folder
-        raise _unwritable(path, inside) from error
+        raise _write_error(path, inside) from error
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Try a file in the folder, or where it will be made, so that hours of work do not end in an OSError.
+    """Tries a file in the folder, or where it will be made, so that hours of work do not end in an OSError.
 
-    Nothing is left there: what writes makes its folder, and a run that ends before that leaves none.
+    Leaves nothing behind, no empty folder either: a folder is made with its first file.
     """
     folder = Path(folder)
     try:
-        there = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
-        with atomic_path(there / ".writable") as temporary:
+        nearest = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
+        with atomic_path(nearest / ".writable") as temporary:
             temporary.touch()
-        (there / ".writable").unlink(missing_ok=True)  # of several processes another may have been first
+        (nearest / ".writable").unlink(missing_ok=True)  # of several processes another may have been first
     except OSError as error:
         inside = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise _unwritable(folder / ".writable", inside) from error
+        raise _write_error(folder / ".writable", inside) from error
 
 
 def write_json(data: Any, path: str | os.PathLike[str]) -> None:
@@ -120,22 +123,22 @@ def write_json(data: Any, path: str | os.PathLike[str]) -> None:
 
 
 def write_csv(rows: Iterable[Iterable[Any]], path: str | os.PathLike[str]) -> None:
-    """UTF-8, one line per row."""
+    """Writes UTF-8, one line per row."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     _write(text.getvalue().encode(), path)
 
 
 def save_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Tensors and plain containers of them, as `load_record` reads them back."""
+    """Writes tensors and plain containers of them, as `load_record` reads them back."""
     buffer = io.BytesIO()  # written to a full disk by torch itself, the OSError would be lost
     torch.save(dict(record), buffer)
     _write(buffer.getbuffer(), path)
 
 
 def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `save_record` wrote, on the CPU; ValueError if it is something else."""
-    path = existing(path)
+    """Returns what `save_record` wrote, on the CPU; raises ValueError if it is something else."""
+    path = require_file(path)
     record = _unpickle(path)
     if not isinstance(record, dict):
         raise ValueError(f"{path} holds a {type(record).__name__}, not a saved record; give the file of another run.")
@@ -143,7 +146,7 @@ def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save_tensors(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """A .safetensors file."""
+    """Writes a .safetensors file."""
     _write(safetensors_bytes(dict(state_dict), metadata=dict(metadata)), path)
 
 
@@ -153,15 +156,16 @@ def _write(data: bytes | memoryview, path: str | os.PathLike[str]) -> None:
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
-    """What a .pth, .pt, .bin or .safetensors file holds, and the metadata of the latter, on the CPU.
+    """Returns what a .pth, .pt, .bin or .safetensors file holds, and the metadata of the latter, on the CPU.
 
-    FileNotFoundError if there is none; ValueError if it is of another kind, damaged, or needs to run code.
+    Raises FileNotFoundError if there is none, ValueError if it is of another kind, damaged, or needs to run code.
     """
-    path = existing(path)
+    path = require_file(path)
     if path.suffix in PICKLES:
         return _unpickle(path), {}
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+
     elsewhere = "; exported files are read by segprune eval and segprune benchmark" if path.suffix in EXPORTED else ""
     raise ValueError(
         f"{path} ends in {path.suffix or 'nothing'!r}; a checkpoint ends in {', '.join(PICKLES)} or .safetensors, "
@@ -169,7 +173,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
     )
 
 
-def existing(path: str | os.PathLike[str]) -> Path:
+def require_file(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file that can be read; raises FileNotFoundError, ValueError or OSError for any other."""
     path = Path(path)
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder; give the file in it.")
@@ -189,7 +194,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(_damaged(path, "safetensors file")) from error
+        raise ValueError(_say_damaged(path, "safetensors file")) from error
 
 
 def _unpickle(path: Path) -> Any:
@@ -197,18 +202,18 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
-        if wanted is None:
-            raise ValueError(_damaged(path, "PyTorch checkpoint")) from error
+        name = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
+        if name is None:
+            raise ValueError(_say_damaged(path, "PyTorch checkpoint")) from error
         raise ValueError(
-            f"{path} asks for {wanted[1]}, and building that could run any code, so the file was not opened; save the "
+            f"{path} asks for {name[1]}, and building that could run any code, so the file was not opened; save the "
             "weights alone where it was made: torch.save(model.state_dict(), path)."
         ) from error
     except Exception as error:  # bytes that are no pickle fail in every way there is
-        raise ValueError(_damaged(path, "PyTorch checkpoint")) from error
+        raise ValueError(_say_damaged(path, "PyTorch checkpoint")) from error
 
 
-def _damaged(path: Path, kind: str) -> str:
+def _say_damaged(path: Path, kind: str) -> str:
     return f"{path} is not a {kind}, or only a part of one; copy or download it again, or give another file."
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from segprune.data import MEAN, STD
 from segprune.export.manifest import KEY, MIN_DYNAMIC, Manifest, from_text
-from segprune.files import existing
+from segprune.files import require_file
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def open_exported(path: str | Path) -> Runtime:
 
     An AOTInductor package is machine code, which opening runs.
     """
-    path = existing(path)
+    path = require_file(path)
     try:
         return OPENERS[path.suffix](path)
     except (ImportError, MemoryError):
