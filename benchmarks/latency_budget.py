@@ -21,12 +21,12 @@ from benchmarks.trained_like import fill
 from segprune.cli.console import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
-from segprune.pruning.costs import loss_weights
+from segprune.pruning.budget.costs import loss_weights
+from segprune.pruning.budget.latency import LatencyCosts, LatencyTable, meet
+from segprune.pruning.budget.rate import Limit, solve
 from segprune.pruning.groups import find_groups
-from segprune.pruning.importance import l1_scores
-from segprune.pruning.latency import LatencyCosts, LatencyTable, meet
-from segprune.pruning.plan import Limit, solve
-from segprune.pruning.surgery import cut, read_spec
+from segprune.pruning.importance import score_channels
+from segprune.pruning.surgery import cut_channels, read_spec
 from segprune.spec import standard_spec
 from segprune.stats import layers
 from segprune.timing import PRECISIONS, Latency, measure_latency
@@ -78,14 +78,14 @@ def _show_variant(variant: str, flags: argparse.Namespace) -> None:
 
     # How near a plan comes, from the table alone and corrected by measuring.
     dense_ms = costs.total(costs.full) * measured[0].median_ms / measured[1].median_ms
-    scores = l1_scores(folded, groups)
+    scores = score_channels(folded, groups)
     weights = loss_weights(layers(folded.spec, shape), groups, "latency")
 
     def prune(target_ms: float) -> tuple[nn.Module, float]:
         limit = Limit(costs, 1.0 - target_ms / dense_ms, "latency", dense_ms)
         plan = solve([limit], groups, scores, weights)
         network = copy.deepcopy(folded)
-        cut(network, groups, plan)
+        cut_channels(network, groups, plan)
         network.spec = read_spec(network)
         return network, (1.0 - plan.removed["latency"]) * dense_ms
 

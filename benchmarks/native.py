@@ -59,7 +59,7 @@ def _pruned_down(bench: Bench, epochs: int, lr: float) -> list[float]:
     dense = segprune.load(path)
     small, large = (count(spec, SIZE) for spec in (fold_decoder(bench.dense).spec, dense.spec))
     budgets = {"params": 1 - small.parameters / large.parameters, "macs": 1 - small.macs / large.macs}
-    pruned = Pruner(dense, budgets, repaired=True, data=training_images(bench)).prune(torch.empty(1, 3, *SIZE))
+    pruned = Pruner(dense, budgets, images=training_images(bench)).prune(torch.empty(1, 3, *SIZE))
     found = [bench.score(dense), bench.score(pruned)]
     config = replace(bench.config(epochs, lr), distillation=Distillation())
     train(pruned, config, bench.splits, accelerator=bench.accelerator, teacher=fold_decoder(dense))

@@ -41,11 +41,11 @@ NUM_IMAGES, EPOCHS, LR = 64, 4, 1.0  # epochs over a part of the pictures; the r
 BUDGETS = ("params=0.3", "params=0.5", "params=0.7", "macs=0.9")
 THEIRS = ("global L1", "isomorphic L1", "Taylor")
 OURS: dict[str, dict[str, Any]] = {
-    "l1, no data": {},
-    "random + repair": {"method": "random", "repaired": True},
-    "l1 + repair": {"repaired": True},
-    "wanda + repair": {"method": "wanda", "repaired": True},
-    "taylor + repair": {"method": "taylor", "repaired": True},
+    "l1, no data": {"repair": False},
+    "random + repair": {"pruning_method": "random"},
+    "l1 + repair": {},
+    "wanda + repair": {"pruning_method": "wanda"},
+    "taylor + repair": {"pruning_method": "taylor"},
 }
 
 
@@ -96,7 +96,7 @@ def methods(bench: Bench, budget: str) -> dict[str, Callable[[], nn.Module]]:
     }
     for name, options in OURS.items():
         found[f"segprune {name}"] = partial(
-            lambda options: Pruner(dense, rate, rate_of=unit, data=images, **options).prune(x), options
+            lambda options: Pruner(dense, rate, rate_of=unit, images=images, **options).prune(x), options
         )
     return found
 

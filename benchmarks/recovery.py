@@ -27,7 +27,7 @@ from segprune.cli.console import keep_freed_memory
 from segprune.data import CLASS_NAMES, CONTEXT_CLASS_NAMES, open_source, write_shapes
 from segprune.fold import fold_decoder
 from segprune.inference.evaluate import EvalMode, evaluate
-from segprune.pruning.costs import RateOf
+from segprune.pruning.options import RateOf
 from segprune.spec import standard_spec
 from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation

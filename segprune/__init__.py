@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from segprune.checkpoint import load, save
+    from segprune.fold import fold_decoder
     from segprune.model import SegFormer
+    from segprune.pruning.prune import prune
     from segprune.pruning.pruner_l1 import L1Pruner
     from segprune.stats import count
 
-__all__ = ["L1Pruner", "SegFormer", "__version__", "count", "load", "save"]
+__all__ = ["L1Pruner", "SegFormer", "__version__", "count", "fold_decoder", "load", "prune", "save"]
 
 _HOMES = {
     "L1Pruner": "segprune.pruning.pruner_l1",
     "SegFormer": "segprune.model",
     "count": "segprune.stats",
+    "fold_decoder": "segprune.fold",
     "load": "segprune.checkpoint",
+    "prune": "segprune.pruning.prune",
     "save": "segprune.checkpoint",
 }
 

@@ -8,9 +8,9 @@ Units: MACs and FLOPs for one image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from segprune.model import check_input
 from segprune.spec import BlockSpec, Spec, StageSpec, block_name, stage_name
@@ -154,3 +154,8 @@ def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
 
     yield _norm("decode_head.norm", dim)
     yield Layer("decode_head.classifier", "product", dim, spec.num_classes, positions[0])
+
+
+def removed_shares(before: Counts, after: Counts) -> Mapping[Any, float]:
+    """Returns the shares of "params" and of "macs" that the second network lacks, below 0 where it has more."""
+    return {"params": 1.0 - after.parameters / before.parameters, "macs": 1.0 - after.macs / before.macs}

@@ -42,8 +42,12 @@ NEVER = {  # though they point down: what a room must work without
     ("checkpoint", "training"): "a network loads without its training",
 }
 SPARED = {
-    ("segprune.pruning.latency.table", "segprune.files"),  # a table of times is no network
-    ("segprune.pruning.pruner", "segprune.checkpoint.published"),  # uniform widths are those that others can hold
+    ("segprune.pruning.budget.latency.table", "segprune.files"),  # a table of times is no network
+    ("segprune.pruning.plan", "segprune.files"),  # neither is a plan
+    (
+        "segprune.pruning.budget.uniform",
+        "segprune.checkpoint.published",
+    ),  # widths that others can hold
     ("segprune.checkpoint.hf_out", "segprune.data"),  # mean and deviation stand in a Hugging Face folder
     ("segprune.checkpoint.write", "segprune.data"),  # an image to compare with
 }
@@ -106,8 +110,8 @@ def test_a_module_imports_only_from_rows_below(module: str) -> None:
         ("segprune.checkpoint.write", "from segprune.data import MEAN", []),
         ("segprune.pruning.plan", "from segprune.checkpoint import load", ["segprune.checkpoint"]),
         ("segprune.pruning.pruner", "from segprune.checkpoint import load", ["segprune.checkpoint"]),
-        ("segprune.pruning.plan", "from segprune.files import write_json", ["segprune.files"]),
-        ("segprune.pruning.latency.table", "from segprune.files import write_json", []),
+        ("segprune.pruning.groups", "from segprune.files import write_json", ["segprune.files"]),
+        ("segprune.pruning.budget.latency.table", "from segprune.files import write_json", []),
         ("segprune.data.voc", "from segprune.training import loop", ["segprune.training", "segprune.training.loop"]),
         ("segprune.training.loop", "from segprune.data.samples import Sample", []),
         ("segprune.pruning.plan", "from segprune.pruning.groups import Group\nimport torch", []),

@@ -23,8 +23,8 @@ from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.model import SegFormer
 from segprune.pruning.depth import branch_scores, noise, remove
 from segprune.pruning.groups import find_groups
-from segprune.pruning.importance import METHODS, scores
-from segprune.pruning.plan import plan_of
+from segprune.pruning.importance import METHODS, score_channels
+from segprune.pruning.plan import keep_best
 from segprune.pruning.repair import repair
 from segprune.training.distill import Distillation
 from segprune.training.loop import train
@@ -103,13 +103,12 @@ def test_channels_are_scored_and_cut(device: OtherDevice, small_model: SegFormer
     x = torch.randn(2, 3, 64, 64).double()
     groups = find_groups(model, x[:1].to(OTHER), {STEM}, heads=True).groups
 
-    fallback = "l1" if method == "bn" else None
-    ranks = scores(method, model, groups, [x.to(OTHER)], fallback=fallback)
-    expected = scores(method, small_model, groups, [x], fallback=fallback)
+    ranks = score_channels(model, groups, method, [x.to(OTHER)])
+    expected = score_channels(small_model, groups, method, [x])
     for name, values in expected.items():
         np.testing.assert_allclose(ranks[name], values)
 
-    plan = plan_of(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
+    plan = keep_best(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
     pruned = cut_copy(model, list(groups), plan)
     assert places(pruned) == {"cuda"}
     assert pruned(x.to(OTHER)).device == OTHER
@@ -120,7 +119,7 @@ def test_cut_networks_are_repaired(device: OtherDevice, dense_of: Callable[[str]
     dense = dense_of(head)
     batches = list(torch.randn(3, 3, 64, 64).double().split(2))
     groups = find_groups(dense, batches[0][:1], {STEM}, heads=True).groups
-    plan = plan_of(groups, scores("l1", dense, groups), np.array([max(1, 2 * g.slots // 3) for g in groups]))
+    plan = keep_best(groups, score_channels(dense, groups), np.array([max(1, 2 * g.slots // 3) for g in groups]))
     pruned = cut_copy(dense, list(groups), plan)
 
     repaired = repair(moved(pruned), moved(dense), groups, plan, batches)  # the images are moved by it

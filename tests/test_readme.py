@@ -13,8 +13,8 @@ import pytest
 import typer
 
 from segprune.cli import app
-from segprune.cli.pruning import PruneConfig
 from segprune.cli.settings import TrainSettings
+from segprune.pruning.options import DEFAULT_RATE, PruneOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -126,13 +126,15 @@ def test_both_languages_show_the_same_results() -> None:
 def test_the_table_of_flags_names_all_of_them_with_their_defaults(text: str) -> None:
     table = next(table for table in tables(text) if "--model_path" in table[2][0])
     listed = {flag: row[2].strip() for row in table[2:] for flag in re.findall(r"--(\w+)", row[0])}
-    config = PruneConfig()
-    assert set(listed) == {field.name for field in fields(config)}
-    for name in ("pruning_rate", "round_to", "seed"):
-        assert float(listed[name]) == getattr(config, name)
-    for name in ("pruning_method", "rate_of", "scope", "save_dir"):
-        assert listed[name].strip("`") == getattr(config, name)
-    assert listed["input_shape"].strip("`") == "{} {}".format(*config.input_shape)
+    options = PruneOptions()
+    assert set(listed) == {parameter.name for parameter in COMMANDS["prune"].params}
+    assert float(listed["pruning_rate"]) == DEFAULT_RATE
+    assert listed["rate_of"].strip("`") == next(iter(options.budgets))
+    for name in ("round_to", "seed"):
+        assert float(listed[name]) == getattr(options, name)
+    for name in ("pruning_method", "scope"):
+        assert listed[name].strip("`") == getattr(options, name)
+    assert listed["input_shape"].strip("`") == "{} {}".format(*options.input_shape)
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=READMES)

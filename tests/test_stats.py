@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segprune.model import SegFormer
 from segprune.spec import BlockSpec, Spec, StageSpec, standard_spec
-from segprune.stats import count, layers
+from segprune.stats import Counts, count, layers, removed_shares
 
 
 def narrowed(spec: Spec) -> Spec:
@@ -96,3 +96,8 @@ def test_every_layer_is_named_and_costs_as_its_module(change) -> None:
 def test_an_image_below_32_pixels_is_refused(small_spec: Spec) -> None:
     with pytest.raises(ValueError, match="The input is 16×64 pixels; both sides must be at least 32"):
         count(small_spec, (16, 64))
+
+
+def test_removed_shares_are_of_the_first_network() -> None:
+    before, after = Counts(100, 1000, (64, 64)), Counts(25, 1500, (64, 64))
+    assert removed_shares(before, after) == {"params": 0.75, "macs": -0.5}

@@ -19,13 +19,13 @@ from segprune.cli import (
     export,
     info,
     predict,
-    prune,
     scan,
     shapes,
     train,
 )
 from segprune.cli.console import keep_freed_memory
 from segprune.cli.flags import CONTEXT, command
+from segprune.cli.prune import command as prune
 
 app = typer.Typer(
     name="segprune",

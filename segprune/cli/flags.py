@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -76,7 +77,7 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
         names = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name}
         with one_sentence(names), exact_products():
             made = {
-                name: record(**{field.name: flags[field.name] for field in fields(record)})
+                name: record(**{field.name: flags[field.name] for field in fields(record) if field.name in flags})
                 for name, record in records.items()
             }
             if "given" in signature:
@@ -104,6 +105,9 @@ def _parameters_of(record: type[Any]) -> list[inspect.Parameter]:
         parameter = signature[field.name]
         title = panels.get(field.name, field.metadata.get("panel")) or title
 
+        if get_origin(parameter.annotation) is not Annotated and not field.metadata:
+            continue  # an option for Python alone
+
         if get_origin(parameter.annotation) is Annotated:
             kind, option = get_args(parameter.annotation)
             option = copy.copy(option)  # several commands share some, each below a title of its own
@@ -116,9 +120,12 @@ def _parameters_of(record: type[Any]) -> list[inspect.Parameter]:
 
 
 def _flag_of(name: str, annotation: Any, metadata: Mapping[str, Any]) -> Any:
+    help_text = re.sub(r"`(\w+)`", r"--\1", metadata["help"])
     if annotation is bool:
-        return switch(f"--{name}", metadata["help"])
-    return typer.Option(f"--{name}", metavar=metadata["metavar"] or None, help=metadata["help"])
+        return switch(f"--{name}", help_text)
+    if annotation == bool | None:
+        return typer.Option(f"--{name}/--no_{name}", help=help_text)
+    return typer.Option(f"--{name}", metavar=metadata["metavar"] or None, help=help_text)
 
 
 def _flag_type(annotation: Any) -> Any:

@@ -23,7 +23,7 @@ from segprune.data.unlabelled import batch_images, list_images, load_images
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import SegFormer, check_input
-from segprune.pruning.importance import NEED_DATA
+from segprune.pruning.importance import NEED_IMAGES
 from segprune.pruning.pruner import Pruner
 from segprune.pruning.scan import Finding, output_distance, scan, sensitivities
 from segprune.runs.records import environment
@@ -76,7 +76,9 @@ def run(config: ScanConfig, given: frozenset[str]) -> None:
     check_writable(config.save_dir)
     model = checkpoint.build(found).to(device)
     measure, unit, images = _measure(config, model)
-    pruner = Pruner(model, method=config.pruning_method, data=images, keep_decoder=config.keep_decoder)
+    pruner = Pruner(
+        model, pruning_method=config.pruning_method, images=images, repair=False, keep_decoder=config.keep_decoder
+    )
     with progress_bar("scanning") as advance:
         findings = scan(model, measure, rates, pruner=pruner, progress=advance)
 
@@ -133,7 +135,7 @@ def _measure(config: ScanConfig, model: SegFormer) -> tuple[Callable[[SegFormer]
 
     dense = score(model)
     images = []
-    if config.pruning_method in NEED_DATA:
+    if config.pruning_method in NEED_IMAGES:
         images = batch_images(load_images(list_images(source), config.num_images, config.input_shape))
     return lambda network: dense - score(network), "mIoU lost", [batch.to(device) for batch in images]
 

@@ -11,7 +11,6 @@ import torch
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
-from segprune.cli.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.console import (
     choose_device,
     classes_of,
@@ -22,6 +21,7 @@ from segprune.cli.console import (
     show_settings,
 )
 from segprune.cli.machine import fit_to_machine
+from segprune.cli.prune.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.settings import TrainSettings, check_settings, train_config, with_rates
 from segprune.cli.view import training_view
 from segprune.data import Source

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -65,23 +65,26 @@ class Grouping:
 
 
 def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, heads: bool = False) -> Grouping:
-    """All groups of `model` whose every output side is free.
+    """Finds all groups of `model` whose every output side is free.
 
     `protected` has names of layers whose outputs stay, or of groups; the network's own outputs always stay. `heads`
     adds a group of whole heads per attention that has several. The model is left as it was.
     """
     modules = dict(model.named_modules())
+
+    # What residuals and concatenations tie together is traced; the inside of our attention is known.
     groups, unsupported = _traced_groups(model, example_inputs, modules)
     for name, module in modules.items():
         if type(module) is Attention:
             groups += _attention_groups(name, module, heads=heads)
+
     free = tuple(group for group in groups if not is_protected(group, protected))
     kept = tuple(group for group in groups if is_protected(group, protected))
     return Grouping(free, kept, unsupported)
 
 
 def is_protected(group: Group, names: Set[str]) -> bool:
-    """Whether it is named itself, or one of its layers, whose outputs have to stay."""
+    """Returns whether it is named itself, or one of its layers, whose outputs have to stay."""
     return group.name in names or any(member.side == "out" and member.layer in names for member in group.members)
 
 
@@ -138,31 +141,44 @@ def _traced_groups(
     unsupported: dict[str, str] = {}
     graph = torch_pruning.DependencyGraph()
     output_kind = torch_pruning.ops._OutputOp
+
     with eval_mode(model), _trainable(model), _stand_ins(model), torch.enable_grad():
         names = {module: name for name, module in model.named_modules()}
         graph.build_dependency(model, example_inputs, forward_fn=run, output_transform=tensors_in, verbose=False)
+
         for traced in graph.get_all_groups():
-            items = [(item.dep, item.idxs, item.root_idxs) for item in traced]
-            if any(isinstance(dep.target.module, output_kind) or _is_last(graph, dep) for dep, _, _ in items):
+            items = [_Item(item.dep, item.idxs, item.root_idxs) for item in traced]
+
+            # The network's own outputs stay as they are.
+            if any(isinstance(item.module, output_kind) or _is_last(graph, item.dep) for item in items):
                 continue
-            layers = [item for item in items if isinstance(item[0].target.module, nn.Module)]
-            layers = [item for item in layers if item[0].target.module in names]
-            strange = {names[d.target.module]: type(d.target.module).__name__ for d, _, _ in layers if not _can_cut(d)}
-            strange |= {graph._param_to_name[d.target.module]: "Parameter" for d, _, _ in items if _is_parameter(d)}
+
+            strange = _find_strange(graph, items, names)
             if strange:
                 unsupported |= strange
                 continue
-            members = [
-                member
-                for dep, idxs, root in layers
-                for member in _members(names[dep.target.module], dep, graph, idxs, root, modules)
-            ]
+
+            members = _find_members(graph, items, names, modules)
             misread = {m.layer: type(modules[m.layer]).__name__ for m in members if not _fits(m, modules[m.layer])}
             if misread:
                 unsupported |= misread
                 continue
-            groups.append(_named_group(members, len(items[0][1]), modules))
+
+            groups.append(_named_group(members, len(items[0].positions), modules))
+
     return groups, unsupported
+
+
+class _Item(NamedTuple):
+    """What the tracer says of one layer in a group: the channels of the group, and where they lie in the layer."""
+
+    dep: Any
+    positions: list[int]
+    channels: list[int]
+
+    @property
+    def module(self) -> Any:
+        return self.dep.target.module
 
 
 def _is_last(graph: Any, dep: Any) -> bool:
@@ -170,12 +186,28 @@ def _is_last(graph: Any, dep: Any) -> bool:
     return not dep.target.outputs and graph.is_out_channel_pruning_fn(dep.handler)
 
 
-def _is_parameter(dep: Any) -> bool:
-    return isinstance(dep.target.module, nn.Parameter)
+def _find_strange(graph: Any, items: list[_Item], names: dict[nn.Module, str]) -> dict[str, str]:
+    """Returns the layers and bare parameters of a traced group that cannot be cut, with their classes."""
+    strange = {}
+    for item in items:
+        if isinstance(item.module, nn.Parameter):
+            strange[graph._param_to_name[item.module]] = "Parameter"
+        elif isinstance(item.module, nn.Module) and item.module in names and not _can_cut(item.module):
+            strange[names[item.module]] = type(item.module).__name__
+    return strange
 
 
-def _can_cut(dep: Any) -> bool:
-    module = dep.target.module
+def _find_members(
+    graph: Any, items: list[_Item], names: dict[nn.Module, str], modules: dict[str, nn.Module]
+) -> list[Member]:
+    members: list[Member] = []
+    for item in items:
+        if isinstance(item.module, nn.Module) and item.module in names:
+            members += _members(graph, item, names[item.module], modules)
+    return members
+
+
+def _can_cut(module: nn.Module) -> bool:
     if isinstance(module, CONVS):
         return module.groups == 1 or is_depthwise(module)
     if isinstance(module, TRANSPOSED_CONVS):
@@ -190,19 +222,21 @@ def _can_cut(dep: Any) -> bool:
 
 
 def _fits(member: Member, module: nn.Module) -> bool:
-    """Not so behind a reshape that mixes channels with space: the tracer then counts beyond the layer's width."""
+    """Returns False behind a reshape that mixes channels with space: the tracer then counts beyond the width."""
     return bool(member.positions.max() < width_of(module, member.side))
 
 
-def _members(
-    name: str, dep: Any, graph: Any, idxs: list[int], root: list[int], modules: dict[str, nn.Module]
-) -> Iterator[Member]:
-    module = dep.target.module
+def _members(graph: Any, item: _Item, name: str, modules: dict[str, nn.Module]) -> Iterator[Member]:
+    """Yields where a group's channels lie in one traced layer; an attention's stand-in has several layers behind it."""
+    module = item.module
     if not any(True for _ in module.parameters()) and not isinstance(module, NORMS):
         return  # an activation or the like: nothing to cut
-    positions, channels = np.asarray(idxs, dtype=np.int64), np.asarray(root, dtype=np.int64)
+
+    positions = np.asarray(item.positions, dtype=np.int64)
+    channels = np.asarray(item.channels, dtype=np.int64)
     one_sided = isinstance(module, NORMS) or is_depthwise(module)
-    side: Side = "out" if one_sided or graph.is_out_channel_pruning_fn(dep.handler) else "in"
+    side: Side = "out" if one_sided or graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+
     if not isinstance(module, _StandIn):
         yield Member(name, side, positions, channels)
     elif side == "out":
@@ -210,54 +244,66 @@ def _members(
     else:
         attention = modules[name]
         assert isinstance(attention, Attention)
-        for inner in ("q", "k", "v") if attention.sr is None else ("q", "sr"):
-            yield Member(f"{name}.{inner}", "in", positions, channels)
+        readers = ("q", "k", "v") if attention.sr is None else ("q", "sr")
+        for reader in readers:
+            yield Member(f"{name}.{reader}", "in", positions, channels)
 
 
 def _named_group(members: list[Member], num_channels: int, modules: dict[str, nn.Module]) -> Group:
-    """Kind and name by the glossary where the layers are ours; else kind "other", named by the first layer."""
-    found: dict[str, str] = {}
+    """Returns a group with kind and name by the glossary where the layers are ours; else "other", by the first layer.
+
+    A stage's width is a stage's even where the decode head reads it: kinds are looked for in that order.
+    """
+    names: dict[str, str] = {}
     for member in members:
         parent_name, _, leaf = member.layer.rpartition(".")
         parent = modules.get(parent_name)
         grandparent = modules.get(parent_name.rpartition(".")[0])
+
         if member.side == "out" and isinstance(parent, PatchEmbed):
-            found["stage"] = parent_name.removesuffix("patch_embed") + "width"
+            names["stage"] = parent_name.removesuffix("patch_embed") + "width"
         elif isinstance(parent, DecodeHead) and leaf == "norm":
-            found["decoder"] = f"{parent_name}.width"
+            names["decoder"] = f"{parent_name}.width"
         elif isinstance(parent, Mlp) and leaf == "dwconv":
-            found["ffn"] = f"{parent_name}.ffn"
+            names["ffn"] = f"{parent_name}.ffn"
         elif isinstance(grandparent, DecodeHead) and member.side == "out":
-            found.setdefault("branch", member.layer)
+            names.setdefault("branch", member.layer)
+
     for kind in ("stage", "decoder", "ffn", "branch"):
-        if kind in found:
-            return Group(found[kind], kind, num_channels, tuple(members))
+        if kind in names:
+            return Group(names[kind], kind, num_channels, tuple(members))
     return Group(members[0].layer, "other", num_channels, tuple(members))
 
 
 def group_names(model: nn.Module) -> list[str]:
-    """The names that groups of our own layers have, protected or not; others are called after a layer."""
-    found = []
+    """Returns the names that groups of our own layers have, protected or not; others are called after a layer."""
+    names = []
     for name, module in model.named_modules():
         if isinstance(module, PatchEmbed):
-            found.append(name.removesuffix("patch_embed") + "width")
+            names.append(name.removesuffix("patch_embed") + "width")
         elif isinstance(module, DecodeHead):
-            found.append(f"{name}.width")
+            names.append(f"{name}.width")
         elif isinstance(module, Mlp):
-            found.append(f"{name}.ffn")
+            names.append(f"{name}.ffn")
         elif type(module) is Attention:
-            found += [group.name for group in _attention_groups(name, module, heads=True)]
-    return found
+            names += [group.name for group in _attention_groups(name, module, heads=True)]
+    return names
 
 
 def _attention_groups(name: str, module: Attention, *, heads: bool) -> Iterator[Group]:
     num_heads = module.num_heads
     qk, v = module.q.out_features, module.v.out_features
+
+    # Queries and keys share their channels, and so do values and the output product.
     yield _block_group(f"{name}.qk", "qk", qk, [("q", "out"), ("k", "out")], name, num_heads)
     yield _block_group(f"{name}.v", "v", v, [("v", "out"), ("proj", "in")], name, num_heads)
+
+    # What the reduction puts out is normalised, and read by keys and values.
     if module.sr is not None:
         sides: list[tuple[str, Side]] = [("sr", "out"), ("norm", "out"), ("k", "in"), ("v", "in")]
         yield _block_group(f"{name}.reduction", "reduction", module.sr.out_channels, sides, name, 1)
+
+    # A whole head takes its channels out of all four layers.
     if heads and num_heads > 1:
         totals: list[tuple[str, Side, int]] = [("q", "out", qk), ("k", "out", qk), ("v", "out", v), ("proj", "in", v)]
         members = [

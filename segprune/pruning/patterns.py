@@ -21,60 +21,60 @@ def matches(pattern: str, name: str) -> bool:
     """
     if pattern == "head" or pattern.startswith("head."):
         pattern = f"decode_{pattern}"
+
     forms = (name, name.removeprefix("encoder."))
     return any(fnmatchcase(form, pattern) or fnmatchcase(form, f"{pattern}.*") for form in forms)
 
 
-def matching_names(patterns: Iterable[str], names: Sequence[str], flag: str) -> set[str]:
-    """All names that a pattern matches. ValueError for a pattern that matches none."""
-    found: set[str] = set()
+def matching_names(patterns: Iterable[str], names: Sequence[str], argument: str) -> set[str]:
+    """Returns all names that a pattern matches. Raises ValueError for a pattern of `argument` that matches none."""
+    matched: set[str] = set()
     for pattern in patterns:
-        here = {name for name in names if matches(pattern, name)}
-        if not here:
-            raise ValueError(f"{flag} {pattern!r} matches nothing in this network; {_known(names)}")
-        found |= here
-    return found
+        new = {name for name in names if matches(pattern, name)}
+        if not new:
+            examples = names[:: max(1, len(names) // 3)][:3]
+            units = " (and units are params, macs, channels, latency)" if argument == "pruning_rate" else ""
+            raise ValueError(
+                f"`{argument}` {pattern!r} matches nothing in this network; its names look like {', '.join(examples)}"
+                f"{units}."
+            )
+        matched |= new
+    return matched
 
 
-def match(values: Mapping[str, float], groups: Sequence[Group], flag: str) -> dict[str, float]:
-    """The value of each group that a pattern matches; of several patterns the last one holds."""
+def match(values: Mapping[str, float], groups: Sequence[Group], argument: str) -> dict[str, float]:
+    """Returns the value of each group that a pattern matches; of several patterns the last one holds."""
     names = [group.name for group in groups]
-    return {name: value for pattern, value in values.items() for name in matching_names([pattern], names, flag)}
+    by_name: dict[str, float] = {}
+    for pattern, value in values.items():
+        by_name |= dict.fromkeys(matching_names([pattern], names, argument), value)
+    return by_name
 
 
-def parse_values(text: str, flag: str) -> dict[str, float]:
-    """`stages.3=0.7,head=0.6`, or one number for everything, as shares by pattern.
-
-    >>> parse_values("stages.3=0.7, head=0.6", "--rates")
-    {'stages.3': 0.7, 'head': 0.6}
-    >>> parse_values("0.8", "--max_rate")
-    {'*': 0.8}
+def parse_names(text: str) -> list[str]:
     """
-    return _parsed(text, flag, "stages.3=0.7,head=0.6")
+    >>> parse_names("stages.0.*, head")
+    ['stages.0.*', 'head']
+    """
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def parse_budgets(text: str, flag: str) -> dict[str, float]:
-    """`params=0.5,macs=0.7` as shares by unit; what units there are is for the pruner to say."""
-    example = "params=0.5,macs=0.7"
-    values = _parsed(text, flag, example)
-    if "*" in values:
-        raise ValueError(f"{flag} is {text!r}; write it as {flag} {example}.")
-    return values
+def parse_shares(text: str, argument: str, example: str) -> dict[str, float]:
+    """Returns numbers by name; one without a name has the name "". Raises ValueError for text of another form.
 
-
-def _parsed(text: str, flag: str, example: str) -> dict[str, float]:
-    values = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        pattern, _, number = part.rpartition("=")
+    >>> parse_shares("0.5, stages.3=0.7", "pruning_rate", "0.5")
+    {'': 0.5, 'stages.3': 0.7}
+    """
+    shares: dict[str, float] = {}
+    for part in parse_names(text):
+        name, _, number = part.rpartition("=")
         try:
-            value = float(number)
+            share = float(number)
         except ValueError as error:
-            raise ValueError(f"{flag} is {text!r}; write it as {flag} {example}.") from error
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{flag} {part} is not a share; it must be at least 0 and below 1.")
-        values[pattern.strip() or "*"] = value
-    return values
+            raise ValueError(f"`{argument}` is {text!r}; write it as {example}.") from error
 
-
-def _known(names: Sequence[str]) -> str:
-    return f"its names look like {', '.join(names[:: max(1, len(names) // 3)][:3])}."
+        name = name.strip()
+        if name in shares:
+            raise ValueError(f"`{argument}` is {text!r}, which gives two shares for {name or 'one number'}; drop one.")
+        shares[name] = share
+    return shares

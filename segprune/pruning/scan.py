@@ -6,7 +6,6 @@ plan treats alike. Nothing is repaired, so that what is measured is what the cha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,9 @@ from torch.nn import functional as F
 
 from segprune.model import SegFormer
 from segprune.pruning.groups import Group
-from segprune.pruning.plan import plan_of
-from segprune.pruning.prepare import Prepared
+from segprune.pruning.plan import keep_best
 from segprune.pruning.pruner import Pruner
-from segprune.pruning.surgery import cut, read_spec
+from segprune.pruning.surgery import cut
 from segprune.pruning.trace import eval_mode
 
 LOWEST, HIGHEST = 0.1, 10.0  # of a sensitivity: a scan is coarse, and one set must not decide everything
@@ -50,34 +48,44 @@ def scan(
     """
     pruner = pruner or Pruner(model)
     prepared = pruner.prepare()
-    scores, parts = pruner.scores(prepared), _parts(prepared.groups)
+    scores = pruner.score(prepared)
+    parts = _parts(prepared.groups)
+
     findings = []
-    for i, (part, names) in enumerate(parts.items()):
-        for j, rate in enumerate(rates):
-            widths = [_left(group, rate) if group.name in names else group.slots for group in prepared.groups]
-            plan = plan_of(prepared.groups, scores, np.array(widths, dtype=np.int64))
-            network = _copy(prepared)
-            cut(network, prepared.groups, plan)
-            network.spec = read_spec(network)
+    for part, names in parts.items():
+        for rate in rates:
+            # Only this part's groups get narrower.
+            widths = []
+            for group in prepared.groups:
+                narrower = max(1, round((1.0 - rate) * group.slots))
+                widths.append(narrower if group.name in names else group.slots)
+
+            network = cut(prepared, keep_best(prepared.groups, scores, np.array(widths, dtype=np.int64)))
+            assert isinstance(network, SegFormer)
             findings.append(Finding(part, names, rate, measure(network)))
             if progress is not None:
-                progress(i * len(rates) + j + 1, len(parts) * len(rates))
+                progress(len(findings), len(parts) * len(rates))
     return findings
 
 
 def sensitivities(findings: Iterable[Finding]) -> dict[str, float]:
-    """By group name: how much more than the average part the group's part loses, for `PlanOptions.sensitivity`.
+    """By group name: how much more than the average part the group's part loses, for `PruneOptions.sensitivity`.
 
     The mean loss over the rates, relative to the mean of all parts, within `LOWEST` and `HIGHEST`.
     """
     by_part: dict[tuple[str, ...], list[float]] = {}
     for finding in findings:
         by_part.setdefault(finding.names, []).append(max(finding.loss, 0.0))
+
     means = {names: float(np.mean(losses)) for names, losses in by_part.items()}
     average = float(np.mean(list(means.values())))
     if not average > 0.0:
-        raise ValueError("Nothing in the scan changed the network's output; scan higher rates or give other pictures.")
-    return {name: min(max(loss / average, LOWEST), HIGHEST) for names, loss in means.items() for name in names}
+        raise ValueError("Nothing in the scan changed the network's output; scan higher rates or give other images.")
+
+    factors: dict[str, float] = {}
+    for names, loss in means.items():
+        factors |= dict.fromkeys(names, min(max(loss / average, LOWEST), HIGHEST))
+    return factors
 
 
 def output_distance(dense: SegFormer, images: Sequence[Tensor]) -> Callable[[SegFormer], float]:
@@ -93,8 +101,8 @@ def output_distance(dense: SegFormer, images: Sequence[Tensor]) -> Callable[[Seg
     def measure(model: SegFormer) -> float:
         distance = 0.0
         for batch, aim in zip(images, aims, strict=True):
-            found = F.kl_div(logits(model, batch), aim, log_target=True, reduction="none").sum(1).mean()
-            distance += float(found) * len(batch) / total
+            divergence = F.kl_div(logits(model, batch), aim, log_target=True, reduction="none").sum(1).mean()
+            distance += float(divergence) * len(batch) / total
         return distance
 
     return measure
@@ -108,13 +116,3 @@ def _parts(groups: Iterable[Group]) -> dict[str, tuple[str, ...]]:
         part = f"stages.{steps[1]} {group.kind}" if steps[0] == "stages" else "head"
         parts[part] = (*parts.get(part, ()), group.name)
     return dict(sorted(parts.items()))
-
-
-def _left(group: Group, rate: float) -> int:
-    return max(1, round((1.0 - rate) * group.slots))
-
-
-def _copy(prepared: Prepared) -> SegFormer:
-    network = copy.deepcopy(prepared.model)
-    assert isinstance(network, SegFormer)
-    return network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -12,63 +13,92 @@ from torch import nn
 from segprune.model import Attention, Block, SegFormer
 from segprune.pruning.groups import Group, Side
 from segprune.pruning.plan import Plan
-from segprune.pruning.trace import NORMS, TRANSPOSED_CONVS, is_depthwise, width_of
+from segprune.pruning.prepare import Prepared
+from segprune.pruning.trace import NORMS, TRANSPOSED_CONVS, eval_mode, is_depthwise, run, width_of
 from segprune.spec import BlockSpec, Spec, block_name, stage_name
 
 
-def cut(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
-    """Remove from `model`, in place, every channel that the plan does not keep."""
+def cut(prepared: Prepared, plan: Plan) -> nn.Module:
+    """Returns a new network with only the channels that the plan keeps; a stock SegFormer's has its new spec.
+
+    Any other network is run once: what was traced wrongly must fail here, and not in the user's hands.
+    """
+    model = copy.deepcopy(prepared.model)
+    cut_channels(model, prepared.groups, plan)
+    if prepared.stock:
+        assert isinstance(model, SegFormer)
+        model.spec = read_spec(model)
+        return model
+
+    try:
+        with eval_mode(model), torch.no_grad():
+            run(model, prepared.example_inputs)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} no longer runs once its channels are cut ({error}); something in it depends on "
+            "their number in a way that tracing does not see: name its layers in ignored_layers."
+        ) from error
+    return model
+
+
+def cut_channels(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
+    """Removes from `model`, in place, every channel that the plan does not keep."""
     groups = list(groups)
     for group in groups:
         if group.kind == "head":
             attention = model.get_submodule(group.name.removesuffix(".heads"))
             assert isinstance(attention, Attention)
             attention.num_heads = len(plan.keep[group.name])
+
     for (layer, side), positions in removed_positions(groups, plan).items():
         _slice(model.get_submodule(layer), side, positions)
 
 
 def removed_positions(groups: Iterable[Group], plan: Plan) -> dict[tuple[str, Side], set[int]]:
-    """What the plan takes from each side of each layer that it touches."""
-    gone: dict[tuple[str, Side], set[int]] = {}
+    """Returns what the plan takes from each side of each layer that it touches."""
+    removed: dict[tuple[str, Side], set[int]] = {}
     for group in groups:
         kept = np.zeros(group.num_channels, dtype=bool)
         kept[list(plan.keep[group.name])] = True
         if kept.all():
             continue
+
         for member in group.members:
-            lost = member.positions[~kept[member.channels]].tolist()
-            gone.setdefault((member.layer, member.side), set()).update(lost)
-    return gone
+            positions = member.positions[~kept[member.channels]].tolist()
+            removed.setdefault((member.layer, member.side), set()).update(positions)
+    return removed
 
 
-def _slice(module: nn.Module, side: Side, gone: set[int]) -> None:
+def _slice(module: nn.Module, side: Side, removed: set[int]) -> None:
     if isinstance(module, NORMS) or is_depthwise(module):
-        _slice_one_sided(module, gone)
+        _slice_one_sided(module, removed)
         return
-    transposed = isinstance(module, TRANSPOSED_CONVS)
-    dim = int((side == "in") != transposed)
+
+    # Outputs come first in a weight, but in a transposed convolution inputs do.
+    dim = int((side == "in") != isinstance(module, TRANSPOSED_CONVS))
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    keep = _complement(gone, weight.shape[dim], weight.device)
+    keep = _complement(removed, weight.shape[dim], weight.device)
     module.weight = _parameter(weight, dim, keep)
     if side == "out" and isinstance(module.bias, nn.Parameter):
         module.bias = _parameter(module.bias, 0, keep)
+
     names = ("out_features", "out_channels") if side == "out" else ("in_features", "in_channels")
     setattr(module, names[0] if isinstance(module, nn.Linear) else names[1], len(keep))
 
 
-def _slice_one_sided(module: nn.Module, gone: set[int]) -> None:
-    """A normalisation or a depth-wise convolution: every tensor has the channels in front."""
+def _slice_one_sided(module: nn.Module, removed: set[int]) -> None:
+    """Slices a normalisation or a depth-wise convolution, whose tensors all have the channels in front."""
     size = width_of(module, "out")
     for name, parameter in list(module.named_parameters(recurse=False)):
-        keep = _complement(gone, size, parameter.device)
+        keep = _complement(removed, size, parameter.device)
         setattr(module, name, _parameter(parameter, 0, keep))
     for name, buffer in list(module.named_buffers(recurse=False)):
         if buffer.dim() > 0:
-            keep = _complement(gone, size, buffer.device)
+            keep = _complement(removed, size, buffer.device)
             setattr(module, name, buffer[keep].clone())
-    width = size - len(gone)
+
+    width = size - len(removed)
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = (width,)
     elif isinstance(module, NORMS):
@@ -77,9 +107,9 @@ def _slice_one_sided(module: nn.Module, gone: set[int]) -> None:
         module.in_channels = module.out_channels = module.groups = width  # type: ignore[assignment]
 
 
-def _complement(gone: set[int], size: int, device: torch.device) -> torch.Tensor:
+def _complement(removed: set[int], size: int, device: torch.device) -> torch.Tensor:
     mask = torch.ones(size, dtype=torch.bool)
-    mask[list(gone)] = False
+    mask[list(removed)] = False
     return mask.nonzero().flatten().to(device)
 
 
@@ -88,7 +118,7 @@ def _parameter(old: nn.Parameter, dim: int, keep: torch.Tensor) -> nn.Parameter:
 
 
 def read_spec(model: SegFormer) -> Spec:
-    """The spec of a cut network: widths off its layers, everything else from the old spec."""
+    """Returns the spec of a cut network: widths off its layers, everything else from the old spec."""
     stages = []
     for i, stage in enumerate(model.spec.stages):
         blocks = []
@@ -96,8 +126,10 @@ def read_spec(model: SegFormer) -> Spec:
             module = model.get_submodule(block_name(i, j))
             assert isinstance(module, Block)
             blocks.append(_read_block(block, module))
+
         width = width_of(model.get_submodule(f"{stage_name(i)}.patch_embed.proj"), "out")
         stages.append(replace(stage, width=width, blocks=tuple(blocks)))
+
     head = model.decode_head
     dims = tuple(width_of(branch, "out") for branch in head.branches)
     return replace(

@@ -38,7 +38,7 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def width_of(module: nn.Module, side: str) -> int:
-    """Channels on one side ("in", "out") of a linear layer, a convolution or a normalisation."""
+    """Returns the channels on one side ("in", "out") of a linear layer, a convolution or a normalisation."""
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[0]
     if isinstance(module, NORMS):
@@ -50,7 +50,7 @@ def width_of(module: nn.Module, side: str) -> int:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own mode back."""
+    """Sets evaluation mode for a while; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -61,7 +61,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, example_inputs: Any) -> Any:
-    """Call the network the way `example_inputs` is shaped: a dict by name, a tuple or list one by one."""
+    """Calls the network the way `example_inputs` is shaped: a dict by name, a tuple or list one by one."""
     if isinstance(example_inputs, dict):
         return model(**example_inputs)
     if isinstance(example_inputs, tuple | list):
@@ -70,7 +70,7 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """All tensors in nested dicts, lists and tuples, in order."""
+    """Returns all tensors in nested dicts, lists and tuples, in order."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, dict):
@@ -81,13 +81,16 @@ def tensors_in(output: Any) -> list[Tensor]:
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Trace:
-    """Run `model` once without gradients, in evaluation mode, and record it. Costs are for one sample."""
+    """Runs `model` once without gradients, in evaluation mode, and records it. Costs are for one sample."""
     result = Trace()
+
+    # Hooks know which module is running, and what each layer takes and puts out.
     stack: list[tuple[str, nn.Module]] = []
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(_pusher(stack, name)))
         hooks.append(module.register_forward_hook(_popper(stack, name, result), with_kwargs=True))
+
     try:
         with eval_mode(model), torch.no_grad(), _Products(stack, result):
             run(model, example_inputs)
@@ -121,12 +124,14 @@ def _layer(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -
         return Layer(name, "product", module.in_features, module.out_features, positions, 1, bias)
     if isinstance(module, CONVS + TRANSPOSED_CONVS):
         kernel, bias = math.prod(module.kernel_size), module.bias is not None
-        # a transposed convolution has one product per input position
+
+        # A transposed convolution has one product per input position.
         positions = math.prod((inputs[0] if isinstance(module, TRANSPOSED_CONVS) else output).shape[2:])
         if module.groups == 1:
             return Layer(name, "product", module.in_channels, module.out_channels, positions, kernel, bias)
         kernel *= module.in_channels // module.groups
         return Layer(name, "depthwise", module.out_channels, module.out_channels, positions, kernel, bias)
+
     if isinstance(module, NORMS) and module.weight is not None and module.weight.dim() == 1:
         dim = module.weight.shape[0]
         return Layer(name, "norm", dim, dim, 0)
@@ -157,10 +162,12 @@ class _Products(TorchFunctionMode):
             self.result.unknown_attention[owner] = type(module).__name__
         if name != "scaled_dot_product_attention":
             return
+
+        # The widths of all heads together. Our own attention may have filled up the narrower of the two.
         q, k, v = activations[:3]
         heads = math.prod(q.shape[1:-2])
         widths = heads * q.shape[-1], heads * v.shape[-1]
-        if type(module) is Attention:  # may have filled up the narrower of the two
+        if type(module) is Attention:
             widths = module.q.out_features, module.v.out_features
         layer = Layer(owner, "attention", *widths, q.shape[-2], k.shape[-2])
         self.result.layers.append(layer)

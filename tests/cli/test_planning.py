@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from segprune import load
-from segprune.cli.calibration import load_images, places_of
 from segprune.data import open_source
+from segprune.data.unlabelled import batch_images, list_images, load_images
 from segprune.stats import count
 from tests.commands import HERE, SIZE, done, interrupted, invoke, refused
 
@@ -46,7 +46,7 @@ def test_a_plan_is_shown_and_saved_and_nothing_is_cut(planned: tuple[Path, str])
     path, out = planned
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["removed"]["params"] == pytest.approx(0.5, abs=0.01)
-    assert f"What goes: {record['removed']['params']:.1%} of the params" in out
+    assert f"Removes {record['removed']['params']:.1%} of the params" in out
     assert f"Nothing was cut; --plan carries this file out: {path}" in out
     for row in record["groups"]:
         assert row["name"].removeprefix("encoder.") in out
@@ -73,7 +73,7 @@ def test_an_edited_width_is_carried_out(planned: tuple[Path, str], dense: Path, 
 
 
 def test_rates_by_name_alone_leave_the_rest_whole(dense: Path, tmp_path: Path) -> None:
-    flags = ("--rates", "stages.3=0.75,head=0.5", "--plan_only")
+    flags = ("--pruning_rate", "stages.3=0.75,head=0.5", "--plan_only")
     done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
     for row in json.loads((tmp_path / "l1/b0/plan.json").read_text(encoding="utf-8"))["groups"]:
         share = 0.25 if ".stages.3." in row["name"] else 0.5 if "head." in row["name"] else 1.0
@@ -81,7 +81,7 @@ def test_rates_by_name_alone_leave_the_rest_whole(dense: Path, tmp_path: Path) -
 
 
 def test_beside_rates_by_name_the_others_make_up_for_the_rate(dense: Path, tmp_path: Path) -> None:
-    flags = ("--rates", "stages.3=0.25", "--pruning_rate", 0.5)
+    flags = ("--pruning_rate", "0.5,stages.3=0.25")
     done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
     pruned = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec
     assert pruned.stages[3].width == 192
@@ -89,8 +89,8 @@ def test_beside_rates_by_name_the_others_make_up_for_the_rate(dense: Path, tmp_p
 
 
 def test_of_several_budgets_each_is_met_and_one_exactly(dense: Path, tmp_path: Path) -> None:
-    out = done("prune", "--model_path", dense, *SIZE, "--budgets", "params=0.3,macs=0.85", "--save_dir", tmp_path)
-    assert " pruning_rate – rate_of – budgets params=0.3,macs=0.85 " in out  # no rate that nothing asked for
+    out = done("prune", "--model_path", dense, *SIZE, "--pruning_rate", "params=0.3,macs=0.85", "--save_dir", tmp_path)
+    assert " rate_of " not in out  # no rate that nothing asked for
     before, after = (count(load(path).spec, SHAPE) for path in (dense, tmp_path / "l1/b0/b0_pruned_budgets.pth"))
     assert 1 - after.parameters / before.parameters > 0.29
     assert 1 - after.macs / before.macs == pytest.approx(0.85, abs=0.01)
@@ -126,7 +126,7 @@ def test_of_a_plan_in_which_nothing_is_ignored_nothing_is_said_of_it(planned: tu
 def test_a_branch_with_an_ignored_group_stays_and_so_does_its_block(dense: Path, tmp_path: Path) -> None:
     most = ("--pruning_rate", 0.9, "--depth", 0.4, "--ignore", "stages.*.attn.qk")
     out = done("prune", "--model_path", dense, *SIZE, *most, "--save_dir", tmp_path)
-    (named,) = re.findall(r"Branches that go: (.+?)\. ", out)
+    (named,) = re.findall(r"Branches removed: (.+?)\. ", out)
     assert all(name.endswith(".mlp") for name in named.split(", "))
 
 
@@ -141,7 +141,7 @@ def test_a_rate_below_what_folding_takes_is_refused_in_the_users_numbers_before_
     said = rf"Error: Rate {rate:g} is less than --depth 0\.05 and folding the decode head together remove "
     assert re.match(said + r"\(0\.\d+\); .*--keep_decoder, or less depth\.", errors), errors
     assert status == 1
-    assert "Branches that go" not in out
+    assert "Branches removed" not in out
 
 
 def test_a_scan_goes_with_what_is_ignored_and_with_depth_but_not_with_another_network(
@@ -158,7 +158,7 @@ def test_a_scan_goes_with_what_is_ignored_and_with_depth_but_not_with_another_ne
     for more in ((), ("--depth", 0.3)):
         assert refused("prune", *flags, *more) == (
             "The sensitivities are of another network: this one has no group decode_head.branches.0.norm; "
-            "scan it with the flags that it is pruned with."
+            "scan it with the options that it is pruned with."
         )
 
 
@@ -176,14 +176,11 @@ def test_with_pictures_the_network_is_repaired_by_default(dense: Path, data: Pat
     for name, flags in (("repaired", ()), ("not", ("--no_repair",))):
         here = ("--data", data, *HERE, "--save_dir", tmp_path / name)
         out = done("prune", "--model_path", dense, *SIZE, *flags, *here)
-        assert f" repair {name == 'repaired'} " in out
-        assert (re.search(r"Repaired with \d+ pictures, before any training\.", out) is not None) == (
-            name == "repaired"
-        )
+        assert (re.search(r"Repaired with \d+ images, before any training\.", out) is not None) == (name == "repaired")
         outputs[name] = load(tmp_path / name / "l1/b0/b0_pruned_0.5.pth")
         record = json.loads((tmp_path / name / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
         assert record["pruning_config"]["repaired"] is (name == "repaired")
-    x = torch.cat(load_images(places_of(open_source(data)), 8, SHAPE))
+    x = torch.cat(batch_images(load_images(list_images(open_source(data)), 8, SHAPE)))
     with torch.inference_mode():
         aim = load(dense)(x)
         off = {name: float((model(x) - aim).square().mean()) for name, model in outputs.items()}
@@ -194,7 +191,7 @@ def test_a_data_set_without_a_train_part_is_scored_but_not_repaired(dense: Path,
     shutil.copytree(data, tmp_path / "val")
     next((tmp_path / "val").rglob("train.txt")).unlink()
     out = done("prune", "--model_path", dense, *SIZE, "--data", tmp_path / "val", *HERE, "--save_dir", tmp_path)
-    assert "Note: No repair, since there are no pictures for it:" in out
+    assert "Note: No repair, since there are no images for it:" in out
 
 
 @pytest.mark.parametrize("flags", [(), ("--rate_of", "macs", "--pruning_rate", 0.8)])
@@ -212,7 +209,7 @@ def test_pruning_in_steps_meets_the_rate(flags: tuple[object, ...], dense: Path,
 def test_branches_go_first_and_count_towards_the_rate(unit: str, depth: float, dense: Path, tmp_path: Path) -> None:
     flags = ("--rate_of", unit, "--pruning_rate", 0.8, "--depth", depth, "--ignore", "stages.3.blocks.0.mlp")
     out = done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
-    (named,) = re.findall(r"Branches that go: (.+?)\. ", out)
+    (named,) = re.findall(r"Branches removed: (.+?)\. ", out)
     path = tmp_path / "l1/b0/b0_pruned_0.8.pth"
     branches = [(b.has_attention, b.has_ffn) for stage in load(path).spec.stages for b in stage.blocks]
     assert sum(map(sum, branches)) < 16
@@ -223,7 +220,7 @@ def test_branches_go_first_and_count_towards_the_rate(unit: str, depth: float, d
 
 
 def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path: Path) -> None:
-    steps = ("--steps", 2, "--step_epochs", 1, "--epochs", 1, "--num_images", 2)
+    steps = ("--steps", "2,1", "--epochs", 1, "--num_images", 2)
     out = done("prune", "--model_path", dense, *SIZE, *HERE, *steps, "--data", data, "--save_dir", tmp_path)
     assert 0 < out.index(" Fine-tuning after step 1 ") < out.index(" Fine-tuning the pruned network ")
     folder = tmp_path / "l1/b0"
@@ -240,7 +237,7 @@ def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path:
 
 
 def test_training_that_is_a_part_of_pruning_has_to_be_begun_again(dense: Path, data: Path, tmp_path: Path) -> None:
-    part = ("--steps", 2, "--step_epochs", 1)
+    part = ("--steps", "2,1")
     here = (*SIZE, *HERE, "--num_images", 2, "--data", data, "--epochs", 1, "--save_dir", tmp_path)
     status, errors = interrupted(1, "prune", "--model_path", dense, *part, *here)
     assert (status, errors) == (
@@ -250,20 +247,23 @@ def test_training_that_is_a_part_of_pruning_has_to_be_begun_again(dense: Path, d
 
 
 def test_the_results_name_no_rate_that_was_not_asked(dense: Path, tmp_path: Path) -> None:
-    done("prune", "--model_path", dense, *SIZE, "--rates", "head=0.5", "--save_dir", tmp_path)
+    done("prune", "--model_path", dense, *SIZE, "--pruning_rate", "head=0.5", "--save_dir", tmp_path)
     record = json.loads((tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
     assert record["pruning_config"]["pruning_rate"] is None
-    assert record["pruning_config"]["rates"] == "head=0.5"
+    assert record["pruning_config"]["rates"] == {"head": 0.5}
 
 
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--plan", "missing.json"), r"missing\.json does not exist; give the JSON file of a plan or a scan\."),
-    (("--plan", "broken.json"), r"broken\.json is not valid JSON \(.*\); write it anew, or mend it there\."),
+    (("--plan", "broken.json"), r"broken\.json is not valid JSON \(.*\); write it anew, or fix it there\."),
     (
         ("--plan", "other.json"),
         r"other\.json is no plan; write one with --plan_only, and in it change only the widths\.",
     ),
-    (("--plan", "foreign.json"), r"The plan is not one for this network and these flags: group a, which this .* cut\."),
+    (
+        ("--plan", "foreign.json"),
+        r"The plan is not one for this network and these options: group a, which this .* cut\.",
+    ),
     (
         ("--plan", "misspelt.json"),
         r"The plan .*: group decode_head\.wdth, which this network cannot cut, and group decode_head\.width, which the "
@@ -275,43 +275,42 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         r'text\.json gives group decode_head\.width the width "200"; it must be a whole number\.',
     ),
     (("--plan", "half.json"), r"half\.json gives group decode_head\.width the width 200\.5; it must be a whole"),
-    (("--plan", "wide.json"), r"The plan leaves 999999 channels of decode_head\.width; it must be 1 to 256\."),
+    (("--plan", "wide.json"), r"The plan keeps 999999 channels of decode_head\.width; it must be 1 to 256\."),
     (
         ("--plan", "wide.json", "--pruning_rate", 0.5),
-        r"--pruning_rate has no effect with --plan, which says what stays;",
+        r"--pruning_rate has no effect with --plan, which says what is kept;",
     ),
     (("--plan", "wide.json", "--plan_only"), r"--plan_only has no effect with --plan, which is decided already;"),
     (("--sensitivity", "other.json"), r"other\.json holds no sensitivities; write it with `segprune scan`\."),
-    (("--rates", "stages.3"), r"--rates is 'stages\.3'; write it as --rates stages\.3=0\.7,head=0\.6\."),
-    (("--rates", "stages.3=1"), r"--rates stages\.3=1 is not a share; it must be at least 0 and below 1\."),
-    (("--rates", "stage.3=0.5"), r"--rates 'stage\.3' matches nothing in this network; its names look like .*\."),
+    (("--pruning_rate", "stages.3"), r"--pruning_rate is 'stages\.3'; write it as 0\.5, or .*stages\.3=0\.7\."),
+    (("--pruning_rate", "stages.3=1"), r"--pruning_rate is 1 for stages\.3; it must be at least 0 and below 1\."),
+    (("--pruning_rate", "stage.3=0.5"), r"--pruning_rate 'stage\.3' matches nothing in this network; its names look"),
     (("--ignore", "stage3"), r"--ignore 'stage3' matches nothing in this network; its names look like .*\."),
-    (("--max_rate", "half"), r"--max_rate is 'half'; write it as --max_rate stages\.3=0\.7,head=0\.6\."),
+    (("--max_rate", "half"), r"--max_rate is 'half'; write it as 0\.8, or stages\.3=0\.6,head=0\.5\."),
     (
         ("--max_rate", 0.2),
         r"Rate 0\.5 is out of reach; the most that can be removed here is 0\.\d+, .* than 0\.2 \(--max_rate\), and",
     ),
     (("--max_rate", "stages=0.1,head=0.5"), r"Rate 0\.5 is out of reach; .* more .* than what --max_rate allows, and"),
-    (
-        ("--budgets", "params=0.5", "--rate_of", "macs"),
-        r"--rate_of contradicts --budgets, which names the rates by unit;",
-    ),
-    (("--budgets", "flops=0.5"), r"A rate of 'flops' is unknown; choose one of params, macs, channels, latency\."),
-    (("--budgets", "0.5"), r"--budgets is '0\.5'; write it as --budgets params=0\.5,macs=0\.7\."),
-    (("--budgets", "params=half"), r"--budgets is 'params=half'; write it as --budgets params=0\.5,macs=0\.7\."),
-    (("--pruning_method", "taylor"), r"--pruning_method taylor needs pictures; give them as --images DIR or --data,"),
-    (("--repair",), r"--repair needs pictures; give them as --images DIR or --data, labels are not needed\."),
-    (("--num_images", 3), r"--num_images has no effect without --images or --data; say where the pictures lie\."),
-    (("--images", "nowhere"), r"--images nowhere holds no picture; give a folder with .*\.png.* files\."),
+    (("--pruning_rate", "params=0.5", "--rate_of", "macs"), r"--rate_of has no effect beside a --pruning_rate that"),
+    (("--pruning_rate", "flops=0.5"), r"--pruning_rate 'flops' matches nothing in this network; .*params, macs"),
+    (("--pruning_rate", "0.5,0.6"), r"--pruning_rate is '0\.5,0\.6', which gives two shares"),
+    (("--pruning_rate", "params=half"), r"--pruning_rate is 'params=half'; write it as .*params=0\.5,macs=0\.7"),
+    (("--pruning_method", "taylor"), r"--pruning_method taylor needs images; give them as --images DIR or --data,"),
+    (("--repair",), r"--repair needs images; give them as --images DIR or --data, labels are not needed\."),
+    (("--num_images", 3), r"--num_images has no effect without --images or --data"),
+    (("--images", "nowhere"), r"nowhere .*"),
     (("--scope", "local", "--sensitivity", "other.json"), r"--sensitivity has no effect with --scope local, which"),
-    (("--rates", "head=0.5", "--scope", "local"), r"--scope has no effect with --rates alone, which say all"),
-    (("--images", ".", "--no_repair"), r"--images has no effect where nothing is repaired or ranked by pictures;"),
-    (("--no_repair", "--plan_only"), r"--repair and --no_repair have no effect with --plan_only, which cuts"),
+    (("--pruning_rate", "head=0.5", "--scope", "local"), r"--scope has no effect where --pruning_rate gives the share"),
+    (("--images", ".", "--no_repair"), r"--images has no effect where nothing is repaired or ranked by images;"),
+    (("--no_repair", "--plan_only"), r"--repair has no effect with --plan_only, which cuts"),
     (("--depth", 1), r"--depth is 1; it must be at least 0 and below 1\."),
-    (("--depth", 0.5), r"--depth 0\.5 is a part of the rate of the params; it must be below that\."),
-    (("--depth", 0.1, "--rate_of", "latency"), r"--depth goes with a rate of params or macs, and without"),
-    (("--step_epochs", 1), r"--step_epochs has no effect without --steps 2 or more and --epochs; give both\."),
-    (("--steps", 2, "--plan_only"), r"--steps has no effect with --plan_only or --rates; leave it out\."),
+    (("--depth", 0.5), r"--depth is 0\.5, a part of the rate of the params, 0\.5; it must be below it\."),
+    (("--depth", 0.1, "--rate_of", "latency"), r"--depth needs a rate of params or macs, and no plan"),
+    (("--steps", "1,1"), r"--steps gives epochs between two steps; that needs 2 steps or more, and --epochs\."),
+    (("--steps", "0"), r"--steps is '0'; give a number from 1 up"),
+    (("--steps", "two"), r"--steps is 'two'; give a number from 1 up"),
+    (("--steps", 2, "--plan_only"), r"--steps cannot be combined with --plan, --plan_only or shares by name"),
     (("--plan_only", "--epochs", 1, "--data", "."), r"--epochs has no effect with --plan_only, which cuts nothing;"),
 ]
 

@@ -12,11 +12,12 @@ import torch
 
 from segprune import load
 from segprune.checkpoint import read
-from segprune.cli import cutting
+from segprune.cli.prune import command
 from segprune.data import open_source
 from segprune.data.shapes import CLASS_NAMES
 from segprune.fold import fold_decoder
 from segprune.inference.evaluate import EvalMode, evaluate
+from segprune.pruning.options import PruneOptions
 from segprune.stats import count
 from segprune.training.distill import Distillation
 from tests.commands import HERE, SIZE, done, interrupted, refused, told, training
@@ -187,39 +188,40 @@ def test_macs_are_cut_by_the_rate_with_the_decode_head_kept(dense: Path, tmp_pat
 
 
 def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-    scopes: list[str] = []
+    seen: list[PruneOptions] = []
 
-    def pruner(model: object, rate: object, **options: Any) -> None:
-        seen.update(options, rate=rate)
-        scopes.append(options["scope"])
+    def make_pruner(model: object, *, options: PruneOptions, **_: object) -> None:
+        seen.append(options)
         raise ValueError("Seen.")
 
-    monkeypatch.setattr(cutting, "L1Pruner", pruner)
-    flags = ("--pruning_rate", 0.4, "--rate_of", "channels", "--round_to", 4, "--heads")
-    plan = ("--max_rate", 0.8, "--rates", "head=0.5", "--ignore", "a.*, b")
-    here = ("--keep_decoder", "--seed", 5, "--save_dir", tmp_path)
-    assert refused("prune", "--model_path", dense, *flags, *plan, *here) == "Seen."
-    reached = {name: value for name, value in seen.items() if name not in ("progress", "latency_table")}
-    assert reached == {
-        "rate": {"channels": 0.4},
-        "method": "l1",
-        "data": [],
-        "repaired": False,
-        "scope": "global",
-        "round_to": 4,
-        "heads": True,
-        "keep_decoder": True,
-        "max_rate": {"*": 0.8},
-        "rates": {"head": 0.5},
-        "ignore": ["a.*", "b"],
-        "sensitivity": {},
-        "widths": None,
-        "seed": 5,
-        "uniform": False,
-    }
+    monkeypatch.setattr(command, "make_pruner", make_pruner)
+    flags = ("--pruning_rate", "0.4,head=0.5", "--rate_of", "macs", "--round_to", 4, "--heads", "--max_rate", 0.8)
+    more = ("--ignore", "a.*, b", "--keep_decoder", "--no_repair", "--seed", 5, *SIZE, "--save_dir", tmp_path)
+    assert refused("prune", "--model_path", dense, *flags, *more) == "Seen."
     refused("prune", "--model_path", dense, "--scope", "local", *SIZE, "--save_dir", tmp_path)
-    assert scopes == ["global", "local"]
+    assert seen[0] == PruneOptions(
+        pruning_rate={"macs": 0.4, "head": 0.5},
+        rate_of="macs",
+        round_to=4,
+        heads=True,
+        max_rate={"*": 0.8},
+        ignore=["a.*", "b"],
+        keep_decoder=True,
+        repair=False,
+        seed=5,
+        input_shape=(32, 32),
+    )
+    assert (seen[0].budgets, seen[0].shares_by_name) == ({"macs": 0.4}, {"head": 0.5})
+    assert seen[1] == PruneOptions(scope="local", input_shape=(32, 32))
+
+
+def test_only_settings_that_were_given_or_chosen_are_printed(dense: Path, tmp_path: Path) -> None:
+    flags = ("--model_path", dense, "--pruning_rate", 0, *SIZE, "--save_dir", tmp_path)
+    brief, whole = done("prune", *flags), done("prune", *flags, "--verbose")
+    assert " phi b0 " in brief
+    assert " dialect segprune " in brief
+    assert " round_to " not in brief
+    assert " round_to 8 " in whole
 
 
 def test_the_seed_decides_the_random_weights(tmp_path: Path) -> None:
@@ -245,21 +247,21 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         ("--pruning_rate", 0.01),
         r"Rate 0\.01 is less than folding .* removes \(0\.071\); .*, or keep .*--keep_decoder\.",
     ),
-    (("--pruning_method", "l3"), r"Unknown method 'l3'; --pruning_method knows l1, l2, fpgm, .*, wanda\."),
-    (("--rate_of", "flops"), r"A rate of 'flops' is unknown; choose one of params, macs, channels, latency\."),
-    (("--scope", "half"), r"Scope 'half' is unknown; choose one of global, local, isomorphic\."),
-    (("--round_to", 0), r"round_to is 0; widths are kept multiples of a whole number from 1 up\."),
+    (("--pruning_method", "l3"), r"--pruning_method is 'l3', which is unknown; .* l1, l2, fpgm, .*, wanda\."),
+    (
+        ("--rate_of", "flops"),
+        r"--rate_of is 'flops', which is unknown; .* params, macs, channels, latency\.",
+    ),
+    (("--scope", "half"), r"--scope is 'half', which is unknown; choose one of global, local, isomorphic\."),
+    (("--round_to", 0), r"--round_to is 0; widths are kept multiples of a whole number from 1 up\."),
     (("--phi", "b9"), r".*Unknown variant 'b9'; choose one of b0, b1, b2, b3, b4, b5\."),
     (("--phi", "b2"), r".*The file is a b0, but --phi b2 was given; leave --phi out or give b0\."),
     (("--num_classes", 5), r".*The file has 8 classes, but --num_classes 5 was given; leave .* out or give 8\."),
     (("--dialect", "hf"), r".*The file is segprune's own, but --dialect hf was given; leave --dialect out\."),
     (("--epochs", 1), r"--epochs was given without --data; say what to fine-tune on\."),
-    (("--lr", 1e-4), r"--lr has no effect without --epochs; give the epochs to fine-tune\."),
-    (("--freeze_epochs", 1), r"--freeze_epochs has no effect without --epochs"),
+    (("--lr", 1e-4), r"--lr has no effect without --epochs"),
     (("--no_distill",), r"--no_distill has no effect without --epochs"),
-    (("--scale", 1, 2), r"--scale has no effect without --epochs"),
-    (("--amp", "bf16"), r"--amp has no effect without --epochs"),
-    (("--batch_size", 4), r"--batch_size has no effect without --data; give the data set to score on\."),
+    (("--batch_size", 4), r"--batch_size has no effect without --data"),
     (("--num_workers", 0), r"--num_workers has no effect without --data"),
     (("--layout", "voc"), r"--layout has no effect without --data"),
     (("--skip_bad",), r"--skip_bad has no effect without --data"),
@@ -324,7 +326,7 @@ def test_other_training_beside_a_pruned_file_leaves_its_results_alone(dense: Pat
     assert record_in(tmp_path) == before
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--amp", "fp8"), ("--lr", -1.0), ("--freeze_epochs", -1)])
+@pytest.mark.parametrize(("flag", "value"), [("--amp", "fp8"), ("--lr", -1.0)])
 def test_a_setting_of_fine_tuning_is_refused_before_anything_long_begins(
     flag: str, value: object, dense: Path, data: Path, tmp_path: Path
 ) -> None:

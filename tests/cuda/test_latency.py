@@ -14,7 +14,7 @@ from segprune import save
 from segprune.benchmark import grid, measure, open_case
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
-from segprune.pruning.latency import LatencyTable, Place, Shape, measure_shapes
+from segprune.pruning.budget.latency import LatencyTable, Place, Shape, measure_shapes
 from segprune.pruning.pruner import Pruner
 from segprune.spec import standard_spec
 from segprune.timing import GraphRecorder, Precision, get_tf32, measure_latency

@@ -9,7 +9,7 @@ import numpy as np
 from segprune.model import SegFormer
 from segprune.pruning.groups import Group
 from segprune.pruning.plan import Plan
-from segprune.pruning.surgery import cut, read_spec
+from segprune.pruning.surgery import cut_channels, read_spec
 
 STEM = "encoder.stages.0.patch_embed.proj"
 
@@ -27,6 +27,6 @@ def plan_of(groups: list[Group], share: float = 2 / 3) -> Plan:
 
 def cut_copy(model: SegFormer, groups: list[Group], plan: Plan) -> SegFormer:
     model = copy.deepcopy(model)
-    cut(model, groups, plan)
+    cut_channels(model, groups, plan)
     model.spec = read_spec(model)
     return model

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
-from segprune.pruning.costs import Costs
+from segprune.pruning.budget.costs import Costs
+from segprune.pruning.budget.rate import Limit
 from segprune.pruning.curves import Curve, Work, allocate, measure_curves
 from segprune.pruning.curves.elimination import eliminate
 from segprune.pruning.curves.losses import Statistics, work_out_losses
 from segprune.pruning.curves.places import Place, find_places, probe_logits, watch
 from segprune.pruning.groups import Group, find_groups
-from segprune.pruning.plan import Limit
 from segprune.stats import layers
 from tests.pruning.cutting import STEM
 

@@ -179,12 +179,9 @@ def test_what_stays_is_the_mean_over_all_images_and_positions(small_model: SegFo
 # Scores
 
 
-@pytest.mark.parametrize("distance", ["kl", "mse"])
 @torch.no_grad()
-def test_a_score_is_how_far_the_probabilities_move(
-    small_model: SegFormer, batches: list[Tensor], distance: str
-) -> None:
-    scores = branch_scores(small_model, batches, distance=distance)
+def test_a_score_is_how_far_the_probabilities_move(small_model: SegFormer, batches: list[Tensor]) -> None:
+    scores = branch_scores(small_model, batches)
     assert list(scores) == [branch.name for branch in branches(small_model.spec)]
     for name in (ATTN, BLOCK, LAST_MLP, STAGE.format(3, 0)):
         wanted = 0.0
@@ -192,10 +189,7 @@ def test_a_score_is_how_far_the_probabilities_move(
             dense = small_model.parts(x)[1]
             # the last block of a stage is scored too, though it cannot be removed
             other = replaced(small_model, dict.fromkeys(singles([name]), 0.0)).parts(x)[1]
-            if distance == "kl":
-                moved = F.kl_div(other.log_softmax(1), dense.log_softmax(1), reduction="none", log_target=True).sum(1)
-            else:
-                moved = (other.softmax(1) - dense.softmax(1)).square().mean(1)
+            moved = F.kl_div(other.log_softmax(1), dense.log_softmax(1), reduction="none", log_target=True).sum(1)
             wanted += float(moved.mean()) * len(x) / 3
         assert scores[name] == pytest.approx(wanted, rel=1e-9)
 
@@ -345,15 +339,13 @@ def test_a_stage_keeps_a_block(small_model: SegFormer) -> None:
         remove(small_model, [STAGE.format(3, 0)])
 
 
-def test_scores_need_images_of_the_right_shape_and_a_known_distance(small_model: SegFormer) -> None:
+def test_scores_need_images_of_the_right_shape(small_model: SegFormer) -> None:
     with pytest.raises(ValueError, match=r"^Scoring branches needs images, and there are none; give a few dozen, lab"):
         branch_scores(small_model, [])
     with pytest.raises(ValueError, match=r"takes images as B 3 H W, got shape \(3, 64, 64\)"):
         branch_scores(small_model, [torch.zeros(3, 64, 64)])
     with pytest.raises(ValueError, match=r"^An image holds values that are not finite; check how the images are norm"):
         remove(small_model, [ATTN], [torch.full((1, 3, 64, 64), torch.nan)])
-    with pytest.raises(ValueError, match=r"^Distance 'l1' is unknown; choose kl or mse\.$"):
-        branch_scores(small_model, [torch.zeros(1, 3, 64, 64)], distance="l1")
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
@@ -370,7 +362,7 @@ def test_a_share_below_the_cheapest_branch_is_refused_with_what_that_has(unit: s
         ValueError, match=f"A share of 0.0001 of the {unit} is too small for depth; the cheap"
     ) as caught:
         choose(spec, scores, 1e-4, unit=unit)
-    least = float(re.search(r"may go is ([\d.]+) of them, so ask for more\.$", str(caught.value))[1])
+    least = float(re.search(r"may be removed is ([\d.]+) of them, so ask for more\.$", str(caught.value))[1])
     assert len(choose(spec, scores, least, unit=unit)) == 1
 
 

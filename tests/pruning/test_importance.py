@@ -1,6 +1,6 @@
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from benchmarks.trained_like import fill
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
 from segprune.pruning.groups import Group, find_groups
-from segprune.pruning.importance import METHODS, NEED_DATA, l1_scores, scores
+from segprune.pruning.importance import METHODS, NEED_IMAGES, gradients, score_channels
+from segprune.pruning.importance.settings import Settings
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def scale_channel(model: nn.Module, group: Group, channel: int, factor: float) -
 
 
 def test_every_channel_of_every_group_gets_a_finite_score_above_zero(model: SegFormer, groups) -> None:
-    found = l1_scores(model, groups)
+    found = score_channels(model, groups)
     assert found.keys() == {group.name for group in groups}
     for group in groups:
         assert found[group.name].shape == (group.num_channels,)
@@ -44,7 +45,7 @@ def test_every_channel_of_every_group_gets_a_finite_score_above_zero(model: SegF
 
 
 def test_the_same_network_gets_the_same_scores(model: SegFormer, groups) -> None:
-    first, second = l1_scores(model, groups), l1_scores(model, groups)
+    first, second = score_channels(model, groups), score_channels(model, groups)
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
@@ -54,7 +55,7 @@ def test_a_channel_without_weights_scores_least_and_one_with_large_weights_most(
     last = group.num_channels - 1
     scale_channel(model, group, 0, 0.0)
     scale_channel(model, group, last, 10.0)
-    found = l1_scores(model, groups)[group.name]
+    found = score_channels(model, groups)[group.name]
     assert found[0] == 0.0
     assert (found[1:] > 0.0).all()
     assert found.argmax() == last
@@ -62,37 +63,37 @@ def test_a_channel_without_weights_scores_least_and_one_with_large_weights_most(
 
 def test_scores_follow_their_channels_when_these_are_reordered(model: SegFormer, groups) -> None:
     group = next(group for group in groups if group.kind == "ffn")
-    before = l1_scores(model, [group])[group.name]
+    before = score_channels(model, [group])[group.name]
     order = torch.randperm(group.num_channels)
     mlp = model.get_submodule(group.name.removesuffix(".ffn"))
     with torch.no_grad():
         mlp.fc1.weight.copy_(mlp.fc1.weight[order])
         mlp.dwconv.weight.copy_(mlp.dwconv.weight[order])
         mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])
-    np.testing.assert_allclose(l1_scores(model, [group])[group.name], before[order.numpy()])
+    np.testing.assert_allclose(score_channels(model, [group])[group.name], before[order.numpy()])
 
 
 def test_a_layer_of_zeros_scores_zero_and_not_nan(model: SegFormer, groups) -> None:
     group = next(group for group in groups if group.kind == "qk")
     for channel in range(group.num_channels):
         scale_channel(model, group, channel, 0.0)
-    assert (l1_scores(model, [group])[group.name] == 0.0).all()
+    assert (score_channels(model, [group])[group.name] == 0.0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_half_precision_ranks_as_double_precision_does(model: SegFormer, groups, dtype: torch.dtype) -> None:
-    exact = l1_scores(model, groups)
-    rounded = l1_scores(model.to(dtype), groups)
+    exact = score_channels(model, groups)
+    rounded = score_channels(model.to(dtype), groups)
     for name in exact:
         np.testing.assert_allclose(rounded[name], exact[name], rtol=2e-2)
 
 
 def test_one_minus_of_a_weight_counts_as_much_as_one_plus(model: SegFormer, groups) -> None:
-    before = l1_scores(model, groups)
+    before = score_channels(model, groups)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.neg_()
-    after = l1_scores(model, groups)
+    after = score_channels(model, groups)
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
@@ -104,18 +105,12 @@ def images() -> list[torch.Tensor]:
     return [torch.randn(2, 3, 64, 64).double(), torch.randn(1, 3, 64, 64).double()]
 
 
-def scored(method: str, model: nn.Module, groups: Iterable[Group], images: list[torch.Tensor], **settings):
-    if method == "bn":
-        settings = {"fallback": "l1"} | settings
-    return scores(method, model, groups, images, **settings)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ranks_every_group_and_leaves_the_network_alone(model, groups, images, method: str) -> None:
     model.train()
     model.encoder.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    found = scored(method, model, groups, images)
+    found = score_channels(model, groups, method, images)
     for group in groups:
         values = found[group.name]
         assert values.shape == (group.num_channels,)
@@ -134,25 +129,16 @@ def test_every_method_ranks_the_branches_of_a_conv_head(conv_model: SegFormer, i
     found_groups = find_groups(conv_model, torch.zeros(1, 3, 64, 64).double(), set()).groups
     branches = [group for group in found_groups if group.kind in ("branch", "decoder")]
     assert len(branches) == 5
-    settings = {"fallback": None} if method == "bn" else {}  # all of them have a BatchNorm
-    for values in scored(method, conv_model, branches, images, **settings).values():
+    for values in score_channels(conv_model, branches, method, images).values():
         assert np.isfinite(values).all()
         assert values.mean() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_call_gives_the_same_scores(model, groups, images, method: str) -> None:
-    first, second = (scored(method, model, groups, images) for _ in range(2))
+    first, second = (score_channels(model, groups, method, images) for _ in range(2))
     for name in first:
         np.testing.assert_allclose(first[name], second[name], rtol=1e-9)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_normalising_only_scales(model, groups, images, method: str) -> None:
-    raw, mean, most = (scored(method, model, groups, images, normalise=how) for how in ("none", "mean", "max"))
-    for name in raw:
-        np.testing.assert_allclose(mean[name], raw[name] / raw[name].mean(), rtol=1e-6)
-        np.testing.assert_allclose(most[name], raw[name] / raw[name].max(), rtol=1e-6)
 
 
 # Against the formulas, on a small network: two convolutions and what is between them
@@ -184,9 +170,16 @@ def slices(network: nn.Sequential) -> list[torch.Tensor]:
     return [first.flatten(1), depthwise.flatten(1), last[:, :, 0, 0].T]
 
 
-def raw_scores(method: str, pair: tuple[nn.Module, Group], data=None, **settings) -> np.ndarray:
+def raw_scores(method: str, pair: tuple[nn.Module, Group], data=()) -> np.ndarray:
+    """As the criterion gives them, before they are divided by their mean."""
     network, group = pair
-    return scores(method, network, [group], data, normalise="none", **settings)[group.name]
+    return METHODS[method](network, [group], Settings(list(data), 0))[group.name]
+
+
+@pytest.fixture
+def _squared_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are those of a loss that is easy to write down again."""
+    monkeypatch.setattr(gradients, "self_labelled_loss", squared_logits)
 
 
 def test_l1_and_l2_are_norms_of_a_channels_weights(pair) -> None:
@@ -207,7 +200,7 @@ def test_fpgm_compares_whole_heads(model: SegFormer, groups) -> None:
     for weight in (attention.q.weight, attention.k.weight, attention.v.weight, attention.proj.weight.T):
         heads = weight.detach().unflatten(0, (attention.num_heads, -1)).flatten(1)
         layers.append(np.array([sum(float((a - b).norm()) for b in heads) for a in heads]))
-    found = scores("fpgm", model, [group], normalise="none")[group.name]
+    found = raw_scores("fpgm", (model, group))
     np.testing.assert_allclose(found, relative(*layers))
 
 
@@ -244,18 +237,20 @@ def products(network: nn.Sequential, batch: torch.Tensor) -> list[tuple[torch.Te
     return [(p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None], g.reshape(6, -1)) for p, g in found]
 
 
+@pytest.mark.usefixtures("_squared_loss")
 def test_taylor_is_the_first_order_change_of_the_loss_batch_by_batch(pair, x) -> None:
     expected = np.zeros(6)
     for batch in x.split(2):
         expected += sum((p * g).sum(1) for p, g in products(pair[0], batch)).abs().numpy() / 3
-    np.testing.assert_allclose(raw_scores("taylor", pair, list(x.split(2)), loss=squared_logits), expected)
+    np.testing.assert_allclose(raw_scores("taylor", pair, list(x.split(2))), expected)
 
 
+@pytest.mark.usefixtures("_squared_loss")
 def test_taylor_foretells_what_a_slightly_weaker_channel_does_to_the_loss(pair, x) -> None:
     """Scaling all that the last convolution reads of a channel: the columns' part of the sum, by finite differences."""
     network, group = pair
     columns = Group("columns", "other", 6, tuple(m for m in group.members if m.side == "in"))
-    found = scores("taylor", network, [columns], [x], loss=squared_logits, normalise="none")["columns"]
+    found = raw_scores("taylor", (network, columns), [x])
     with torch.no_grad():
         before = squared_logits(network, x)
         for channel in range(6):
@@ -265,84 +260,64 @@ def test_taylor_foretells_what_a_slightly_weaker_channel_does_to_the_loss(pair, 
             assert found[channel] == pytest.approx(change, rel=1e-3)
 
 
+@pytest.mark.usefixtures("_squared_loss")
 def test_fisher_is_half_the_squared_weight_times_the_squared_gradient_of_each_image(pair, x) -> None:
     expected = np.zeros(6)
     for image in x.split(1):
         parts = products(pair[0], image)
         expected += sum((p.square() * g.square()).sum(1) for p, g in parts).numpy() / 2 / 5
-    np.testing.assert_allclose(raw_scores("fisher", pair, list(x.split(2)), loss=squared_logits), expected)
+    np.testing.assert_allclose(raw_scores("fisher", pair, list(x.split(2))), expected)
 
 
-def test_a_loss_may_take_labels(pair, x) -> None:
-    labels = torch.randint(0, 4, (5, 4, 4))
-
-    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    for method in ("taylor", "fisher"):
-        assert (raw_scores(method, pair, [(x, labels)], loss=loss) > 0).all()
-
-
-def test_without_a_loss_the_networks_own_decisions_are_the_labels(pair, x) -> None:
+def test_the_networks_own_decisions_are_the_labels(pair, x, monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         logits = model(batch)
         return nn.functional.cross_entropy(logits, logits.argmax(1))
 
-    np.testing.assert_allclose(raw_scores("taylor", pair, [x]), raw_scores("taylor", pair, [x], loss=loss), 1e-5)
+    own = raw_scores("taylor", pair, [x])
+    monkeypatch.setattr(gradients, "self_labelled_loss", loss)
+    np.testing.assert_allclose(own, raw_scores("taylor", pair, [x]), 1e-5)
 
 
-def test_bn_ranks_by_gains_and_says_so_where_there_are_none(pair, model: SegFormer, groups) -> None:
+def test_bn_ranks_by_gains_and_by_l1_where_there_are_none(pair, model: SegFormer, groups) -> None:
     gains = pair[0][1].weight.detach().abs().numpy()
     np.testing.assert_allclose(raw_scores("bn", pair), gains / gains.mean())
-    text = refusal(lambda: scores("bn", model, groups))
-    assert text.startswith("Method bn finds no normalisation with gains in the groups of kind ")
-    assert text.endswith("; say by what to rank those, for instance fallback='l1'.")
-    mixed, weights = scores("bn", model, groups, fallback="l1"), l1_scores(model, groups)
+    mixed, weights = score_channels(model, groups, "bn"), score_channels(model, groups)
     for group in groups:
         same = np.allclose(mixed[group.name], weights[group.name])
         assert same == (group.kind not in ("stage", "reduction", "decoder")), group.name
 
 
 def test_random_depends_on_seed_and_group_alone(model: SegFormer, groups) -> None:
-    every, one = scores("random", model, groups), scores("random", model, groups[:1])
+    every, one = score_channels(model, groups, "random"), score_channels(model, groups[:1], "random")
     assert np.array_equal(every[groups[0].name], one[groups[0].name])
-    assert not np.array_equal(scores("random", model, groups[:1], seed=1)[groups[0].name], one[groups[0].name])
+    assert not np.array_equal(score_channels(model, groups[:1], "random", seed=1)[groups[0].name], one[groups[0].name])
 
 
 # Refusals
 
 
 def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError, match=re.compile(r"^[A-Z][^\n]*\.$")) as caught:
+    with pytest.raises(ValueError, match=re.compile(r"^[A-Z`][^\n]*\.$")) as caught:
         call()
     return str(caught.value)
 
 
-@pytest.mark.parametrize("method", NEED_DATA)
-def test_a_method_that_needs_data_is_refused_without(model, groups, method: str) -> None:
-    for data in (None, []):
-        text = refusal(lambda data=data: scores(method, model, groups, data))
-        assert text == f"Method {method} needs data, and there is none; give a few dozen images."
+@pytest.mark.parametrize("method", NEED_IMAGES)
+def test_a_method_that_needs_images_is_refused_without(model, groups, method: str) -> None:
+    text = refusal(lambda: score_channels(model, groups, method))
+    assert f"Method {method} needs `images`" in text
 
 
-def test_what_is_unknown_or_without_effect_is_refused(model, groups, images) -> None:
-    assert refusal(lambda: scores("l3", model, groups)) == (
-        "Unknown method 'l3'; choose one of l1, l2, fpgm, lamp, random, bn, taylor, fisher, wanda."
-    )
-    assert refusal(lambda: scores("l1", model, groups, normalise="sum")) == (
-        "Scores cannot be normalised by 'sum'; choose mean, max or none."
-    )
-    assert refusal(lambda: scores("wanda", model, groups, images, loss=squared_logits)) == (
-        "Method wanda takes no loss; only taylor and fisher do."
-    )
-    assert refusal(lambda: scores("l2", model, groups, fallback="l1")) == (
-        "Method l2 takes no fallback, since it ranks every group; only bn does."
-    )
+def test_an_unknown_method_is_refused(model, groups) -> None:
+    text = refusal(lambda: score_channels(model, groups, "l3"))
+    assert "'l3'" in text
+    assert text.endswith("choose one of l1, l2, fpgm, lamp, random, bn, taylor, fisher, wanda.")
 
 
-@pytest.mark.parametrize("method", NEED_DATA)
+@pytest.mark.parametrize("method", NEED_IMAGES)
 def test_images_that_are_not_finite_are_refused(model, groups, images, method: str) -> None:
     images[0][0, 0, 0, 0] = float("nan")
-    assert refusal(lambda: scores(method, model, groups, images)) == (
+    assert refusal(lambda: score_channels(model, groups, method, images)) == (
         f"Method {method} gives scores that are not finite; the weights or the images hold values that are not."
     )

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
-from segprune.pruning import prepare as preparing
-from segprune.pruning.costs import loss_weights
-from segprune.pruning.groups import Group, find_groups
-from segprune.pruning.importance import l1_scores
-from segprune.pruning.latency import (
+from segprune.pruning.budget.costs import loss_weights
+from segprune.pruning.budget.latency import (
     LatencyCosts,
     LatencyTable,
     Shape,
     costs,
+    decider,
     default_folder,
     dense_in_predicted_ms,
     measure_shapes,
@@ -30,8 +28,11 @@ from segprune.pruning.latency import (
     steps,
     target,
 )
-from segprune.pruning.latency.steps import Place, build_step
-from segprune.pruning.plan import AIM, Limit, Plan, solve
+from segprune.pruning.budget.latency.steps import Place, build_step
+from segprune.pruning.budget.rate import AIM, Limit, solve
+from segprune.pruning.groups import Group, find_groups
+from segprune.pruning.importance import score_channels
+from segprune.pruning.plan import Plan
 from segprune.pruning.pruner import Pruner
 from segprune.spec import Spec, standard_spec
 from segprune.stats import layers
@@ -184,7 +185,7 @@ def test_a_plan_meets_a_rate_of_the_latency(b0, rate: float) -> None:
     model, groups = b0
     found = costs_of(b0)
     weights = loss_weights(layers(model.spec, SHAPE), groups, "latency")
-    plan = solve([Limit(found, rate, "latency")], groups, l1_scores(model, groups), weights)
+    plan = solve([Limit(found, rate, "latency")], groups, score_channels(model, groups), weights)
     widths = np.array([len(plan.keep[group.name]) // group.parts for group in groups])
     assert plan.removed["latency"] == pytest.approx(rate, abs=AIM)
     assert plan.removed["latency"] == pytest.approx(1.0 - found.total(widths) / found.total(found.full))
@@ -403,7 +404,7 @@ def test_the_pruner_meets_a_latency_alone_and_beside_other_budgets(
     def measure(models: Sequence[SegFormer], *_: object, **__: object) -> list[Latency]:
         return [took(1.1 * ms(model)) for model in models]
 
-    monkeypatch.setattr(preparing, "dense_in_predicted_ms", lambda dense, model, costs: ms(dense))
+    monkeypatch.setattr(decider, "dense_in_predicted_ms", lambda dense, model, costs: ms(dense))
     monkeypatch.setattr(target, "measure_latency", measure)
     work = Pruner(dense, budgets, latency_table=table)
     pruned = work.prune(torch.empty(1, 3, *SHAPE, device="meta"))
@@ -417,5 +418,6 @@ def test_the_pruner_meets_a_latency_alone_and_beside_other_budgets(
 
 
 def test_the_latency_of_a_network_that_is_no_segformer_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Linear is not a stock SegFormer; its latency cannot be predicted: ask"):
-        Pruner(nn.Linear(4, 4), 0.5, rate_of="latency").prune(torch.zeros(1, 4))
+    network = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match=r"Sequential is not a stock SegFormer; its latency cannot be predicted: ask"):
+        Pruner(network, 0.5, rate_of="latency").prune(torch.zeros(1, 4))

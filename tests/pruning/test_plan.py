@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
-from segprune.pruning.costs import Costs, loss_weights
+from segprune.pruning.budget.costs import Costs, loss_weights
+from segprune.pruning.budget.rate import TOLERANCE, Limit, solve
 from segprune.pruning.groups import Group, Member, find_groups
-from segprune.pruning.importance import l1_scores
-from segprune.pruning.plan import TOLERANCE, Limit, Plan, PlanOptions, solve
-from segprune.pruning.surgery import cut, read_spec
+from segprune.pruning.importance import score_channels
+from segprune.pruning.options import PruneOptions
+from segprune.pruning.plan import Plan
+from segprune.pruning.surgery import cut_channels, read_spec
 from segprune.spec import standard_spec
 from segprune.stats import Layer, count, layers
 
@@ -29,7 +31,7 @@ def b0() -> tuple[SegFormer, tuple[Group, ...], dict[str, np.ndarray]]:
     torch.manual_seed(0)
     model = fold_decoder(SegFormer(standard_spec("b0", 8)))
     groups = find_groups(model, torch.zeros(1, 3, 64, 64), PROTECTED, heads=True).groups
-    return model, groups, l1_scores(model, groups)
+    return model, groups, score_channels(model, groups)
 
 
 def costs_of(model: SegFormer, groups: tuple[Group, ...], rate_of: str) -> Costs:
@@ -40,7 +42,7 @@ def solved(
     costs: Costs, scores, rate: float, *, rate_of: str = "params", whole: float | None = None, **options
 ) -> Plan:
     weights = loss_weights(costs.layers, costs.groups, rate_of)
-    return solve([Limit(costs, rate, rate_of, whole)], costs.groups, scores, weights, PlanOptions(**options))
+    return solve([Limit(costs, rate, rate_of, whole)], costs.groups, scores, weights, PruneOptions(**options))
 
 
 def widths_of(groups: tuple[Group, ...], plan: Plan) -> np.ndarray:
@@ -70,7 +72,7 @@ def test_the_costs_of_any_widths_are_those_of_the_cut_network(b0, seed: int, hea
         for g, width in zip(groups, widths.tolist(), strict=True)
     }
     pruned = copy.deepcopy(model)
-    cut(pruned, groups, Plan(keep))
+    cut_channels(pruned, groups, Plan(keep))
     counts = count(read_spec(pruned), SHAPE)
     assert costs_of(model, groups, "params").total(widths) == counts.parameters
     assert costs_of(model, groups, "params").total(widths) == sum(p.numel() for p in pruned.parameters())
@@ -203,7 +205,7 @@ def test_a_rate_out_of_reach_is_refused_with_the_nearest_which_works(b0, rate_of
 def test_a_rate_between_two_coarse_steps_is_refused_with_the_nearest_which_works() -> None:
     rows, groups = chain(8, 32, 8)
     costs, scores = Costs(rows, groups, "params"), {"g0": np.arange(1.0, 33)}
-    message = r"Rate 0\.4 of the params cannot be met within 1% in steps of 8 channels; .*with --round_to 1\."
+    message = r"Rate 0\.4 of the params cannot be met within 1% in steps of 8 channels; .*with `round_to` 1\."
     with pytest.raises(ValueError, match=message) as refusal:
         solved(costs, scores, 0.4)  # of 4 steps, one removes a quarter and two a half
     assert nearest_in(str(refusal.value)) == 0.5
@@ -213,7 +215,7 @@ def test_a_rate_between_two_coarse_steps_is_refused_with_the_nearest_which_works
 
 def test_finer_steps_are_not_advised_where_there_are_none() -> None:
     rows, groups = chain(8, 10, 8)
-    with pytest.raises(ValueError, match=r"cannot be met within 1% in steps of 1 channels; [^-]*$"):
+    with pytest.raises(ValueError, match=r"cannot be met within 1% in steps of 1 channels; [^`]*$"):
         solved(Costs(rows, groups, "params"), {"g0": np.arange(1.0, 11)}, 0.45, round_to=1)
 
 

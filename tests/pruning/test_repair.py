@@ -363,7 +363,7 @@ def test_values_that_are_not_finite_are_refused(folded: SegFormer) -> None:
     x = torch.zeros(1, 3, 64, 64).double()
     x[0, 1, 2, 3] = float("nan")
     text = refusal(lambda: repaired_once(folded, [x]))
-    assert text == "An image for the repair holds values that are not finite; check how the images are normalised."
+    assert text == "An image holds values that are not finite; check how the images are normalised."
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])

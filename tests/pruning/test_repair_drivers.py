@@ -19,8 +19,8 @@ from segprune.fold import fold_decoder
 from segprune.model import SegFormer
 from segprune.pruning.depth import branch_scores
 from segprune.pruning.groups import Group, find_groups
-from segprune.pruning.importance import METHODS, scores
-from segprune.pruning.plan import Plan, plan_of
+from segprune.pruning.importance import METHODS, score_channels
+from segprune.pruning.plan import Plan, keep_best
 from segprune.pruning.repair import repair
 from segprune.timing import tf32_products
 from tests.pruning.cutting import STEM, cut_copy
@@ -83,9 +83,8 @@ Case = tuple[SegFormer, SegFormer, list[Group], Plan]
 def cut_to_two_thirds(dense: SegFormer, method: str, batches: list[Tensor]) -> Case:
     """The network, what was cut of it, and how: the channels that the method ranks highest are kept."""
     groups = list(find_groups(dense, batches[0][:1], {STEM}).groups)
-    fallback = "l1" if method == "bn" else None
-    ranks = scores(method, dense, groups, batches, fallback=fallback)
-    plan = plan_of(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
+    ranks = score_channels(dense, groups, method, batches)
+    plan = keep_best(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
     return cut_copy(dense, groups, plan), dense, groups, plan
 
 
@@ -149,7 +148,7 @@ def test_a_gpu_may_not_round_the_factors_of_products_while_scores_are_taken_and_
     with tf32_products(True):
         pruned, dense, groups, plan = cut_to_two_thirds(small_model, "wanda", batches)
         seen.clear()  # tracing the groups ran the network, too
-        scores("wanda", dense, groups, batches)
+        score_channels(dense, groups, "wanda", batches)
         repair(pruned, dense, groups, plan, batches)
         branch_scores(dense, batches)
         assert switches() == (True, True)

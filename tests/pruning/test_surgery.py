@@ -8,7 +8,7 @@ from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
 from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.plan import Plan
-from segprune.pruning.surgery import cut
+from segprune.pruning.surgery import cut_channels
 from tests.pruning.cutting import STEM, cut_copy, plan_of
 
 X = torch.zeros(1, 3, 64, 64).double()
@@ -161,7 +161,7 @@ def test_every_kind_of_batch_norm_is_cut_as_its_channels(norm: nn.Module, shape:
     groups = find_groups(model, x, set()).groups
     plan = Plan({"0": (1, 4, 5, 11)})
     pruned = copy.deepcopy(model).eval()
-    cut(pruned, groups, plan)
+    cut_channels(pruned, groups, plan)
     gone = [c for c in range(12) if c not in plan.keep["0"]]
     with torch.no_grad():
         model[3].weight[:, gone] = 0.0
@@ -172,7 +172,7 @@ def test_every_kind_of_batch_norm_is_cut_as_its_channels(norm: nn.Module, shape:
 def test_a_layer_norm_without_weights_is_cut() -> None:
     model = nn.Sequential(nn.Linear(3, 12), nn.LayerNorm(12, elementwise_affine=False), nn.Linear(12, 2))
     groups = find_groups(model, torch.randn(1, 5, 3), set()).groups
-    cut(model, groups, Plan({"0": (0, 3, 7)}))
+    cut_channels(model, groups, Plan({"0": (0, 3, 7)}))
     assert model[1].normalized_shape == (3,)
     assert model(torch.randn(1, 5, 3)).shape == (1, 5, 2)
 
@@ -185,7 +185,7 @@ def test_a_transposed_convolution_is_cut_on_both_sides(bias: bool) -> None:
     x = torch.randn(1, 3, 5, 7)
     groups = find_groups(model, x, set()).groups
     pruned = copy.deepcopy(model)
-    cut(pruned, groups, Plan({"0": (0, 2, 5), "1": (1, 2, 8, 9)}))
+    cut_channels(pruned, groups, Plan({"0": (0, 2, 5), "1": (1, 2, 8, 9)}))
     with torch.no_grad():
         model[1].weight[[1, 3, 4]] = 0.0
         model[3].weight[:, [0, 3, 4, 5, 6, 7]] = 0.0

@@ -9,9 +9,9 @@ from torch import nn
 from segprune.checkpoint.published import uniform_problem
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
+from segprune.pruning.budget.uniform import start_search
 from segprune.pruning.pruner import Pruner
 from segprune.pruning.pruner_l1 import L1Pruner
-from segprune.pruning.uniform import Problem, Search, Space
 from segprune.spec import Spec, standard_spec, with_widths
 from segprune.stats import count
 from tests.dialects import Fill
@@ -82,25 +82,20 @@ def test_a_uniform_cut_equals_zeroing_where_no_stage_gets_narrower(dense: SegFor
 def test_the_costs_of_the_search_are_those_of_the_unfolded_network(dense: SegFormer) -> None:
     pruner = Pruner(dense, 0.5, uniform=True)
     prepared = pruner.prepare(X)
-    model = prepared.model
-    assert isinstance(model, SegFormer)
-    problem = Problem(model.spec, dense.spec, SHAPE, prepared.groups, prepared.rows)
-    space = Space(model.spec, prepared.groups, pruner.options)
-    search = Search(problem, space, {}, "both")
+    space, search = start_search(prepared, pruner.score(prepared), pruner.options)
     choice = space.widest()
     assert search.removed(choice) == {"params": 0.0, "macs": 0.0}
     for _ in range(4):
         choice = list(space.steps(choice))[-2]
-    pruned = Pruner(dense, None, uniform=True, widths=space.widths(choice)).prune(X)
+    pruned = Pruner(dense, uniform=True, plan=space.widths(choice)).prune(X)
     found = search.removed(choice)
     assert (found["params"], found["macs"]) == pytest.approx(removed(pruned, dense))
 
 
 def test_a_step_narrows_one_thing_with_nothing_in_between(dense: SegFormer) -> None:
-    prepared = Pruner(dense, 0.5, uniform=True).prepare(X)
-    model = prepared.model
-    assert isinstance(model, SegFormer)
-    space = Space(model.spec, prepared.groups, Pruner(dense).options)
+    pruner = Pruner(dense, 0.5, uniform=True)
+    prepared = pruner.prepare(X)
+    space, _ = start_search(prepared, pruner.score(prepared), pruner.options)
     start = space.widest()
     assert (start.stages, start.decoder_dim) == (((16, 4), (32, 4), (40, 4), (64, 4)), 64)
     steps = list(space.steps(start))
@@ -114,7 +109,7 @@ def test_a_step_narrows_one_thing_with_nothing_in_between(dense: SegFormer) -> N
 
 
 def test_a_uniform_network_is_priced_by_its_parameters_unless_told_otherwise(dense: SegFormer) -> None:
-    assert Pruner(dense).price == "both"
+    assert Pruner(dense).options.group_price == "both"
     specs = {}
     for price in (None, "params", "both"):
         pruned = Pruner(dense, 0.5, uniform=True, price=price).prune(X)  # type: ignore[arg-type]
@@ -126,7 +121,7 @@ def test_a_uniform_network_is_priced_by_its_parameters_unless_told_otherwise(den
 def test_repair_comes_nearer_and_stays_uniform(dense: SegFormer) -> None:
     images = [torch.randn(2, 3, 64, 64) for _ in range(2)]
     plain = Pruner(dense, 0.5, uniform=True).prune(X)
-    repaired = Pruner(dense, 0.5, uniform=True, data=images, repaired=True).prune(X)
+    repaired = Pruner(dense, 0.5, uniform=True, images=images).prune(X)
     assert isinstance(repaired, SegFormer)
     assert uniform_problem(repaired.spec) is None
     with torch.inference_mode():
@@ -137,20 +132,19 @@ def test_repair_comes_nearer_and_stays_uniform(dense: SegFormer) -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"heads": True}, "heads"),
-        ({"keep_decoder": True}, "keep_decoder"),
-        ({"rates": {"head": 0.5}}, "rates"),
-        ({"scope": "local"}, "scope local"),
+        ({"heads": True}, "`heads`"),
+        ({"keep_decoder": True}, "`keep_decoder`"),
+        ({"pruning_rate": {"params": 0.5, "head": 0.5}}, "names in `pruning_rate`"),
+        ({"scope": "local"}, "`scope`"),
         ({"price": "none"}, "price none"),
-        ({"rate_of": "channels"}, "a rate of the channels"),
-        ({"rate_of": "latency"}, "a rate of the latency"),
+        ({"rate_of": "channels"}, "channels as a unit"),
+        ({"rate_of": "latency"}, "latency as a unit"),
     ],
 )
 def test_what_has_no_meaning_for_uniform_stages_is_refused(
     options: dict[str, object], name: str, dense: SegFormer
 ) -> None:
-    message = f"^{name} does not go with uniform, whose stages have rules of their own; leave one out.$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{name}.* cannot be combined with `uniform`"):
         Pruner(dense, uniform=True, **options)  # type: ignore[arg-type]
 
 
@@ -163,13 +157,13 @@ def test_a_rate_that_uniform_stages_cannot_meet_is_refused_with_the_nearest(dens
 
 
 def test_a_plan_that_is_not_uniform_is_refused(dense: SegFormer) -> None:
-    plan, groups = Pruner(dense, 0.5, uniform=True).decide(X)
+    plan, groups = Pruner(dense, 0.5, uniform=True).make_plan(X)
     widths = {group.name: len(plan.keep[group.name]) // group.parts for group in groups}
     widths["encoder.stages.3.blocks.1.mlp.ffn"] -= 1
     with pytest.raises(
-        ValueError, match=r"The plan is not uniform, since block 1 of stage 4 has an FFN of width .*; mend"
+        ValueError, match=r"The plan is not uniform, since block 1 of stage 4 has an FFN of width .*; edit"
     ):
-        Pruner(dense, None, uniform=True, widths=widths).prune(X)
+        Pruner(dense, uniform=True, plan=widths).prune(X)
 
 
 def test_stages_that_cannot_be_uniform_are_refused(dense: SegFormer, small_spec: Spec) -> None:

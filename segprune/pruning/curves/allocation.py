@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from segprune.pruning.costs import Cost, Widths
+from segprune.pruning.budget.costs import Cost
+from segprune.pruning.budget.rate import AIM, Limit
 from segprune.pruning.curves.measure import Curve
-from segprune.pruning.plan import AIM, Limit
+from segprune.pruning.plan import Widths
 
 MAX_SWEEPS = 20
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]

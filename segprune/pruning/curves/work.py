@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from segprune.pruning.costs import Costs, Widths
+from segprune.pruning.budget.costs import Costs
 from segprune.pruning.groups import Group
+from segprune.pruning.plan import Widths
 from segprune.stats import Layer
 
 WRITE = 12.0  # MACs that take as long as one number written by a product

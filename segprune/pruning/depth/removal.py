@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import Tensor, nn
 
-from segprune.model import Attention, Block, SegFormer, check_input, drop_path_rates
+from segprune.model import Attention, Block, SegFormer, drop_path_rates
 from segprune.pruning.depth.branches import singles, without
+from segprune.pruning.images import checked_images
 from segprune.pruning.trace import eval_mode
 from segprune.spec import block_name
 
@@ -24,21 +25,26 @@ def remove(model: SegFormer, names: Collection[str], batches: Iterable[Tensor] =
     the blocks that remain. Refused: a name that is no branch, a stage that would lose all its blocks, images of another
     shape.
     """
-    spec, gone = without(model.spec, names), singles(model.spec, names)
-    images = images_for(model, batches)
-    means = _mean_outputs(model, gone, images) if images else {}
+    removed = singles(model.spec, names)
+    spec = without(model.spec, names)
+    images = checked_images(model, batches)
+    means = _mean_outputs(model, removed, images) if images else {}
+
     result = copy.deepcopy(model)
     for i, stage in enumerate(result.list_stages()):
+        # The bias of what wrote to the residual stream last takes the mean of a branch that is removed behind it.
         bias = stage.patch_embed.norm.bias
         for j, block in enumerate(stage.list_blocks()):
             for kind, _, module in block.list_branches():
                 name = f"{block_name(i, j)}.{kind}"
-                if name not in gone:
+                if name in removed:
+                    if name in means:
+                        bias.add_(means[name])
+                    _drop(block, kind)
+                else:
                     bias = (module.proj if isinstance(module, Attention) else module.fc2).bias
-                    continue
-                if name in means:
-                    bias.add_(means[name])
-                _drop(block, kind)
+
+        # Blocks that have lost both branches disappear.
         stage.blocks = nn.ModuleList(block for block in stage.list_blocks() if block.list_branches())
 
     # Stochastic depth is spread anew over the blocks that remain.
@@ -46,6 +52,7 @@ def remove(model: SegFormer, names: Collection[str], batches: Iterable[Tensor] =
     for stage in result.list_stages():
         for block in stage.list_blocks():
             block.drop_path.rate = next(rates)
+
     result.spec = spec
     return result
 
@@ -55,19 +62,6 @@ def _drop(block: Block, kind: str) -> None:
         block.norm1, block.attn = None, None
     else:
         block.norm2, block.mlp = None, None
-
-
-def images_for(model: SegFormer, batches: Iterable[Tensor]) -> list[Tensor]:
-    """Checked, where the network is and in its precision; empty batches left out."""
-    parameter = model.decode_head.classifier.weight
-    images = []
-    for batch in batches:
-        check_input(tuple(batch.shape))
-        if not bool(batch.isfinite().all()):
-            raise ValueError("An image holds values that are not finite; check how the images are normalised.")
-        if len(batch):
-            images.append(batch.to(parameter.device, parameter.dtype))
-    return images
 
 
 def _mean_outputs(model: SegFormer, names: Collection[str], images: list[Tensor]) -> dict[str, Tensor]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from segprune.model import SegFormer, to_map
 from segprune.pruning.depth.branches import Branch, branches
-from segprune.pruning.depth.removal import images_for
+from segprune.pruning.images import checked_images
 from segprune.pruning.trace import eval_mode
 from segprune.spec import block_name
 from segprune.timing import tf32_products
 
-Distance = Literal["kl", "mse"]
-Place = tuple[int, int]  # stage, block
+BlockIndex = tuple[int, int]  # stage, block
 Size = tuple[int, int]  # height and width of the map that tokens come from
 
 
@@ -25,27 +23,25 @@ def branch_scores(
     model: SegFormer,
     batches: Iterable[Tensor],
     *,
-    distance: Distance = "kl",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """By name, how far the classes' probabilities move when this branch alone is skipped; 0 or above.
+    """Returns by name how far the classes' probabilities move when this branch alone is skipped; 0 or above.
 
     `batches` are normalised images B 3 H W, without labels. Per pixel of the logits before the last upsampling: the
-    Kullback-Leibler divergence from the network's own probabilities in nats, or the mean square. A branch's mean output
+    Kullback-Leibler divergence from the network's own probabilities in nats. A branch's mean output
     counts although `remove` may keep it: rankings that left it out chose worse. In evaluation mode; what runs before a
     branch runs once for all that come after it. `progress` is called with the blocks done, those of every batch, and
-    their number. Refused: no image, images of another shape, an unknown distance.
+    their number. Refused: no image, images of another shape.
     """
-    if distance not in get_args(Distance):
-        raise ValueError(f"Distance {distance!r} is unknown; choose kl or mse.")
-    images = images_for(model, batches)
+    images = checked_images(model, batches)
     if not images:
         raise ValueError("Scoring branches needs images, and there are none; give a few dozen, labels are not needed.")
-    found = branches(model.spec)
-    by_block: dict[Place, list[Branch]] = {}
-    for branch in found:
+
+    by_block: dict[BlockIndex, list[Branch]] = {}
+    for branch in branches(model.spec):
         by_block.setdefault((branch.stage, branch.block), []).append(branch)
-    totals = dict.fromkeys((branch.name for branch in found), 0.0)
+    totals = dict.fromkeys((branch.name for branch in branches(model.spec)), 0.0)
+
     done, steps = 0, len(images) * len(by_block)
     with eval_mode(model), tf32_products(False):
         for x in images:
@@ -53,16 +49,17 @@ def branch_scores(
             for place, tokens, maps, size in _walk(model, x):
                 for branch in by_block[place]:
                     stream = _skipping(model, branch, tokens, size)
-                    totals[branch.name] += len(x) * _far(distance, dense, _finish(model, place, stream, maps, size))
+                    totals[branch.name] += len(x) * _divergence(dense, _finish(model, place, stream, maps, size))
                 done += 1
                 if progress is not None:
                     progress(done, steps)
+
     count = sum(len(x) for x in images)
     return {name: total / count for name, total in totals.items()}
 
 
-def _walk(model: SegFormer, x: Tensor) -> Iterator[tuple[Place, Tensor, list[Tensor], Size]]:
-    """Before every block: where, the stream B N C, the maps of the stages behind, the size."""
+def _walk(model: SegFormer, x: Tensor) -> Iterator[tuple[BlockIndex, Tensor, list[Tensor], Size]]:
+    """Yields before every block: where, the stream B N C, the maps of the stages behind, the size."""
     maps: list[Tensor] = []
     for i, stage in enumerate(model.list_stages()):
         tokens, height, width = stage.patch_embed(x)
@@ -74,7 +71,7 @@ def _walk(model: SegFormer, x: Tensor) -> Iterator[tuple[Place, Tensor, list[Ten
 
 
 def _skipping(model: SegFormer, branch: Branch, tokens: Tensor, size: Size) -> Tensor:
-    """The stream behind the branch's block without what the branch adds to it."""
+    """Returns the stream behind the branch's block without what the branch adds to it."""
     name = block_name(branch.stage, branch.block)
     block = model.list_stages()[branch.stage].list_blocks()[branch.block]
     for kind, norm, module in block.list_branches():
@@ -83,12 +80,13 @@ def _skipping(model: SegFormer, branch: Branch, tokens: Tensor, size: Size) -> T
     return tokens
 
 
-def _finish(model: SegFormer, place: Place, tokens: Tensor, maps: list[Tensor], size: Size) -> Tensor:
-    """The logits B K H/4 W/4 that come of the stream behind the block at `place`."""
+def _finish(model: SegFormer, place: BlockIndex, tokens: Tensor, maps: list[Tensor], size: Size) -> Tensor:
+    """Returns the logits B K H/4 W/4 that come of the stream behind the block at `place`."""
     stages = model.list_stages()
     stage = stages[place[0]]
     for block in stage.list_blocks()[place[1] + 1 :]:
         tokens = block(tokens, *size)
+
     maps = [*maps, to_map(stage.norm(tokens), *size)]
     for later in stages[place[0] + 1 :]:
         maps.append(later(maps[-1]))
@@ -96,15 +94,13 @@ def _finish(model: SegFormer, place: Place, tokens: Tensor, maps: list[Tensor], 
     return logits
 
 
-def _far(distance: Distance, dense: Tensor, other: Tensor) -> float:
-    wanted, found = (logits.double().log_softmax(1) for logits in (dense, other))
-    if distance == "mse":
-        return float((wanted.exp() - found.exp()).square().mean())
-    return float((wanted.exp() * (wanted - found)).sum(1).mean().clamp_min(0.0))
+def _divergence(dense: Tensor, other: Tensor) -> float:
+    wanted, actual = (logits.double().log_softmax(1) for logits in (dense, other))
+    return float((wanted.exp() * (wanted - actual)).sum(1).mean().clamp_min(0.0))
 
 
 def noise(input_shape: Size, count: int = 32, seed: int = 0) -> list[Tensor]:
-    """One batch B 3 H W to give in place of images where there are none, on the CPU.
+    """Returns one batch B 3 H W to give in place of images where there are none, on the CPU.
 
     Structure of all sizes, as photographs have it: a spectrum that falls with one over the frequency, colours that
     agree more than they differ, standardised. On b0s trained on generated pictures it ranked branches much as these do,
@@ -116,5 +112,7 @@ def noise(input_shape: Size, count: int = 32, seed: int = 0) -> list[Tensor]:
     frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1 / max(height, width)  # the mean, as strong as the longest wave
     pink = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
+
+    # The three colours agree more than they differ.
     pink = pink + pink.mean(1, keepdim=True) * 3.0
     return [(pink - pink.mean()) / pink.std()]

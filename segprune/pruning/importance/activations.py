@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from segprune.pruning.groups import Group, Member
-from segprune.pruning.importance.settings import Scores, Settings, layer_average, per_channel, weighted
+from segprune.pruning.importance.settings import Scores, Settings, average_layers, sum_per_channel, weighted_members
 from segprune.pruning.trace import TRANSPOSED_CONVS, eval_mode, is_depthwise, run
 
 
@@ -18,27 +18,28 @@ def wanda(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict
 
     "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695), summed over channels.
     """
-    layers = {member.layer: module for group in groups for member, module in weighted(model, group)}
-    norms = _input_norms(model, layers, settings.data)
-    return {
-        group.name: layer_average(
-            group,
-            (
-                per_channel(group, member, _sums(module, member, norms[member.layer]))
-                for member, module in weighted(model, group)
-            ),
-        )
-        for group in groups
-    }
+    layers: dict[str, nn.Module] = {}
+    for group in groups:
+        layers |= {member.layer: module for member, module in weighted_members(model, group)}
+    norms = _input_norms(model, layers, settings.images)
+
+    scores = {}
+    for group in groups:
+        sums = []
+        for member, module in weighted_members(model, group):
+            sums.append(sum_per_channel(group, member, _sums(module, member, norms[member.layer])))
+        scores[group.name] = average_layers(group, sums)
+    return scores
 
 
 def _sums(module: nn.Module, member: Member, norms: Tensor) -> Tensor:
-    """At each of the member's positions."""
+    """Returns the sum of products at each of the member's positions."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     weight = weight.detach().double().abs()
     if isinstance(module, TRANSPOSED_CONVS):
         weight = weight.transpose(0, 1)
+
     if is_depthwise(module):
         products = weight.flatten(1).sum(1) * norms
     else:
@@ -48,7 +49,7 @@ def _sums(module: nn.Module, member: Member, norms: Tensor) -> Tensor:
 
 
 def _input_norms(model: nn.Module, layers: dict[str, nn.Module], data: list[Any]) -> dict[str, Tensor]:
-    """Per input channel of each layer the Euclidean norm over all images and positions."""
+    """Returns per input channel of each layer the Euclidean norm over all images and positions."""
     squares: dict[str, Tensor] = {}
 
     def watcher(name: str) -> Callable[..., None]:

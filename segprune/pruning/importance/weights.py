@@ -14,10 +14,10 @@ from segprune.pruning.importance.settings import (
     TINY,
     Scores,
     Settings,
-    by_position,
-    layer_average,
-    per_channel,
-    weighted,
+    average_layers,
+    sum_per_channel,
+    weight_by_position,
+    weighted_members,
 )
 from segprune.pruning.trace import NORMS
 
@@ -27,21 +27,12 @@ def l1(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[st
 
     "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710).
     """
-    return {group.name: _sums(model, group, 1) for group in groups}
+    return {group.name: average_layers(group, _sums(model, group, 1)) for group in groups}
 
 
 def l2(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[str, Scores]:
     """The Euclidean norm of a channel's weights in each layer: "Soft Filter Pruning" (arXiv 1808.06866)."""
-    return {
-        group.name: layer_average(
-            group,
-            (
-                np.sqrt(per_channel(group, member, by_position(module, member).double().square().sum(1)))
-                for member, module in weighted(model, group)
-            ),
-        )
-        for group in groups
-    }
+    return {group.name: average_layers(group, map(np.sqrt, _sums(model, group, 2))) for group in groups}
 
 
 def fpgm(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[str, Scores]:
@@ -49,10 +40,11 @@ def fpgm(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[
 
     "Filter Pruning via Geometric Median" (arXiv 1811.00250).
     """
-    return {
-        group.name: layer_average(group, (_distances(group, *found) for found in weighted(model, group)))
-        for group in groups
-    }
+    scores = {}
+    for group in groups:
+        layers = [_distances(group, member, module) for member, module in weighted_members(model, group)]
+        scores[group.name] = average_layers(group, layers)
+    return scores
 
 
 def lamp(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[str, Scores]:
@@ -60,75 +52,78 @@ def lamp(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[
 
     "Layer-adaptive sparsity for the Magnitude-based Pruning" (arXiv 2010.07611), for channels in place of weights.
     """
-    return {group.name: _share_of_stronger(_sums(model, group, 2)) for group in groups}
+    return {group.name: _share_of_stronger(average_layers(group, _sums(model, group, 2))) for group in groups}
 
 
 def random(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[str, Scores]:
     """The control: uniform numbers, the same for the same seed and the same group, whichever others there are."""
-    return {
-        group.name: np.random.default_rng([settings.seed, zlib.crc32(group.name.encode())]).random(group.num_channels)
-        for group in groups
-    }
+    scores: dict[str, Scores] = {}
+    for group in groups:
+        seeds = [settings.seed, zlib.crc32(group.name.encode())]
+        scores[group.name] = np.random.default_rng(seeds).random(group.num_channels)
+    return scores
 
 
 def bn(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[str, Scores]:
     """Absolute gains of the normalisations that a channel passes: "Network Slimming" (arXiv 1708.06519).
 
-    Groups without any are ranked by the fallback, or refused if there is none.
+    Groups whose channels pass none are ranked by l1.
     """
-    gains = {group.name: _gains(model, group) for group in groups}
-    without = [group for group in groups if not gains[group.name]]
-    if without and settings.fallback is None:
-        kinds = ", ".join(dict.fromkeys(group.kind for group in without))
-        raise ValueError(
-            f"Method bn finds no normalisation with gains in the groups of kind {kinds}; "
-            "say by what to rank those, for instance fallback='l1'."
-        )
-    fallback = settings.fallback or {}
-    return {g.name: layer_average(g, gains[g.name]) if gains[g.name] else fallback[g.name] for g in groups}
+    scores = l1(model, groups, settings)
+    for group in groups:
+        gains = _gains(model, group)
+        if gains:
+            scores[group.name] = average_layers(group, gains)
+    return scores
 
 
-def _sums(model: nn.Module, group: Group, power: int) -> Scores:
-    return layer_average(
-        group,
-        (
-            per_channel(group, member, by_position(module, member).double().abs().pow(power).sum(1))
-            for member, module in weighted(model, group)
-        ),
-    )
+def _sums(model: nn.Module, group: Group, power: int) -> list[Scores]:
+    """Returns for each layer of the group the sum of a channel's absolute weights to that power."""
+    sums = []
+    for member, module in weighted_members(model, group):
+        weights = weight_by_position(module, member).double().abs()
+        sums.append(sum_per_channel(group, member, weights.pow(power).sum(1)))
+    return sums
 
 
 def _distances(group: Group, member: Member, module: nn.Module) -> Scores:
-    """Sum of the distances of each channel's weights to every other channel's."""
-    rows = by_position(module, member).double()
+    """Returns the sum of the distances of each channel's weights to every other channel's, in one layer."""
+    rows = weight_by_position(module, member).double()
+
+    # A channel may lie at several positions of the layer: their weights, one after the other, are its vector. Channels
+    # with fewer positions than others are filled up with zeros.
     order = np.argsort(member.channels, kind="stable")
     channels, starts, counts = np.unique(member.channels[order], return_index=True, return_counts=True)
-    slot = np.arange(len(order)) - np.repeat(starts, counts)  # which of its channel's positions
-    owner = np.repeat(np.arange(len(channels)), counts)
+    channel_of_row = np.repeat(np.arange(len(channels)), counts)
+    place_of_row = np.arange(len(order)) - np.repeat(starts, counts)
 
     vectors = rows.new_zeros(len(channels), counts.max(), rows.shape[1])
-    place = tuple(torch.from_numpy(indices).to(rows.device) for indices in (owner, slot))
-    vectors[place] = rows[torch.from_numpy(order).to(rows.device)]
+    vectors[torch.from_numpy(channel_of_row), torch.from_numpy(place_of_row)] = rows[
+        torch.from_numpy(order).to(rows.device)
+    ]
 
-    sums = torch.cdist(vectors.flatten(1), vectors.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    # The fast way of cdist, by a product, is too coarse for vectors that lie close together.
+    flat = vectors.flatten(1)
+    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+
     result = np.zeros(group.num_channels)
-    result[channels] = sums.cpu().numpy()
+    result[channels] = distances.cpu().numpy()
     return result
 
 
 def _share_of_stronger(squares: Scores) -> Scores:
     order = np.argsort(squares, kind="stable")
-    left = np.cumsum(squares[order][::-1])[::-1]  # from each on upwards
+    no_weaker = np.cumsum(squares[order][::-1])[::-1]
     result = np.zeros(len(squares))
-    result[order] = squares[order] / np.maximum(left, TINY)
+    result[order] = squares[order] / np.maximum(no_weaker, TINY)
     return result
 
 
 def _gains(model: nn.Module, group: Group) -> list[Scores]:
-    found = []
+    gains = []
     for member in group.members:
         module = model.get_submodule(member.layer)
         if isinstance(module, NORMS) and isinstance(module.weight, Tensor):
             positions = torch.from_numpy(member.positions).to(module.weight.device)
-            found.append(per_channel(group, member, module.weight.detach().abs()[positions]))
-    return found
+            gains.append(sum_per_channel(group, member, module.weight.detach().abs()[positions]))
+    return gains

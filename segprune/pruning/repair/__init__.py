@@ -21,14 +21,15 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from segprune.model import SegFormer, check_input
+from segprune.model import SegFormer
 from segprune.pruning.groups import Group
+from segprune.pruning.images import checked_images
 from segprune.pruning.plan import Plan
 from segprune.pruning.repair.basis import Reads
 from segprune.pruning.repair.head import repair_head
 from segprune.pruning.repair.layers import Pairs, Removed
 from segprune.pruning.repair.stages import repair_stage
-from segprune.pruning.surgery import cut, read_spec, removed_positions
+from segprune.pruning.surgery import cut_channels, read_spec, removed_positions
 from segprune.pruning.trace import eval_mode
 from segprune.spec import stage_name
 from segprune.timing import tf32_products
@@ -64,8 +65,12 @@ def repair(
     if dtype not in (torch.float32, torch.float64):  # activations in half precision would be too coarse to solve from
         result, reference = result.float(), copy.deepcopy(dense).float()
     result.spec = read_spec(pruned)
-    images = _images(batches, reference)
-    with eval_mode(reference), eval_mode(result), tf32_products(False):  # TF32 has as few digits as half precision
+    images = checked_images(reference, batches)
+    if not images:
+        raise ValueError("Repair needs images, and there are none; give a few dozen, labels are not needed.")
+
+    # TF32 has as few digits as half precision.
+    with eval_mode(reference), eval_mode(result), tf32_products(False):
         _repair(result, reference, removed_positions(groups, plan), images, damping, progress)
     return result.to(dtype)
 
@@ -96,28 +101,12 @@ def _repair(
     step()
 
 
-def _images(batches: Iterable[Tensor], model: SegFormer) -> list[Tensor]:
-    parameter = model.decode_head.classifier.weight
-    images = []
-    for batch in batches:
-        check_input(tuple(batch.shape))
-        if not bool(batch.isfinite().all()):
-            raise ValueError(
-                "An image for the repair holds values that are not finite; check how the images are normalised."
-            )
-        if len(batch):
-            images.append(batch.to(parameter.device, parameter.dtype))
-    if not images:
-        raise ValueError("Repair needs images, and there are none; give a few dozen, labels are not needed.")
-    return images
-
-
 def _check_networks(pruned: SegFormer, dense: SegFormer, groups: list[Group], plan: Plan) -> None:
     with torch.device("meta"):
         expected = SegFormer(dense.spec)
     if {group.name for group in groups} == plan.keep.keys():
         with suppress(AttributeError, IndexError):  # groups of another network: no such layer, no such channel
-            cut(expected, groups, plan)
+            cut_channels(expected, groups, plan)
             if read_spec(expected) == replace(read_spec(pruned), numerics=dense.spec.numerics):
                 return
     raise ValueError(

@@ -11,10 +11,11 @@ from itertools import product
 import numpy as np
 from torch import nn
 
-from segprune.pruning.costs import Costs, Widths
+from segprune.pruning.budget.costs import Costs
+from segprune.pruning.budget.latency.steps import Shape, Side, Step, steps
+from segprune.pruning.budget.latency.table import LatencyTable
 from segprune.pruning.groups import Group
-from segprune.pruning.latency.steps import Shape, Side, Step, steps
-from segprune.pruning.latency.table import LatencyTable
+from segprune.pruning.plan import Widths
 from segprune.spec import Spec
 from segprune.stats import layers
 from segprune.timing import Progress, measure_latency

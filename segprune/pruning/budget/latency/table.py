@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from segprune.files import check_writable, write_json
-from segprune.pruning.latency.steps import Place, Shape, build_step
+from segprune.pruning.budget.latency.steps import Place, Shape, build_step
 from segprune.timing import Call, GraphRecorder, Precision, Progress, Turn, tf32_products, time_in_turns
 
 Measure = Callable[[Sequence[Shape], Place, Progress | None], list[float]]

@@ -1,4 +1,4 @@
-"""How a run of `segprune prune` ends: pruning_results.json completed, and the closing table.
+"""How a run of `segprune prune` ends: pruning_results.json, and the closing table.
 
 Of a run that was cut short while it fine-tuned, `segprune train --resume` does this when the fine-tuning is done.
 """
@@ -6,16 +6,97 @@ Of a run that was cut short while it fine-tuned, `segprune train --resume` does 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from segprune.checkpoint import Checkpoint
 from segprune.cli.console import console, eager_beside, latency_text, measured_on, number_of, show_table
+from segprune.cli.prune.flags import StepFlags
 from segprune.files import write_json
+from segprune.inference.evaluate import Score
+from segprune.model import SegFormer
+from segprune.pruning.options import PruneOptions
 from segprune.runs.folder import Fit
-from segprune.runs.records import score_record
+from segprune.runs.records import (
+    environment,
+    network_record,
+    network_size,
+    reduction_record,
+    score_record,
+)
+from segprune.spec import spec_to_dict, with_folded_head
+from segprune.stats import count
 from segprune.timing import Latency
 
 RESULTS = "pruning_results.json"
+
+
+NOTED = (
+    "scope",
+    "round_to",
+    "max_rate",
+    "ignore",
+    "plan",
+    "heads",
+    "keep_decoder",
+    "uniform",
+    "seed",
+)  # options that say what was removed
+
+
+def pruning_config(options: PruneOptions, steps: StepFlags, images: Sequence[Tensor]) -> dict[str, Any]:
+    """Returns what was asked; `pruning_rate` is None where something else than one rate said it."""
+    budgets = options.budgets
+    one = next(iter(budgets.items())) if len(budgets) == 1 else (None, None)
+    return {
+        "method": options.pruning_method,
+        "pruning_rate": one[1],
+        "rate_of": one[0],
+        "budgets": budgets,
+        "rates": options.shares_by_name,
+        "repaired": bool(images) and options.repair is not False,
+        "num_images": sum(map(len, images)),
+        "price": options.group_price,
+        "normalise": options.normalise,
+        "steps": steps.count,
+        "depth": steps.depth,
+        **{name: getattr(options, name) for name in NOTED},
+    }
+
+
+def results_record(
+    opened: Checkpoint,
+    pruned: SegFormer,
+    latencies: Sequence[Latency],
+    scores: Mapping[str, Score],
+    how: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what pruning_results.json holds, fine-tuning apart."""
+    shape = settings["input_shape"]
+    original, after = count(opened.spec, shape), count(pruned.spec, shape)
+    folded = count(with_folded_head(opened.spec), shape) if pruned.spec.folded else original
+    speedup = latencies[0].median_ms / latencies[1].median_ms
+    return {
+        "model_config": {
+            "phi": opened.spec.variant,
+            "num_classes": opened.spec.num_classes,
+            "input_shape": list(shape),
+            "dialect": opened.dialect,
+            "model_path": settings["model_path"],
+            "random_weights": not settings["model_path"],
+        },
+        "pruning_config": dict(how),
+        "original_model": network_record(original, latencies[0], scores.get("dense")),
+        "folded_model": network_size(folded),
+        "pruned_model": network_record(after, latencies[1], scores.get("pruned")) | {"spec": spec_to_dict(pruned.spec)},
+        "reduction": reduction_record(original, folded, after) | {"speedup": speedup},
+        "settings": dict(settings),
+        "environment": environment(),
+    }
 
 
 def finetuned_folder(path: Path) -> Path:
@@ -52,15 +133,17 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
         networks.insert(1, ("decode head folded", "folded_model", "–"))
     if "finetuned_model" in record:
         networks.append(("fine-tuned", "finetuned_model", pruned))
+
     rows = []
     for name, key, latency in networks:
         values = record[key]
         miou = f"{values['miou']:.4f}" if "miou" in values else "–"
         rows.append([name, f"{values['parameters_M']:.3f}", f"{values['macs_G']:.3f}", latency, miou])
     show_table("Results", ["network", "params (M)", "MACs (G)", "latency (ms)", "mIoU"], rows)
+
     how = record["pruning_config"]
     if how["repaired"]:
-        console.print(f"Repaired with {number_of(how['num_images'], 'picture')}, before any training.")
+        console.print(f"Repaired with {number_of(how['num_images'], 'image')}, before any training.")
     reduction = record["reduction"]
     console.print(
         f"Parameters −{reduction['parameters_reduction_percent']:.1f} % "
@@ -68,6 +151,7 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
         f"FLOPs −{reduction['flops_reduction_percent']:.1f} % (folding {reduction['flops_by_folding_percent']:.1f}), "
         f"{reduction['speedup']:.2f} × faster."
     )
+
     height, width = record["model_config"]["input_shape"]
     console.print(measured_on(latencies["original_model"], (height, width)))
     if sentence := eager_beside(latencies["original_model"], latencies["pruned_model"]):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from segprune.pruning.groups import Group
+from segprune.pruning.options import Price, RateOf
+from segprune.pruning.plan import Widths
 from segprune.stats import Layer
 
-RateOf = Literal["params", "macs", "channels", "latency"]
-RATES: tuple[RateOf, ...] = ("params", "macs", "channels", "latency")
-Price = Literal["both", "params", "macs", "none"]
 MACS_WEIGHT = 0.6  # of MACs beside parameters in a group's price; measured, see docs/log.md
-Widths = np.ndarray[tuple[int], np.dtype[np.int64]]
 Dims = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Coefficients = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (a, b, c) of each layer: 3 L
 
@@ -29,18 +27,23 @@ class Cost(Protocol):
 
 
 class Costs:
-    """Cost of a network as a function of its groups' widths (slots that stay, in the order of `groups`).
+    """Cost of a network as a function of its groups' widths (slots that are kept, in the order of `groups`).
 
-    A layer's side is as wide as its groups leave it, times the share of heads that stay.
+    A layer's side is as wide as its groups leave it, times the share of heads that are kept. L is the number of
+    layers, G of groups.
     """
 
     def __init__(self, layers: Sequence[Layer], groups: Sequence[Group], rate_of: RateOf, rest: int = 0) -> None:
         self.layers, self.groups = layers, groups
         self.full = np.array([group.slots for group in groups], dtype=np.int64)
         self.rest = rest  # what lies in no listed layer
-        self._dims = np.array([[row.in_dim, row.out_dim] for row in layers], dtype=np.float64).T  # 2 L
-        self._per_slot = np.zeros((2, len(layers), len(groups)))
+
+        # How wide the layers are, and how much narrower each side becomes with one slot of each group.
+        dims = [[row.in_dim for row in layers], [row.out_dim for row in layers]]
+        self._dims = np.array(dims, dtype=np.float64)  # 2 L
+        self._per_slot = np.zeros((2, len(layers), len(groups)))  # 2 L G
         self._heads: list[tuple[int, int, int]] = []  # side, layer, group
+
         rows = _rows_by_side(layers)
         for g, group in enumerate(groups):
             for member in group.members:
@@ -49,54 +52,56 @@ class Costs:
                         self._heads.append((side, row, g))
                     else:
                         self._per_slot[side, row, g] += len(member.positions) / group.slots
+
         self._coefficients = _coefficients(layers, groups, rate_of, rows)
 
     def total(self, widths: Widths) -> float:
-        return self._cost(widths, self._coefficients) + self.rest
+        return self._cost(widths) + self.rest
 
     def share(self, g: int) -> float:
-        """The share of the network's cost that would go with all of group `g`."""
+        """Returns the share of the network's cost that disappears with all of group `g`."""
         widths = self.full.copy()
         widths[g] = 0
-        whole = max(self._cost(self.full, self._coefficients), 1.0)
-        return 1.0 - self._cost(widths, self._coefficients) / whole
+        return 1.0 - self._cost(widths) / max(self._cost(self.full), 1.0)
 
     def dims(self, widths: Widths) -> Dims:
-        """How wide the layers are then: 2 L, inputs and outputs."""
+        """Returns how wide the layers are then: 2 L, inputs and outputs."""
         dims: Dims = self._dims - self._per_slot @ (self.full - widths)
         for side, row, g in self._heads:
             dims[side, row] *= widths[g] / self.full[g]
         return dims
 
-    def _cost(self, widths: Widths, coefficients: Coefficients) -> float:
-        dims = self.dims(widths)
-        a, b, c = coefficients
-        return float((a * dims[0] * dims[1] + b * dims[0] + c * dims[1]).sum())
+    def _cost(self, widths: Widths) -> float:
+        ins, outs = self.dims(widths)
+        a, b, c = self._coefficients
+        return float((a * ins * outs + b * ins + c * outs).sum())
 
 
 def _rows_by_side(layers: Sequence[Layer]) -> dict[tuple[str, str], list[tuple[int, int]]]:
-    """Which widths (0 in, 1 out; row) a member's side sets. q's outputs and v's are attention's two widths."""
+    """Returns which widths (0 in, 1 out; row) the side of a layer sets. q's outputs and v's are attention's two."""
     rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for i, layer in enumerate(layers):
         if layer.kind == "attention":
             rows.setdefault((f"{layer.name}.q", "out"), []).append((0, i))
             rows.setdefault((f"{layer.name}.v", "out"), []).append((1, i))
-        else:
-            rows.setdefault((layer.name, "out"), []).append((1, i))
-            if layer.kind == "product":
-                rows.setdefault((layer.name, "in"), []).append((0, i))
+            continue
+
+        rows.setdefault((layer.name, "out"), []).append((1, i))
+        if layer.kind == "product":
+            rows.setdefault((layer.name, "in"), []).append((0, i))
     return rows
 
 
-def reaches(layers: Sequence[Layer], groups: Sequence[Group]) -> list[int]:
-    """Of each group, the number of products that read or write it; at least 1."""
+def count_products(layers: Sequence[Layer], groups: Sequence[Group]) -> list[int]:
+    """Returns for each group the number of products that read or write it; at least 1."""
     rows = _rows_by_side(layers)
-    return [_reach(group, layers, rows) for group in groups]
-
-
-def _reach(group: Group, layers: Sequence[Layer], rows: Mapping[tuple[str, str], list[tuple[int, int]]]) -> int:
-    sides = {found for m in group.members for found in rows.get((m.layer, m.side), ())}
-    return max(1, sum(layers[row].kind == "product" for _, row in sides))
+    counts = []
+    for group in groups:
+        sides: set[tuple[int, int]] = set()
+        for member in group.members:
+            sides.update(rows.get((member.layer, member.side), ()))
+        counts.append(max(1, sum(layers[row].kind == "product" for _, row in sides)))
+    return counts
 
 
 def _coefficients(
@@ -105,49 +110,55 @@ def _coefficients(
     rate_of: RateOf,
     rows: Mapping[tuple[str, str], list[tuple[int, int]]],
 ) -> Coefficients:
+    """Returns (a, b, c) of each layer, 3 L: its cost is a · in · out + b · in + c · out."""
+    if rate_of == "latency":
+        raise ValueError("A latency has no formula; it is measured, see LatencyCosts.")
+
     result = np.zeros((3, len(layers)))
-    if rate_of == "channels":  # each group counts once, as wide as the first layer that puts it out
+    if rate_of == "channels":
+        # Each group counts once, as wide as the first layer that puts it out.
         for group in groups:
             outs = [m.layer for m in group.members if m.side == "out"]
             if group.kind != "head" and outs:
                 result[2, rows[outs[0], "out"][0][1]] = 1
         return result
-    if rate_of == "latency":
-        raise ValueError("A latency has no formula; it is measured, see LatencyCosts.")
+
     seen: set[tuple[str, str]] = set()
     for i, layer in enumerate(layers):
+        # A layer that runs twice has its weights once.
         if rate_of == "params" and (layer.name, layer.kind) in seen:
-            continue  # a layer that runs twice has its weights once
+            continue
         seen.add((layer.name, layer.kind))
         result[:, i] = layer.coefficients(rate_of)
     return result
 
 
-def default_price(uniform: bool) -> Price:
-    """Uniform networks keep the published decode head, which by its MACs would give nearly all of its width."""
-    return "params" if uniform else "both"
+def price_parts(price: Price) -> dict[RateOf, float]:
+    """Returns how much each unit weighs in a price. Whoever asks for fewer parameters wants a faster network too."""
+    if price == "both":
+        return {"params": 1.0 - MACS_WEIGHT, "macs": MACS_WEIGHT}
+    assert price != "none"
+    return {price: 1.0}
 
 
 def loss_weights(
     layers: Sequence[Layer], groups: Sequence[Group], rate_of: RateOf, price: Price = "both"
 ) -> list[float]:
-    """What losing a given share of each group weighs: once for each product that reads or writes it, per price.
+    """Returns the weight of each group in the ranking: (products that read or write it) / (its share of the cost).
 
-    Counted so, a stage's width that thirty products share is not given away like one block's hidden width. A group's
-    price is the share of the network's cost that would go with all of it, by default of parameters and MACs alike:
-    whoever asks for fewer parameters wants a faster network as well. For a rate of the channels it is their share.
+    Without the first factor a stage's width, which thirty layers share, would be pruned as readily as one block's
+    hidden width. `price` says whose cost: parameters and MACs by default, and channels for a rate of the channels.
     With price "none" every group weighs 1.
     """
     if price == "none":
         return [1.0] * len(groups)
-    parts: dict[RateOf, float] = {"params": 1.0 - MACS_WEIGHT, "macs": MACS_WEIGHT}
-    if price != "both":
-        parts = {price: 1.0}
-    elif rate_of == "channels":
-        parts = {"channels": 1.0}
-    priced = [(weight, Costs(layers, groups, unit)) for unit, weight in parts.items()]
+
+    parts: dict[RateOf, float] = {"channels": 1.0} if (price, rate_of) == ("both", "channels") else price_parts(price)
+    costs = {unit: Costs(layers, groups, unit) for unit in parts}
     tiny = float(np.finfo(float).eps)
-    return [
-        reach / (tiny + sum(weight * costs.share(g) for weight, costs in priced))
-        for g, reach in enumerate(reaches(layers, groups))
-    ]
+
+    weights = []
+    for g, products in enumerate(count_products(layers, groups)):
+        share = sum(weight * costs[unit].share(g) for unit, weight in parts.items())
+        weights.append(products / (tiny + share))
+    return weights

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from segprune.pruning.latency.steps import Place
+from segprune.pruning.budget.latency.steps import Place
 from segprune.timing import Latency, measure_latency
 
 TOLERANCE = 0.05  # how far, as a share of the target, the measured latency may be from it

@@ -6,10 +6,10 @@ asks again. Times are milliseconds for one image in evaluation mode, in one plac
 CPU, the number of threads that torch has. On a GPU all of them are of replayed CUDA graphs (segprune/timing.py).
 """
 
-from segprune.pruning.latency.costs import LatencyCosts, dense_in_predicted_ms
-from segprune.pruning.latency.steps import Place, Shape, steps
-from segprune.pruning.latency.table import LatencyTable, default_folder, measure_shapes
-from segprune.pruning.latency.target import Met, meet
+from segprune.pruning.budget.latency.costs import LatencyCosts, dense_in_predicted_ms
+from segprune.pruning.budget.latency.steps import Place, Shape, steps
+from segprune.pruning.budget.latency.table import LatencyTable, default_folder, measure_shapes
+from segprune.pruning.budget.latency.target import Met, meet
 
 __all__ = [
     "LatencyCosts",

@@ -1,0 +1,328 @@
+"""A run of `segprune prune`, in the order in which things happen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segprune import checkpoint
+from segprune.checkpoint import Checkpoint
+from segprune.cli.console import (
+    choose_device,
+    classes_of,
+    console,
+    open_data,
+    progress_bar,
+    show_notes,
+    show_settings,
+    show_table,
+)
+from segprune.cli.machine import choose_precision, fit_to_machine
+from segprune.cli.prune.closing import (
+    RESULTS,
+    add_finetuned,
+    finetuned_folder,
+    pruning_config,
+    results_record,
+    show_closing,
+)
+from segprune.cli.prune.flags import (
+    ImageFlags,
+    NetworkFlags,
+    RunFlags,
+    StepFlags,
+    TuneFlags,
+    check_flags,
+    merge_settings,
+    needs_images,
+)
+from segprune.cli.prune.steps import Tuning, prune_in_steps
+from segprune.cli.settings import TrainSettings, advice, check_settings, with_rates
+from segprune.cli.train import check_teacher_names, fit_with
+from segprune.data import Source
+from segprune.data.unlabelled import batch_images, list_images, load_images
+from segprune.files import check_writable, write_json
+from segprune.inference.evaluate import EvalMode, Score, evaluate
+from segprune.model import SegFormer
+from segprune.pruning.budget.latency import LatencyTable, default_folder
+from segprune.pruning.depth import check_depth, prune_depth
+from segprune.pruning.importance import NEED_IMAGES
+from segprune.pruning.options import PruneOptions
+from segprune.pruning.plan import widths_of, write_plan
+from segprune.pruning.prepare import check_head
+from segprune.pruning.prune import make_pruner
+from segprune.pruning.pruner import Pruner
+from segprune.runs.folder import check_kept
+from segprune.spec import standard_spec
+from segprune.timing import measure_latency
+
+PLAN = "plan.json"
+
+
+def run(
+    network: NetworkFlags,
+    options: PruneOptions,
+    images: ImageFlags,
+    steps: StepFlags,
+    tune: TuneFlags,
+    out: RunFlags,
+    given: frozenset[str],
+) -> None:
+    """Prune a trained SegFormer; with --data, score it before and after; with --epochs, fine-tune and score again.
+
+    Writes SAVE_DIR/METHOD/PHI/PHI_pruned_RATE.pth, which `segprune train`, `segprune eval` and
+    `segprune.load` read, and pruning_results.json beside it.
+    """
+    check_flags(given, options, images, steps, tune, out)
+    if steps.depth:
+        check_depth(steps.depth, options)
+    device = choose_device(out.cuda)
+
+    # Open the checkpoint.
+    opened = _read_network(network, options.seed)
+    check_head(opened.spec, options)
+    variant = opened.spec.variant
+    folder = Path(out.save_dir) / options.pruning_method / variant
+    path = folder / f"{variant}_pruned_{_label(options)}.pth"
+    check_kept(path, network.model_path, save_dir=Path(out.save_dir))
+
+    # Settle the fine-tuning, so that nothing long begins with settings that it cannot have.
+    tune_settings = _tune_settings(network, options, tune, out, opened, path)
+    tune_settings, fitted = fit_to_machine(tune_settings, device)
+    tune_settings, reason = with_rates(tune_settings, opened.extra)
+    tune = replace(tune, amp=tune_settings.amp, num_workers=tune_settings.num_workers)
+    if tune.epochs:
+        check_settings(tune_settings)
+        tune = replace(tune, lr=tune_settings.lr)
+    settings = merge_settings(network, options, images, steps, tune, out)
+    settings |= {"phi": variant, "num_classes": opened.spec.num_classes}
+    chosen = {"phi": variant, "num_classes": opened.spec.num_classes, "dialect": opened.dialect}
+    show_settings("Pruning", settings, given, chosen)
+    show_notes(opened.notes)
+    show_notes((reason,) if tune.epochs else ())
+    show_notes(fitted if tune.data else ())
+
+    # Open the data, and check its labels.
+    source, pixels = _open_data(network, tune, opened) if tune.data else (None, ())
+    check_writable(folder)
+    dense = checkpoint.build(opened).to(device)
+    batches = _load_images(options, images, steps, out, source)
+    batches = [batch.to(device) for batch in batches]
+    table = None
+    if "latency" in options.budgets:
+        table = LatencyTable(device, choose_precision(tune.amp, device), default_folder())
+
+    if out.plan_only:
+        _show_plan(make_pruner(dense, images=batches, options=options, latency_table=table), settings, folder / PLAN)
+        return
+
+    # Rank, decide, cut and repair: before any scoring, so that what cannot be met is said at once.
+    classes = {} if source is None else classes_of(source, opened.spec.num_classes)
+    how = pruning_config(options, steps, batches)
+    extra = classes | opened.extra | {"pruning": how}
+    tuning = None
+    if source is not None and tune.epochs:
+        teacher = None if tune.no_distill or not network.model_path else opened
+        tuning = Tuning(tune_settings, source, pixels, extra, teacher)
+
+    start = _remove_branches(dense, options, steps.depth, batches) if steps.depth else dense
+    if steps.count > 1 or steps.depth:
+        pruned = prune_in_steps(
+            dense,
+            start,
+            options,
+            batches,
+            steps.count,
+            epochs=steps.epochs,
+            tuning=tuning,
+            path=path,
+            latency_table=table,
+        )
+    else:
+        with progress_bar("pruning") as advance:
+            pruner = make_pruner(dense, images=batches, options=options, latency_table=table, progress=advance)
+            cut = pruner.prune()
+        assert isinstance(cut, SegFormer)
+        pruned = cut
+    checkpoint.save(pruned, path, extra=extra)
+
+    # Score and time the two networks.
+    scores: dict[str, Score] = {}
+    if source is not None:
+        scores["dense"] = _score(dense, source, options, tune, device, "scoring dense")
+        scores["pruned"] = _score(pruned, source, options, tune, device, "scoring pruned")
+    with progress_bar("timing dense and pruned") as advance:
+        latencies = measure_latency(
+            [dense, pruned],
+            options.input_shape,
+            device=device,
+            precision=choose_precision(tune.amp, device),
+            progress=advance,
+        )
+    record = results_record(opened, pruned, latencies, scores, how, settings) | {"model_save_path": str(path)}
+    write_json(record, folder / RESULTS)
+
+    # Fine-tune, and report.
+    if tuning is not None:
+        if "lr" not in given and "lr" in opened.extra and tune_settings.lr is not None:
+            show_notes(advice(scores["dense"].miou, scores["pruned"].miou, tune_settings.lr))
+        del dense, start
+        console.print("\nFine-tuning the pruned network", style="bold")
+        fit = fit_with(tune_settings, pruned, tuning.source, pixels, extra, tuning.teacher)
+        add_finetuned(record, fit, folder)
+    show_closing(record, folder)
+
+
+def _label(options: PruneOptions) -> str:
+    """Returns what was asked, for the name of the file: the rate, or what says it otherwise."""
+    if options.plan is not None:
+        return "plan"
+    if len(options.budgets) > 1:
+        return "budgets"
+    if not options.budgets:
+        return "rates"
+    return f"{next(iter(options.budgets.values())):g}"
+
+
+def _read_network(network: NetworkFlags, seed: int) -> Checkpoint:
+    """Returns the checkpoint, or a random network with a note that says so loudly."""
+    if network.model_path:
+        opened = checkpoint.read(
+            network.model_path, dialect=network.dialect, variant=network.phi, num_classes=network.num_classes
+        )
+        if opened.backbone_only:
+            raise ValueError(
+                f"{network.model_path} holds only a backbone; train it first: "
+                f"segprune train --model_path {network.model_path} --num_classes {opened.spec.num_classes}."
+            )
+        return opened
+
+    if network.dialect is not None:
+        raise ValueError("`dialect` was given without `model_path`; it says who wrote a checkpoint.")
+    torch.manual_seed(seed)
+    model = SegFormer(standard_spec(network.phi or "b2", 8 if network.num_classes is None else network.num_classes))
+    note = (
+        "NO --model_path: THE WEIGHTS ARE RANDOM. This is a dry run: sizes and speed are true, "
+        "but the pruned network has learnt nothing."
+    )
+    return Checkpoint(model.spec, model.state_dict(), "segprune", (note,), backbone_only=False, extra={})
+
+
+def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint) -> tuple[Source, tuple[int, ...]]:
+    """Returns the data set, its labels checked, and the labelled pixels of each class."""
+    assert tune.num_workers is not None
+    learns = bool(tune.epochs) and not tune.no_distill and bool(network.model_path)
+
+    def check_names(names: tuple[str, ...]) -> None:
+        check_teacher_names(
+            f"--model_path {network.model_path}",
+            opened if learns else None,
+            names,
+            "give data of the same classes, or leave the teacher out with --no_distill",
+        )
+
+    source, labels = open_data(
+        tune.data,
+        tune.layout,
+        opened.spec.num_classes,
+        ("train", "val") if tune.epochs else ("val",),
+        skip_bad=tune.skip_bad,
+        num_workers=tune.num_workers,
+        trained=bool(network.model_path),
+        classes=check_names,
+    )
+    return source, labels.pixels
+
+
+def _load_images(
+    options: PruneOptions, images: ImageFlags, steps: StepFlags, out: RunFlags, source: Source | None
+) -> list[Tensor]:
+    """Returns images for the method and the repair: none where nobody needs them, or where the data has none."""
+    origin = images.images or source
+    if not origin or not needs_images(options, steps, out):
+        return []
+    try:
+        places = list_images(origin)
+    except FileNotFoundError as error:
+        if images.images or options.repair or options.pruning_method in NEED_IMAGES:
+            raise
+        show_notes((f"No repair, since there are no images for it: {error}",))
+        return []
+    return batch_images(load_images(places, images.num_images, options.input_shape))
+
+
+def _show_plan(pruner: Pruner, settings: dict[str, Any], path: Path) -> None:
+    """Prints what would be removed, and saves it as a file to look at and to edit."""
+    prepared = pruner.prepare()
+    plan = pruner.decide(prepared, pruner.score(prepared))
+
+    rows = []
+    widths = zip(prepared.groups, widths_of(plan, prepared.groups).tolist(), strict=True)
+    for group, width in sorted(widths, key=lambda row: row[0].name):
+        times = f"{group.parts} × " if group.parts > 1 else ""
+        name = group.name.removeprefix("encoder.")
+        rows.append([name, f"{times}{group.slots}", f"{times}{width}", f"{1 - width / group.slots:.0%}"])
+    show_table("Plan", ["group", "channels", "kept", "removed"], rows)
+
+    left_alone = sorted(name.removeprefix("encoder.") for name in pruner.left_alone(prepared))
+    if left_alone:
+        console.print(f"Left alone by --ignore: {', '.join(left_alone)}.", soft_wrap=True)
+    write_plan(plan, prepared.groups, settings, path)
+    removed = ", ".join(f"{share:.1%} of the {unit}" for unit, share in plan.removed.items())
+    console.print(f"Removes {removed}. Nothing was cut; --plan carries this file out: {path}", soft_wrap=True)
+
+
+def _remove_branches(dense: SegFormer, options: PruneOptions, depth: float, images: Sequence[Tensor]) -> SegFormer:
+    with progress_bar("skipping one branch at a time") as advance:
+        model, names = prune_depth(dense, depth, options, images, advance)
+    short = ", ".join(name.removeprefix("encoder.") for name in names)
+    console.print(f"Branches removed: {short}.", soft_wrap=True)
+    return model
+
+
+def _score(
+    model: SegFormer, source: Source, options: PruneOptions, tune: TuneFlags, device: torch.device, text: str
+) -> Score:
+    assert tune.num_workers is not None
+    with progress_bar(text) as advance:
+        return evaluate(
+            model,
+            source.split("val"),
+            model.spec.num_classes,
+            EvalMode(input_shape=options.input_shape),
+            device=device,
+            batch_size=tune.batch_size,
+            num_workers=tune.num_workers,
+            progress=advance,
+        )
+
+
+def _tune_settings(
+    network: NetworkFlags, options: PruneOptions, tune: TuneFlags, out: RunFlags, opened: Checkpoint, path: Path
+) -> TrainSettings:
+    """Returns the settings of `segprune train` that fine-tune the network in `path`, the dense one as its teacher."""
+    teacher = "" if tune.no_distill else network.model_path
+    return TrainSettings(
+        data=tune.data,
+        layout=tune.layout,
+        skip_bad=tune.skip_bad,
+        teacher=teacher,
+        teacher_dialect=network.dialect if teacher else None,
+        model_path=str(path),
+        phi=opened.spec.variant,
+        num_classes=opened.spec.num_classes,
+        input_shape=options.input_shape,
+        epochs=tune.epochs,
+        batch_size=tune.batch_size,
+        lr=tune.lr,
+        num_workers=tune.num_workers,
+        amp=tune.amp,
+        cuda=out.cuda,
+        seed=options.seed,
+        save_dir=str(finetuned_folder(path)),
+    )

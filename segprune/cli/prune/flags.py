@@ -1,0 +1,198 @@
+"""The flags of `segprune prune` that are not options of pruning itself, and what cannot be combined across records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
+
+from typer import Option
+
+from segprune.cli.flags import (
+    Amp,
+    Dialect,
+    Layout,
+    LoaderProcesses,
+    SkipBad,
+    Verbose,
+    refuse_without_effect,
+    switch,
+)
+from segprune.cli.machine import AUTO
+from segprune.pruning.importance import NEED_IMAGES
+from segprune.pruning.options import PruneOptions
+
+
+@dataclass(frozen=True)
+class NetworkFlags:
+    PANELS: ClassVar[Mapping[str, str]] = {"model_path": "The network"}
+
+    model_path: Annotated[
+        str,
+        Option(
+            "--model_path",
+            help="Trained checkpoint: .pth, .pt, .safetensors, a Hugging Face folder or hub name. "
+            "Empty: random weights, which is only a dry run.",
+        ),
+    ] = ""
+    num_classes: Annotated[
+        int | None,
+        Option("--num_classes", help="Channels of the logits, background included; read off the checkpoint, else 8."),
+    ] = None
+    phi: Annotated[str | None, Option("--phi", help="MiT variant b0 … b5; read off the checkpoint, else b2.")] = None
+    dialect: Dialect = None
+
+
+@dataclass(frozen=True)
+class ImageFlags:
+    PANELS: ClassVar[Mapping[str, str]] = {"images": "Images, without labels"}
+
+    images: Annotated[
+        str,
+        Option(
+            "--images",
+            help="Folder of images for the repair and for methods that need some. If not given: the train part of "
+            "--data.",
+        ),
+    ] = ""
+    num_images: Annotated[int, Option("--num_images", min=1, help="How many of them are used.")] = 64
+
+
+@dataclass(frozen=True)
+class StepFlags:
+    """The cut in several steps. `steps` is their number, and after a comma the epochs of training between two."""
+
+    PANELS: ClassVar[Mapping[str, str]] = {"steps": "Before and between"}
+
+    steps: Annotated[
+        str,
+        Option(
+            "--steps",
+            metavar="N[,EPOCHS]",
+            help="Prune in N steps of equal size, each repaired by itself; fine-tune that many epochs between two, on "
+            "--data.",
+        ),
+    ] = "1"
+    depth: Annotated[
+        float,
+        Option(
+            "--depth",
+            help="Share of the network removed as whole attention or FFN branches, and blocks, before channels are "
+            "cut; a part of the rate.",
+        ),
+    ] = 0.0
+
+    @property
+    def count(self) -> int:
+        return self._numbers[0]
+
+    @property
+    def epochs(self) -> int:
+        return self._numbers[1]
+
+    @property
+    def _numbers(self) -> tuple[int, int]:
+        count, _, epochs = self.steps.partition(",")
+        return int(count), int(epochs or 0)
+
+    def __post_init__(self) -> None:
+        words = self.steps.split(",")
+        if len(words) > 2 or not all(word.strip().isdecimal() for word in words) or int(words[0]) < 1:
+            raise ValueError(f"`steps` is {self.steps!r}; give a number from 1 up, or with epochs, as 3,2.")
+        if not 0.0 <= self.depth < 1.0:
+            raise ValueError(f"`depth` is {self.depth:g}; it must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class TuneFlags:
+    PANELS: ClassVar[Mapping[str, str]] = {"data": "Scoring and fine-tuning"}
+
+    data: Annotated[
+        str, Option("--data", help="Data set, in any layout of docs/data.md: score on its val part before and after.")
+    ] = ""
+    layout: Layout = None
+    skip_bad: SkipBad = False
+    epochs: Annotated[int, Option("--epochs", min=0, help="Fine-tune this many epochs on --data; 0: do not.")] = 0
+    batch_size: Annotated[int, Option("--batch_size", min=1, help="Images per step, of fine-tuning and scoring.")] = 8
+    lr: Annotated[
+        float | None,
+        Option(
+            "--lr",
+            help="Of fine-tuning. If not given: a tenth of what a file of ours was trained with from scratch, else "
+            "what it was fine-tuned with, else 6e-5.",
+        ),
+    ] = None
+    no_distill: Annotated[
+        bool, switch("--no_distill", "Fine-tune on the labels alone; else the dense network is the teacher.")
+    ] = False
+    num_workers: LoaderProcesses = None
+    amp: Amp = AUTO
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    PANELS: ClassVar[Mapping[str, str]] = {"plan_only": "The run"}
+
+    plan_only: Annotated[bool, switch("--plan_only", "Only decide: show the widths and save them as plan.json.")] = (
+        False
+    )
+    cuda: Annotated[bool, switch("--cuda", "Use the GPU; without it the CPU.")] = False
+    save_dir: Annotated[str, Option("--save_dir", help="Files are written to SAVE_DIR/METHOD/PHI.")] = "logs_pruning"
+    verbose: Verbose = False
+
+
+def merge_settings(*records: Any) -> dict[str, Any]:
+    """Returns the fields of all records, by the names of their flags."""
+    settings: dict[str, Any] = {}
+    for record in records:
+        settings |= asdict(record)
+    return settings
+
+
+def needs_images(options: PruneOptions, steps: StepFlags, run: RunFlags) -> bool:
+    """Returns whether images, if there are some, are of use: to the repair, the method or the choice of branches."""
+    will_repair = options.repair is not False and not run.plan_only
+    return will_repair or options.pruning_method in NEED_IMAGES or steps.depth > 0.0
+
+
+def check_flags(
+    given: frozenset[str], options: PruneOptions, images: ImageFlags, steps: StepFlags, tune: TuneFlags, run: RunFlags
+) -> None:
+    """Raises ValueError for flags that contradict those of other records, or would have no effect."""
+    some_images = bool(tune.data or images.images)
+    if options.pruning_method in NEED_IMAGES and not some_images:
+        raise ValueError(
+            f"`pruning_method` {options.pruning_method} needs images; give them as `images` DIR or `data`, labels are "
+            "not needed."
+        )
+    if options.repair and not some_images:
+        raise ValueError("`repair` needs images; give them as `images` DIR or `data`, labels are not needed.")
+    if tune.epochs and not tune.data:
+        raise ValueError("`epochs` was given without `data`; say what to fine-tune on.")
+    if run.plan_only and options.plan is not None:
+        raise ValueError("`plan_only` has no effect with `plan`, which is decided already; leave one of them out.")
+    if steps.depth and run.plan_only:
+        raise ValueError("`depth` cannot be combined with `plan_only`; leave one of them out.")
+    if steps.epochs and not (steps.count > 1 and tune.epochs):
+        raise ValueError("`steps` gives epochs between two steps; that needs 2 steps or more, and `epochs`.")
+    if steps.count > 1 and (run.plan_only or options.shares_by_name or options.plan is not None):
+        raise ValueError(
+            "`steps` cannot be combined with `plan`, `plan_only` or shares by name; leave one of them out."
+        )
+
+    unused = not needs_images(options, steps, run)
+    refuse_without_effect(
+        given,
+        ("epochs", run.plan_only, "with `plan_only`, which cuts nothing"),
+        ("repair", run.plan_only, "with `plan_only`, which cuts nothing"),
+        ("lr", not tune.epochs, "without `epochs`"),
+        ("amp", not (tune.epochs or run.cuda), "on a CPU without `epochs`"),
+        ("no_distill", not tune.epochs, "without `epochs`"),
+        ("layout", not tune.data, "without `data`"),
+        ("skip_bad", not tune.data, "without `data`"),
+        ("batch_size", not tune.data, "without `data`"),
+        ("num_workers", not tune.data, "without `data`"),
+        ("num_images", not some_images, "without `images` or `data`"),
+        ("images", unused, "where nothing is repaired or ranked by images"),
+        ("num_images", unused, "where nothing is repaired or ranked by images"),
+    )

@@ -1,0 +1,291 @@
+"""Scores and budgets in, a plan out: channels are ranked, and the threshold is set where the budget is met.
+
+The cost of any choice of widths is known (costs.py), so budgets are solved by bisection on one threshold for all
+groups. What is compared across groups is, by default, a channel's share of the score that its group still has, times
+the group's weight: the threshold then maximises the weighted sum of the logarithms of what the groups keep. A group
+that costs much loses more, and the fewer channels it has, the more expensive the next one becomes. Widths are kept
+multiples of `round_to`; what rounding leaves of the budget is spent on the remaining steps that lose least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import numpy as np
+
+from segprune.pruning.budget.costs import Cost, Costs, loss_weights
+from segprune.pruning.groups import Group
+from segprune.pruning.importance import Scores
+from segprune.pruning.options import MAX_RATE, Normalise, PruneOptions, RateOf
+from segprune.pruning.patterns import match
+from segprune.pruning.plan import Plan, Widths, keep_best, widths_of
+from segprune.pruning.prepare import Prepared
+
+TOLERANCE = 0.01  # how far, as a share of the whole, the result may be from the rate
+AIM = 0.001  # how near it is tried to come
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget: the share `rate` of `whole` (default: the cost at full widths) is to be removed."""
+
+    cost: Cost
+    rate: float
+    rate_of: RateOf = "params"
+    whole: float | None = None
+
+    def removed(self, widths: Widths) -> float:
+        """Returns the share that is removed then."""
+        return 1.0 - self.cost.total(widths) / (self.whole or self.cost.total(self.cost.full))
+
+
+def by_rate(prepared: Prepared, scores: Mapping[str, Scores], options: PruneOptions) -> Plan:
+    """Decides by ranking all channels: the plan that meets every budget, as `solve` says."""
+    limits = [limit_of(prepared, unit, rate) for unit, rate in options.budgets.items()]
+    weights = loss_weights(prepared.rows, prepared.groups, next(iter(options.budgets), "params"), options.group_price)
+    plan = solve(limits, prepared.groups, scores, weights, options)
+    return with_shares(prepared, plan, limits)
+
+
+def limit_of(prepared: Prepared, unit: RateOf, rate: float) -> Limit:
+    costs = Costs(prepared.rows, prepared.groups, unit, prepared.rest if unit == "params" else 0)
+    return Limit(costs, rate, unit, prepared.wholes.get(unit))
+
+
+def with_shares(prepared: Prepared, plan: Plan, limits: Sequence[Limit] = ()) -> Plan:
+    """Returns the plan with the shares that it removes: of the limits' units, of parameters and of MACs."""
+    widths = widths_of(plan, prepared.groups)
+    every = {limit.rate_of: limit for limit in limits}
+    for unit in ("params", "macs"):
+        every.setdefault(unit, limit_of(prepared, unit, 0.0))
+    return replace(plan, removed={unit: limit.removed(widths) for unit, limit in every.items()})
+
+
+def solve(
+    limits: Sequence[Limit],
+    groups: Sequence[Group],
+    scores: Mapping[str, Scores],
+    weights: Sequence[float],
+    options: PruneOptions | None = None,
+) -> Plan:
+    """Returns a plan that meets every budget. The tightest one is met within `TOLERANCE`; others may be exceeded.
+
+    `weights`: what losing a share of each group weighs (costs.loss_weights). Without a limit only the options' shares
+    by name are carried out. Raises ValueError, with the nearest rate that can be reached, for a rate beyond the
+    floors, one that folding alone exceeds, and one so small that nothing would be removed.
+    """
+    options = options or PruneOptions()
+    allowed = allowed_widths(groups, options)
+    ranked = rank_slots(groups, scores, weights, options)
+    narrowest = np.array([widths[0] for widths in allowed], dtype=np.int64)
+    widths = np.array([widths[-1] for widths in allowed], dtype=np.int64)
+
+    for limit in limits:
+        _check_reach(limit, narrowest, options)
+        check_least(limit, groups, options)
+
+    if limits:
+        widths = _bisect(limits, ranked, allowed)
+        widths = _spend_rest(limits, ranked, allowed, widths)
+
+    _check_met(limits, groups, widths, options)
+    removed = {limit.rate_of: limit.removed(widths) for limit in limits}
+    return replace(keep_best(groups, scores, widths), removed=removed)
+
+
+def _check_reach(limit: Limit, narrowest: Widths, options: PruneOptions) -> None:
+    """Raises ValueError where even the narrowest network allowed is above the budget."""
+    most = limit.removed(narrowest)
+    if limit.rate <= most + AIM:
+        return
+
+    by_name = options.limits_by_name.keys() - {"*"}
+    share = "what `max_rate` allows" if by_name else f"{options.limits_by_name.get('*', MAX_RATE):g} (`max_rate`)"
+    raise ValueError(
+        f"Rate {limit.rate:g} is out of reach; the most that can be removed here is {int(most * 1000) / 1000:g}, "
+        f"since no group loses more of its channels than {share}, and protected layers keep all."
+    )
+
+
+def check_least(limit: Limit, groups: Sequence[Group], options: PruneOptions, *, depth: float = 0.0) -> None:
+    """Raises ValueError if folding (or shares by name) alone already removes more than the requested share.
+
+    `depth`: the share asked for whole branches, which were removed before, if they count towards the limit.
+    """
+    widest = np.array([widths[-1] for widths in allowed_widths(groups, options)], dtype=np.int64)
+    least = limit.removed(widest)
+    if limit.rate > least:
+        return
+
+    by_name = bool(options.shares_by_name)
+    cause = "the shares by name" if by_name else "folding the decode head"
+    removes = f"`depth` {depth:g} and {cause} together remove" if depth else f"{cause} alone removes"
+    remedy = "" if by_name else ", or keep the head with `keep_decoder`"
+    remedy += ", or less depth" if depth else ""
+    raise ValueError(f"Rate {limit.rate:g} is less than {removes} ({least:.3f}); ask for a higher rate{remedy}.")
+
+
+def _check_met(limits: Sequence[Limit], groups: Sequence[Group], widths: Widths, options: PruneOptions) -> None:
+    """Raises ValueError where nothing is removed, and where the tightest budget is missed."""
+    finer = ", or for finer steps with `round_to` 1" if options.round_to > 1 else ""
+    if all(width == group.slots for width, group in zip(widths.tolist(), groups, strict=True)):
+        rates = ", ".join(f"{limit.rate:g}" for limit in limits) or "by name"
+        raise ValueError(
+            f"Rate {rates} is too small to remove even one step of {options.round_to} channels; "
+            f"ask for a higher rate{finer}."
+        )
+
+    if limits:
+        tightest = min(limits, key=lambda limit: limit.removed(widths) - limit.rate)
+        removed = tightest.removed(widths)
+        if abs(removed - tightest.rate) > TOLERANCE:
+            raise ValueError(
+                f"Rate {tightest.rate:g} of the {tightest.rate_of} cannot be met within {TOLERANCE:.0%} in steps of "
+                f"{options.round_to} channels; ask for the nearest, {removed:.3f}{finer}."
+            )
+
+
+def allowed_widths(groups: Sequence[Group], options: PruneOptions) -> list[list[int]]:
+    """Returns the widths that each group may have, ascending.
+
+    The full one, and multiples of `round_to` down to what `max_rate` leaves; of whole heads any number. A group with
+    a share by name may have one width only, the nearest to it.
+    """
+    limits = match(options.limits_by_name, groups, "max_rate")
+    fixed = match(options.shares_by_name, groups, "pruning_rate")
+
+    allowed = []
+    for group in groups:
+        step = 1 if group.kind == "head" else options.round_to
+
+        # 1e-9: of ten channels a limit of 0.9 leaves one, and not two, in floating point.
+        floor = 1
+        if group.name not in fixed:
+            floor = max(1, ceil((1.0 - limits.get(group.name, MAX_RATE)) * group.slots - 1e-9))
+        widths = [*range(step * ceil(floor / step), group.slots, step), group.slots]
+
+        if group.name in fixed:
+            wanted = (1.0 - fixed[group.name]) * group.slots
+            widths = [min(widths, key=lambda width: abs(width - wanted))]
+        allowed.append(widths)
+    return allowed
+
+
+def rank_slots(
+    groups: Sequence[Group], scores: Mapping[str, Scores], weights: Sequence[float], options: PruneOptions
+) -> list[Scores]:
+    """Returns for each group, in ascending order of its slots, what is compared: the lowest of all is removed first."""
+    if options.scope == "local":
+        return [(np.arange(group.slots) + 0.5) / group.slots for group in groups]
+
+    slots = [_slot_scores(scores[group.name], group) for group in groups]
+    if options.scope == "isomorphic":
+        return _rank_isomorphic(groups, slots)
+
+    sensitivity = options.sensitivity if isinstance(options.sensitivity, Mapping) else {}
+    ranked = []
+    for group, weight, own in zip(groups, weights, slots, strict=True):
+        ranked.append(weight * sensitivity.get(group.name, 1.0) * _losses(own, options.normalise))
+    return ranked
+
+
+def _slot_scores(scores: Scores, group: Group) -> Scores:
+    """Ascending: slot k is each part's k-th lowest channel, so that all parts (heads) lose equally many."""
+    mean: Scores = np.sort(scores.reshape(group.parts, group.slots), axis=1).mean(axis=0)
+    return mean
+
+
+def _losses(slots: Scores, normalise: Normalise) -> Scores:
+    """Returns what the k-th lowest slot loses; under "share" of the logarithm of the group's score."""
+    whole: Scores | float = 1.0
+    if normalise == "share":
+        whole = np.cumsum(slots[::-1])[::-1] / len(slots)  # the score of slot k and all above
+    elif normalise == "mean":
+        whole = float(slots.mean())
+    elif normalise == "max":
+        whole = float(slots.max())
+
+    losses: Scores = slots / np.maximum(whole, np.finfo(float).tiny)
+    return losses
+
+
+def _rank_isomorphic(groups: Sequence[Group], slots: Sequence[Scores]) -> list[Scores]:
+    """Returns each slot's rank, as a share, among those of all groups of the same kind and size."""
+    keys = [(group.kind, group.num_channels, group.parts) for group in groups]
+    pooled: dict[tuple[str, int, int], list[Scores]] = {}
+    for key, own in zip(keys, slots, strict=True):
+        pooled.setdefault(key, []).append(own)
+    ordered = {key: np.sort(np.concatenate(pool)) for key, pool in pooled.items()}
+
+    ranks = []
+    for key, own in zip(keys, slots, strict=True):
+        low = np.searchsorted(ordered[key], own, "left")
+        high = np.searchsorted(ordered[key], own, "right")
+
+        # Of equal scores each group loses its share.
+        tied = np.arange(1, len(own) + 1) / len(own)
+        ranks.append((low + (high - low) * tied) / len(ordered[key]))
+    return ranks
+
+
+def _bisect(limits: Sequence[Limit], ranked: list[Scores], allowed: list[list[int]]) -> Widths:
+    """Returns the widths at the highest common threshold that does not yet meet all limits."""
+    thresholds = np.unique(np.concatenate(ranked))
+    low, high = 0, len(thresholds)  # index 0 removes nothing
+    while high - low > 1:
+        middle = (low + high) // 2
+        widths = _widths_at(thresholds[middle], ranked, allowed)
+        if _shortfall(limits, widths) >= 0:
+            low = middle
+        else:
+            high = middle
+    return _widths_at(thresholds[low], ranked, allowed)
+
+
+def _shortfall(limits: Sequence[Limit], widths: Widths) -> float:
+    """Returns how much the limit furthest from being met still asks, as a share; below 0 all are exceeded."""
+    return max(limit.rate - limit.removed(widths) for limit in limits)
+
+
+def _widths_at(threshold: float, ranked: list[Scores], allowed: list[list[int]]) -> Widths:
+    """Removes every slot below the threshold, then moves each width to the nearest one allowed."""
+    widths = []
+    for scores, options in zip(ranked, allowed, strict=True):
+        wanted = len(scores) - int(np.searchsorted(scores, threshold))
+        widths.append(min(options, key=lambda option: (abs(option - wanted), option)))
+    return np.array(widths, dtype=np.int64)
+
+
+def _spend_rest(limits: Sequence[Limit], ranked: list[Scores], allowed: list[list[int]], widths: Widths) -> Widths:
+    """Takes further single steps, those of the lowest mean loss first, while one overshoots by no more than `AIM`."""
+    while _shortfall(limits, widths) > AIM:
+        candidates = _narrow_one_group(ranked, allowed, widths)  # cheapest loss first
+
+        # Prefer the cheapest step that does not overshoot the budget.
+        for candidate in candidates:
+            if _shortfall(limits, candidate) >= -AIM:
+                widths = candidate
+                break
+        else:
+            # Every step overshoots: take whatever lands nearest, even if that is standing still.
+            return min([widths, *candidates], key=lambda trial: abs(_shortfall(limits, trial)))
+
+    return widths
+
+
+def _narrow_one_group(ranked: list[Scores], allowed: list[list[int]], widths: Widths) -> list[Widths]:
+    """Returns the widths after one step in each group that has one, in ascending order of the step's mean loss."""
+    steps = []
+    for g, options in enumerate(allowed):
+        i = options.index(int(widths[g]))
+        if i == 0:
+            continue
+
+        narrower = widths.copy()
+        narrower[g] = options[i - 1]
+        removed_now, removed_then = len(ranked[g]) - options[i], len(ranked[g]) - options[i - 1]
+        steps.append((float(ranked[g][removed_now:removed_then].mean()), g, narrower))
+
+    return [narrower for _, _, narrower in sorted(steps, key=lambda step: step[:2])]
