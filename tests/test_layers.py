@@ -48,6 +48,7 @@ SPARED = {
         "segprune.pruning.budget.uniform",
         "segprune.checkpoint.published",
     ),  # widths that others can hold
+    ("segprune.pruning.synthetic", "segprune.data"),  # what draws images reads no data set
     ("segprune.checkpoint.hf_out", "segprune.data"),  # mean and deviation stand in a Hugging Face folder
     ("segprune.checkpoint.write", "segprune.data"),  # an image to compare with
 }

@@ -62,7 +62,7 @@ class _Sampled:
         stride, width = self.stride, maps.shape[3]
         while math.gcd(stride, width) > 1:
             stride += 1  # else whole columns would never be seen
-        return flat(to_tokens(maps))[::stride]
+        return to_tokens(maps).flatten(0, 1)[::stride]  # n C
 
 
 def _layers(products: nn.ModuleList) -> list[nn.Linear]:

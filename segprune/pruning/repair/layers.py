@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from segprune.pruning.groups import Side
 from segprune.pruning.repair.moments import Rows, fit
 from segprune.pruning.trace import width_of
 
+ROWS = 2048  # of one image that a layer is solved from; neighbours say much the same
 CHUNK = 2**24  # numbers in an unfolded piece of activations
 Removed = Mapping[tuple[str, Side], set[int]]
 
@@ -51,7 +53,10 @@ def kept(removed: Removed, name: str, side: Side, layer: nn.Linear | nn.Conv2d) 
 
 
 def flat(x: Tensor) -> Tensor:
-    return x.flatten(0, -2)  # B N C -> B·N C
+    """Rows to solve from: B N C -> n C. Of an image with more than `ROWS` positions every so manieth."""
+    # An odd stride, for an even one would see the same columns of every row.
+    stride = 1 if x.shape[1] <= ROWS else math.ceil(x.shape[1] / ROWS) | 1
+    return x[:, ::stride].flatten(0, -2)
 
 
 @torch.no_grad()
