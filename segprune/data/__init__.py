@@ -6,8 +6,9 @@ Images are uint8 [H, W, 3] RGB, masks uint8 [H, W] holding class indices, 255 ig
 from segprune.data.check import LabelReport, check_labels
 from segprune.data.layouts import LAYOUTS, open_source
 from segprune.data.pixels import Location, SampleError, load_image, load_mask, voc_palette
-from segprune.data.samples import Pair, Sample, SegmentationData, Source, readable
+from segprune.data.samples import MissingSplitError, Pair, Sample, SegmentationData, Source, readable
 from segprune.data.shapes import CLASS_NAMES, CONTEXT_CLASS_NAMES, draw_shapes, write_shapes
+from segprune.data.splits import choose_scored_split, score_on, set_val_aside
 from segprune.data.transforms import (
     IGNORE_INDEX,
     MEAN,
@@ -29,6 +30,7 @@ __all__ = [
     "EvalTransform",
     "LabelReport",
     "Location",
+    "MissingSplitError",
     "Pair",
     "Sample",
     "SampleError",
@@ -37,6 +39,7 @@ __all__ = [
     "TrainTransform",
     "Transform",
     "check_labels",
+    "choose_scored_split",
     "draw_shapes",
     "letterbox",
     "load_image",
@@ -44,6 +47,8 @@ __all__ = [
     "normalise",
     "open_source",
     "readable",
+    "score_on",
+    "set_val_aside",
     "voc_palette",
     "write_shapes",
 ]

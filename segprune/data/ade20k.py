@@ -11,9 +11,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from segprune.data.listing import find_subfolder, list_aliases, pair_folders, read_lines
+from segprune.data.listing import find_subfolder, list_aliases, pair_folders
 from segprune.data.pixels import voc_palette
-from segprune.data.samples import Pair, Source
+from segprune.data.samples import MissingSplitError, Pair, Source
+from segprune.data.text import read_lines
 
 SIGNS = "ADEChallengeData2016 with images/{training,validation}, annotations/{training,validation}, objectInfo150.txt"
 REDUCED = bytes([255, *range(254), 255])  # label by the value in the file
@@ -58,7 +59,7 @@ def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
     images = find_subfolder(root / "images", list_aliases(split))
     masks = find_subfolder(root / "annotations", list_aliases(split))
     if images is None or masks is None:
-        raise FileNotFoundError(
+        raise MissingSplitError(
             f"{root} has no {split} split in both images and annotations; download ADEChallengeData2016 again, or give "
             "another split."
         )

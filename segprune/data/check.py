@@ -94,7 +94,7 @@ def check_labels(
         pixels=tuple(counts[:num_classes].tolist()),
         ignored=int(counts[num_classes:].sum()),
         absent=tuple(absent.tolist()),
-        notes=_write_notes(tally, counts, absent.tolist(), splits[0]),
+        notes=(*source.notes, *_write_notes(tally, counts, absent.tolist(), splits[0])),
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from segprune.data.listing import check_present, list_by_stem
 from segprune.data.pixels import voc_palette
-from segprune.data.samples import Pair, Source
+from segprune.data.samples import MissingSplitError, Pair, Source
 
 SIGNS = "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png"
 
@@ -68,7 +68,7 @@ def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
     image_folder, mask_folder = root / "leftImg8bit" / split, root / "gtFine" / split
     images = _list_by_key(image_folder, _IMAGE)
     if not images:
-        raise FileNotFoundError(
+        raise MissingSplitError(
             f"{image_folder} holds no CITY/*{_IMAGE}.png; unpack leftImg8bit_trainvaltest.zip into {root}, "
             "or give another split."
         )

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segprune.data.listing import list_aliases, read_class_names
+from segprune.data.classes import read_classes
+from segprune.data.listing import list_aliases
 from segprune.data.pixels import SampleError, read_palette
-from segprune.data.samples import Pair, Source
+from segprune.data.samples import MissingSplitError, Pair, Source
 
 SIGNS = "a folder of save_to_disk, metadata.jsonl beside images, or *.parquet"
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "pixel_values")
@@ -118,7 +119,7 @@ def _load_splits(place: Path | str) -> Mapping[str, Any]:
 def _list_split(place: Path | str, splits: Mapping[str, Any], split: str, limit: int | None = None) -> tuple[Pair, ...]:
     name = next((alias for alias in (split, *list_aliases(split)) if alias in splits), None)
     if name is None:
-        raise FileNotFoundError(
+        raise MissingSplitError(
             f"{place} has no {split} split (it has {', '.join(splits)}); make one with train_test_split of datasets, "
             f"name it {split}, and save_to_disk both."
         )
@@ -177,7 +178,7 @@ def _select_encoded(table: Any, column: str) -> Any:
 
 def _read_names(folder: Path) -> tuple[str, ...]:
     """Returns the names in classes.txt, or in the id2label.json that many data sets on the hub have."""
-    names = read_class_names(folder)
+    names = read_classes(folder).names
     path = folder / "id2label.json"
     if names or not path.is_file():
         return names

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from segprune.data import ade20k, cityscapes, folders, hf, lists, voc
+from segprune.data import ade20k, camvid, cityscapes, folders, hf, lists, voc
 from segprune.data.samples import Source
 
 _MODULES = {
     "voc": voc,
     "cityscapes": cityscapes,
+    "camvid": camvid,
     "ade20k": ade20k,
     "list": lists,
     "folders": folders,
@@ -46,8 +47,12 @@ def open_source(folder: str | os.PathLike[str], layout: str | None = None) -> So
 
     tried = LAYOUTS if layout is None else (layout,)
     for name in tried:
-        # Only ADE20K's folders can mean something else, so it alone has to know whether the user named it.
-        root = ade20k.find_root(path, layout is not None) if name == "ade20k" else _MODULES[name].find_root(path)
+        # Folders of these two may mean something else, which is settled where the user names the layout.
+        if name in ("ade20k", "camvid"):
+            root = _MODULES[name].find_root(path, layout is not None)
+        else:
+            root = _MODULES[name].find_root(path)
+
         if root is not None:
             return _MODULES[name].open_root(root)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
-from segprune.data.pixels import IMAGE_EXTENSIONS
+from segprune.data.pixels import IMAGE_EXTENSIONS, Colour
 from segprune.data.samples import Pair
 
-MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
-MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_seg")  # after the image's name, the first that exists
+MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")
+# After the image's name; the first that exists is taken.
+MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_GT", "_seg", "_segmentation", "_L", "-mask")
 ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -105,27 +105,6 @@ def find_subfolder(folder: str | os.PathLike[str], names: Iterable[str]) -> str 
     return next((there[name] for name in names if name in there), None)
 
 
-def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """Returns the lines of a UTF-8 text without their ends. Raises ValueError for another encoding."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text, the only encoding read; save it as UTF-8.") from error
-
-
-def read_class_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Returns the lines of classes.txt in the folder, line k naming class k; () without such a file."""
-    path = os.path.join(folder, "classes.txt")
-    if not os.path.isfile(path):
-        return ()
-
-    names = [line.strip() for line in read_lines(path)]
-    while names and not names[-1]:
-        names.pop()
-
-    return tuple(names)
-
-
 def list_by_stem(folder: str | os.PathLike[str], extensions: Sequence[str], deep: bool = False) -> dict[str, str]:
     """Returns the paths of the folder's files by their names without extension.
 
@@ -180,6 +159,7 @@ def pair_folders(
     names: Sequence[str] | None = None,
     table: bytes | None = None,
     listed_in: str = "",
+    colours: tuple[Colour, ...] = (),
 ) -> tuple[Pair, ...]:
     """Pairs the images and masks of two folders, and of those inside them, by their names.
 
@@ -199,8 +179,7 @@ def pair_folders(
     chosen = sorted(images) if names is None else list(names)
     mask_paths = {}
     for name in chosen:
-        endings = (ending for ending in MASK_ENDINGS if name + ending in masks)
-        ending = next(endings, None)
+        ending = next((ending for ending in MASK_ENDINGS if name + ending in masks), None)
         if ending is not None:
             mask_paths[name] = masks[name + ending]
 
@@ -210,10 +189,36 @@ def pair_folders(
         _check_all_used(masks.values(), set(mask_paths.values()), image_folder)
 
     own_names = number_repeats(chosen)
-    return tuple(Pair(own, images[name], mask_paths[name], table) for own, name in zip(own_names, chosen, strict=True))
+    return tuple(
+        Pair(own, images[name], mask_paths[name], table, colours) for own, name in zip(own_names, chosen, strict=True)
+    )
 
 
-def check_present(names: Sequence[str], paths: Mapping[str, str], place: str, kind: str, listed_in: str) -> None:
+def pair_side_by_side(folder: str, colours: tuple[Colour, ...] = ()) -> tuple[Pair, ...]:
+    """Pairs NAME.jpg and NAME_mask.png of one folder, with any of the endings. () where there is no such pair.
+
+    Raises FileNotFoundError for an image without a mask, where others have one.
+    """
+    images = list_by_stem(folder, IMAGE_EXTENSIONS)
+    masks = list_by_stem(folder, MASK_EXTENSIONS)
+
+    mask_names = {}
+    for name in images:
+        for ending in MASK_ENDINGS[1:]:
+            if name + ending in masks:
+                mask_names[name] = name + ending
+    if not mask_names:
+        return ()
+
+    names = sorted(images.keys() - set(mask_names.values()))
+    paths = {name: masks[mask] for name, mask in mask_names.items()}
+    check_present(names, paths, os.path.join(folder, "{}_mask.png"), "mask", "")
+    return tuple(Pair(name, images[name], paths[name], None, colours) for name in names)
+
+
+def check_present(
+    names: Sequence[str], paths: Mapping[str, str], place: str, kind: str, listed_in: str, remark: str = ""
+) -> None:
     """Raises FileNotFoundError for names without a path; `place` is where one belongs, with `{}` for the name."""
     missing = [name for name in names if name not in paths]
     if not missing:
@@ -224,7 +229,7 @@ def check_present(names: Sequence[str], paths: Mapping[str, str], place: str, ki
         of_list, remedy = f" of {listed_in}", f"take its name off {listed_in}"
     raise FileNotFoundError(
         f"{kind.capitalize()} {place.format(missing[0])} is missing ({len(missing)} of {len(names)} {kind}s{of_list} "
-        f"are); add it or {remedy}."
+        f"are{remark}); add it or {remedy}."
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -21,11 +22,18 @@ from PIL import Image, ImageOps
 
 from segprune.data.transforms import Bytes
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# Of several files of one name the earliest extension's is read.
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"),
+    *(".gif", ".avif", ".jp2", ".pbm", ".pgm", ".ppm"),
+)
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5..8 swap height and width
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_COLOURED = ("RGB", "RGBA", "RGBX")
+_WITH_PAGES = ("TIFF", "GIF", "WEBP", "PNG")  # not MPO, in which cameras keep a preview beside the photograph
+_SUBFILE_TYPE, _COPY_OR_MASK = 254, 1 | 4  # TIFF tag; bits of a smaller copy and of a transparency mask
 _MASK_MODES = ("1", "L", "P", "I", *_SIXTEEN_BITS)
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -48,6 +56,7 @@ class Cell(Protocol):
 
 
 Location = str | os.PathLike[str] | Cell
+Colour = tuple[int, int, int]  # R G B in 0..255
 
 
 @contextmanager
@@ -57,14 +66,48 @@ def open_image(location: Location) -> Iterator[Image.Image]:
         raise SampleError(f"{location} is missing; put it back, or leave it out with `skip_bad`.")
 
     try:
-        with Image.open(location if isinstance(location, str | os.PathLike) else io.BytesIO(location.read())) as image:
+        with _open(location if isinstance(location, str | os.PathLike) else io.BytesIO(location.read())) as image:
             yield image
     except SampleError:
         raise
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise SampleError(
+            f"{location} has more than the {limit} million pixels that one image may have ({error}); cut it into "
+            "tiles, or leave it out with `skip_bad`."
+        ) from error
     except _BROKEN as error:
         raise SampleError(
             f"{location} cannot be read as an image ({error}); replace it, or leave it out with `skip_bad`."
         ) from error
+
+
+def _open(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
+    """Opens an image without Pillow's warning about large ones; the limit, twice as many pixels, stays an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
+
+
+def _check_one_page(image: Image.Image, location: Location) -> None:
+    """Raises SampleError for several pages or frames. Smaller copies and masks of a TIFF's page are no pages."""
+    if image.format not in _WITH_PAGES:
+        return
+
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1 and image.format == "TIFF":
+        kinds = []
+        for page in range(pages):
+            image.seek(page)
+            kinds.append(image.tag_v2.get(_SUBFILE_TYPE, 0))  # type: ignore[attr-defined]
+        image.seek(0)
+        pages = sum(not kind & _COPY_OR_MASK for kind in kinds)
+
+    if pages > 1:
+        raise SampleError(
+            f"{location} holds {pages} pages or frames, where a file of one is allowed; save each as a file of its "
+            "own, or leave it out with `skip_bad`."
+        )
 
 
 def load_image(location: Location, upright: bool = False) -> Bytes:
@@ -73,6 +116,7 @@ def load_image(location: Location, upright: bool = False) -> Bytes:
     Raises SampleError for what is missing, cannot be decoded, or has more than 16 bits per channel.
     """
     with open_image(location) as image:
+        _check_one_page(image, location)
         image.load()
         turned = ImageOps.exif_transpose(image) if upright else image
 
@@ -102,19 +146,32 @@ def _reduce_to_eight_bits(grey: npt.NDArray[Any], location: Location) -> Bytes:
     return np.repeat(scaled[..., None], 3, axis=2)
 
 
-def load_mask(location: Location) -> Bytes:
+def load_mask(location: Location, colours: tuple[Colour, ...] = ()) -> Bytes:
     """Returns [H, W] uint8: the grey value or the palette's index, as it stands in the file.
 
-    Raises SampleError for what is missing, cannot be decoded, is neither grey nor palette, or has values above 255.
+    A mask with equal channels, or with nothing but a red one, holds the class in them; alpha is dropped. With
+    `colours`, one per class, a coloured mask and one with a palette hold the class whose colour they show.
+
+    Raises SampleError for what is missing or cannot be decoded, for colours that stand for no class, and for values
+    above 255.
     """
     with open_image(location) as mask:
+        _check_one_page(mask, location)
         mask.load()
-        if mask.mode not in _MASK_MODES:
+        if colours and mask.mode in ("P", "PA", *_COLOURED):
+            return _match_colours(np.asarray(mask.convert("RGB")), colours, location)
+
+        if mask.mode in ("LA", "PA"):
+            values = np.asarray(mask.getchannel(0))
+        elif mask.mode in _COLOURED:
+            values = _read_one_channel(np.asarray(mask), mask.mode, location)
+        elif mask.mode in _MASK_MODES:
+            values = np.asarray(mask)
+        else:
             raise SampleError(
                 f"Mask {location} has mode {mask.mode}, where an 8-bit grey or palette PNG is allowed whose pixel "
-                "value is the class; convert its colours to class indices."
+                "value is the class; convert it."
             )
-        values = np.asarray(mask)
 
     if values.dtype.itemsize > 1 and values.size:
         low, high = int(values.min()), int(values.max())
@@ -127,9 +184,56 @@ def load_mask(location: Location) -> Bytes:
     return values.astype(np.uint8)
 
 
+def _read_one_channel(pixels: Bytes, mode: str, location: Location) -> Bytes:
+    """Returns the channel that says the class: any of three equal ones, or the only one that is not 0."""
+    red, green, blue = (pixels[..., channel] for channel in range(3))
+    if np.array_equal(red, green) and np.array_equal(red, blue):
+        return red
+    if not green.any() and not blue.any():
+        return red
+
+    codes = np.unique(_encode_colours(pixels))
+    names = ", ".join(f"({_decode_colour(int(code))})" for code in codes[:3])
+    raise SampleError(
+        f"Mask {location} has mode {mode} and {len(codes)} colours ({names}{', …' if len(codes) > 3 else ''}), where "
+        "the pixel value must be the class; put a labelmap.txt or class_dict.csv with each class's colour beside the "
+        "data set's folders, or convert its colours to class indices."
+    )
+
+
+def _match_colours(pixels: Bytes, colours: tuple[Colour, ...], location: Location) -> Bytes:
+    """Returns [H, W], for each pixel the number of its colour."""
+    codes = _encode_colours(pixels)
+    known = _encode_colours(np.array(colours, dtype=np.uint8))
+    order = np.argsort(known)
+    places = np.searchsorted(known[order], codes).clip(max=len(known) - 1)
+    labels = order[places]
+
+    wrong = known[labels] != codes
+    if wrong.any():
+        first = _decode_colour(int(codes[wrong][0]))
+        raise SampleError(
+            f"Mask {location} holds the colour {first} ({int(wrong.sum())} pixels are of no class), where the "
+            f"{len(colours)} colours of the data set's table are allowed; add it there, or repaint the mask."
+        )
+
+    return labels.astype(np.uint8)
+
+
+def _encode_colours(pixels: Bytes) -> npt.NDArray[np.int32]:
+    """Returns [..., 3 or more] as one number per colour."""
+    red, green, blue = (pixels[..., channel].astype(np.int32) for channel in range(3))
+    return red << 16 | green << 8 | blue
+
+
+def _decode_colour(code: int) -> str:
+    return f"{code >> 16},{code >> 8 & 255},{code & 255}"
+
+
 def read_header(location: Location) -> tuple[tuple[int, int], int]:
     """Returns the size (H, W) as stored and the EXIF orientation, 1 where there is none; decodes nothing."""
     with open_image(location) as image:
+        _check_one_page(image, location)
         return (image.height, image.width), image.getexif().get(_ORIENTATION, 1)
 
 

@@ -15,11 +15,15 @@ import torch
 from torch.utils.data import Dataset
 
 from segprune.data.loading import load_batches
-from segprune.data.pixels import Location, SampleError, describe_unequal, load_image, load_mask, read_header
+from segprune.data.pixels import Colour, Location, SampleError, describe_unequal, load_image, load_mask, read_header
 from segprune.data.transforms import IGNORE_INDEX, Bytes, Transform, normalise
 
 Progress = Callable[[int, int], None]
 S = TypeVar("S", bound="Sample")
+
+
+class MissingSplitError(FileNotFoundError):
+    """A data set has no split of that name; other files that are missing raise a plain FileNotFoundError."""
 
 
 class Sample(Protocol):
@@ -44,13 +48,14 @@ class Pair:
     image: Location
     mask: Location
     table: bytes | None = None  # 256 labels by the mask's value; None: the value is the label
+    colours: tuple[Colour, ...] = ()  # of the classes; a coloured mask is read by them
 
     def __str__(self) -> str:
         return str(self.image)
 
     def load_labels(self) -> Bytes:
         """Returns [H, W] uint8."""
-        mask = load_mask(self.mask)
+        mask = load_mask(self.mask, self.colours)
         return mask if self.table is None else np.frombuffer(self.table, dtype=np.uint8).take(mask)
 
     def read_header(self) -> tuple[tuple[int, int], int]:
@@ -82,11 +87,13 @@ class Source:
     palette: tuple[int, ...]  # 768 numbers, R G B by class
     lister: Callable[[str], tuple[Pair, ...]] = field(repr=False, compare=False)
     own_numbering: bool = True  # whether the values in the masks are the labels themselves
+    notes: tuple[str, ...] = ()  # what was taken for granted when the set was opened
 
     def split(self, name: str) -> tuple[Pair, ...]:
         """Returns the samples of "train", "val" or another split, in an order that is always the same.
 
-        Raises FileNotFoundError where the split or one of its files is missing, ValueError where it is empty.
+        "all" is what a set holds that has no splits. Raises MissingSplitError, a FileNotFoundError, where there is no
+        such split, FileNotFoundError where one of its files is missing, and ValueError where it is empty.
         """
         return self.lister(name)
 

@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 
 from segprune.data.listing import list_files
-from segprune.data.pixels import Location, load_image
+from segprune.data.pixels import IMAGE_EXTENSIONS, Location, load_image
 from segprune.data.samples import Source
 from segprune.data.transforms import Bytes, letterbox, normalise
 
 BATCH = 8
-# fmt: off
-SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)
-# fmt: on
 
 
 def list_images(source: str | os.PathLike[str] | Source, split: str = "train") -> Sequence[Location]:
@@ -30,9 +25,9 @@ def list_images(source: str | os.PathLike[str] | Source, split: str = "train") -
     if isinstance(source, Source):
         return [pair.image for pair in source.split(split)]
 
-    paths = [path for path in list_files(source) if Path(path).suffix.lower() in SUFFIXES]
+    paths = [path for path in list_files(source) if Path(path).suffix.lower() in IMAGE_EXTENSIONS]
     if not paths:
-        raise FileNotFoundError(f"{source} holds no image; give a folder with {', '.join(SUFFIXES)} files.")
+        raise FileNotFoundError(f"{source} holds no image; give a folder with {', '.join(IMAGE_EXTENSIONS)} files.")
     return paths
 
 

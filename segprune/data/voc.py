@@ -1,7 +1,8 @@
 """VOC: `JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{train,val}.txt`.
 
-A mask's pixel value (grey or palette PNG) is the class, 255 is ignored. Any other list in ImageSets/Segmentation is a
-split as well. classes.txt beside the folders names the classes.
+A mask's pixel value (grey or palette PNG) is the class, 255 is ignored; with a labelmap.txt, as CVAT writes it, a
+mask's colour is the class. Lines of a list name an image, or an image and its mask. Any list in ImageSets/Segmentation
+is a split. A set without lists for train, val and test, as CVAT and labelme2voc write it, is one pool: the split "all".
 """
 
 from __future__ import annotations
@@ -10,27 +11,33 @@ import os
 from functools import partial
 from pathlib import Path
 
+from segprune.data import lists
+from segprune.data.classes import ClassTable, read_classes
 from segprune.data.listing import (
+    ALIASES,
+    MASK_EXTENSIONS,
     check_present,
     find_first_file,
+    list_aliases,
     list_by_stem,
     number_repeats,
-    read_class_names,
-    read_lines,
 )
 from segprune.data.pixels import IMAGE_EXTENSIONS, read_palette
-from segprune.data.samples import Pair, Source
+from segprune.data.samples import MissingSplitError, Pair, Source
+from segprune.data.text import describe_encoding, read_names
 
 SIGNS = "JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/Segmentation/{train,val}.txt"
+MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug", "SegmentationClassPNG")
 
 
 def find_root(folder: Path) -> Path | None:
     """Returns the folder that holds JPEGImages: `folder` itself, a VOC* in it, or a VOC* in its VOCdevkit.
 
-    Raises ValueError where there are several.
+    Not where two-column lists lie beside JPEGImages, as in PaddleSeg's sets. Raises ValueError where there are several.
     """
     if (folder / "JPEGImages").is_dir():
-        return folder
+        is_list = not (folder / "ImageSets").is_dir() and lists.find_root(folder) is not None
+        return None if is_list else folder
 
     for parent in (folder, folder / "VOCdevkit"):
         roots = [child for child in sorted(parent.glob("VOC*")) if (child / "JPEGImages").is_dir()]
@@ -44,31 +51,74 @@ def find_root(folder: Path) -> Path | None:
 
 
 def open_root(root: Path) -> Source:
-    palette = read_palette(find_first_file(root / "SegmentationClass", (".png",)))
-    return Source("voc", str(root), read_class_names(root), palette, partial(_list_split, root))
+    classes = read_classes(root)
+    palette = classes.palette
+    if not classes.colours:
+        firsts = (find_first_file(root / name, (".png",)) for name in MASK_FOLDERS)
+        palette = read_palette(next((path for path in firsts if path), None))
+
+    lister = partial(_list_split, root, classes)
+    return Source("voc", str(root), classes.names, palette, lister, own_numbering=not classes.colours)
 
 
-def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
-    names = _read_names(root / "ImageSets" / "Segmentation" / f"{split}.txt")
+def _list_split(root: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]:
     images = list_by_stem(root / "JPEGImages", IMAGE_EXTENSIONS)
-    masks = list_by_stem(root / "SegmentationClass", (".png",))
+    listed = _find_list(root, split)
+    if listed is None:
+        rows = [[name] for name in sorted(_list_masks(root, []))]
+        listed_in = ""
+    else:
+        rows = read_names(listed, images)
+        listed_in = listed.name
 
-    check_present(names, images, os.path.join(root, "JPEGImages", "{}.jpg"), "image", f"{split}.txt")
-    check_present(names, masks, os.path.join(root, "SegmentationClass", "{}.png"), "mask", f"{split}.txt")
+    # A list of two columns, such as those for the augmented VOC, names the masks too.
+    names = [columns[0] for columns in rows]
+    if listed is not None and all(len(columns) == 2 for columns in rows):
+        masks, _ = lists.locate([columns[1] for columns in rows], listed.parent)
+        lists.check_files(masks, listed)
+        paths = dict(zip(names, masks, strict=True))
+    else:
+        paths = _list_masks(root, names)
+
+    remark = "" if listed is None else describe_encoding(listed)
+    check_present(names, images, os.path.join(root, "JPEGImages", "{}.jpg"), "image", listed_in, remark)
+    check_present(names, paths, os.path.join(root, MASK_FOLDERS[0], "{}.png"), "mask", listed_in)
 
     own_names = number_repeats(names)
-    return tuple(Pair(own, images[name], masks[name]) for own, name in zip(own_names, names, strict=True))
+    return tuple(
+        Pair(own, images[name], paths[name], None, classes.colours) for own, name in zip(own_names, names, strict=True)
+    )
 
 
-def _read_names(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing, the list of the split's images; "
-            "write it with one image name per line, without extension."
-        )
+def _list_masks(root: Path, names: list[str]) -> dict[str, str]:
+    """Returns the masks of the first folder that has all of the names, else of the first that has any mask."""
+    fallback: dict[str, str] = {}
+    for folder in MASK_FOLDERS:
+        masks = list_by_stem(root / folder, MASK_EXTENSIONS)
+        if masks and all(name in masks for name in names):
+            return masks
+        fallback = fallback or masks
 
-    names = [line.strip() for line in read_lines(path) if line.strip()]
-    if not names:
-        raise ValueError(f"{path} lists no image; write one image name per line, without extension.")
+    return fallback
 
-    return names
+
+def _find_list(root: Path, split: str) -> Path | None:
+    """Returns the split's list; of the pool its only list, or None if there is no list at all."""
+    folder = root / "ImageSets" / "Segmentation"
+    for name in (split, *list_aliases(split)):
+        if (folder / f"{name}.txt").is_file():
+            return folder / f"{name}.txt"
+
+    known: list[str] = []
+    for aliases in ALIASES.values():
+        known.extend(aliases)
+    others = sorted(folder.glob("*.txt"))
+    is_pool = not any(path.stem in known for path in others)
+    if split == "all" and is_pool and len(others) <= 1:
+        return others[0] if others else None
+
+    remedy = "write it with one image name per line, without extension"
+    if split == "val":
+        remedy += ", or train with `val_share` 0.1"
+    there = f" (there are {', '.join(path.name for path in others)})" if others else ""
+    raise MissingSplitError(f"{folder / f'{split}.txt'} is missing, the list of the split's images{there}; {remedy}.")

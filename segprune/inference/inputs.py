@@ -11,8 +11,8 @@ from typing import Literal
 
 from segprune.data import load_image
 from segprune.data.listing import list_files
+from segprune.data.pixels import IMAGE_EXTENSIONS
 from segprune.data.transforms import Bytes
-from segprune.data.unlabelled import SUFFIXES
 from segprune.inference.label_maps import EvalMode, Prepared, prepare
 
 Kind = Literal["image", "folder", "video", "camera"]
@@ -68,9 +68,9 @@ def find_images(source: str, save_dir: str) -> tuple[list[ImageFile], int]:
         raise ValueError(f"`save_dir` {out} is the folder of the images itself; give another one.")
 
     paths = [Path(path) for path in list_files(root, skip=out)]
-    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS]
     if not images:
-        raise ValueError(f"{root} holds no image; give a folder with {', '.join(SUFFIXES)} files.")
+        raise ValueError(f"{root} holds no image; give a folder with {', '.join(IMAGE_EXTENSIONS)} files.")
 
     return _name_targets(root, images), len(paths) - len(images)
 

@@ -86,4 +86,4 @@ def test_an_empty_split_is_refused(name: str, data: Path, small: Path, tmp_path:
 @pytest.mark.parametrize("name", SCORERS)
 def test_an_unknown_layout_is_refused(name: str, data: Path, small: Path, tmp_path: Path) -> None:
     said = refused(*scoring(name, data, small, tmp_path / "out", "--layout", "coco"))
-    assert said == "The layout 'coco' is unknown; choose one of voc, cityscapes, ade20k, list, folders, hf."
+    assert said == "The layout 'coco' is unknown; choose one of voc, cityscapes, camvid, ade20k, list, folders, hf."

@@ -162,9 +162,9 @@ def test_masks_of_background_alone_are_no_painting_mistake(root: Path) -> None:
 
 def test_a_coloured_mask_is_refused_and_counted(root: Path) -> None:
     for name in "bd":
-        Image.new("RGB", SIZE[::-1]).save(root / "SegmentationClass" / f"{name}.png")
+        Image.new("RGB", SIZE[::-1], (9, 8, 7)).save(root / "SegmentationClass" / f"{name}.png")
     with pytest.raises(
-        ValueError, match=r"b\.png has mode RGB, .* \(2 of 4 files have a mask that cannot be used\)\.$"
+        ValueError, match=r"b\.png has mode RGB and .* \(2 of 4 files have a mask that cannot be used\)\.$"
     ):
         check_labels(root, 4)
 
@@ -185,7 +185,7 @@ def test_an_image_that_cannot_be_read_is_refused(root: Path) -> None:
 
 def test_of_several_kinds_of_mistakes_the_first_met_is_told(root: Path) -> None:
     write_pair(root, "b", labels_of(0, 9))
-    Image.new("RGB", SIZE[::-1]).save(root / "SegmentationClass/c.png")
+    Image.new("RGB", SIZE[::-1], (9, 8, 7)).save(root / "SegmentationClass/c.png")
     with pytest.raises(ValueError, match=r"label 9, .* \(1 of 4 files have such labels\)\.$"):
         check_labels(root, 4)
 

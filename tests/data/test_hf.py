@@ -227,5 +227,5 @@ def test_a_coloured_mask_is_refused_by_its_row(tmp_path: Path) -> None:
     columns = {"image": [encoded(image_of(0))], "label": [encoded(image_of(1))]}
     table = datasets.Dataset.from_dict(columns)
     datasets.DatasetDict(train=table).save_to_disk(tmp_path / "set")
-    with pytest.raises(SampleError, match=r"Mask row 0, column label of train in .* has mode RGB, where an 8-bit"):
+    with pytest.raises(SampleError, match=r"Mask row 0, column label of train in .* has mode RGB and "):
         open_source(tmp_path / "set").split("train")[0].load()

@@ -13,12 +13,12 @@ from tests.data.drawn import write_image, write_mask, write_voc
 
 def test_the_layouts_are_those_of_the_manual() -> None:
     text = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
-    assert sorted(LAYOUTS) == ["ade20k", "cityscapes", "folders", "hf", "list", "voc"]
+    assert sorted(LAYOUTS) == ["ade20k", "camvid", "cityscapes", "folders", "hf", "list", "voc"]
     assert all(f"`{layout}`" in text for layout in LAYOUTS)
 
 
 def test_an_unknown_layout_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
-    message = r"The layout 'coco' is unknown; choose one of voc, cityscapes, ade20k, list, folders, hf\."
+    message = r"The layout 'coco' is unknown; choose one of voc, cityscapes, camvid, ade20k, list, folders, hf\."
     with pytest.raises(ValueError, match=message):
         open_source(tmp_path, "coco")
 
@@ -39,7 +39,7 @@ def test_a_folder_without_a_data_set_is_refused_with_all_that_was_looked_for(tmp
     assert said.endswith("); give such a folder, or write a generated one with `segprune shapes DIR`.")
 
 
-@pytest.mark.parametrize("layout", ["voc", "cityscapes", "ade20k", "list", "folders"])
+@pytest.mark.parametrize("layout", ["voc", "cityscapes", "camvid", "ade20k", "list", "folders"])
 def test_a_folder_that_is_not_in_the_layout_named_is_refused(tmp_path: Path, layout: str) -> None:
     message = rf"holds no data set in the layout {layout} \(looked for {layout}: [^:]*\); give such a folder"
     with pytest.raises(FileNotFoundError, match=message):

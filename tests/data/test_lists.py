@@ -92,10 +92,10 @@ def test_without_a_list_to_score_on_it_is_said_what_to_do(root: Path) -> None:
     (root / "val.txt").unlink()
     with pytest.raises(FileNotFoundError) as raised:
         open_source(root).split("val")
-    assert str(raised.value) == (
-        f"{root}/val.txt is missing, the list of the val split; write it with an image and its mask on each line, "
-        "about a tenth of the images, and take them off the other list."
-    )
+    said = str(raised.value)
+    assert said.startswith(f"{root}/val.txt is missing, the list of the val split; ")
+    assert "take them off the other list" in said
+    assert "`val_share` 0.1" in said
     with pytest.raises(FileNotFoundError, match=r"test\.txt is missing, .* with an image and its mask on each line\.$"):
         open_source(root).split("test")
 

@@ -45,7 +45,7 @@ def test_what_tools_leave_in_a_folder_is_no_image(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "@eaDir/a.png")
-    with pytest.raises(FileNotFoundError, match=r"holds no image; give a folder with \.avif"):
+    with pytest.raises(FileNotFoundError, match=r"holds no image; give a folder with \.jpg"):
         list_images(tmp_path)
 
 

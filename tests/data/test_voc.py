@@ -83,10 +83,17 @@ def test_a_list_that_names_nothing_is_refused(tmp_path: Path) -> None:
         open_source(root).split("val")
 
 
-def test_a_list_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    root = write_voc(tmp_path)
-    (root / "ImageSets/Segmentation/val.txt").write_bytes("größe\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"val\.txt is not UTF-8 text, the only encoding read; save it as UTF-8"):
+def test_lists_in_gbk_and_utf_16_are_read_and_other_encodings_named(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, ("街景", "a"))
+    path = root / "ImageSets/Segmentation/val.txt"
+    for encoding in ("gbk", "utf-16"):
+        path.write_bytes("街景\n".encode(encoding))
+        assert [sample.name for sample in open_source(root).split("val")] == ["街景"]
+    path.write_bytes("größe\n".encode("latin-1"))
+    with pytest.raises(FileNotFoundError, match=r"is missing \(1 of 1 images of val\.txt are; .*val\.txt is not UTF-8"):
+        open_source(root).split("val")
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"val\.txt is neither UTF-8 nor GBK text, .*; save it as UTF-8"):
         open_source(root).split("val")
 
 

@@ -1,0 +1,122 @@
+"""A split to score on for data sets that come without one: another split, or a share set aside from train.
+
+Images of one video or one drive are alike, and with some of them on both sides every score is too good. So whole
+videos are set aside where the images' names show them: names that differ in their last number alone are of one video.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from segprune.data.samples import MissingSplitError, Pair, Source
+
+_MOST = 2.0  # times the share: videos that would take more are not set aside
+
+
+def choose_scored_split(source: Source) -> str:
+    """Returns "val", or "all" for a data set that has no splits. Raises MissingSplitError where neither exists."""
+    try:
+        source.split("val")
+    except MissingSplitError:
+        try:
+            source.split("all")
+        except FileNotFoundError:
+            pass
+        else:
+            return "all"
+        raise
+
+    return "val"
+
+
+def score_on(source: Source, split: str) -> Source:
+    """Returns the data set with its split of that name as "val" too."""
+    samples = source.split(split)
+    return _add_note(
+        source.with_split("val", samples), f"Scored on the {len(samples)} images of {split} (`val_split`)."
+    )
+
+
+def set_val_aside(source: Source, share: float, seed: int) -> Source:
+    """Returns the data set with about this share of "train", or of a set without splits, as "val" instead.
+
+    The same share and seed set the same images aside. Raises ValueError for a share outside of (0, 1), and where there
+    is a "val" already or too few images.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"`val_share` is {share}, where a share above 0 and below 1 is allowed; 0.1 is usual.")
+
+    try:
+        source.split("val")
+    except MissingSplitError:
+        pass
+    else:
+        raise ValueError(f"`val_share` was given, but {source.root} has a val split; leave `val_share` out.")
+
+    try:
+        samples = source.split("train")
+    except MissingSplitError:
+        samples = source.split("all")
+    if len(samples) < 2:
+        raise ValueError(
+            f"{source.root} has {len(samples)} image to train on, of which none can be set aside; add some."
+        )
+
+    chosen, how = _choose(samples, share, np.random.default_rng(seed))
+    val = [sample for number, sample in enumerate(samples) if number in chosen]
+    train = [sample for number, sample in enumerate(samples) if number not in chosen]
+    note = f"Set aside to score on: {len(val)} of {len(samples)} images of train, {how}."
+    return _add_note(source.with_split("train", train).with_split("val", val), note)
+
+
+def _add_note(source: Source, note: str) -> Source:
+    return replace(source, notes=(*source.notes, note))
+
+
+def _choose(samples: Sequence[Pair], share: float, rng: np.random.Generator) -> tuple[set[int], str]:
+    """Returns the numbers of the samples to set aside, and in words how they were chosen."""
+    target = min(max(1, round(share * len(samples))), len(samples) - 1)
+
+    # Whole videos in random order, unless these are too few or too long to come near the share.
+    videos = _group(samples, _name_video)
+    chosen: set[int] = set()
+    names = []
+    for index in rng.permutation(len(videos)):
+        name, numbers = list(videos.items())[index]
+        if len(chosen) < target and len(chosen) + len(numbers) <= _MOST * target:
+            chosen.update(numbers)
+            names.append(name)
+    if 1 < len(videos) < len(samples) and 2 * len(chosen) >= target and len(chosen) < len(samples):
+        return chosen, f"all of those named {', '.join(f'{name}…' for name in sorted(names))}"
+
+    # Else one by one, Roboflow's versions of one image together.
+    originals = list(_group(samples, _name_original).values())
+    chosen = set()
+    for index in rng.permutation(len(originals))[: max(1, len(originals) - 1)]:
+        if len(chosen) < target:
+            chosen.update(originals[index])
+
+    return chosen, "drawn one by one, since their names show no videos of a fitting length"
+
+
+def _group(samples: Sequence[Pair], name: Callable[[str], str]) -> dict[str, list[int]]:
+    """Returns the numbers of the samples whose names become the same."""
+    groups: dict[str, list[int]] = {}
+    for number, sample in enumerate(samples):
+        groups.setdefault(name(sample.name), []).append(number)
+
+    return groups
+
+
+def _name_original(name: str) -> str:
+    """Returns the name without what Roboflow adds to tell the versions of an image apart: a_jpg of a_jpg.rf.0a1b2c."""
+    return re.sub(r"\.rf\.[0-9a-f]+$", "", name)
+
+
+def _name_video(name: str) -> str:
+    """Returns the name without its last number: 0001TP of 0001TP_006690, Seq05VD of Seq05VD_f00000."""
+    return re.sub(r"[_\-. ]*[a-zA-Z]?\d+\D*$", "", _name_original(name))
