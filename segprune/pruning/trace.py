@@ -75,9 +75,12 @@ def tensors_in(output: Any) -> list[Tensor]:
         return [output]
     if isinstance(output, dict):
         output = list(output.values())
+
+    tensors: list[Tensor] = []
     if isinstance(output, tuple | list):
-        return [tensor for item in output for tensor in tensors_in(item)]
-    return []
+        for item in output:
+            tensors += tensors_in(item)
+    return tensors
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Trace:

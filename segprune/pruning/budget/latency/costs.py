@@ -6,7 +6,7 @@ S is the number of steps of a forward pass, L of the network's layers, P of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 from torch import nn
@@ -80,7 +80,10 @@ class LatencyCosts:
         `_second` points at that 1 where a step has one width alone. `_head_group` points at the group of whole heads
         of an attention, and at a 1 behind all groups for every other step.
         """
-        place = {(name, side): side * len(names) + i for i, name in enumerate(names) for side in (0, 1)}
+        place: dict[Side, int] = {}
+        for i, name in enumerate(names):
+            place[name, 0] = i
+            place[name, 1] = len(names) + i
         head_group = {
             group.name.removesuffix(".heads"): g for g, group in enumerate(self.groups) if group.kind == "head"
         }
@@ -103,7 +106,7 @@ class LatencyCosts:
     def _measure(self, all_steps: Sequence[Step], axes: Sequence[Axes], progress: Progress | None) -> None:
         """Sets `_grid` (S 2 P), the widths of every step at which it was measured, and `_times_ms` there (S P P)."""
         shapes = [_shapes_on_grid(step.shape, pair) for step, pair in zip(all_steps, axes, strict=True)]
-        self.table.require([shape for row in shapes for shape in row], progress)
+        self.table.require(chain.from_iterable(shapes), progress)
 
         self._grid = np.array([[_padded(first), _padded(second)] for first, second in axes], dtype=np.float64)
         self._times_ms = np.empty((len(all_steps), NUM_POINTS, NUM_POINTS))
