@@ -14,7 +14,7 @@ from segprune.model import DecodeHead, SegFormer
 from segprune.pruning.budget import by_latency, by_rate, by_uniform_stages, by_widths
 from segprune.pruning.budget.latency import LatencyTable
 from segprune.pruning.groups import Group, group_names, is_protected
-from segprune.pruning.importance import NEED_IMAGES, Scores, score_channels
+from segprune.pruning.importance import Scores, score_channels
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.patterns import matching_names
 from segprune.pruning.plan import Plan, read_sensitivity
@@ -71,11 +71,6 @@ class Pruner:
             check_head(model.spec, self.options)
         if self.options.repair and not self.images:
             raise ValueError("`repair` needs `images`, and there are none; give a few dozen, labels are not needed.")
-        if self.options.pruning_method in NEED_IMAGES and not self.images:
-            raise ValueError(
-                f"Method {self.options.pruning_method} needs `images`, and there are none; give a few dozen, labels "
-                "are not needed."
-            )
 
     def prune(self, example_inputs: Any = None) -> nn.Module:
         """Returns a new, smaller network; the one given is left as it was. At rate 0 it is a plain copy.
