@@ -6,7 +6,7 @@ Images are uint8 [H, W, 3] RGB, masks uint8 [H, W] holding class indices, 255 ig
 from segprune.data.check import LabelReport, check_labels
 from segprune.data.layouts import LAYOUTS, open_source
 from segprune.data.pixels import Location, SampleError, load_image, load_mask, voc_palette
-from segprune.data.samples import MissingSplitError, Pair, Sample, SegmentationData, Source, readable
+from segprune.data.samples import MissingSplitError, Pair, Sample, SegmentationData, Source, readable, shift_labels
 from segprune.data.shapes import CLASS_NAMES, CONTEXT_CLASS_NAMES, draw_shapes, write_shapes
 from segprune.data.splits import choose_scored_split, score_on, set_val_aside
 from segprune.data.transforms import (
@@ -49,6 +49,7 @@ __all__ = [
     "readable",
     "score_on",
     "set_val_aside",
+    "shift_labels",
     "voc_palette",
     "write_shapes",
 ]

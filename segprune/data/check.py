@@ -60,8 +60,9 @@ def check_labels(
     exists already, which decides what the messages advise. The label `num_classes` is ignored, with a note.
 
     Raises FileNotFoundError for missing lists, images and masks, and ValueError for masks that are unreadable or
-    coloured, sizes that differ within a pair, labels above `num_classes` other than 255, and a first split whose masks
-    hold nothing but 0 and 255. The message names the first such file and counts all of them.
+    coloured, sizes that differ within a pair, labels above `num_classes` other than 255, classes numbered from 1, a
+    split in which every pixel is ignored, and a first split whose masks hold nothing but 0 and 255. Where single files
+    are wrong, the message names the first one and counts all of them.
     """
     if not 1 <= num_classes <= IGNORE_INDEX:
         raise ValueError(f"`num_classes` is {num_classes}, where 1..{IGNORE_INDEX} is allowed; label 255 is ignored.")
@@ -84,10 +85,17 @@ def check_labels(
         kind, message = next(iter(tally.first.items()))
         raise ValueError(f"{message.removesuffix('.')} ({tally.num_bad[kind]} of {total} files {kind}).")
 
+    counts = np.sum(list(tally.counts.values()), axis=0)
     if source.own_numbering:
         _check_binary(samples[splits[0]], tally.counts[splits[0]], num_classes)
+        _check_first_label(counts, num_classes)
+    for split, pairs in samples.items():
+        if not tally.counts[split][:num_classes].any():
+            raise ValueError(
+                f"Every pixel in the {len(pairs)} masks of {split} is ignored (its label is {IGNORE_INDEX} or "
+                "`num_classes`), so that nothing can be learnt or scored; correct the masks, or use another split."
+            )
 
-    counts = np.sum(list(tally.counts.values()), axis=0)
     absent = np.flatnonzero(tally.counts[splits[0]][:num_classes] == 0)
     return LabelReport(
         num_images={split: len(pairs) for split, pairs in samples.items()},
@@ -156,6 +164,18 @@ def _check_binary(pairs: tuple[Pair, ...], counts: npt.NDArray[np.int64], num_cl
     raise ValueError(
         f"Mask {holders[0]} and all others hold only 0 and 255, where the pixel value must be the class and "
         f"255 is ignored; paint the object 1 instead of 255 ({len(holders)} of {len(pairs)} masks hold 255)."
+    )
+
+
+def _check_first_label(counts: npt.NDArray[np.int64], num_classes: int) -> None:
+    """Raises ValueError if the classes are numbered from 1: no mask holds 0, and some hold the label num_classes."""
+    if num_classes < 2 or num_classes == IGNORE_INDEX or counts[0] or not counts[num_classes]:
+        return
+
+    raise ValueError(
+        f"The masks hold labels up to {num_classes} and no 0, where {num_classes} classes are numbered from 0 to "
+        f"{num_classes - 1}; give `label_offset` -1 if the classes are numbered from 1, or paint {num_classes} as "
+        f"{IGNORE_INDEX} if it is to be ignored."
     )
 
 

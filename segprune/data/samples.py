@@ -104,6 +104,27 @@ class Source:
         return replace(self, lister=lambda split: own if split == name else list_others(split))
 
 
+def shift_labels(source: Source, offset: int) -> Source:
+    """Returns the data set with `offset` added to every label; 255, and what would be negative, is ignored.
+
+    -1 makes classes of masks in which they are numbered from 1, and 0 is to be ignored. Raises ValueError for
+    offsets outside of -254..0.
+    """
+    if not -254 <= offset <= 0:
+        raise ValueError(f"`label_offset` is {offset}, where -254..0 is allowed; -1 is for classes numbered from 1.")
+    if offset == 0:
+        return source
+
+    shifted = bytes([*[255] * -offset, *range(255 + offset), 255])  # new label by the old one
+
+    def list_shifted(split: str) -> tuple[Pair, ...]:
+        pairs = source.split(split)
+        tables = {pair.table: shifted if pair.table is None else pair.table.translate(shifted) for pair in pairs}
+        return tuple(replace(pair, table=tables[pair.table]) for pair in pairs)
+
+    return replace(source, lister=list_shifted, own_numbering=False)
+
+
 class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Pixels [3, H, W] float32 normalised and labels [H, W] int64; labels >= num_classes become IGNORE_INDEX.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segprune.data import LabelReport, open_source
+from segprune.data import LabelReport, open_source, shift_labels
 from segprune.data import check_labels as check_source
 
 SIZE = (20, 30)
@@ -206,4 +206,20 @@ def test_an_image_with_an_orientation_is_noted_and_fits_stored_or_turned(root: P
 def test_a_half_turn_does_not_make_a_turned_mask_fit(root: Path) -> None:
     write_pair(root, "c", labels_of(1, size=SIZE[::-1]), orientation=3)
     with pytest.raises(ValueError, match="files have a mask of another size"):
+        check_labels(root, 4)
+
+
+def test_classes_numbered_from_1_are_refused_with_the_remedy_which_works(root: Path) -> None:
+    for name, values in {"a": (1, 2, 3), "b": (1, 4, 255), "c": (2,), "d": (3, 1)}.items():
+        write_pair(root, name, labels_of(*values))
+    with pytest.raises(ValueError, match=r"labels up to 4 and no 0, where 4 classes .* to 3; give `label_offset` -1"):
+        check_labels(root, 4)
+    report = check_source(shift_labels(open_source(root), -1), 4)
+    assert report.pixels == (598 + 598 + 1, 1 + 600, 1 + 599, 1)
+    assert (report.ignored, report.notes) == (1, ())
+
+
+def test_a_split_without_a_pixel_to_score_is_refused_before_training(root: Path) -> None:
+    write_pair(root, "d", labels_of(255, 4))
+    with pytest.raises(ValueError, match=r"Every pixel in the 1 masks of val is ignored .* use another split"):
         check_labels(root, 4)

@@ -20,6 +20,7 @@ from segprune.data import (
     normalise,
     open_source,
     readable,
+    shift_labels,
 )
 from tests.data.drawn import SIZE, noise, write_image, write_mask, write_voc
 
@@ -141,3 +142,17 @@ def test_a_split_can_be_replaced_by_its_readable_samples(tmp_path: Path) -> None
     assert (less, len(source.split("train"))) == (source, 3)
     with pytest.raises(FileNotFoundError, match=r"val\.txt is missing"):
         less.split("val")
+
+
+def test_labels_are_shifted_after_the_layout_s_own_table(tmp_path: Path) -> None:
+    source = open_source(write_voc(tmp_path, ("a",)))
+    (pair,) = source.split("train")
+    plain = pair.load_labels().astype(int)
+    shifted = shift_labels(source, -2)
+    np.testing.assert_array_equal(shifted.split("train")[0].load_labels(), np.where(plain < 2, 255, plain - 2))
+    again = shift_labels(shifted, -1).split("train")[0].load_labels()
+    np.testing.assert_array_equal(again, np.where(plain < 3, 255, plain - 3))
+    assert shift_labels(source, 0) is source
+    for offset in (1, -255):
+        with pytest.raises(ValueError, match=rf"`label_offset` is {offset}, where -254\.\.0 is allowed"):
+            shift_labels(source, offset)
