@@ -1,6 +1,8 @@
 # make demo   generated data, a dense b0, pruned by half, fine-tuned: one closing table
 # make test   all that CI runs: format, lint, types, tests, the wheel
-# Both set up .venv by themselves. Another Python: make demo PYTHON=python3.12
+# make test-cuda   the tests that need a GPU, with this machine's own PyTorch: PYTHON names its interpreter, nothing is
+#                  downloaded, and what it lacks (torch-pruning, say) comes from wheels: make test-cuda WHEELS=folder
+# The first two set up .venv by themselves. Another Python: make demo PYTHON=python3.12
 # Options for pip, for example an index with CPU builds of torch: make demo PIP_ARGS="--extra-index-url URL"
 
 PYTHON ?= python3
@@ -9,8 +11,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := demo
 WHEEL := build/wheel
+WHEELS ?=
+CARRIED := build/carried
 
-.PHONY: demo test format clean
+.PHONY: demo test test-cuda format clean
 
 $(VENV)/run.stamp: requirements_pruning.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed and this is {v}; name one, as in: make demo PYTHON=python3.12")'
@@ -39,6 +43,13 @@ test: $(VENV)/test.stamp
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(WHEEL) dist/segprune-*.whl
 	cd / && PYTHONPATH=$(CURDIR)/$(WHEEL) $(CURDIR)/$(PY) $(CURDIR)/tests/smoke_wheel.py $(CURDIR)/$(WHEEL)
 	$(PY) -m pytest -n 2 --dist loadfile
+
+test-cuda: export OMP_NUM_THREADS = 4
+test-cuda:
+	rm -rf $(CARRIED) && mkdir -p $(CARRIED)
+	@wheels=$$($(PYTHON) tests/cuda/missing.py "$(WHEELS)") && test -z "$$wheels" \
+	    || $(PYTHON) -m pip install -q --no-index --no-deps --target $(CARRIED) $$wheels
+	PYTHONPATH=$(CURDIR)/$(CARRIED):$$PYTHONPATH $(PYTHON) -m pytest -m cuda -p no:cacheprovider --durations 10 tests/cuda
 
 format:
 	$(PY) -m ruff check --fix .

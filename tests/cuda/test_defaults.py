@@ -17,7 +17,7 @@ from segprune.runs.folder import Journal
 from tests.commands import SIZE, done, results_in
 from tests.training.tiny import tiny_model
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
 
 

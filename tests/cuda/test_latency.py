@@ -20,7 +20,7 @@ from segprune.spec import standard_spec
 from segprune.timing import GraphRecorder, Precision, get_tf32, measure_latency
 from tests.commands import done, refused
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+pytestmark = pytest.mark.cuda
 DEVICE = torch.device("cuda")
 
 
