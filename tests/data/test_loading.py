@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from segprune.data.loading import load_batches
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 PACKAGE = Path(__file__).parents[2] / "segprune"
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says who sent a signal")
 
