@@ -1,10 +1,10 @@
-"""Repair: the layers that read what was cut, re-solved from a few unlabelled images, without any training.
+"""Repair: the layers that read removed channels, solved anew from a few unlabelled images, without any training.
 
 Layer by layer in order of execution, each layer reads what the repaired network so far puts out and is solved, by
-regularised least squares in closed form, for what the dense network says at that place ("Channel Pruning for
-Accelerating Very Deep Neural Networks", arXiv 1707.06168). Where a plan only counts, what stays is chosen anew:
-queries with keys, values with the output product, and normalised streams (stage widths, reductions) keep their
-leading directions and not the planned channels (attention.py, basis.py).
+regularised least squares in closed form, for what the dense network puts out at that place ("Channel Pruning for
+Accelerating Very Deep Neural Networks", arXiv 1707.06168). Where only the number of channels matters, what is kept is
+chosen anew: queries with keys, values with the output product, and normalised streams (stage widths, reductions) keep
+their leading directions and not the planned channels (attention.py, basis.py).
 
 Memory: the activations of one stage's residual stream in both networks, a few times over, and the stages' maps;
 everything else is streamed. The same inputs give the same weights, to rounding.
@@ -48,23 +48,26 @@ def repair(
     damping: float = DAMPING,
     progress: Callable[[int, int], None] | None = None,
 ) -> SegFormer:
-    """A new network with the widths of `pruned` and logits nearer those of `dense`; both are left as they were.
+    """Returns a network with the widths of `pruned` and logits nearer those of `dense`; both are left as they were.
 
     `dense` is what was cut with `groups` and `plan` to become `pruned`: for a folded head the folded network.
     `batches` are normalised images B 3 H W, without labels; they are kept in memory. Solved in float64. `progress`
     is called with the steps done (blocks, and the head) and their number. Every layer but depth-wise convolutions is
-    re-solved, whether or not it was cut itself. Refused: no image, images of another
-    shape, values that are not finite, networks that do not belong together, damping not above 0.
+    solved anew, whether or not it was cut itself. Raises ValueError for no image, images of another shape, values that
+    are not finite, networks that do not belong together, and damping that is not above 0.
     """
     groups = list(groups)
     if not damping > 0.0:
         raise ValueError(f"The repair's damping is {damping:g}; it must be above 0.")
     _check_networks(pruned, dense, groups, plan)
+
+    # Activations in half precision would be too coarse to solve from.
     dtype = dense.decode_head.classifier.weight.dtype
     result, reference = copy.deepcopy(pruned), dense
-    if dtype not in (torch.float32, torch.float64):  # activations in half precision would be too coarse to solve from
+    if dtype not in (torch.float32, torch.float64):
         result, reference = result.float(), copy.deepcopy(dense).float()
     result.spec = read_spec(pruned)
+
     images = checked_images(reference, batches)
     if not images:
         raise ValueError("Repair needs images, and there are none; give a few dozen, labels are not needed.")
@@ -83,7 +86,6 @@ def _repair(
     damping: float,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    stages = list(zip(reference.list_stages(), result.list_stages(), strict=True))
     total = sum(len(stage.blocks) for stage in reference.spec.stages) + 1
     steps = count(1)
 
@@ -91,24 +93,29 @@ def _repair(
         if progress is not None:
             progress(next(steps), total)
 
+    # Each stage reads the maps of the one before it, which may lie in other coordinates in the pruned network.
     maps, into = Pairs(images, images, []), Reads()
-    every, ways = [], []
-    for i, (old, new) in enumerate(stages):
-        maps, into = repair_stage(stage_name(i), old, new, into, removed, maps, damping, step)
-        every.append(maps)
-        ways.append(into)
-    repair_head(reference.decode_head, result.decode_head, ways, removed, every, damping)
+    all_maps, all_reads = [], []
+    for i, (dense, pruned) in enumerate(zip(reference.list_stages(), result.list_stages(), strict=True)):
+        maps, into = repair_stage(stage_name(i), dense, pruned, into, removed, maps, damping, step)
+        all_maps.append(maps)
+        all_reads.append(into)
+
+    repair_head(reference.decode_head, result.decode_head, all_reads, removed, all_maps, damping)
     step()
 
 
 def _check_networks(pruned: SegFormer, dense: SegFormer, groups: list[Group], plan: Plan) -> None:
     with torch.device("meta"):
         expected = SegFormer(dense.spec)
+
     if {group.name for group in groups} == plan.keep.keys():
-        with suppress(AttributeError, IndexError):  # groups of another network: no such layer, no such channel
+        # Groups of another network name layers, or channels, that this one does not have.
+        with suppress(AttributeError, IndexError):
             cut_channels(expected, groups, plan)
             if read_spec(expected) == replace(read_spec(pruned), numerics=dense.spec.numerics):
                 return
+
     raise ValueError(
         "The pruned network is not what the plan makes of the dense one; give the network that was cut (folded, if the "
         "pruned one is) with its own groups and plan."

@@ -1,4 +1,4 @@
-"""Attention re-solved: reduction, queries with keys, values with the output product.
+"""Attention solved anew: reduction, queries with keys, values with the output product.
 
 Queries and keys matter only through their products, values only through what the output product makes of them. So
 instead of dropping dimensions, each head's queries and keys (values and output product) are fitted at full width
@@ -42,39 +42,49 @@ def repair_attention(
     targets: list[Tensor],
     damping: float,
 ) -> None:
-    """In place, for attention called `name`.
+    """Repairs attention called `name` in place.
 
     `inputs` are what both read (B N C, behind a LayerNorm that is read by `into`); `targets` are what the pruned one
-    should say, B N D' in the coordinates `out`.
+    should put out, B N D' in the coordinates `out`.
     """
-    rows = {inner: _head_rows(name, dense, removed, inner) for inner in ("q", "k", "v")}
     source, from_source = _repair_reduction(dense, pruned, into, inputs, damping)
+
+    # Each product at full width first, for what the pruned network gives it to read.
+    rows = {inner: _head_rows(name, dense, removed, inner) for inner in ("q", "k", "v")}
     query = _fit_full(dense.q, rows["q"], into, inputs, damping)
     key = _fit_full(dense.k, rows["k"], from_source, source, damping)
     value = _fit_full(dense.v, rows["v"], from_source, source, damping)
+
+    # Queries and keys matter through their products alone: keep the pair whose products are nearest.
     if len(query[0]) > pruned.q.out_features:
         query, key = _shorten_products(query, _centred(key, source), inputs, source, pruned)
     assign(pruned.q, *query)
     assign(pruned.k, *key)
+
+    # What the heads put out with these values, beside what the output product should make of it.
     shorten = len(value[0]) > pruned.v.out_features
     if shorten:
         value = _centred(value, source)
     moments = Moments()
     for x, y, target in zip(inputs.pruned, source.pruned, targets, strict=True):
         moments.add(flat(_attend(pruned, x, y, value)), flat(target))
+
+    # Values matter through what the output product makes of them: keep the directions that it uses most.
     columns = out.rows(dense.proj.weight).double()[:, rows["v"]]
     if shorten:
         from_short, to_short = _shorten_values(columns, moments, pruned)
         moments, columns = moments.through(to_short), columns @ from_short
         value = to_short @ value[0], to_short @ value[1]
+
     assign(pruned.v, *value)
     assign(pruned.proj, *moments.solve(columns, damping))
 
 
 def _head_rows(name: str, dense: Attention, removed: Removed, inner: str) -> Tensor:
-    """Rows of the dense layer `inner` (q, k or v) that belong to heads of which something stays."""
+    """Returns the rows of the dense layer `inner` (q, k or v) that belong to heads of which something is kept."""
     layer = dense.get_submodule(inner)
     assert isinstance(layer, nn.Linear)
+
     stays = torch.zeros(layer.out_features, dtype=torch.bool, device=layer.weight.device)
     stays[kept(removed, f"{name}.{inner}", "out", layer)] = True
     by_head = stays.view(dense.num_heads, -1)
@@ -84,32 +94,37 @@ def _head_rows(name: str, dense: Attention, removed: Removed, inner: str) -> Ten
 def _repair_reduction(
     dense: Attention, pruned: Attention, into: Reads, inputs: Pairs, damping: float
 ) -> tuple[Pairs, Reads]:
-    """What keys and values read, dense and pruned (B M C), and how; the reduction's two layers are re-solved."""
+    """Solves the reduction's two layers anew. Returns what keys and values read, dense and pruned (B M C), and how."""
     if dense.sr is None or pruned.sr is None:
         return inputs, into
     assert dense.norm is not None
     assert pruned.norm is not None
+
+    # A narrower reduction keeps its leading directions.
     maps = inputs.as_maps()
     reduced = [to_tokens(dense.sr(x)) for x in maps.dense]
     basis = Basis()
     if pruned.sr.out_channels < dense.sr.out_channels:
         basis = principal(second_moment(normalised(dense.norm, x) for x in reduced), pruned.sr.out_channels)
+
     weight = basis.rows(into.columns(dense.sr.weight))
     targets = [basis.project(x) for x in reduced]
     fit_layer(pruned.sr, conv_rows(pruned.sr, maps.pruned, targets), weight, damping)
+
     source = Pairs(reduced, [to_tokens(pruned.sr(x)) for x in maps.pruned], [])
     how = fit_norm(dense.norm, pruned.norm, basis, source, damping)
     return source.through(dense.norm, pruned.norm), how
 
 
 def _fit_full(layer: nn.Linear, rows: Tensor, into: Reads, inputs: Pairs, damping: float) -> Affine:
-    """The dense layer's `rows`, fitted to what the pruned network gives to read; none is dropped."""
+    """Returns the dense layer's `rows`, fitted to what the pruned network gives to read; none is removed."""
     pairs = ((flat(x), flat(layer(x_dense)[..., rows])) for x_dense, x in inputs)
     return fit(pairs, into.columns(layer.weight)[rows], damping)
 
 
 def _centred(layer: Affine, source: Pairs) -> Affine:
-    """With mean zero: of keys softmax sees no constant, that of values goes into the output product's bias.
+    """Returns the layer with mean zero: softmax sees no constant in keys, and the output product's bias takes that of
+    values.
 
     Otherwise directions with hardly any variance, once scaled up, would have enormous biases.
     """
@@ -121,8 +136,9 @@ def _centred(layer: Affine, source: Pairs) -> Affine:
 def _shorten_products(
     query: Affine, key: Affine, inputs: Pairs, source: Pairs, pruned: Attention
 ) -> tuple[Affine, Affine]:
-    """Queries and keys of as many dimensions as the pruned layers have, their products as near as can be."""
+    """Returns queries and keys of as many dimensions as the pruned layers have, their products as near as can be."""
     heads = pruned.num_heads
+
     queries = second_moment(_split(_affine(x, query), heads) for x in inputs.pruned)
     keys = second_moment(_from_mean(_split(_affine(y, key), heads)) for y in source.pruned)
     first, second = nearest_products(queries, keys, pruned.q.out_features // heads)
@@ -131,9 +147,11 @@ def _shorten_products(
 
 
 def _shorten_values(columns: Tensor, moments: Moments, pruned: Attention) -> Affine:
-    """From short to full values and back (h·d h·r and h·r h·d), best for what `columns` (D' h·d) make of them."""
+    """Returns from short to full values and back (h·d h·r and h·r h·d), best for what `columns` (D' h·d) make of them."""
     heads = pruned.num_heads
     dim = columns.shape[1] // heads
+
+    # Head by head: the second moment of the values, and the output product's share of them.
     covariance = moments.covariances[0].unflatten(0, (heads, dim)).unflatten(2, (heads, dim))  # h d h d
     covariance = covariance.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # h d d
     products = columns.unflatten(1, (heads, dim)).transpose(0, 1)  # h D' d

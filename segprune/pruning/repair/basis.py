@@ -53,7 +53,7 @@ class Reads:
 
 
 def principal(second_moment: Tensor, width: int) -> Basis:
-    """The best `width` coordinates for a normalised stream with that second moment (D D, about zero)."""
+    """Returns the best `width` coordinates for a normalised stream with that second moment (D D, about zero)."""
     directions = leading_directions(second_moment)[:, : width - 1]  # D k
     scale = (width / len(second_moment)) ** 0.5
     return Basis(scale * _sum_to_zero(width, directions.device) @ directions.T)
@@ -82,7 +82,7 @@ def signs_of_columns(vectors: Tensor) -> Tensor:
 
 
 def second_moment(batches: Iterable[Tensor]) -> Tensor:
-    """Sum of outer products over images and tokens: batches B … N C to … C C, in float64."""
+    """Sums outer products over images and tokens: batches B … N C to … C C, in float64."""
     moments = ((x.double().mT @ x.double()).sum(0) for x in batches)
     total = next(moments)
     for moment in moments:
@@ -91,7 +91,7 @@ def second_moment(batches: Iterable[Tensor]) -> Tensor:
 
 
 def _sum_to_zero(width: int, device: torch.device) -> Tensor:
-    """Orthonormal columns (Helmert's) that span the vectors of `width` numbers whose sum is zero."""
+    """Returns orthonormal columns (Helmert's) that span the vectors of `width` numbers whose sum is zero."""
     columns = torch.zeros(width, width - 1, dtype=torch.float64, device=device)
     for k in range(1, width):
         columns[:k, k - 1] = 1.0
@@ -100,21 +100,22 @@ def _sum_to_zero(width: int, device: torch.device) -> Tensor:
 
 
 def normalised(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """What the LayerNorm makes of x before gain and bias."""
+    """Returns what the LayerNorm makes of x before gain and bias."""
     return F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
 
 
 def fit_norm(
     dense: nn.LayerNorm, pruned: nn.LayerNorm, basis: Basis, inputs: Iterable[tuple[Tensor, Tensor]], damping: float
 ) -> Reads:
-    """Gain and bias of the pruned LayerNorm so that it says what the dense one does, in the basis's coordinates.
+    """Sets gain and bias of the pruned LayerNorm so that it puts out what the dense one does, in the coordinates.
 
-    `inputs` are pairs (dense, pruned), channels last. The dense gain moves into the readers, which get to know by the
-    `Reads` that come back.
+    `inputs` are pairs (dense, pruned), channels last. The dense gain moves into the layers that read this one: the
+    returned `Reads` tell how.
     """
     if basis.back is None:
         fit_lines(pruned, ((x, dense(x_dense)) for x_dense, x in inputs), dense.weight.double(), damping)
         return Reads()
+
     reads = basis.back * dense.weight.double()
 
     # Zero, with which convolutions pad, shall mean zero as before: the shortest offset with offset @ reads nearest to
@@ -129,13 +130,14 @@ def fit_norm(
 
 @torch.no_grad()
 def fit_lines(norm: nn.LayerNorm, pairs: Iterable[tuple[Tensor, Tensor]], gain: Tensor | None, damping: float) -> None:
-    """Gain and bias by least squares, each channel by itself, from (inputs, wanted outputs), channels last.
+    """Sets gain and bias by least squares, each channel by itself, from (inputs, wanted outputs), channels last.
 
     The ridge pulls towards `gain`, by default the one number that fits all channels together.
     """
     lines = _Lines()
     for x, wanted in pairs:
         lines.add(normalised(norm, x), wanted)
+
     slope, start = lines.solve(gain, damping)
     norm.weight.copy_(slope)
     norm.bias.copy_(start)
@@ -155,12 +157,15 @@ class _Lines:
         self.count += len(x)
 
     def solve(self, slope: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
-        """Slopes and intercepts, near `slope`, by default the one that fits all channels together."""
+        """Returns slopes and intercepts, near `slope`, by default the one that fits all channels together."""
         x, y, xx, xy = (total / self.count for total in self.sums)
         variance, covariance = xx - x * x, xy - x * y
+
         tiny = torch.finfo(torch.float64).tiny
         if slope is None:
             slope = covariance.sum() / variance.sum().clamp_min(tiny)
+
+        # The ridge is of the mean variance of all channels, so that it holds what hardly varies.
         ridge = damping * variance.mean() + tiny
         slope = slope + (covariance - variance * slope) / (variance + ridge)
         return slope, y - slope * x

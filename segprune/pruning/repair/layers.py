@@ -1,4 +1,4 @@
-"""What repairs share: pairs of activations, dense and pruned, and layers re-solved from them."""
+"""What repairs share: pairs of activations, dense and pruned, and layers solved anew from them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Pairs:
 
 
 def kept(removed: Removed, name: str, side: Side, layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """Positions of the dense layer's side that stay, ascending."""
-    gone = removed.get((name, side), set())
-    positions = [i for i in range(width_of(layer, side)) if i not in gone]
+    """Returns the positions of the dense layer's side that are kept, ascending."""
+    missing = removed.get((name, side), set())
+    positions = [i for i in range(width_of(layer, side)) if i not in missing]
     return torch.tensor(positions, dtype=torch.long, device=layer.weight.device)
 
 
 def flat(x: Tensor) -> Tensor:
-    """Rows to solve from: B N C -> n C. Of an image with more than `ROWS` positions every so manieth."""
+    """Returns rows to solve from, B N C -> n C; of an image with more than `ROWS` positions only every few."""
     # An odd stride, for an even one would see the same columns of every row.
     stride = 1 if x.shape[1] <= ROWS else math.ceil(x.shape[1] / ROWS) | 1
     return x[:, ::stride].flatten(0, -2)
@@ -67,16 +67,17 @@ def assign(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
 
 
 def fit_layer(layer: nn.Linear | nn.Conv2d, rows: Rows, weight: Tensor, damping: float) -> None:
-    """Re-solve the layer from rows of what it reads and should say; `weight` (out in [kernel]) is the prior."""
+    """Solves the layer anew from rows of what it reads and should put out; `weight` (out in [kernel]) is the prior."""
     assign(layer, *fit(rows, weight.flatten(1), damping))
 
 
 def conv_rows(layer: nn.Conv2d, maps: list[Tensor], targets: list[Tensor]) -> Rows:
-    """What the convolution reads in each map (B C H W), as rows, beside the targets (B N D).
+    """Yields what the convolution reads in each map (B C H W), as rows, beside the targets (B N D).
 
     Image by image where the patches of a whole batch would be large.
     """
     for x, y in zip(maps, targets, strict=True):
+        # As many images at a time as fit into a chunk.
         patches = y.shape[1] * x.shape[1] * layer.kernel_size[0] * layer.kernel_size[1]
         step = max(1, CHUNK // patches)
         for some, wanted in zip(x.split(step), y.split(step), strict=True):

@@ -1,4 +1,4 @@
-"""Least squares from streamed moments: what an affine layer should be, given what it reads and what it should say.
+"""Least squares from streamed moments: what an affine layer should be, given what it reads and should put out.
 
 Only sums, X^T X and X^T Y are kept, in float64, however many rows come. The ridge pulls towards given weights and
 not towards zero, so that directions the few images do not show keep the weights they have; the bias is free.
@@ -46,7 +46,7 @@ class Moments:
         return self._sums[2] / self.count - torch.outer(x, x), self._sums[3] / self.count - torch.outer(x, y)
 
     def through(self, matrix: Tensor) -> Moments:
-        """The moments as they would be with inputs x @ matrix.T."""
+        """Returns the moments as they would be with inputs x @ matrix.T."""
         result = Moments()
         result.count = self.count
         x, y, xx, xy = self._sums
@@ -54,16 +54,18 @@ class Moments:
         return result
 
     def solve(self, weight: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-        """Weight (q p) and bias (q) of the affine map from x to y, near `weight` where the rows leave it open."""
+        """Returns weight (q p) and bias (q) of the map from x to y, near the given weight where the rows leave it open."""
         weight = weight.double()
         xx, xy = self.covariances
-        left = xy - xx @ weight.T  # what `weight` does not explain
-        # the second term is above what rounding leaves where all rows are the same
+        unexplained = xy - xx @ weight.T  # by the given weight
+
+        # The second term is above what rounding leaves where all rows are the same.
         ridge = damping * float(xx.diagonal().mean()) + ROUNDING * float(self._sums[2].diagonal().mean()) / self.count
         if ridge > 0.0:
             damped = xx.clone()
             damped.diagonal().add_(ridge)
-            weight = weight + torch.cholesky_solve(left, torch.linalg.cholesky(damped)).T
+            weight = weight + torch.cholesky_solve(unexplained, torch.linalg.cholesky(damped)).T
+
         x, y = self.means
         return weight, y - weight @ x
 

@@ -1,4 +1,4 @@
-"""A stage re-solved in order of execution: patch embedding, blocks, closing LayerNorm.
+"""A stage solved anew in order of execution: patch embedding, blocks, closing LayerNorm.
 
 Layers that write to the residual stream aim at what the dense stream is and the pruned one is not yet, so that each
 takes back what the layers before it got wrong.
@@ -26,26 +26,30 @@ def repair_stage(
     damping: float,
     step: Callable[[], None],
 ) -> tuple[Pairs, Reads]:
-    """In place, from the maps B C H W that both read. Returns what both put out, and how it is to be read."""
+    """Repairs in place, from the maps B C H W that both read. Returns what both put out, and how it is to be read."""
     embedded, sizes = [], []
     for x in maps.dense:
         y = dense.patch_embed.proj(x)
         sizes.append((y.shape[2], y.shape[3]))
         embedded.append(to_tokens(y))
+
+    # A narrower stream keeps its leading directions, as all LayerNorms of the stage together see it.
     basis = Basis()
     if pruned.norm.normalized_shape < dense.norm.normalized_shape:
         starts = [dense.patch_embed.norm(x) for x in embedded]
         basis = principal(second_moment(_normalised_stream(dense, starts, sizes)), pruned.norm.normalized_shape[0])
+
     tokens = _repair_embedding(dense, pruned, into, basis, maps.pruned, embedded, sizes, damping)
     for j, (old, new) in enumerate(zip(dense.list_blocks(), pruned.list_blocks(), strict=True)):
         tokens = _repair_block(f"{name}.blocks.{j}", old, new, basis, removed, tokens, damping)
         step()
+
     reads = fit_norm(dense.norm, pruned.norm, basis, tokens, damping)
     return tokens.through(dense.norm, pruned.norm).as_maps(), reads
 
 
 def _normalised_stream(dense: Stage, tokens: list[Tensor], sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
-    """The dense stream B N D as each of its LayerNorms sees it."""
+    """Yields the dense stream B N D as each of its LayerNorms sees it."""
     for x, size in zip(tokens, sizes, strict=True):
         for block in dense.list_blocks():
             for _, norm, branch in block.list_branches():
@@ -64,16 +68,21 @@ def _repair_embedding(
     sizes: list[tuple[int, int]],
     damping: float,
 ) -> Pairs:
-    """The convolution and its LayerNorm, whose output starts the residual stream B N D."""
+    """Repairs the convolution and its LayerNorm, whose output starts the residual stream B N D."""
     proj, norm = dense.patch_embed.proj, dense.patch_embed.norm
-    weight, targets, gain = into.columns(proj.weight), embedded, norm.weight.double()
+    gain = norm.weight.double()
+    weight, targets = into.columns(proj.weight), embedded
     prior: Tensor | None = gain
+
     if basis.matrix is not None:
-        # the stream is gain · normalised, so the coordinates are taken of gain · (x − its mean)
+        # The stream is gain · normalised, so the coordinates are taken of gain · (x − its mean).
         scaled = basis.matrix * gain
         turn = Basis(scaled - scaled.mean(1, keepdim=True))
         weight, targets, prior = turn.rows(weight), [turn.project(x) for x in embedded], None
+
     fit_layer(pruned.patch_embed.proj, conv_rows(pruned.patch_embed.proj, maps, targets), weight, damping)
+
+    # Then the LayerNorm, for what the dense one puts out.
     written = [to_tokens(pruned.patch_embed.proj(x)) for x in maps]
     starts = [norm(x) for x in embedded]
     pairs = ((x, basis.project(start)) for x, start in zip(written, starts, strict=True))
@@ -84,7 +93,7 @@ def _repair_embedding(
 def _repair_block(
     name: str, dense: Block, pruned: Block, basis: Basis, removed: Removed, tokens: Pairs, damping: float
 ) -> Pairs:
-    """In place; the stream behind the block comes back. Both blocks have the same branches."""
+    """Repairs in place, and returns the stream behind the block. Both blocks have the same branches."""
     if dense.norm1 is not None and dense.attn is not None:
         assert pruned.norm1 is not None
         assert pruned.attn is not None
@@ -93,6 +102,7 @@ def _repair_block(
         after, targets = _aim(dense.attn, basis, inputs, tokens)
         repair_attention(f"{name}.attn", dense.attn, pruned.attn, into, basis, removed, inputs, targets, damping)
         tokens = Pairs(after, _add(pruned.attn, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
+
     if dense.norm2 is not None and dense.mlp is not None:
         assert pruned.norm2 is not None
         assert pruned.mlp is not None
@@ -101,13 +111,14 @@ def _repair_block(
         after, targets = _aim(dense.mlp, basis, inputs, tokens)
         _repair_mlp(f"{name}.mlp", dense.mlp, pruned.mlp, into, basis, removed, inputs, targets, damping)
         tokens = Pairs(after, _add(pruned.mlp, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
+
     return tokens
 
 
 def _aim(
     branch: Callable[..., Tensor], basis: Basis, inputs: Pairs, tokens: Pairs
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The dense stream behind the branch, and what the pruned stream lacks of it."""
+    """Returns the dense stream behind the branch, and what the pruned stream lacks of it."""
     after = _add(branch, inputs.dense, tokens.dense, tokens.sizes)
     return after, [basis.project(x) - old for x, old in zip(after, tokens.pruned, strict=True)]
 
@@ -129,9 +140,12 @@ def _repair_mlp(
     targets: list[Tensor],
     damping: float,
 ) -> None:
+    # fc1, for the kept hidden channels before the depth-wise convolution, which is left as it was cut.
     hidden = kept(removed, f"{name}.fc1", "out", dense.fc1)
     rows = ((flat(x), flat(dense.fc1(x_dense)[..., hidden])) for x_dense, x in inputs)
     fit_layer(pruned.fc1, rows, into.columns(dense.fc1.weight)[hidden], damping)
+
+    # fc2, for what the pruned stream lacks.
     columns = out.rows(dense.fc2.weight)
     rows = (
         (flat(pruned.act(to_tokens(pruned.dwconv(to_map(pruned.fc1(x), *size))))), flat(target))
