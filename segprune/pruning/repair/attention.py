@@ -147,7 +147,7 @@ def _shorten_products(
 
 
 def _shorten_values(columns: Tensor, moments: Moments, pruned: Attention) -> Affine:
-    """Returns from short to full values and back (h·d h·r and h·r h·d), best for what `columns` (D' h·d) make of them."""
+    """Returns short to full values and back (h·d h·r and h·r h·d), best for what `columns` (D' h·d) make of them."""
     heads = pruned.num_heads
     dim = columns.shape[1] // heads
 

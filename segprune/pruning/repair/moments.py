@@ -54,7 +54,7 @@ class Moments:
         return result
 
     def solve(self, weight: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-        """Returns weight (q p) and bias (q) of the map from x to y, near the given weight where the rows leave it open."""
+        """Returns weight (q p) and bias (q) of the map from x to y, near `weight` where the rows leave it open."""
         weight = weight.double()
         xx, xy = self.covariances
         unexplained = xy - xx @ weight.T  # by the given weight
