@@ -265,7 +265,7 @@ def test_the_costs_of_all_branches_are_what_the_network_costs_less_without_them(
 
 def test_the_last_of_a_stage_and_branches_without_a_score_stay(small_spec: Spec) -> None:
     scores = {name: score for name, score in random_scores(small_spec, 0).items() if not name.startswith(BLOCK)}
-    with pytest.raises(ValueError, match="is out of reach for depth; the most that can go here is") as caught:
+    with pytest.raises(ValueError, match="is out of reach for depth; the most that can be removed here is") as caught:
         choose(small_spec, scores, 0.99)
     most = float(re.search(r"here is ([\d.]+)", str(caught.value))[1])
     chosen = choose(small_spec, scores, most)

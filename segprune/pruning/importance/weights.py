@@ -98,9 +98,10 @@ def _distances(group: Group, member: Member, module: nn.Module) -> Scores:
     place_of_row = np.arange(len(order)) - np.repeat(starts, counts)
 
     vectors = rows.new_zeros(len(channels), counts.max(), rows.shape[1])
-    vectors[torch.from_numpy(channel_of_row), torch.from_numpy(place_of_row)] = rows[
-        torch.from_numpy(order).to(rows.device)
-    ]
+    owners, places, sources = (
+        torch.from_numpy(index).to(rows.device) for index in (channel_of_row, place_of_row, order)
+    )
+    vectors[owners, places] = rows[sources]
 
     # The fast way of cdist, by a product, is too coarse for vectors that lie close together.
     flat = vectors.flatten(1)
