@@ -21,11 +21,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest difference of two logits over the largest logit (None where the file gives classes), pixels of equal
-    class as a share, and the number of images that were compared."""
+    """How far two runs are apart, over all images that were compared."""
 
-    relative: float | None
-    agreement: float
+    relative: float | None  # the largest difference of two logits over the largest logit; None where classes came out
+    agreement: float  # share of pixels with the same class
     num_images: int
 
     @property
@@ -34,13 +33,16 @@ class Difference:
         return f"{logits}equal class on {100 * self.agreement:.3f} % of pixels"
 
     def within(self, limits: Limits) -> bool:
-        """Numbers that are none are never within."""
+        """Tells whether both limits are met; NaN meets none."""
         close = self.relative is None or limits.tolerance is None or self.relative <= limits.tolerance
         return close and self.agreement >= limits.agreement
 
 
 def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
-    """Holds the second of each pair, logits B K H W or classes B H W, against the logits in the first."""
+    """Compares the second of each pair, logits B K H W or classes B H W, with the logits in the first.
+
+    NaN and infinity count as infinitely far off.
+    """
     off: float | None = 0.0
     largest = equal = pixels = 0.0
     images = 0
@@ -51,6 +53,7 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
         pixels += classes.numel()
         images += len(out)
 
+        # Classes alone say nothing about the distance of logits.
         largest = max(largest, float(logits.abs().max()))
         if not has_logits:
             off = None

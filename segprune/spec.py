@@ -104,6 +104,11 @@ class HeadForm:
     fuse: Literal["concatenated", "per_stage", "none"]  # the second product: one of all branches, one of each, or none
     branches: str  # in words
 
+    @property
+    def linear(self) -> bool:
+        """Tells whether branches and second product are one linear map of the stages' maps, so that they fold."""
+        return not self.branch_norm
+
 
 HEAD_FORMS = {
     "mlp": HeadForm("mlp", True, False, "concatenated", "linear branches"),
@@ -229,8 +234,8 @@ def _to_record(kind: type[T], data: Mapping[str, Any]) -> T:
 def _check_head(spec: Spec) -> None:
     if spec.head not in get_args(Head):
         raise ValueError(f"This segprune spec has head {spec.head!r}, which must be mlp or conv; the file is damaged.")
-    if spec.head == "conv" and spec.folded:
-        raise ValueError("This segprune spec has a conv head without branches; the file is damaged.")
+    if spec.folded and not HEAD_FORMS[spec.head].linear:
+        raise ValueError(f"This segprune spec has a {spec.head} head without branches; the file is damaged.")
 
 
 def _check_widths(spec: Spec) -> None:
@@ -274,7 +279,7 @@ def _check_numerics(numerics: Numerics) -> None:
 
 def with_folded_head(spec: Spec) -> Spec:
     """Returns the spec with its decode head folded, or as it is where the head cannot be folded."""
-    return replace(spec, branch_dims=None) if spec.head == "mlp" else spec
+    return replace(spec, branch_dims=None) if spec.head_form.linear else spec
 
 
 def with_unfolded_head(spec: Spec) -> Spec:

@@ -1,11 +1,12 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from segprune.model import SegFormer
-from segprune.spec import BlockSpec, Spec, StageSpec, standard_spec
+from segprune.spec import HEAD_FORMS, BlockSpec, HeadForm, Spec, StageSpec, standard_spec, with_folded_head
 from segprune.stats import Counts, count, layers, removed_shares
 
 
@@ -91,6 +92,20 @@ def test_every_layer_is_named_and_costs_as_its_module(change) -> None:
         if any(True for _ in module.parameters(recurse=False))
     }
     assert {row.name: row.cost("params") for row in rows} == own
+
+
+@pytest.mark.parametrize("fuse", ["concatenated", "per_stage"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_further_form_of_decode_head_is_one_more_row(fuse: Any, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HEAD_FORMS, "mlp", HeadForm("new", bias, True, fuse, "branches of another kind"))
+    spec = narrowed(standard_spec("b0", 8))
+    with torch.device("meta"):
+        model, x = SegFormer(spec).eval(), torch.empty(1, 3, 64, 96)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    counts = count(spec, (64, 96))
+    assert (counts.flops, counts.parameters) == (counter.get_total_flops(), sum(p.numel() for p in model.parameters()))
+    assert with_folded_head(spec) == spec  # a BatchNorm and a ReLU in each branch are not linear
 
 
 def test_an_image_below_32_pixels_is_refused(small_spec: Spec) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from segprune.spec import DECODER_DIMS, Head, Numerics
+from segprune.spec import DECODER_DIMS, Head, Numerics, stage_name
 
 NUMERICS = {
     "nvlabs": Numerics(),
@@ -23,7 +23,9 @@ HEADS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
 DIALECTS = ("segprune", *NUMERICS)
 NUM_STAGES = 4
 
-# ours: nvlabs (also bubbliiiing and smp), hf on disk, hf in memory from 5.9 on, mmseg; stages {i} from 0, {s} from 1
+# Our name of each part of a stage, then theirs in four columns: nvlabs (also bubbliiiing and smp), hf on disk, hf in
+# memory from 5.9 on, mmseg. {i} is the stage counted from 0, {s} from 1. An empty cell is a layer that the code base
+# joins with others, or does not join.
 _PARTS = {
     "patch_embed.proj": (
         "patch_embed{s}.proj",
@@ -56,7 +58,7 @@ _BLOCK_PARTS = {
     "mlp.fc2": ("mlp.fc2", "mlp.dense2", "mlp.fc2", "ffn.layers.4"),
 }
 _REDUCTION = ("attn.sr", "attn.norm")  # the last stage has none
-# one layer of theirs that holds several of ours, in this order, side by side in this dimension of the weight
+# One layer of theirs that holds several of ours, in this order, side by side in this dimension of the weight.
 JOINED = {
     "attn.kv": (("attn.k", "attn.v"), 0),
     "attn.qkv": (("attn.q", "attn.k", "attn.v"), 0),
@@ -65,26 +67,29 @@ JOINED = {
 
 
 def _head(branch: str, *rest: str) -> dict[str, str]:
-    """Our names -> theirs: the branches of the stages, then fuse, norm and classifier."""
+    """Returns their name of each of our layers: the branches, then in `rest` fuse, norm and classifier."""
     names = {f"decode_head.branches.{i}": branch.format(i=i, s=i + 1, r=3 - i) for i in range(NUM_STAGES)}
     return names | dict(zip(("decode_head.fuse", "decode_head.norm", "decode_head.classifier"), rest, strict=True))
+
+
+def _mmseg_head() -> dict[str, str]:
+    """Returns the names of mmsegmentation's kind of head, whose fuse convolution is one layer per stage here."""
+    fusion = "decode_head.fusion_conv"
+    names = _head("decode_head.convs.{i}.conv", f"{fusion}.conv", f"{fusion}.bn", "decode_head.conv_seg")
+    names["decode_head.fuses"] = names.pop("decode_head.fuse")
+    for i in range(NUM_STAGES):
+        names[f"decode_head.branch_norms.{i}"] = f"decode_head.convs.{i}.bn"
+    return names
 
 
 _FUSE = "decode_head.linear_fuse"
 _NVLABS_HEAD = _head("decode_head.linear_c{s}.proj", f"{_FUSE}.conv", f"{_FUSE}.bn", "decode_head.linear_pred")
 _SMP_HEAD = _head("decoder.mlp_stage.{r}.linear", "decoder.fuse_stage.0", "decoder.fuse_stage.1", "segmentation_head.0")
-_MMSEG_HEAD = _head(
-    "decode_head.convs.{i}.conv", "decode_head.fusion_conv.conv", "decode_head.fusion_conv.bn", "decode_head.conv_seg"
-)
-_MMSEG_HEAD["decode_head.fuses"] = _MMSEG_HEAD.pop("decode_head.fuse")
-_MMSEG_HEAD |= {f"decode_head.branch_norms.{i}": f"decode_head.convs.{i}.bn" for i in range(NUM_STAGES)}
-_MMSEG_POINTWISE = (
-    "mlp.fc1",
-    "mlp.fc2",
-    "decode_head.fuses",
-    *(f"decode_head.branches.{i}" for i in range(NUM_STAGES)),
-)
 _HF_REST = (_FUSE, "decode_head.batch_norm", "decode_head.classifier")
+
+# Our names of what is a linear layer here and a 1×1 convolution in mmsegmentation.
+_MMSEG_BRANCHES = tuple(f"decode_head.branches.{i}" for i in range(NUM_STAGES))
+_MMSEG_POINTWISE = ("mlp.fc1", "mlp.fc2", "decode_head.fuses", *_MMSEG_BRANCHES)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ NAMINGS = (
     Naming("hf", "encoder.", 1, {}),
     Naming("hf", "segformer.", 2, _head("decode_head.linear_projections.{i}.proj", *_HF_REST)),
     Naming("hf", "", 2, {}),
-    Naming("mmseg", "backbone.", 3, _MMSEG_HEAD, pointwise=_MMSEG_POINTWISE),
+    Naming("mmseg", "backbone.", 3, _mmseg_head(), pointwise=_MMSEG_POINTWISE),
     Naming("mmseg", "", 3, {}, pointwise=_MMSEG_POINTWISE),
 )
 _OURS = "encoder.stages.0.patch_embed.proj.weight"
@@ -192,26 +197,22 @@ def naming_for(dialect: str) -> Naming:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of another code base, and ours whose tensors it holds, side by side in dimension `dim` of the weight.
-
-    `pointwise`: it is a 1×1 convolution there and a linear layer here.
-    """
+    """One layer of another code base, and the one or more of ours whose tensors it holds."""
 
     theirs: str
     ours: tuple[str, ...]
-    dim: int
-    pointwise: bool
+    dim: int  # of the weight, in which ours lie side by side
+    pointwise: bool  # it is a 1×1 convolution there and a linear layer here
 
 
 def list_layers(naming: Naming, depths: Sequence[int]) -> list[Layer]:
     """Returns all layers of a network with that many blocks in each stage."""
     names = dict(naming.head)
     for i, depth in enumerate(depths):
-        stage = f"encoder.stages.{i}"
+        stage = stage_name(i)
         for part, columns in _PARTS.items():
             names[f"{stage}.{part}"] = naming.prefix + columns[naming.column].format(i=i, s=i + 1)
 
-        # The empty cells of a column are layers that this code base joins with others or does not join.
         parts = {part: columns[naming.column] for part, columns in _BLOCK_PARTS.items() if columns[naming.column]}
         if i == NUM_STAGES - 1:
             parts = {part: theirs for part, theirs in parts.items() if part not in _REDUCTION}
@@ -219,10 +220,10 @@ def list_layers(naming: Naming, depths: Sequence[int]) -> list[Layer]:
             for part, theirs in parts.items():
                 names[f"{stage}.blocks.{j}.{part}"] = f"{_blocks_stem(naming, i)}{j}.{theirs}"
 
-    return [_layer(ours, theirs, naming) for ours, theirs in names.items()]
+    return [_make_layer(ours, theirs, naming) for ours, theirs in names.items()]
 
 
-def _layer(ours: str, theirs: str, naming: Naming) -> Layer:
+def _make_layer(ours: str, theirs: str, naming: Naming) -> Layer:
     pointwise = ours.endswith(naming.pointwise)
     for whole, (parts, dim) in JOINED.items():
         if ours.endswith(whole):

@@ -67,7 +67,7 @@ def write_folder(
 def _write_notes(spec: Spec, problem: str | None) -> list[str]:
     notes = []
     if problem:
-        without = " (prune with `uniform` to do without)" if spec.head == "mlp" else ""
+        without = " (prune with `uniform` to do without)" if spec.head_form.linear else ""
         notes.append(
             f"Transformers' own classes cannot hold this network, since {problem}; the folder has its code with it, "
             f"which from_pretrained runs with trust_remote_code=True{without}."

@@ -117,7 +117,7 @@ def _name_remedy(spec: Spec, dialect: str) -> str:
         others = [name for name in ("nvlabs", "bubbliiiing", "mmseg") if HEADS[name] == spec.head]
         return f"write {', '.join(others)} or hf instead"
     elsewhere = "write hf instead, which needs no uniform widths"
-    return elsewhere if spec.head == "conv" else f"prune with `uniform` for them, or {elsewhere}"
+    return elsewhere if not spec.head_form.linear else f"prune with `uniform` for them, or {elsewhere}"
 
 
 def _write_notes(spec: Spec, dialect: str, readable: bool) -> list[str]:

@@ -64,10 +64,11 @@ def stock_spec(model: nn.Module) -> Spec | None:
 
 def check_head(spec: Spec, options: PruneOptions) -> None:
     """Raises ValueError for an option that only decode heads as published can have."""
-    for name in options.given(("keep_decoder", "uniform")) if spec.head == "conv" else ():
+    if spec.head_form.linear:
+        return
+    for name in options.given(("keep_decoder", "uniform")):
         raise ValueError(
-            f"`{name}` is for decode heads as published, and this network's has a BatchNorm and a ReLU in each branch; "
-            "leave it out."
+            f"`{name}` is for decode heads as published, and this network's has {spec.head_form.branches}; leave it out."
         )
 
 

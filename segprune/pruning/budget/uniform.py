@@ -29,7 +29,7 @@ from segprune.pruning.patterns import match
 from segprune.pruning.plan import Plan, check_widths, keep_best, read_plan
 from segprune.pruning.prepare import Prepared
 from segprune.pruning.surgery import cut_channels, read_spec
-from segprune.spec import Spec, StageSpec
+from segprune.spec import Spec, StageSpec, block_name, stage_name, with_unfolded_head
 from segprune.stats import Counts, Layer, count, removed_shares
 
 TOLERANCE = 0.02  # how far, as a share of the whole, the result may be from the rate: steps are coarse
@@ -59,9 +59,7 @@ def by_uniform_stages(prepared: Prepared, scores: Mapping[str, Scores], options:
     with torch.device("meta"):
         network = SegFormer(model.spec)
     cut_channels(network, prepared.groups, plan)
-    pruned = read_spec(network)
-    if pruned.folded:
-        pruned = replace(pruned, branch_dims=(pruned.decoder_dim,) * len(pruned.stages))
+    pruned = with_unfolded_head(read_spec(network))
 
     problem = uniform_problem(pruned)
     if problem is not None:
@@ -218,10 +216,9 @@ def _with_stage(choice: Choice, i: int, option: tuple[int, int]) -> Choice:
 
 def stage_widths(i: int, stage: StageSpec, width: int, ratio: int) -> Iterator[tuple[str, int, int]]:
     """Yields name, width per part and width now, of every group of stage `i`, made uniform."""
-    prefix = f"encoder.stages.{i}"
-    yield f"{prefix}.width", width, stage.width
+    yield f"{stage_name(i)}.width", width, stage.width
     for j, block in enumerate(stage.blocks):
-        inside = f"{prefix}.blocks.{j}"
+        inside = block_name(i, j)
         yield f"{inside}.mlp.ffn", ratio * width, block.ffn_dim
         yield f"{inside}.attn.qk", width // block.num_heads, block.qk_dim
         yield f"{inside}.attn.v", width // block.num_heads, block.v_dim
@@ -251,7 +248,7 @@ class Search:
         if not spec.folded:
             return Counts(0, 0, shape)
         folded = count(replace(spec, decoder_dim=dim), shape)
-        whole = count(replace(spec, decoder_dim=dim, branch_dims=(dim,) * len(spec.stages)), shape)
+        whole = count(with_unfolded_head(replace(spec, decoder_dim=dim)), shape)
         return Counts(whole.parameters - folded.parameters, whole.macs - folded.macs, shape)
 
     def _removed(self, choice: Choice) -> Mapping[Any, float]:
