@@ -68,7 +68,8 @@ def check_head(spec: Spec, options: PruneOptions) -> None:
         return
     for name in options.given(("keep_decoder", "uniform")):
         raise ValueError(
-            f"`{name}` is for decode heads as published, and this network's has {spec.head_form.branches}; leave it out."
+            f"`{name}` is for decode heads as published, and this network's has {spec.head_form.branches}; "
+            "leave it out."
         )
 
 
