@@ -21,11 +21,13 @@ from segprune.data import open_source, write_shapes
 from segprune.fold import fold_decoder, fold_for_inference, unfold_decoder
 from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.model import SegFormer
+from segprune.pruning.curves import measure_curves
 from segprune.pruning.depth import branch_scores, noise, remove
 from segprune.pruning.groups import find_groups
 from segprune.pruning.importance import METHODS, score_channels
 from segprune.pruning.plan import keep_best
 from segprune.pruning.repair import repair
+from segprune.pruning.synthetic import synthetic_images
 from segprune.training.distill import Distillation
 from segprune.training.loop import train
 from segprune.training.losses import SegmentationLoss, parse_loss
@@ -125,6 +127,19 @@ def test_cut_networks_are_repaired(device: OtherDevice, dense_of: Callable[[str]
     repaired = repair(moved(pruned), moved(dense), groups, plan, batches)  # the images are moved by it
     assert places(repaired) == {"cuda"}
     assert_equal(repaired, repair(pruned, dense, groups, plan, batches))
+
+
+def test_curves_are_measured_on_images_that_stand_in(device: OtherDevice, small_model: SegFormer) -> None:
+    dense = fold_decoder(small_model)
+    model = moved(dense)
+    batches = synthetic_images(model, (64, 64), count=3)
+    assert {x.device for x in batches} == {OTHER}
+
+    groups = find_groups(model, batches[0][:1], {STEM}).groups
+    widths = [(group.slots // 2, group.slots) for group in groups]
+    on_cpu = measure_curves(dense, groups, [x.cpu() for x in batches], widths)
+    for curve, expected in zip(measure_curves(model, groups, batches, widths), on_cpu, strict=True):
+        assert curve.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 def test_the_pruner_prunes(device: OtherDevice, small_model: SegFormer) -> None:

@@ -17,6 +17,7 @@ from segprune.data.leaves import draw_leaves
 from segprune.data.transforms import normalise
 from segprune.model import SegFormer
 from segprune.pruning.trace import eval_mode
+from segprune.timing import tf32_products
 
 NUM_IMAGES = 64
 CANDIDATES = 4  # for each image that is wanted
@@ -47,7 +48,7 @@ def synthetic_images(
         return torch.stack(images).to(parameter.device, parameter.dtype)
 
     means, squares = [], []
-    with eval_mode(model):
+    with eval_mode(model), tf32_products(False):
         for start in range(0, total, BATCH):
             candidates = draw(list(range(start, min(start + BATCH, total))), small)
             fused = model.decode_head.fused(model.encoder(candidates)).double()  # B D H/4 W/4

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
+from segprune.pruning.curves import measure_curves
 from segprune.pruning.depth import branch_scores, remove
 from segprune.pruning.groups import Group, find_groups
-from segprune.pruning.importance import METHODS, scores
-from segprune.pruning.plan import Plan, plan_of
+from segprune.pruning.importance import METHODS, score_channels
+from segprune.pruning.plan import Plan, keep_best
 from segprune.pruning.repair import repair
 from segprune.spec import standard_spec
 from tests.pruning.cutting import STEM, cut_copy
@@ -54,18 +55,16 @@ def error(on_gpu: nn.Module, on_cpu: nn.Module, batches: list[Tensor]) -> float:
 def two_thirds(dense: SegFormer, method: str, batches: list[Tensor]) -> tuple[list[Group], Plan]:
     """The groups and the plan that keeps two thirds of each, by the scores of the CPU."""
     groups = list(find_groups(dense, batches[0][:1], {STEM}).groups)
-    fallback = "l1" if method == "bn" else None
-    ranks = scores(method, dense, groups, batches, fallback=fallback)
-    return groups, plan_of(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
+    ranks = score_channels(dense, groups, method, batches)
+    return groups, keep_best(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_channels_have_the_cpus_scores(small_model: SegFormer, method: str) -> None:
     batches = [x.double() for x in images(4)]
     groups = list(find_groups(small_model, batches[0][:1], {STEM}, heads=True).groups)
-    fallback = "l1" if method == "bn" else None
-    on_cpu = scores(method, small_model, groups, batches, fallback=fallback)
-    on_gpu = scores(method, moved(small_model), groups, [x.to(GPU) for x in batches], fallback=fallback)
+    on_cpu = score_channels(small_model, groups, method, batches)
+    on_gpu = score_channels(moved(small_model), groups, method, [x.to(GPU) for x in batches])
 
     for name, values in on_cpu.items():
         np.testing.assert_allclose(on_gpu[name], values, rtol=1e-4, atol=1e-5, err_msg=name)  # their mean is 1
@@ -99,6 +98,18 @@ def test_a_b0_is_repaired_in_float32_as_on_the_cpu(trained_like: Callable[[nn.Mo
 
     assert error(on_gpu.double(), on_cpu.double(), [x.double() for x in batches]) < 1e-3
     assert error(on_gpu, on_cpu, [x.double() for x in images(2, size=128)]) < 1e-2  # never seen
+
+
+def test_curves_are_the_cpus(small_model: SegFormer) -> None:
+    dense = fold_decoder(small_model)
+    groups = find_groups(dense, torch.zeros(1, 3, 64, 64).double(), {STEM}).groups
+    widths = [(max(1, group.slots // 4), max(1, group.slots // 2), group.slots) for group in groups]
+    batches = [x.double() for x in images(4)]
+
+    on_cpu = measure_curves(dense, groups, batches, widths)
+    on_gpu = measure_curves(moved(dense), groups, [x.to(GPU) for x in batches], widths)
+    for curve, expected in zip(on_gpu, on_cpu, strict=True):
+        assert curve.losses == pytest.approx(expected.losses, rel=1e-4)
 
 
 def test_branches_are_scored_and_removed_as_on_the_cpu(small_model: SegFormer) -> None:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 import segprune
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
+from segprune.pruning.curves import measure_curves
 from segprune.pruning.depth import branch_scores
 from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.importance import METHODS, score_channels
 from segprune.pruning.plan import Plan, keep_best
 from segprune.pruning.repair import repair
+from segprune.pruning.synthetic import synthetic_images
 from segprune.timing import tf32_products
 from tests.pruning.cutting import STEM, cut_copy
 
@@ -151,6 +153,8 @@ def test_a_gpu_may_not_round_the_factors_of_products_while_scores_are_taken_and_
         score_channels(dense, groups, "wanda", batches)
         repair(pruned, dense, groups, plan, batches)
         branch_scores(dense, batches)
+        measure_curves(dense, groups, batches, [(group.slots,) for group in groups])
+        synthetic_images(dense, (32, 32), count=1)
         assert switches() == (True, True)
 
     hook.remove()

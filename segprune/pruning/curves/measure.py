@@ -23,6 +23,7 @@ from segprune.pruning.curves.losses import Losses, Statistics, work_out_losses
 from segprune.pruning.curves.places import Place, find_places, probe_logits, watch
 from segprune.pruning.groups import Group
 from segprune.pruning.trace import eval_mode
+from segprune.timing import tf32_products
 
 DAMPING = 3e-3  # the repair's
 NUM_WIDTHS = 20  # of a group that are worked out; between them the chord
@@ -73,7 +74,7 @@ def measure_curves(
             progress(done, total)
 
     steps = [_some(allowed) for allowed in widths]
-    with eval_mode(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad(), tf32_products(False):
         statistics = {place: Statistics() for place in places}
         with watch(model, places) as passing:
             for i, image in enumerate(fitted):
