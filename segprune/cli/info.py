@@ -62,11 +62,9 @@ def run(flags: InfoFlags) -> None:
 
 
 def _describe_head(opened: Checkpoint) -> str:
-    dims = opened.spec.branch_dims
-    if dims is None:
-        return f"folded, width {opened.spec.decoder_dim}"
-    kind = "as published" if opened.spec.head == "mlp" else "mmsegmentation's, with BatchNorm and ReLU in its branches"
-    return f"{kind}, branches {' '.join(map(str, dims))}, width {opened.spec.decoder_dim}"
+    spec = opened.spec
+    branches = "" if spec.folded else f"branches {' '.join(map(str, spec.branch_widths))}, "
+    return f"{spec.head_form.branches}; {branches}width {spec.decoder_dim}"
 
 
 def _describe_block(block: BlockSpec) -> list[str]:

@@ -93,6 +93,7 @@ def test_names_of_classes_in_the_file_that_do_not_fit_are_refused(small_model: S
 
 
 def test_uniform_and_depth_contradict_each_other(dense: Path) -> None:
-    assert refused("prune", "--model_path", dense, "--uniform", "--depth", 0.1) == (
-        "--depth takes out parts of blocks, which --uniform keeps; leave one of them out."
-    )
+    said = refused("prune", "--model_path", dense, "--uniform", "--depth", 0.1)
+    assert "--depth" in said
+    assert "--uniform" in said
+    assert "leave one of them out" in said

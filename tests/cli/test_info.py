@@ -37,7 +37,7 @@ def test_the_tables_show_every_blocks_widths(small: Path) -> None:
     spec = read(small).spec
     counts = count(spec, (64, 64))
     assert f"parameters {counts.parameters:,} MACs {counts.macs / 1e9:.3f} G at 64×64" in out
-    assert "decode head as published, branches 32 28 36 30, width 44" in out
+    assert "decode head linear branches; branches 32 28 36 30, width 44" in out
     for row in (
         "stages.0.blocks.0 │ 16 │ 1 │ 16 │ 12 │ 16 │ 40",
         "stages.2.blocks.1 │ 40 │ 4 │ 8 │ 10 │ 40 │ 80",
@@ -48,17 +48,16 @@ def test_the_tables_show_every_blocks_widths(small: Path) -> None:
 
 def test_a_folded_head_is_said_to_be_one(small_model: SegFormer, tmp_path: Path) -> None:
     save(fold_decoder(small_model.float()), tmp_path / "folded.pth")
-    assert "decode head folded, width 44" in done("info", tmp_path / "folded.pth")
+    assert "decode head linear branches folded into the fuse convolution; width 44" in done(
+        "info", tmp_path / "folded.pth"
+    )
 
 
 def test_a_file_of_mmsegmentation_is_shown_with_its_kind_of_head(trained_like: Fill, tmp_path: Path) -> None:
     torch.save({"meta": {}, "state_dict": state_in("mmseg", trained_like)}, tmp_path / "theirs.pth")
     out = done("info", tmp_path / "theirs.pth")
     assert "dialect mmseg" in out
-    assert (
-        "decode head mmsegmentation's, with BatchNorm and ReLU in its branches, branches 256 256 256 256, width 256"
-        in out
-    )
+    assert "decode head a BatchNorm and a ReLU in each branch; branches 256 256 256 256, width 256" in out
 
 
 def test_of_a_branch_that_was_removed_no_widths_are_shown(small_model: SegFormer, tmp_path: Path) -> None:
