@@ -23,7 +23,6 @@ from segprune import count
 from segprune.cli.console import keep_freed_memory
 from segprune.fold import fold_decoder
 from segprune.pruning.pruner import Pruner
-from segprune.training.distill import Distillation
 from segprune.training.loop import train
 
 
@@ -61,7 +60,7 @@ def _pruned_down(bench: Bench, epochs: int, lr: float) -> list[float]:
     budgets = {"params": 1 - small.parameters / large.parameters, "macs": 1 - small.macs / large.macs}
     pruned = Pruner(dense, budgets, images=training_images(bench)).prune(torch.empty(1, 3, *SIZE))
     found = [bench.score(dense), bench.score(pruned)]
-    config = replace(bench.config(epochs, lr), distillation=Distillation())
+    config = bench.config(epochs, lr)
     train(pruned, config, bench.splits, accelerator=bench.accelerator, teacher=fold_decoder(dense))
     return [*found, bench.score(pruned)]
 

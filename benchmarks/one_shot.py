@@ -28,13 +28,12 @@ from torch import Tensor, nn
 from benchmarks.baselines import num_macs, num_parameters, prune_to
 from benchmarks.recovery import DENSE, NUM_TRAIN, SIZE, Bench, spread
 from segprune.cli.console import keep_freed_memory
-from segprune.cli.settings import MUCH_LOST
 from segprune.data import EvalTransform, SegmentationData
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
 from segprune.pruning.pruner import Pruner
-from segprune.training.distill import Distillation
 from segprune.training.loop import train
+from segprune.training.rates import MUCH_LOST
 from segprune.training.state import Splits
 
 NUM_IMAGES, EPOCHS, LR = 64, 4, 1.0  # epochs over a part of the pictures; the rate as a share of the dense one's
@@ -127,7 +126,7 @@ def _measured(bench: Bench, prune: Callable[[], nn.Module], *, taught: bool) -> 
     if taught:
         _tell_widths(tuned)
         lr = LR * (0.1 if before >= MUCH_LOST * bench.dense_miou else 1.0)
-        config, teacher = replace(bench.config(EPOCHS, lr), distillation=Distillation()), fold_decoder(bench.dense)
+        config, teacher = bench.config(EPOCHS, lr), fold_decoder(bench.dense)
     else:
         config, teacher = bench.config(EPOCHS, LR), None
     train(tuned, config, part, accelerator=bench.accelerator, teacher=teacher)

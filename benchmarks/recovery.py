@@ -29,13 +29,13 @@ from segprune.fold import fold_decoder
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.pruning.options import RateOf
 from segprune.spec import standard_spec
-from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation
 from segprune.training.loop import train
+from segprune.training.options import TrainOptions
 from segprune.training.state import Splits
 
 SIZE, NUM_TRAIN, NUM_VAL = (64, 64), 2000, 200
-DENSE = TrainConfig(
+DENSE = TrainOptions(
     len(CLASS_NAMES),
     input_shape=SIZE,
     epochs=8,
@@ -44,6 +44,8 @@ DENSE = TrainConfig(
     scale=(0.75, 1.5),
     num_workers=1,
     eval_every=99,
+    amp="no",
+    tf32=False,
 )
 
 
@@ -62,6 +64,15 @@ class Setting:
 
 
 TAUGHT = Distillation()
+
+
+def weights_of(distillation: Distillation | None) -> dict[str, float]:
+    """Returns the weights as options of training."""
+    if distillation is None:
+        return {}
+    return {f"distill_{name}": getattr(distillation, name) for name in ("pixel", "channel", "feature")}
+
+
 HARD = Setting("", rate=0.9, rate_of="macs")  # on these pictures a rate of the parameters takes what does nothing
 HARD_TAUGHT = replace(HARD, distillation=TAUGHT)
 STUDIES: dict[str, tuple[Setting, ...]] = {
@@ -163,7 +174,7 @@ class Bench:
         self.dense_miou = self.cached("dense", lambda: [self.score(self.dense)])[0]
 
     @property
-    def dense_config(self) -> TrainConfig:
+    def dense_config(self) -> TrainOptions:
         return replace(DENSE, num_classes=self.num_classes, seed=self.seed)
 
     def new(self, variant: str) -> SegFormer:
@@ -184,7 +195,7 @@ class Bench:
             path.write_text(json.dumps(known, indent=1))
         return known[name]
 
-    def config(self, epochs: int, lr: float) -> TrainConfig:
+    def config(self, epochs: int, lr: float) -> TrainOptions:
         """Of fine-tuning; `lr` as a share of the dense network's."""
         return replace(self.dense_config, epochs=epochs, lr=lr * DENSE.lr)
 
@@ -200,7 +211,7 @@ class Bench:
         epochs = 4  # of a part of the pictures, so that an encoder can be frozen for one of them
         steps = round(setting.share * DENSE.epochs * (NUM_TRAIN // DENSE.batch_size) / epochs)
         part = Splits(self.splits.train[: steps * DENSE.batch_size], self.splits.val)
-        config = replace(self.config(epochs, setting.lr), distillation=setting.distillation)
+        config = replace(self.config(epochs, setting.lr), **weights_of(setting.distillation))
         config = replace(config, **dict(setting.changes))
         teacher = None if setting.distillation is None else fold_decoder(self.dense)
         train(model, config, part, accelerator=self.accelerator, teacher=teacher)

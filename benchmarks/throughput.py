@@ -31,8 +31,8 @@ from segprune.cli.console import keep_freed_memory
 from segprune.data import IGNORE_INDEX, SegmentationData, TrainTransform, draw_shapes
 from segprune.data.transforms import Bytes
 from segprune.spec import standard_spec
-from segprune.training.config import TrainConfig
 from segprune.training.loop import train
+from segprune.training.options import TrainOptions
 from segprune.training.state import Splits
 
 NUM_CLASSES, LR = 8, 1e-6
@@ -81,8 +81,15 @@ def _variant(variant: str, batch: int, flags: argparse.Namespace) -> None:
     pruned = L1Pruner(deepcopy(dense), flags.rate).prune(torch.empty(1, 3, *flags.size, device="meta"))
     number = (flags.warmup + flags.steps) * batch
     pictures = [Drawn(f"{i}", *draw_shapes(11, "train", i, tuple(flags.size))) for i in range(number)]
-    config = TrainConfig(
-        NUM_CLASSES, tuple(flags.size), epochs=1, batch_size=batch, lr=LR, num_workers=flags.num_workers
+    config = TrainOptions(
+        NUM_CLASSES,
+        tuple(flags.size),
+        epochs=1,
+        batch_size=batch,
+        lr=LR,
+        num_workers=flags.num_workers,
+        amp="no",
+        tf32=False,
     )
     accelerator = Accelerator(cpu=not flags.cuda)
     batches = _batches(pictures, config, accelerator.device)
@@ -107,7 +114,7 @@ def _variant(variant: str, batch: int, flags: argparse.Namespace) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def _batches(pictures: list[Drawn], config: TrainConfig, device: torch.device) -> Batches:
+def _batches(pictures: list[Drawn], config: TrainOptions, device: torch.device) -> Batches:
     """What our loop sees in the first epoch but for the order, made beforehand."""
     data = SegmentationData(pictures, NUM_CLASSES, TrainTransform(config.input_shape, scale=config.scale), config.seed)
     starts = range(0, len(pictures), config.batch_size)
@@ -118,7 +125,7 @@ def _batches(pictures: list[Drawn], config: TrainConfig, device: torch.device) -
 
 
 def _ours(
-    model: nn.Module, config: TrainConfig, pictures: list[Drawn], accelerator: Accelerator, warmup: int, clock: Clock
+    model: nn.Module, config: TrainOptions, pictures: list[Drawn], accelerator: Accelerator, warmup: int, clock: Clock
 ) -> float:
     """Seconds of the steps after the warm-up; the loop reads every step's loss, so the device is done by then."""
     ends: list[float] = []

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from segprune.cli import app
 from segprune.model import SegFormer
 from segprune.runs.folder import Journal
-from segprune.training.config import TrainConfig
+from segprune.training.options import TrainOptions
 from segprune.training.state import Splits
 
 SIZE = ("--input_shape", "32", "32")
@@ -70,7 +70,7 @@ class Told:
 
     out: str
     model: SegFormer
-    config: TrainConfig
+    config: TrainOptions
     splits: Splits
     options: dict[str, Any]
 
@@ -79,7 +79,7 @@ def told(*flags: object) -> Told:
     """A command that trains, stopped before the first step."""
     caught: list[Told] = []
 
-    def stop(model: SegFormer, config: TrainConfig, splits: Splits, **options: Any) -> None:
+    def stop(model: SegFormer, config: TrainOptions, splits: Splits, **options: Any) -> None:
         caught.append(Told("", model, config, splits, options))
         raise ValueError("Seen.")
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 DOORS = ("prune_train", "train", "pruning")
 ROWS = (
     ("spec", "files", "timing", "options"),
-    ("model", "data", "plots"),
+    ("model", "data", "plots", "machine"),
     ("stats", "fold", "compare", "inference"),
     ("checkpoint", "training"),
     ("pruning", "export"),

@@ -28,9 +28,7 @@ from segprune.pruning.importance import METHODS, score_channels
 from segprune.pruning.plan import keep_best
 from segprune.pruning.repair import repair
 from segprune.pruning.synthetic import synthetic_images
-from segprune.training.distill import Distillation
 from segprune.training.loop import train
-from segprune.training.losses import SegmentationLoss, parse_loss
 from segprune.training.state import TrainState
 from tests.other_device import OTHER, OtherDevice
 from tests.pruning.cutting import STEM, cut_copy
@@ -181,8 +179,8 @@ def test_networks_are_evaluated(device: OtherDevice, small_model: SegFormer, dat
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # there is no GPU to pin memory for
 def test_networks_are_trained_and_training_is_resumed(device: OtherDevice, data: Path) -> None:
     """With all that takes part in a step: teacher, projections, average, clipping, class weights."""
-    loss = SegmentationLoss(parse_loss("ce+dice+lovasz+focal+ohem"), (1.0,) * 8, label_smoothing=0.1)
-    config, splits = config_of(data, loss=loss, epochs=1, distillation=Distillation(), clip_norm=1.0, ema=0.9)
+    loss = {"loss": "ce+dice+lovasz+focal+ohem", "class_weights": (1.0,) * 8, "label_smoothing": 0.1}
+    config, splits = config_of(data, **loss, epochs=1, clip_norm=1.0, ema=0.9)
     teacher, model = tiny_model(seed=1), moved(tiny_model())
 
     def run(network: SegFormer, **options: Any) -> Score:

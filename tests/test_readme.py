@@ -13,8 +13,9 @@ import pytest
 import typer
 
 from segprune.cli import app
-from segprune.cli.settings import TrainSettings
+from segprune.cli.train.flags import RunFlags, StartFlags
 from segprune.pruning.options import DEFAULT_RATE, PruneOptions
+from segprune.training.options import TrainOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -106,8 +107,9 @@ def test_every_flag_that_is_named_exists(name: str) -> None:
 @pytest.mark.parametrize("text", [MANUAL, CHINESE_MANUAL], ids=MANUALS)
 def test_the_manual_s_table_names_all_flags_of_train_py_with_their_defaults(text: str) -> None:
     listed = {row[0].strip().strip("`").split()[0]: row[1].strip() for row in tables(text)[-1][2:]}
-    assert list(listed) == [f"--{field.name}" for field in fields(TrainSettings)]
-    for field in fields(TrainSettings):
+    flags = [*fields(StartFlags), *fields(TrainOptions), *fields(RunFlags)]
+    assert list(listed) == [f"--{field.name}" for field in flags]
+    for field in flags:
         cell, default = listed[f"--{field.name}"], shown_default(field)
         assert cell.strip("`") == default if default is not None else cell, field.name
         assert (cell in ("off", "关")) == isinstance(field.default, bool)

@@ -21,11 +21,11 @@ from segprune.cli import (
     predict,
     scan,
     shapes,
-    train,
 )
 from segprune.cli.console import keep_freed_memory
 from segprune.cli.flags import CONTEXT, command
 from segprune.cli.prune import command as prune
+from segprune.cli.train import command as train
 
 app = typer.Typer(
     name="segprune",

@@ -41,11 +41,11 @@ from segprune.cli.console import (
     show_table,
 )
 from segprune.cli.flags import Layout, LoaderProcesses, switch
-from segprune.cli.machine import fit_to_machine
 from segprune.data import Sample
 from segprune.export import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
+from segprune.machine import fit_to_machine
 from segprune.runs.records import benchmark_record, environment
 from segprune.timing import tf32_products
 

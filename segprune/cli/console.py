@@ -9,6 +9,8 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,6 +47,9 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 # The library's arguments whose flags have other names, or are flags of another command than the one that ran.
 ARGUMENTS = {"variant": "--phi", "dialect": "--dialect", "num_classes": "--num_classes", "uniform": "--uniform"}
+_flags: ContextVar[Mapping[str, str]] = ContextVar(
+    "flags", default=MappingProxyType(ARGUMENTS)
+)  # of the running command
 
 
 @contextmanager
@@ -54,6 +59,7 @@ def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     `flags` names the flag of each argument: a message that says `head_lr` is printed with --head_lr.
     """
     flags = ARGUMENTS | dict(flags or {})
+    token = _flags.set(flags)
     try:
         yield
     except torch.OutOfMemoryError:
@@ -70,6 +76,8 @@ def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         errors.print(with_flags(str(interrupt), flags) or "Interrupted; no file was left half-written.", markup=False)
         sys.exit(130)
+    finally:
+        _flags.reset(token)
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
@@ -164,7 +172,7 @@ def _table(header: list[str], rows: list[list[str]], left_out: list[str]) -> Tab
 
 def show_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
-        console.print(f"Note: {with_flags(note, ARGUMENTS)}", style="yellow", markup=False)
+        console.print(f"Note: {with_flags(note, _flags.get())}", style="yellow", markup=False)
 
 
 def new_progress(*, transient: bool) -> Progress:
@@ -237,13 +245,6 @@ def open_data(
     console.print(f"Labels checked ({source.layout}): {found}; {report.ignored} ignored pixels.")
     show_notes(report.notes)
     return source, report
-
-
-def classes_of(source: Source, num_classes: int) -> dict[str, Any]:
-    """What a checkpoint's extra says of its classes if the data names each of them."""
-    if len(source.class_names) != num_classes:
-        return {}
-    return {"class_names": list(source.class_names), "palette": list(source.palette)}
 
 
 def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:

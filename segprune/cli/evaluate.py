@@ -20,10 +20,10 @@ from typer import Argument, Option
 from segprune import checkpoint
 from segprune.cli.console import choose_device, console, open_data, progress_bar, show_notes, show_score, show_settings
 from segprune.cli.flags import Layout, LoaderProcesses, SkipBad, switch
-from segprune.cli.machine import fit_to_machine
 from segprune.export.runtimes import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, Predict, Score, evaluate
+from segprune.machine import fit_to_machine
 from segprune.model import check_input
 from segprune.runs.records import environment, score_record
 

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from segprune.cli.console import one_sentence
-from segprune.cli.machine import exact_products
 from segprune.data import LAYOUTS
+from segprune.machine import exact_products
 
 CONTEXT = {"token_normalize_func": lambda flag: flag.replace("-", "_"), "help_option_names": ["--help", "_h"]}
 

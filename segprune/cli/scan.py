@@ -18,10 +18,10 @@ from typer import Argument, Option
 from segprune import checkpoint
 from segprune.cli.console import choose_device, console, open_data, progress_bar, show_notes, show_settings, show_table
 from segprune.cli.flags import Layout, LoaderProcesses, switch
-from segprune.cli.machine import fit_to_machine
 from segprune.data.unlabelled import batch_images, list_images, load_images
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
+from segprune.machine import fit_to_machine
 from segprune.model import SegFormer, check_input
 from segprune.pruning.importance import NEED_IMAGES
 from segprune.pruning.pruner import Pruner

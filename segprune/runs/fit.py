@@ -1,32 +1,32 @@
-"""One training run from the command line: watched, written down, and left resumable however it ends."""
+"""One training run: followed, written down, and left resumable however it ends."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from segprune.checkpoint.ours import check_state, expected_state
 from segprune.data import Source
 from segprune.files import load_record
-from segprune.inference.evaluate import EvalMode
+from segprune.inference.label_maps import EvalMode
 from segprune.model import SegFormer
-from segprune.runs.folder import RESUME, Fit, Journal
+from segprune.runs.folder import RESUME, Fit, Journal, Saving, classes_of
 from segprune.spec import Spec, spec_from_dict
-from segprune.training.config import TrainConfig
 from segprune.training.loop import OnStep, train
+from segprune.training.options import TrainOptions, complete
 from segprune.training.state import EpochResult, Splits, TrainingDiverged, TrainingInterrupted, TrainState
 
 
 @dataclass(frozen=True)
 class Resumable:
-    """A run read back from its folder: where it stood and what the commands around it had set."""
+    """A run read back from its folder: where it stood, and the settings that it was started with."""
 
     spec: Spec
     state: TrainState
@@ -36,40 +36,35 @@ class Resumable:
 
 def fit(
     model: SegFormer,
-    config: TrainConfig,
+    options: TrainOptions,
     source: Source,
-    folder: Path,
+    saving: Saving,
     *,
-    cuda: bool,
-    settings: Mapping[str, Any],
-    extra: Mapping[str, Any],
+    device: torch.device | str = "cpu",
     teacher: SegFormer | None = None,
-    partial: bool = False,
     resumed: Resumable | None = None,
-    keep: int = 0,
-    tensorboard: bool = False,
     on_step: OnStep | None = None,
     on_result: Callable[[EpochResult], None] | None = None,
 ) -> Fit:
-    """Train `model` on the source's train and val, and keep the folder's files up to date after every epoch.
+    """Trains `model` on the source's train and val, and keeps the folder's files up to date after every epoch.
 
-    `settings` is saved for --resume and with the results, `extra` inside the checkpoints. Ctrl-C leaves
-    resume.pth and raises KeyboardInterrupt with the command that goes on.
-    `partial` says that the run is a part of another command, which has to be begun again.
+    `options` are complete but for what a machine decides. `on_step` and `on_result` are called after every step and
+    epoch. Ctrl-C raises TrainingInterrupted, after the state was saved if the run is resumable.
     """
-    accelerator = Accelerator(cpu=not cuda, mixed_precision=config.mixed_precision)
+    options = complete(options, torch.device(device))
+    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision=options.amp)
     splits = Splits(source.split("train"), source.split("val"))
-    state, epochs = (None, []) if resumed is None else (resumed.state, resumed.epochs)
+    model.encoder.checkpointing = options.checkpointing
+
+    state = None if resumed is None else resumed.state
+    saving = replace(saving, tensorboard=saving.tensorboard and accelerator.is_main_process)
+    saving = replace(saving, extra={**saving.extra, **classes_of(source, model.spec.num_classes)})
     journal = Journal(
         model,
-        folder,
-        settings=settings,
-        extra=extra,
-        epochs=epochs,
+        saving,
+        epochs=[] if resumed is None else resumed.epochs,
         step=0 if state is None else state.steps_done,
-        resumable=state is not None,
-        keep=keep,
-        tensorboard=tensorboard and accelerator.is_main_process,
+        has_state=state is not None,
     )
 
     def step_done(done: int, total: int, loss: float, lr: float) -> None:
@@ -83,10 +78,10 @@ def fit(
             on_result(result)
 
     try:
-        with _told(journal, folder, accelerator, partial=partial):
+        with _left_resumable(journal, saving, accelerator):
             train(
                 model,
-                config,
+                options,
                 splits,
                 accelerator=accelerator,
                 teacher=teacher,
@@ -96,8 +91,7 @@ def fit(
                 on_state=journal.save_state,
             )
             if accelerator.is_main_process:
-                how = EvalMode(input_shape=config.input_shape)
-                journal.draw(splits.val, how, source.class_names, source.palette, accelerator.device)
+                journal.draw(splits.val, source, EvalMode(input_shape=options.input_shape), accelerator.device)
         accelerator.wait_for_everyone()
         return journal.best()
     finally:
@@ -106,30 +100,28 @@ def fit(
 
 
 @contextmanager
-def _told(journal: Journal, folder: Path, accelerator: Accelerator, *, partial: bool) -> Iterator[None]:
-    """What ends a run early, with where it can go on from; an interrupted one's state is saved first."""
-    resume = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
+def _left_resumable(journal: Journal, saving: Saving, accelerator: Accelerator) -> Iterator[None]:
+    """Saves the state of an interrupted run, and adds to errors where the last good weights are."""
     try:
         yield
     except TrainingInterrupted as interrupted:
-        if partial:
-            raise KeyboardInterrupt(f"{interrupted} Begin again with the same command.") from interrupted
-        if accelerator.is_main_process:
+        if saving.resumable and accelerator.is_main_process:
             journal.save_state(interrupted.state)
-        raise KeyboardInterrupt(f"{interrupted} Go on with: {resume}") from interrupted
+        raise
     except TrainingDiverged as diverged:
         raise ValueError(f"{str(diverged).removesuffix('.')}; {journal.last_good()}.") from diverged
     except OSError as error:
-        if partial or not journal.resumable:
+        if not saving.resumable or not journal.has_state:
             raise
-        raise OSError(f"{str(error).removesuffix('.')}; then {resume} goes on, and {journal.last_good()}.") from error
+        said = str(error).removesuffix(".")
+        raise OSError(f"{said}; then `resume` continues the run, and {journal.last_good()}.") from error
 
 
 def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:
-    """The run that stopped in `folder`, and the extra its checkpoints carry; FileNotFoundError if there is none."""
+    """Returns the run that stopped in `folder` and the extra of its checkpoints. FileNotFoundError if there is none."""
     path = folder / RESUME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, so no run can be resumed there; give the --save_dir of one.")
+        raise FileNotFoundError(f"{path} is missing, so no run can be resumed there; give the `save_dir` of one.")
     record = load_record(path)
     try:
         spec = spec_from_dict(json.loads(record["spec"]))
@@ -137,4 +129,4 @@ def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:
         check_state(state.model, expected_state(spec), "its spec")
         return Resumable(spec, state, record["settings"], record["epochs"]), record["extra"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the state of a run; give the --save_dir of one, or start anew.") from error
+        raise ValueError(f"{path} is not the state of a run; give the `save_dir` of one, or start anew.") from error

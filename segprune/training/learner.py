@@ -18,12 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from segprune.data import IGNORE_INDEX
-from segprune.training.config import TrainConfig
 from segprune.training.distill import Projections
 from segprune.training.ema import Ema
 from segprune.training.objective import Objective, Student
 from segprune.training.optim import make_optimizer, parameter_groups
-from segprune.training.schedule import lr_factor
+from segprune.training.options import TrainOptions
 from segprune.training.state import TrainState
 
 
@@ -33,25 +32,31 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        config: TrainConfig,
+        options: TrainOptions,
         accelerator: Accelerator,
         teacher: nn.Module | None,
     ) -> None:
-        self.config = config
+        self.options = options
         self.accelerator = accelerator
         self.processes = accelerator.num_processes
         self.bare = model.to(accelerator.device)
-        self.encoder = _encoder_parameters(model) if config.freeze_epochs else []
-        self.objective = Objective(
-            config.loss, config.distillation, _frozen(teacher, accelerator), accelerator.autocast
-        )
-        self.projections = _projections(model, teacher, config)
-        groups = parameter_groups(model, config.weight_decay, config.head_lr_factor, config.layer_decay)
+        self.encoder = _encoder_parameters(model) if options.freeze_epochs else []
+        self.schedule = options.schedule()
+        distillation = None if teacher is None else options.distillation()
+        self.distilled = distillation is not None
+        loss = options.segmentation_loss()
+        self.objective = Objective(loss, distillation, _freeze(teacher, accelerator), accelerator.autocast)
+
+        self.projections = _make_projections(model, teacher, options)
+        assert options.lr is not None
+        assert options.head_lr is not None
+        self.highest_lr = options.lr
+        groups = parameter_groups(model, options.weight_decay, options.head_lr)
         if self.projections is not None:
             self.projections.to(accelerator.device)
-            groups += parameter_groups(self.projections, config.weight_decay)
-        self.bare_optimizer = make_optimizer(config.optimizer, groups, config.lr, config.momentum)  # type: ignore[arg-type]
-        self.ema = Ema(model, config.ema) if config.ema else None
+            groups += parameter_groups(self.projections, options.weight_decay)
+        self.bare_optimizer = make_optimizer(options.optimizer, groups, options.lr, options.momentum)
+        self.ema = Ema(model, options.ema) if options.ema else None
         self.wrapped = False
 
     @property
@@ -63,14 +68,14 @@ class Learner:
     def prepare(self, epoch: int) -> None:
         """Hand the network to accelerate; once more when the encoder is freed, since DDP looks at what trains."""
         self.bare.train()
-        frozen = epoch < self.config.freeze_epochs
-        if self.wrapped and not (self.encoder and epoch == self.config.freeze_epochs):
+        frozen = epoch < self.options.freeze_epochs
+        if self.wrapped and not (self.encoder and epoch == self.options.freeze_epochs):
             return
         for parameter in self.encoder:
             parameter.requires_grad_(not frozen)
         self._release()
-        student = Student(self.bare, self.projections, distilled=self.config.distillation is not None)
-        if self.config.compile:
+        student = Student(self.bare, self.projections, distilled=self.distilled)
+        if self.options.compile:
             student.compile()
         self.student, self.optimizer = self.accelerator.prepare(student, self.bare_optimizer)
         self.wrapped = True
@@ -99,7 +104,7 @@ class Learner:
         when the loss is not finite, before the weights are touched.
         """
         self._set_lr(steps_done, total_steps)
-        pieces = self.config.accumulate
+        pieces = self.options.accumulate
         labelled = self.summed((labels != IGNORE_INDEX).sum().float())
         num_labelled = labelled / (self.processes * pieces)  # then the mean over all pieces is that of the batch
         self.optimizer.zero_grad()
@@ -113,25 +118,17 @@ class Learner:
         value, stopped = self.summed(torch.stack([total, told])).tolist()
         if not math.isfinite(value):
             raise FloatingPointError(f"The loss became {value}")
-        if self.config.clip_norm:
-            self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.clip_norm)
+        if self.options.clip_norm:
+            self.accelerator.clip_grad_norm_(self.student.parameters(), self.options.clip_norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.bare)
         return value, stopped > 0
 
     def _set_lr(self, steps_done: int, total_steps: int) -> None:
-        config = self.config
-        factor = lr_factor(
-            steps_done,
-            total_steps,
-            warmup_steps=round(config.warmup * total_steps),
-            decay=config.decay,
-            min_factor=config.min_factor,
-            hold_steps=round(config.hold * total_steps),
-        )
+        factor = self.schedule.factor(steps_done, total_steps)
         for group in self.bare_optimizer.param_groups:
-            group["lr"] = config.lr * factor * group["lr_scale"]
+            group["lr"] = self.highest_lr * factor * group["lr_scale"]
 
     def summed(self, tensor: Tensor) -> Tensor:
         return tensor if self.processes == 1 else self.accelerator.reduce(tensor, "sum")
@@ -164,15 +161,16 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
-def _frozen(teacher: nn.Module | None, accelerator: Accelerator) -> nn.Module | None:
+def _freeze(teacher: nn.Module | None, accelerator: Accelerator) -> nn.Module | None:
     return None if teacher is None else teacher.to(accelerator.device).eval().requires_grad_(False)
 
 
-def _projections(model: nn.Module, teacher: nn.Module | None, config: TrainConfig) -> Projections | None:
+def _make_projections(model: nn.Module, teacher: nn.Module | None, options: TrainOptions) -> Projections | None:
     """Of the student's maps to the teacher's widths; from torch's seed, whatever was drawn before."""
-    if config.distillation is None or not config.distillation.feature:
+    if teacher is None or not options.distillation().feature:
         return None
-    torch.manual_seed(config.seed)
+
+    torch.manual_seed(options.seed)
     widths = [[stage.width for stage in network.spec.stages] for network in (model, teacher)]  # type: ignore[union-attr]
     return Projections(*widths)
 
@@ -181,5 +179,6 @@ def _encoder_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What freeze_epochs holds still; parameters that did not train anyway are left as they are."""
     encoder = getattr(model, "encoder", None)
     if encoder is None:
-        raise ValueError(f"freeze_epochs needs a submodule `encoder`, which {type(model).__name__} lacks; set it to 0.")
+        name = type(model).__name__
+        raise ValueError(f"`freeze_epochs` needs a submodule `encoder`, which {name} lacks; set it to 0.")
     return [parameter for parameter in encoder.parameters() if parameter.requires_grad]

@@ -1,7 +1,7 @@
-"""The training loop: steps over all pictures, a score after every epoch, a state to go on from at any time.
+"""The training loop: steps over all images, a score after every epoch, a state to go on from at any time.
 
 Runs on Hugging Face accelerate: one CPU, one GPU, or several processes started by torchrun. What is random (order of
-the pictures, augmentation, dropout) follows from the seed and the step alone, so an interrupted run goes on where it
+the images, augmentation, dropout) follows from the seed and the step alone, so an interrupted run goes on where it
 stopped: on one CPU to the same bits. Several processes share each batch of the one-process run, its statistics of
 BatchNorm and its count of labelled pixels, so without dropout they take the same steps, to rounding.
 """
@@ -22,10 +22,10 @@ from segprune.data import SegmentationData, TrainTransform
 from segprune.data.loading import load_batches
 from segprune.inference.evaluate import EvalMode, Score, Tally, score, shard, tallies
 from segprune.timing import tf32_products
-from segprune.training.config import TrainConfig
 from segprune.training.learner import Learner
 from segprune.training.objective import check_teacher
-from segprune.training.processes import check_processes, fitting_batch
+from segprune.training.options import TrainOptions, complete
+from segprune.training.processes import check_processes, fit_batch_size
 from segprune.training.state import (
     EpochResult,
     Splits,
@@ -45,7 +45,7 @@ OnState = Callable[[TrainState], None]
 
 def train(
     model: nn.Module,
-    config: TrainConfig,
+    options: TrainOptions,
     splits: Splits,
     *,
     accelerator: Accelerator,
@@ -55,34 +55,43 @@ def train(
     on_epoch: OnEpoch | None = None,
     on_state: OnState | None = None,
 ) -> Score:
-    """Train `model` (logits B K H W) in place and return its last score, which is taken in full precision.
+    """Trains `model` (logits B K H W) in place and returns its last score, which is taken in full precision.
 
-    `teacher` is a SegFormer to learn from, as `config.distillation` weighs it. `state` continues an earlier run with
-    the same settings and pictures. On the main process `on_epoch` is called after every epoch, while `model` has the
-    weights that were scored (their average, with `config.ema`), and `on_state` before the first step and every
-    `config.save_steps` within epochs; both get a state to save. Seeds torch's global generator before every step.
-    Raises TrainingInterrupted on Ctrl-C and SIGTERM, after the running step; TrainingDiverged when loss or weights
-    are no longer finite; ValueError for settings that do not fit model, pictures, processes or `state`.
+    `teacher` is a SegFormer to learn from. `state` continues an earlier run with the same options and images.
+
+    On the main process `on_epoch` is called after every epoch, while `model` has the weights that were scored (their
+    average, with `ema`), and `on_state` before the first step and every `save_steps` within epochs; both get a state
+    to save. Seeds torch's global generator before every step.
+
+    Raises TrainingInterrupted on Ctrl-C and SIGTERM, after the running step; TrainingDiverged if the loss or a weight
+    is no longer finite; ValueError for options that do not fit model, images, processes or `state`.
     """
-    check_teacher(config.distillation, teacher, model)
-    run = _Run(model, config, splits, accelerator, teacher, state)
+    options = complete(options, accelerator.device)
+    check_teacher(options, teacher, model)
+    run = _Run(model, options, splits, accelerator, teacher, state)
+    on_main = accelerator.is_main_process
+
     with ExitStack() as stack:
         stack.callback(run.learner.close)
         stack.enter_context(synced(model))
         stop = stack.enter_context(stop_flag())
-        if on_state is not None and accelerator.is_main_process and run.steps_done == 0:
+        if on_state is not None and on_main and run.steps_done == 0:
             on_state(run.state())
-        while run.epoch < config.epochs:
-            with tf32_products(config.tf32):
-                for loss in run.steps(stop):
+
+        while run.epoch < options.epochs:
+            with tf32_products(bool(options.tf32)):
+                for loss in run.take_steps(stop):
                     if on_step is not None:
                         on_step(run.steps_done, run.total_steps, loss, run.learner.lr)
-                    if on_state is not None and accelerator.is_main_process and run.state_is_due():
+                    if on_state is not None and on_main and run.state_is_due():
                         on_state(run.state())
+
             with run.averaged():
                 result = run.end_epoch()
-                if on_epoch is not None and accelerator.is_main_process:
+                if on_epoch is not None and on_main:
                     on_epoch(result, run.state())
+
+        # A run that was resumed at its end has not been scored yet.
         with run.averaged():
             return run.last_score or run.evaluate()
 
@@ -93,26 +102,35 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        config: TrainConfig,
+        options: TrainOptions,
         splits: Splits,
         accelerator: Accelerator,
         teacher: nn.Module | None,
         state: TrainState | None,
     ) -> None:
-        self.config = config
+        assert options.num_classes is not None
+        assert options.num_workers is not None
+        self.options = options
+        self.num_classes = options.num_classes
+        self.num_workers = options.num_workers
         self.splits = splits
-        transform = TrainTransform(config.input_shape, scale=config.scale)
-        self.data = SegmentationData(splits.train, config.num_classes, transform, seed=config.seed)
+        self.model, self.device = model, accelerator.device
+
+        transform = TrainTransform(options.input_shape, scale=options.scale)
+        self.data = SegmentationData(splits.train, self.num_classes, transform, seed=options.seed)
+
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
-        check_processes(config, accelerator)
-        self.batch_size = fitting_batch(config, len(self.data), self.processes)
+        check_processes(options, accelerator)
+        self.batch_size = fit_batch_size(options, len(self.data), self.processes)
         self.steps_per_epoch: int = len(self.data) // self.batch_size
-        self.total_steps = self.steps_per_epoch * config.epochs
-        self.settings = asdict(config) | {"pictures": splits.fingerprint()}
+        self.total_steps = self.steps_per_epoch * options.epochs
+
+        # What a run that continues this one must have alike.
+        self.settings = asdict(options) | {"pictures": splits.fingerprint()}
         if teacher is not None:
             self.settings["teacher"] = fingerprint_of(teacher)
-        self.model, self.device = model, accelerator.device
-        self.learner = Learner(model, config, accelerator, teacher)
+
+        self.learner = Learner(model, options, accelerator, teacher)
         self.epoch = self.step = 0
         self.best_miou = -1.0
         self.losses: list[float] = []
@@ -126,37 +144,42 @@ class _Run:
     def steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
 
-    def steps(self, stop: threading.Event) -> Iterator[float]:
-        """The remaining steps of the running epoch; yields each step's loss. Ends with TrainingInterrupted."""
+    def take_steps(self, stop: threading.Event) -> Iterator[float]:
+        """Takes the remaining steps of the running epoch and yields each one's loss. Ends with TrainingInterrupted."""
         self.data.set_epoch(self.epoch)
         self.learner.prepare(self.epoch)
         start = time.perf_counter()
         batches = load_batches(
             self.data,
-            batch_sampler=self._batches()[self.step :],
-            num_workers=self.config.num_workers,
+            batch_sampler=self._draw_batches()[self.step :],
+            num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
         )
+
         for pixels, labels in batches:
-            torch.manual_seed((self.config.seed * 1_000_003 + self.steps_done) * self.processes + self.process)
-            x, y = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels))
+            # The seed follows from the step, so that a resumed run draws what the interrupted one would have drawn.
+            torch.manual_seed((self.options.seed * 1_000_003 + self.steps_done) * self.processes + self.process)
+            x, y = pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             try:
                 loss, stopped = self.learner.step(x, y, self.steps_done, self.total_steps, stop)
             except FloatingPointError as error:
                 raise self._diverged(str(error)) from error
+
             self.losses.append(loss)
             self.step += 1
             self.seconds += time.perf_counter() - start
             self.images += self.batch_size
             yield loss
+
             if stopped or (self.processes == 1 and stop.is_set()):
                 raise TrainingInterrupted(self.state())
             start = time.perf_counter()
 
-    def _batches(self) -> list[list[int]]:
-        """This process's share of the running epoch's batches; an incomplete last one is left for other epochs."""
-        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self.epoch)
+    def _draw_batches(self) -> list[list[int]]:
+        """Returns this process's share of the running epoch's batches; an incomplete last one is left out."""
+        generator = torch.Generator().manual_seed(self.options.seed * 100_003 + self.epoch)
         order = torch.randperm(len(self.data), generator=generator).tolist()
+
         share = self.batch_size // self.processes
         starts = range(self.process * share, self.steps_per_epoch * self.batch_size, self.batch_size)
         return [order[start : start + share] for start in starts]
@@ -164,7 +187,7 @@ class _Run:
     def _diverged(self, what: str) -> TrainingDiverged:
         return TrainingDiverged(
             f"{what} in epoch {self.epoch + 1}, batch {self.step + 1} (step {self.steps_done + 1} of "
-            f"{self.total_steps}); lower --lr (it was {self.config.lr:g}) and start again."
+            f"{self.total_steps}); lower `lr` (it was {self.options.lr:g}) and start again."
         )
 
     @contextmanager
@@ -173,6 +196,7 @@ class _Run:
         if self.learner.ema is None:
             yield
             return
+
         self.own = self.learner.weights()
         try:
             with self.learner.ema.applied(self.model):
@@ -181,37 +205,43 @@ class _Run:
             self.own = None
 
     def end_epoch(self) -> EpochResult:
+        """Scores the network if that is due, and moves on to the next epoch."""
+        # The last step's update has been seen by no loss.
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise self._diverged("A weight became NaN or infinite")  # in the last step, so no loss has seen it
-        mean_loss, lr = sum(self.losses) / len(self.losses), self.learner.lr
-        speed, self.seconds, self.images = self.images / max(self.seconds, 1e-9), 0.0, 0
-        self.epoch, self.step, self.losses = self.epoch + 1, 0, []
+            raise self._diverged("A weight became NaN or infinite")
+
+        mean_loss = sum(self.losses) / len(self.losses)
+        images_per_second = self.images / max(self.seconds, 1e-9)
+        lr = self.learner.lr
+
+        self.epoch, self.step = self.epoch + 1, 0
+        self.losses = []
+        self.seconds, self.images = 0.0, 0
+
         value, best = None, False
-        if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
+        if self.epoch % self.options.eval_every == 0 or self.epoch == self.options.epochs:
             value = self.last_score = self.evaluate()
             best = value.miou > self.best_miou
             self.best_miou = max(self.best_miou, value.miou)
-        return EpochResult(self.epoch, mean_loss, lr, value, best, speed)
+        return EpochResult(self.epoch, mean_loss, lr, value, best, images_per_second)
 
     def evaluate(self) -> Score:
-        """Each process scores its share of the validation pictures; the counts are added up."""
-        config = self.config
-        mine, how = shard(self.splits.val, self.process, self.processes), EvalMode(input_shape=config.input_shape)
-        total = Tally(config.num_classes, device=self.device).counts
+        """Scores this process's share of the validation images; the counts of all processes are added up."""
+        total = Tally(self.num_classes, device=self.device).counts
         for _, counts in tallies(
             self.model,
-            mine,
-            config.num_classes,
-            how,
+            shard(self.splits.val, self.process, self.processes),
+            self.num_classes,
+            EvalMode(input_shape=self.options.input_shape),
             device=self.device,
             batch_size=self.batch_size // self.processes,
-            num_workers=config.num_workers,
+            num_workers=self.num_workers,
         ):
             total += counts
-        return score(self.learner.summed(total), config.num_classes, len(self.splits.val))
+        return score(self.learner.summed(total), self.num_classes, len(self.splits.val))
 
     def state_is_due(self) -> bool:
-        every = self.config.save_steps
+        every = self.options.save_steps
         return bool(every) and self.step % every == 0 and self.step < self.steps_per_epoch
 
     def state(self) -> TrainState:

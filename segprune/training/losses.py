@@ -84,16 +84,16 @@ class SegmentationLoss:
     def __post_init__(self) -> None:
         names = {name for name, _ in self.terms}
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; it is a share, from 0 to below 1.")
+            raise ValueError(f"`label_smoothing` is {self.label_smoothing}; it is a share, from 0 to below 1.")
         if self.label_smoothing and not names & _SMOOTHED:
-            raise ValueError(f"label_smoothing has no effect on {' + '.join(sorted(names))}; set it to 0 or add ce.")
+            raise ValueError(f"`label_smoothing` has no effect on {' + '.join(sorted(names))}; set it to 0 or add ce.")
         if self.class_weights is None:
             return
         if not names & _WEIGHED:
-            raise ValueError(f"Class weights have no effect on {' + '.join(sorted(names))}; drop them or add ce.")
+            raise ValueError(f"`class_weights` has no effect on {' + '.join(sorted(names))}; drop them or add ce.")
         if not all(0 <= weight < math.inf for weight in self.class_weights) or not any(self.class_weights):
             given = ", ".join(f"{weight:g}" for weight in self.class_weights)
-            raise ValueError(f"Class weights are {given}; each must be 0 or above, and not all 0.")
+            raise ValueError(f"`class_weights` is {given}; each must be 0 or above, and not all 0.")
 
     def __call__(self, logits: Tensor, labels: Tensor, num_labelled: Tensor | None = None) -> Tensor:
         """Scalar float32 (float64 for float64 logits), under autocast too; 0 where no pixel is labelled.
@@ -141,25 +141,24 @@ def cross_entropy(log_p: Tensor, nll: Tensor, labels: Tensor, weights: Tensor | 
     return (1 - label_smoothing) * losses + label_smoothing * uniform
 
 
-def focal(nll: Tensor, gamma: float = 2.0) -> Tensor:
-    """Per pixel as `nll`: (1 − p)^gamma · −log p; with gamma 0 cross-entropy, 2 is the paper's choice."""
-    return (-torch.expm1(-nll)) ** gamma * nll
+def focal(nll: Tensor) -> Tensor:
+    """Returns (1 − p)² · −log p per pixel, shaped as `nll`; the power 2 is the paper's choice."""
+    return (-torch.expm1(-nll)) ** 2 * nll
 
 
-def ohem(
-    losses: Tensor, nll: Tensor, labels: Tensor, probability: float = _OHEM_PROBABILITY, share: float = _OHEM_SHARE
-) -> Tensor:
-    """Sum over the images of (labelled pixels × mean loss of its hard ones): divided by all labelled pixels, a mean.
+def ohem(losses: Tensor, nll: Tensor, labels: Tensor) -> Tensor:
+    """Returns the sum over the images of (labelled pixels × mean loss of the hard ones).
 
-    Hard are the pixels whose label has less than `probability`, but at least `share` of the image's labelled ones.
-    Each image being mined for itself, shards mine what the whole batch would.
+    Divided by all labelled pixels it is a mean. A pixel is hard if its label has a probability below
+    `_OHEM_PROBABILITY`; at least the hardest `_OHEM_SHARE` of an image's labelled pixels are taken. Hard pixels are
+    chosen image by image, so shards choose what the whole batch would.
     """
     nll = nll.detach().masked_fill(labels == IGNORE_INDEX, -1).flatten(1)  # B P; ignored is easier than any
     num_labelled = (nll >= 0).sum(1)
-    num_least = (num_labelled * share).ceil().long()
+    num_least = (num_labelled * _OHEM_SHARE).ceil().long()
     hardest_first = nll.sort(dim=1, descending=True).values
     at_least = hardest_first.gather(1, (num_least - 1).clamp(min=0)[:, None])  # the easiest of the hardest few
-    hard = (nll >= 0) & ((nll > -math.log(probability)) | (nll >= at_least))
+    hard = (nll >= 0) & ((nll > -math.log(_OHEM_PROBABILITY)) | (nll >= at_least))
     mean = (losses.flatten(1) * hard).sum(1) / hard.sum(1).clamp(min=1)
     return (mean * num_labelled).sum()
 
@@ -208,6 +207,37 @@ def _jaccard_steps(errors: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
     union = (total + (~positive).cumsum(1)).to(errors.dtype)
     steps = torch.where(positive, 1, intersection / (union - 1)) / union
     return torch.empty_like(errors).scatter_(1, order, steps).masked_fill_(ignored, 0)
+
+
+def parse_class_weights(value: str | Sequence[float]) -> WeightRule | tuple[float, ...] | None:
+    """Returns None for none, a rule's name, or the numbers, one per class.
+
+    >>> parse_class_weights("1, 2 0.5")
+    (1.0, 2.0, 0.5)
+    """
+    if not isinstance(value, str):
+        return tuple(value) or None
+    for rule in WEIGHT_RULES:
+        if value == rule:
+            return rule
+    try:
+        return tuple(float(word) for word in value.replace(",", " ").split()) or None
+    except ValueError as error:
+        rules = ", ".join(WEIGHT_RULES)
+        raise ValueError(f"`class_weights` is {value!r}; give {rules}, or one number per class: 1,2,0.5.") from error
+
+
+def compute_class_weights(value: str | Sequence[float], pixels: Sequence[int]) -> tuple[float, ...]:
+    """Returns the weights, those of a rule computed from each class's number of pixels; () for none.
+
+    ValueError unless there is one per class.
+    """
+    weights = parse_class_weights(value)
+    if isinstance(weights, str):
+        return class_weights_from_counts(pixels, weights)
+    if weights and len(weights) != len(pixels):
+        raise ValueError(f"`class_weights` has {len(weights)} numbers for {len(pixels)} classes; give one per class.")
+    return weights or ()
 
 
 def class_weights_from_counts(pixels: Sequence[int], rule: WeightRule) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segprune.training.distill import Distillation, Projections
 from segprune.training.losses import SegmentationLoss
+from segprune.training.options import TrainOptions
 
 Parts = tuple[Tensor, Tensor | None, list[Tensor] | None]  # logits; logits before the last upsampling; projected maps
 
@@ -63,20 +64,27 @@ class Objective:
         return value + self.distillation(small, maps, teacher_small, teacher_maps)
 
 
-def check_teacher(distillation: Distillation | None, teacher: nn.Module | None, student: nn.Module) -> None:
-    """ValueError for a teacher without distillation or the reverse, or with other classes than the student."""
-    if (distillation is None) != (teacher is None):
-        raise ValueError("Distillation takes a teacher and its weights together; give both or neither.")
+def check_teacher(options: TrainOptions, teacher: nn.Module | None, student: nn.Module) -> None:
+    """Raises ValueError for a teacher that the student cannot learn from, and for its weights without a teacher."""
     if teacher is None:
+        check_distilled(options, False)
         return
+
     for role, network in (("student", student), ("teacher", teacher)):
         if not hasattr(network, "parts"):
-            raise ValueError(
-                f"The {role} is a {type(network).__name__}; distillation compares the maps of two SegFormers."
-            )
-    classes = [network.spec.num_classes for network in (teacher, student)]  # type: ignore[union-attr]
-    if classes[0] != classes[1]:
+            name = type(network).__name__
+            raise ValueError(f"The {role} is a {name}; distillation compares the maps of two SegFormers.")
+
+    theirs, ours = teacher.spec.num_classes, student.spec.num_classes  # type: ignore[union-attr]
+    if theirs != ours:
         raise ValueError(
-            f"The teacher has {classes[0]} classes and the student {classes[1]}; "
-            "give a teacher that was trained for the same classes."
+            f"The teacher has {theirs} classes and the student {ours}; give a teacher that was trained for the same "
+            "classes."
         )
+
+
+def check_distilled(options: TrainOptions, has_teacher: bool) -> None:
+    """Raises ValueError for a weight of distillation without a teacher."""
+    for name in ("distill_pixel", "distill_channel", "distill_feature"):
+        if getattr(options, name) is not None and not has_teacher:
+            raise ValueError(f"`{name}` has no effect without `teacher`; give the dense network to learn from.")

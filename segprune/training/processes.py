@@ -6,34 +6,38 @@ import os
 
 from accelerate import Accelerator
 
-from segprune.training.config import TrainConfig
+from segprune.training.options import TrainOptions
 
 
-def fitting_batch(config: TrainConfig, num_images: int, processes: int) -> int:
-    """Pictures per step: as asked for, or fewer where there are not as many; all processes and pieces alike."""
-    parts = processes * config.accumulate
-    if config.batch_size % parts:
+def fit_batch_size(options: TrainOptions, num_images: int, processes: int) -> int:
+    """Returns the images per step: `batch_size`, or fewer if there are not as many; all processes and pieces alike."""
+    parts = processes * options.accumulate
+    if options.batch_size % parts:
         raise ValueError(
-            f"batch_size is {config.batch_size}, which {processes} processes and {config.accumulate} pieces do not "
+            f"`batch_size` is {options.batch_size}, which {processes} processes and {options.accumulate} pieces do not "
             f"share evenly; make it a multiple of {parts}."
         )
     if num_images < parts:
         raise ValueError(
-            f"{num_images} training pictures came for {processes} processes and {config.accumulate} pieces; "
-            "start fewer, so that each gets a picture."
+            f"{num_images} training images came for {processes} processes and {options.accumulate} pieces; "
+            "start fewer, so that each gets one."
         )
-    return min(config.batch_size, num_images // parts * parts)
+    return min(options.batch_size, num_images // parts * parts)
 
 
-def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
+def check_processes(options: TrainOptions, accelerator: Accelerator) -> None:
+    """Raises ValueError if the processes or the precision are not those that the options expect."""
     processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started > processes:
         raise ValueError(f"{started} processes were started but only {processes} joined; start them with torchrun.")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):  # set by accelerate, which on CPUs
-        raise ValueError(  # would do without it and say nothing
+
+    # Accelerate sets this variable, but on CPUs it silently ignores FSDP.
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
+        raise ValueError(
             "FSDP was asked for, but scores and saved states need the whole network in every process; leave it out and "
             "start with torchrun, which gives DDP."
         )
+
     used = accelerator.mixed_precision
-    if config.mixed_precision != used:
-        raise ValueError(f"mixed_precision is {config.mixed_precision}, the accelerator's {used}; give both the same.")
+    if options.amp != used:
+        raise ValueError(f"`amp` is {options.amp}, the accelerator's mixed_precision {used}; give both the same.")

@@ -1,8 +1,8 @@
-"""Where a run stands: what is handed to callbacks, saved, and gone on from."""
+"""Where a run stands: what callbacks get, what is saved, and what a run continues from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -15,21 +15,21 @@ from segprune.inference.metrics import Score
 
 @dataclass(frozen=True)
 class Splits:
-    """The pictures that a run learns from and is scored on."""
+    """The images that a run learns from and is scored on."""
 
     train: Sequence[Sample]
     val: Sequence[Sample]
 
     def fingerprint(self) -> str:
-        """Another for other pictures or another order; a run is resumed only with the same."""
+        """Returns a text that differs for other images or another order; a run is resumed only with the same."""
         names = "\n".join(sample.name for sample in [*self.train, *self.val])
         return sha256(f"{len(self.train)}\n{names}".encode()).hexdigest()[:16]
 
 
 def fingerprint_of(teacher: nn.Module) -> str:
-    """Another for other weights of the encoder, which, unlike the decode head's, are the same bits on every machine.
+    """Returns a text that differs for other weights of the encoder; a run is resumed only with the same teacher.
 
-    A run is resumed only with the same teacher, wherever its file lies now.
+    The decode head is left out: once folded, its weights are not the same bits on every machine.
     """
     digest = sha256()
     for name, tensor in teacher.state_dict().items():
@@ -41,9 +41,9 @@ def fingerprint_of(teacher: nn.Module) -> str:
 
 @dataclass
 class TrainState:
-    """All that a run needs to go on, in copies: `epoch` is the running one, `step` the batches done in it.
+    """All that a run needs to continue, in copies: `epoch` is the running one, `step` the batches done in it.
 
-    Random numbers and the order of the pictures follow from seed, epoch and step, so these are their state.
+    Random numbers and the order of the images follow from seed, epoch and step, so these are their state.
     """
 
     epoch: int
@@ -83,46 +83,38 @@ class TrainingDiverged(ValueError):
     """The loss or a weight is no longer finite."""
 
 
-def check_same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """A run goes on only with the settings that decide its course."""
-    old = _BEFORE_IT_WAS_SAID | old
-    for name, value in new.items():
-        before = old.get(name)
-        if name in _MAY_CHANGE or _plain(before) == _plain(value):
+# What runs did whose states do not say: those of earlier versions.
+_UNSAID = {"tf32": False}
+_MAY_CHANGE = {"num_workers", "eval_every", "save_steps", "checkpointing"}
+
+
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a run continues with the settings that decide its course.
+
+    Settings that the state of an earlier version lacks are taken as alike.
+    """
+    old = _UNSAID | dict(old)
+    for name, now in new.items():
+        unsaid = name not in old or isinstance(old[name], dict)  # earlier versions saved the loss as a dict
+        if name in _MAY_CHANGE or unsaid or _as_saved(old[name]) == _as_saved(now):
             continue
+
         if name == "pictures":
             raise ValueError(
-                "The run to resume had other pictures (names, number or order of the train and val lists); "
-                "give it the same data, or start anew without --resume."
+                "The run to resume had other images (names, number or order of the train and val lists); "
+                "give it the same data, or start anew without `resume`."
             )
-        if name == "teacher" and name not in old:
-            continue  # states of earlier versions do not say
         if name == "teacher":
             raise ValueError(
-                "The run to resume had another teacher (its weights differ); give the same network as --teacher, or "
-                "start anew without --resume."
+                "The run to resume had another teacher (its weights differ); give the same network as `teacher`, or "
+                "start anew without `resume`."
             )
-        words, before, value = _first_difference(name, before, value)
         raise ValueError(
-            f"The run to resume had {words} {before}, now it is {value}; resume with the same settings, or start anew "
-            "without --resume."
+            f"The run to resume had `{name}` {old[name]}, now it is {now}; resume with the same settings, or start "
+            "anew without `resume`."
         )
 
 
-_BEFORE_IT_WAS_SAID = {"tf32": False}  # what runs did whose states do not say
-_MAY_CHANGE = {"num_workers", "eval_every", "save_steps"}
-
-
-def _first_difference(words: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """What differs, in words, and both values; inside of groups of settings the first one that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        name = next(name for name in now if _plain(before.get(name)) != _plain(now[name]))
-        return _first_difference(f"{words} {name}", before.get(name), now[name])
-    return words, before, now
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as the lists that they become in a file, however deep."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
+def _as_saved(value: Any) -> Any:
+    """Returns a tuple as the list that it becomes in a file."""
+    return list(value) if isinstance(value, tuple) else value

@@ -85,8 +85,9 @@ def test_many_flags_come_under_titles(name: str) -> None:
         assert panels.keys() <= {field.name for field in dataclasses.fields(record)}
         expected += panels.values()
         expected += [field.metadata["panel"] for field in dataclasses.fields(record) if field.metadata.get("panel")]
-    assert re.findall(r"^╭─ (.+?) ─+╮$", out, re.MULTILINE) == expected
-    assert len(expected) > 5
+    titles = re.findall(r"^╭─ (.+?) ─+╮$", out, re.MULTILINE)
+    assert len(titles) > 5
+    assert sorted(titles) == sorted(set(expected))
 
 
 def test_prune_has_few_enough_flags_to_read() -> None:

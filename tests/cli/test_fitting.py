@@ -69,11 +69,11 @@ OTHER_SETTINGS: list[tuple[tuple[object, ...], str]] = [
     (("--num_classes", 5), "The run to resume had --num_classes 8, now it is 5; leave the flag out."),
     (("--drop_path", 0.4), "The run to resume had --drop_path 0.1, now it is 0.4; leave the flag out."),
     (("--lr_rule", "voc"), "The run to resume had --lr_rule none, now it is voc; leave the flag out."),
-    (("--epochs", 3), "The run to resume had epochs 2, now it is 3; resume with the same settings, or start"),
+    (("--epochs", 3), "The run to resume had --epochs 2, now it is 3; resume with the same settings, or start"),
     (("--lr", 1), "The run to resume had --lr 0.001, now it is 1.0; leave the flag out."),
-    (("--input_shape", 64, 64), "The run to resume had input_shape (32, 32), now it is (64, 64); resume with"),
-    (("--ema", 0.5), "The run to resume had ema 0.0, now it is 0.5; resume with"),
-    (("--label_smoothing", 0.1), "The run to resume had loss label_smoothing 0.0, now it is 0.1; resume with"),
+    (("--input_shape", 64, 64), "The run to resume had --input_shape (32, 32), now it is (64, 64); resume with"),
+    (("--ema", 0.5), "The run to resume had --ema 0.0, now it is 0.5; resume with"),
+    (("--label_smoothing", 0.1), "The run to resume had --label_smoothing 0.0, now it is 0.1; resume with"),
 ]
 
 
@@ -89,7 +89,7 @@ def test_a_run_is_resumed_only_with_its_own_settings_network_and_pictures(
     assert said == f"The run to resume had --model_path {small}, now it is {teacher}; leave the flag out."
     write_shapes(tmp_path / "others", num_train=7, num_val=3, size=(32, 32))
     assert refused(*call, "--data", tmp_path / "others") == (
-        "The run to resume had other pictures (names, number or order of the train and val lists); give it the same "
+        "The run to resume had other images (names, number or order of the train and val lists); give it the same "
         "data, or start anew without --resume."
     )
 

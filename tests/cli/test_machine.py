@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from segprune.cli import machine
-from segprune.cli.machine import choose_amp, choose_precision, choose_workers, exact_products, fit_to_machine
-from segprune.cli.settings import TrainSettings
+from segprune import machine
 from segprune.files import load_record, save_record
 from segprune.inference.evaluate import Tally
+from segprune.machine import choose_amp, choose_precision, choose_workers, exact_products, fit_to_machine
 from segprune.runs.folder import Journal
 from segprune.timing import tf32_products
+from segprune.training.options import TrainOptions
 from tests.commands import SIZE, done, interrupted, results_in, told, training
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -71,23 +71,23 @@ def test_processes_share_the_cores_among_their_workers(
 
 def test_what_was_not_given_is_chosen_and_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
-    config, notes = fit_to_machine(TrainSettings(), CUDA)
+    config, notes = fit_to_machine(TrainOptions(), CUDA)
     assert (config.amp, config.tf32, config.num_workers) == ("bf16", True, 8)
     assert len(notes) == 1
-    for fact in ("a cuda", "16 cores", "--amp bf16", "--tf32", "--num_workers 8"):
+    for fact in ("a cuda", "16 cores", "`amp` bf16", "`tf32`", "`num_workers` 8"):
         assert fact in notes[0]
 
     pretend(monkeypatch, bf16=False, tf32=False)
-    config, notes = fit_to_machine(TrainSettings(num_workers=3), CUDA)
+    config, notes = fit_to_machine(TrainOptions(num_workers=3), CUDA)
     assert (config.amp, config.tf32, config.num_workers) == ("fp16", False, 3)
-    assert "--amp fp16" in notes[0]
+    assert "`amp` fp16" in notes[0]
     assert "tf32" not in notes[0]
     assert "num_workers" not in notes[0]
 
 
 def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
-    given = TrainSettings(amp="no", tf32=False, num_workers=0)
+    given = TrainOptions(amp="no", tf32=False, num_workers=0)
     assert fit_to_machine(given, CUDA) == (given, ())
 
 
@@ -96,9 +96,9 @@ def test_bf16_on_a_cpu_without_it_is_warned_about_with_what_it_costs(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, bf16: bool, warned: bool
 ) -> None:
     pretend(monkeypatch, bf16=bf16)
-    _, notes = fit_to_machine(TrainSettings(amp="bf16", tf32=False, num_workers=0), device)
+    _, notes = fit_to_machine(TrainOptions(amp="bf16", tf32=False, num_workers=0), device)
     assert len(notes) == warned
-    assert all("--amp bf16" in note and "20 times slower" in note for note in notes)
+    assert all("`amp` bf16" in note and "20 times slower" in note for note in notes)
 
 
 def test_bf16_of_this_cpu_is_what_onednn_says() -> None:
@@ -130,7 +130,7 @@ def test_fine_tuning_after_pruning_takes_what_pruning_has_chosen(
     flags = ("--model_path", dense, "--data", data, *SIZE, "--no_repair", "--epochs", 1, "--save_dir", tmp_path)
     seen = told("prune", *flags)
     assert "--amp no, --num_workers 1" in seen.out
-    assert (seen.config.mixed_precision, seen.config.tf32, seen.config.num_workers) == ("no", False, 1)
+    assert (seen.config.amp, seen.config.tf32, seen.config.num_workers) == ("no", False, 1)
     settings = json.loads((tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))["settings"]
     assert (settings["amp"], settings["num_workers"]) == ("no", 1)
 
@@ -144,7 +144,7 @@ def test_a_resumed_run_keeps_what_it_was_started_with(
     pretend(monkeypatch, cores=7)
     seen = told("train", "--resume", "--save_dir", tmp_path)
     assert "Chosen" not in seen.out
-    assert (seen.config.mixed_precision, seen.config.tf32, seen.config.num_workers) == ("no", False, 1)
+    assert (seen.config.amp, seen.config.tf32, seen.config.num_workers) == ("no", False, 1)
 
 
 def test_a_run_of_an_earlier_version_goes_on_without_tf32(

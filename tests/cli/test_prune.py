@@ -143,7 +143,7 @@ def test_fine_tuning_learns_from_the_dense_network_unless_told_otherwise(
     assert record_in(tuned[0])["settings"]["no_distill"] is False
     here = ("prune", "--model_path", dense, *SIZE, *HERE, "--data", data, "--epochs", 1)
     taught = told(*here, "--save_dir", tmp_path / "taught")
-    assert taught.config.distillation == Distillation()
+    assert taught.config.distillation() == Distillation()
     assert taught.options["teacher"].spec == fold_decoder(load(dense)).spec
     alone = told(*here, "--save_dir", tmp_path / "alone", "--no_distill")
     assert (alone.config.distillation, alone.options["teacher"]) == (None, None)
@@ -342,6 +342,6 @@ def test_pruning_in_steps_does_not_write_over_its_input(dense: Path, tmp_path: P
     once = tmp_path / "l1/b0/b0_pruned_0.3.pth"
     before = once.read_bytes()
     said = refused("prune", "--model_path", once, *flags, "--save_dir", tmp_path)
-    assert said == f"{once} would be written over by this run; give another --save_dir than {tmp_path}."
+    assert said == f"{once} would be overwritten by this run; give another --save_dir than {tmp_path}."
     assert once.read_bytes() == before
     done("prune", "--model_path", once, *flags, "--save_dir", tmp_path / "twice")

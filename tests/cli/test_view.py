@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from segprune.cli import console as console_module
-from segprune.cli import view
+from segprune.cli.train import view
 from segprune.inference.evaluate import Score
 from segprune.training.state import EpochResult
 

@@ -10,9 +10,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 from segprune.checkpoint import save
-from segprune.cli.machine import choose_amp, has_bf16, has_tf32
 from segprune.data import write_shapes
 from segprune.inference.evaluate import Tally
+from segprune.machine import choose_amp, has_bf16, has_tf32
 from segprune.runs.folder import Journal
 from tests.commands import SIZE, done, results_in
 from tests.training.tiny import tiny_model

@@ -79,7 +79,7 @@ def test_the_ignored_label_has_no_influence(tmp_path: Path, cpu: Accelerator) ->
 def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Path, cpu: Accelerator) -> None:
     with pytest.raises(
         ValueError,
-        match=r"The loss became (nan|inf) in epoch 1, batch \d \(step \d of 12\); lower --lr \(it was 1e\+30\) and",
+        match=r"The loss became (nan|inf) in epoch 1, batch \d \(step \d of 12\); lower `lr` \(it was 1e\+30\) and",
     ):
         train(tiny_model(), *config_of(data, lr=1e30), accelerator=cpu)
 

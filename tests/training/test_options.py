@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from segprune.data import write_shapes
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import SegFormer
-from segprune.training.distill import Distillation
 from segprune.training.loop import train
-from segprune.training.losses import SegmentationLoss, parse_loss
 from segprune.training.objective import Student
+from segprune.training.options import TrainOptions, complete
 from segprune.training.state import EpochResult, TrainState
 from tests.training.tiny import (
     NUM_CLASSES,
@@ -69,7 +68,7 @@ def test_what_was_frozen_is_trainable_again_afterwards_and_what_was_not_stays(
 
 def test_freezing_needs_an_encoder(data: Path, cpu: Accelerator) -> None:
     with pytest.raises(
-        ValueError, match="freeze_epochs needs a submodule `encoder`, which Pointwise lacks; set it to 0"
+        ValueError, match="`freeze_epochs` needs a submodule `encoder`, which Pointwise lacks; set it to 0"
     ):
         train(Pointwise(), *config_of(data, freeze_epochs=1), accelerator=cpu)
 
@@ -77,18 +76,29 @@ def test_freezing_needs_an_encoder(data: Path, cpu: Accelerator) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"decay": "step"}, "Decay 'step' is unknown; choose one of poly, cosine, constant"),
-        ({"epochs": 0}, "epochs is 0; it must be above 0"),
-        ({"batch_size": -1}, "batch_size is -1; it must be above 0"),
-        ({"lr": 0.0}, r"lr is 0\.0; it must be above 0"),
-        ({"eval_every": 0}, "eval_every is 0; it must be above 0"),
-        ({"warmup": 1.0}, r"warmup is 1\.0; it is a share, from 0 to below 1"),
-        ({"warmup": -0.1}, r"warmup is -0\.1; it is a share"),
-        ({"freeze_epochs": -1}, "freeze_epochs is -1; it must be 0 or above"),
-        ({"optimizer": "lion"}, "Optimizer 'lion' is unknown; choose one of adamw, sgd"),
-        ({"accumulate": 0}, "accumulate is 0; it must be above 0"),
-        ({"clip_norm": -1.0}, r"clip_norm is -1\.0; it must be 0 or above"),
-        ({"ema": 1.0}, r"ema is 1\.0; it is a share, from 0 to below 1"),
+        ({"decay": "step"}, "`decay` is 'step'; choose one of poly, cosine, constant"),
+        ({"optimizer": "lion"}, "`optimizer` is 'lion'; choose one of adamw, sgd"),
+        ({"lr_rule": "coco"}, "`lr_rule` is 'coco'; choose one of voc"),
+        ({"amp": "fp8"}, "`amp` is 'fp8'; choose one of auto, no, fp16, bf16"),
+        ({"epochs": 0}, "`epochs` is 0; it must be above 0"),
+        ({"batch_size": -1}, "`batch_size` is -1; it must be above 0"),
+        ({"lr": 0.0}, r"`lr` is 0\.0; it must be above 0"),
+        ({"head_lr": 0.0}, r"`head_lr` is 0\.0; it must be above 0"),
+        ({"head_lr": float("nan")}, "`head_lr` is nan; it must be above 0"),
+        ({"eval_every": 0}, "`eval_every` is 0; it must be above 0"),
+        ({"accumulate": 0}, "`accumulate` is 0; it must be above 0"),
+        ({"freeze_epochs": -1}, "`freeze_epochs` is -1; it must be 0 or above"),
+        ({"clip_norm": -1.0}, r"`clip_norm` is -1\.0; it must be 0 or above"),
+        ({"warmup": 1.0}, r"`warmup` is 1\.0; it must be a share from 0 to below 1"),
+        ({"warmup": -0.1}, r"`warmup` is -0\.1; it must be a share"),
+        ({"ema": 1.0}, r"`ema` is 1\.0; it must be a share from 0 to below 1"),
+        ({"momentum": 1.0}, r"`momentum` is 1\.0; it must be a share"),
+        ({"lr_rule": "voc", "warmup": 0.1}, "`warmup` has no effect with `lr_rule` voc"),
+        ({"lr_rule": "voc", "warmup": None, "decay": "poly"}, "`decay` has no effect with `lr_rule` voc"),
+        ({"loss": "mse"}, "Loss 'mse' in 'mse' is unknown"),
+        ({"class_weights": "rare"}, "`class_weights` is 'rare'; give enet, median, or one number per class"),
+        ({"class_weights": "enet", "loss": "dice"}, "`class_weights` has no effect on dice"),
+        ({"distill_pixel": -1.0}, r"The pixel weight is -1\.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -116,7 +126,7 @@ def test_mixed_precision_is_used_and_leaves_no_trace_on_the_model(data: Path) ->
     model = tiny_model()
     model.decode_head.classifier.register_forward_hook(lambda m, args, out: seen[m.training].add(out.dtype))
     try:
-        config = config_of(data, epochs=1, mixed_precision="bf16")
+        config = config_of(data, epochs=1, amp="bf16")
         train(model, *config, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -125,8 +135,8 @@ def test_mixed_precision_is_used_and_leaves_no_trace_on_the_model(data: Path) ->
 
 
 def test_mixed_precision_must_be_the_accelerator_s(data: Path, cpu: Accelerator) -> None:
-    with pytest.raises(ValueError, match="mixed_precision is fp16, the accelerator's no; give both the same"):
-        train(Pointwise(), *config_of(data, mixed_precision="fp16"), accelerator=cpu)
+    with pytest.raises(ValueError, match="`amp` is bf16, the accelerator's mixed_precision no; give both the same"):
+        train(Pointwise(), *config_of(data, amp="bf16"), accelerator=cpu)
 
 
 def steps_of(
@@ -141,9 +151,9 @@ def steps_of(
 
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_a_batch_in_pieces_takes_the_steps_of_the_whole(pieces: int, data: Path, cpu: Accelerator) -> None:
-    loss = SegmentationLoss(parse_loss("ce+0.5*dice"), label_smoothing=0.1)
-    _, whole = steps_of(Pointwise(), data, cpu, batch_size=4, epochs=3, loss=loss, clip_norm=0.5)
-    start, parts = steps_of(Pointwise(), data, cpu, batch_size=4, epochs=3, loss=loss, clip_norm=0.5, accumulate=pieces)
+    changes = {"batch_size": 4, "epochs": 3, "loss": "ce+0.5*dice", "label_smoothing": 0.1, "clip_norm": 0.5}
+    _, whole = steps_of(Pointwise(), data, cpu, **changes)
+    start, parts = steps_of(Pointwise(), data, cpu, **changes, accumulate=pieces)
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-5, atol=1e-6)
         assert (start[name] - tensor).norm() > 1e-2
@@ -181,23 +191,10 @@ def test_a_step_is_clipped_to_the_norm_that_was_asked_for(data: Path, cpu: Accel
 
 def test_the_heads_rate_is_its_factor_times_the_encoders(data: Path, cpu: Accelerator) -> None:
     start, slow = steps_of(tiny_model(), data, cpu, batch_size=8, lr=0.5)
-    _, fast = steps_of(tiny_model(), data, cpu, batch_size=8, lr=0.5, head_lr_factor=8.0)
+    _, fast = steps_of(tiny_model(), data, cpu, batch_size=8, lr=0.5, head_lr=8.0)
     assert same(slow, fast, "encoder.")
     name = "decode_head.classifier.weight"
     torch.testing.assert_close(fast[name] - start[name], 8 * (slow[name] - start[name]), rtol=1e-3, atol=1e-6)
-
-
-def test_rates_decay_over_the_blocks_and_the_one_shown_is_the_runs(data: Path, cpu: Accelerator) -> None:
-    start, whole = steps_of(tiny_model(), data, cpu, batch_size=8, lr=0.5)
-    _, decayed = steps_of(tiny_model(), data, cpu, batch_size=8, lr=0.5, layer_decay=0.5)
-    assert same(whole, decayed, "decode_head.")
-    name = "encoder.stages.2.blocks.0.mlp.fc1.weight"  # the third of four blocks
-    torch.testing.assert_close(decayed[name] - start[name], 0.25 * (whole[name] - start[name]), rtol=1e-3, atol=1e-6)
-    shown: list[float] = []
-    config = config_of(data, epochs=1, warmup=0.0, layer_decay=0.5)
-    on_step = lambda done, total, loss, lr: shown.append(lr)  # noqa: E731
-    train(tiny_model(), *config, accelerator=cpu, on_step=on_step)
-    assert shown[0] == pytest.approx(config[0].lr)
 
 
 def test_computing_the_blocks_twice_changes_no_bit(data: Path, cpu: Accelerator) -> None:
@@ -231,22 +228,19 @@ def test_the_network_is_compiled_if_asked_for_and_again_when_more_of_it_trains(
     assert numbers == [0, 1, 3]
 
 
-def test_a_teacher_and_its_weights_come_together_and_fit_the_student(data: Path, cpu: Accelerator) -> None:
-    distilled = config_of(data, distillation=Distillation())
+def test_weights_need_a_teacher_and_a_teacher_must_fit_the_student(data: Path, cpu: Accelerator) -> None:
+    plain = config_of(data)
     five = SegFormer(replace(tiny_model().spec, num_classes=5))
-    both = "Distillation takes a teacher and its weights together; give both or neither"
-    with pytest.raises(ValueError, match=both):
-        train(tiny_model(), *distilled, accelerator=cpu)
-    with pytest.raises(ValueError, match=both):
-        train(tiny_model(), *config_of(data), accelerator=cpu, teacher=tiny_model())
+    with pytest.raises(ValueError, match="`distill_channel` has no effect without `teacher`"):
+        train(tiny_model(), *config_of(data, distill_channel=0.5), accelerator=cpu)
     with pytest.raises(
         ValueError, match="The student is a Pointwise; distillation compares the maps of two SegFormers"
     ):
-        train(Pointwise(), *distilled, accelerator=cpu, teacher=tiny_model())
+        train(Pointwise(), *plain, accelerator=cpu, teacher=tiny_model())
     with pytest.raises(
         ValueError, match="The teacher has 5 classes and the student 8; give a teacher that was trained"
     ):
-        train(tiny_model(), *distilled, accelerator=cpu, teacher=five)
+        train(tiny_model(), *plain, accelerator=cpu, teacher=five)
 
 
 def test_a_student_comes_nearer_to_its_teacher_than_the_labels_bring_it(data: Path, cpu: Accelerator) -> None:
@@ -263,7 +257,7 @@ def test_a_student_comes_nearer_to_its_teacher_than_the_labels_bring_it(data: Pa
     start = distance(taught)
     settings: dict[str, Any] = {"epochs": 10, "lr": 1e-2, "eval_every": 10}
     train(alone, *config_of(data, **settings), accelerator=cpu)
-    distilled = config_of(data, distillation=Distillation(pixel=100.0), **settings)
+    distilled = config_of(data, distill_pixel=100.0, **settings)
     train(taught, *distilled, accelerator=cpu, teacher=teacher)
     assert distance(taught) < 0.9 * min(start, distance(alone))
     assert same(weights_of(teacher), before)
@@ -286,3 +280,18 @@ def test_a_compiled_student_takes_the_steps_of_one_that_is_not(
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     for name, tensor in weights[False].items():
         torch.testing.assert_close(weights[True][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_what_was_not_given_is_completed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    options = complete(TrainOptions(5), device)
+    assert (options.lr, options.head_lr, options.amp, options.tf32) == (6e-5, 1.0, "no", False)
+    assert options.num_workers is not None
+    assert complete(options, device) == options
+    with pytest.raises(ValueError, match="`num_classes` is not given"):
+        complete(TrainOptions(), device)
+
+
+def test_weights_of_the_classes_that_need_the_data_are_not_trained_with(data: Path, cpu: Accelerator) -> None:
+    with pytest.raises(ValueError, match="`class_weights` is 'enet', which needs the data's pixel counts"):
+        train(Pointwise(), *config_of(data, class_weights="enet"), accelerator=cpu)

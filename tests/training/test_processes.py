@@ -45,23 +45,25 @@ def test_sharding_the_network_itself_is_refused(data: Path, cpu: Accelerator, mo
 @pytest.mark.parametrize(
     ("processes", "changes", "said"),
     [
-        (9, {"batch_size": 9}, "8 training pictures came for 9 processes and 1 pieces; start fewer, so that each gets"),
+        (9, {"batch_size": 9}, "8 training images came for 9 processes and 1 pieces; start fewer, so that each gets"),
         (
             2,
             {"batch_size": 3},
-            "batch_size is 3, which 2 processes and 1 pieces do not share evenly; make it a multiple of 2",
+            "`batch_size` is 3, which 2 processes and 1 pieces do not share evenly; make it a multiple of 2",
         ),
         (
             2,
             {"accumulate": 2},
-            "batch_size is 2, which 2 processes and 2 pieces do not share evenly; make it a multiple of 4",
+            "`batch_size` is 2, which 2 processes and 2 pieces do not share evenly; make it a multiple of 4",
         ),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(
     data: Path, processes: int, changes: dict[str, Any], said: str
 ) -> None:
-    several = SimpleNamespace(num_processes=processes, process_index=0, mixed_precision="no")
+    several = SimpleNamespace(
+        num_processes=processes, process_index=0, mixed_precision="no", is_main_process=True, device=torch.device("cpu")
+    )
     with pytest.raises(ValueError, match=said):
         train(tiny_model(), *config_of(data, **changes), accelerator=several)
 

@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState
 from segprune.data import write_shapes
 from segprune.inference.evaluate import Score
 from segprune.training.loop import train
-from segprune.training.losses import SegmentationLoss
 from segprune.training.state import TrainingInterrupted, TrainState, check_same_run
 from tests.training.tiny import (
     Pointwise,
@@ -99,13 +98,13 @@ def test_a_run_that_was_complete_is_scored_again_and_not_trained(data: Path, cpu
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("lr", 1e-4, r"lr 0\.003, now it is 0\.0001"),
-        ("batch_size", 4, "batch_size 2, now it is 4"),
-        ("epochs", 9, "epochs 3, now it is 9"),
-        ("seed", 12, "seed 11, now it is 12"),
-        ("scale", (1.0, 2.0), r"scale \(0\.5, 2\.0\), now it is \(1\.0, 2\.0\)"),
-        ("input_shape", (32, 64), r"input_shape \(32, 32\), now it is \(32, 64\)"),
-        ("loss", SegmentationLoss(label_smoothing=0.1), r"loss label_smoothing 0\.0, now it is 0\.1"),
+        ("lr", 1e-4, r"`lr` 0\.003, now it is 0\.0001"),
+        ("batch_size", 4, "`batch_size` 2, now it is 4"),
+        ("epochs", 9, "`epochs` 3, now it is 9"),
+        ("seed", 12, "`seed` 11, now it is 12"),
+        ("scale", (1.0, 2.0), r"`scale` \(0\.5, 2\.0\), now it is \(1\.0, 2\.0\)"),
+        ("input_shape", (32, 64), r"`input_shape` \(32, 32\), now it is \(32, 64\)"),
+        ("label_smoothing", 0.1, r"`label_smoothing` 0\.0, now it is 0\.1"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(
@@ -116,10 +115,10 @@ def test_a_run_does_not_go_on_with_other_settings(
         train(Pointwise(), *config_of(data, **{name: value}), accelerator=cpu, state=state)
 
 
-def test_a_run_does_not_go_on_with_other_pictures(tmp_path: Path, data: Path, cpu: Accelerator) -> None:
+def test_a_run_does_not_go_on_with_other_images(tmp_path: Path, data: Path, cpu: Accelerator) -> None:
     state = interrupt(Pointwise(), config_of(data), cpu, 1)
     write_shapes(tmp_path, num_train=7, num_val=1, size=(32, 48))
-    with pytest.raises(ValueError, match="The run to resume had other pictures"):
+    with pytest.raises(ValueError, match="The run to resume had other images"):
         train(Pointwise(), *config_of(tmp_path), accelerator=cpu, state=state)
 
 

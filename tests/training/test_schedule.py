@@ -87,10 +87,8 @@ def test_the_voc_rate_is_scaled_by_the_batch_and_clipped(
 
 
 def voc_factor(step: int, total_steps: int, epochs: int) -> float:
-    """The course as the loop takes it from a config's words."""
-    course = voc_schedule(epochs)
-    warmup, hold = (round(course.pop(name) * total_steps) for name in ("warmup", "hold"))
-    return lr_factor(step, total_steps, warmup_steps=warmup, hold_steps=hold, **course)
+    """The factor as the loop takes it."""
+    return voc_schedule(epochs).factor(step, total_steps)
 
 
 @pytest.mark.parametrize(("epochs", "warmup", "hold"), [(20, 1, 1), (60, 3, 3), (100, 3, 5)])

@@ -17,14 +17,12 @@ from segprune.data import open_source
 from segprune.inference.evaluate import Score
 from segprune.model import SegFormer
 from segprune.spec import BlockSpec, standard_spec
-from segprune.training.config import TrainConfig
-from segprune.training.distill import Distillation
 from segprune.training.loop import train
-from segprune.training.losses import SegmentationLoss, parse_loss
+from segprune.training.options import TrainOptions
 from segprune.training.state import EpochResult, Splits, TrainingInterrupted, TrainState
 
 NUM_CLASSES = 8
-Setup = tuple[TrainConfig, Splits]
+Setup = tuple[TrainOptions, Splits]
 
 
 def tiny_model(seed: int = 0) -> SegFormer:
@@ -64,7 +62,9 @@ def splits_of(data: Path) -> Splits:
 
 
 def config_of(data: Path, **changes: Any) -> Setup:
-    plain = TrainConfig(NUM_CLASSES, input_shape=(32, 32), epochs=3, batch_size=2, lr=3e-3, num_workers=0, warmup=0.1)
+    plain = TrainOptions(
+        NUM_CLASSES, (32, 32), epochs=3, batch_size=2, lr=3e-3, num_workers=0, warmup=0.1, amp="no", tf32=False
+    )
     return replace(plain, **changes), splits_of(data)
 
 
@@ -80,8 +80,7 @@ def taught(data: Path, **changes: Any) -> Setup:
         "lr": 0.05,
         "optimizer": "sgd",
     } | changes
-    loss = SegmentationLoss(parse_loss("ce+0.5*dice"), label_smoothing=0.1)
-    return config_of(data, loss=loss, distillation=Distillation(), **changes)
+    return config_of(data, loss="ce+0.5*dice", label_smoothing=0.1, **changes)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

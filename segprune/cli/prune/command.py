@@ -14,7 +14,6 @@ from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
 from segprune.cli.console import (
     choose_device,
-    classes_of,
     console,
     open_data,
     progress_bar,
@@ -22,7 +21,6 @@ from segprune.cli.console import (
     show_settings,
     show_table,
 )
-from segprune.cli.machine import choose_precision, fit_to_machine
 from segprune.cli.prune.closing import (
     RESULTS,
     add_finetuned,
@@ -42,12 +40,14 @@ from segprune.cli.prune.flags import (
     needs_images,
 )
 from segprune.cli.prune.steps import Tuning, prune_in_steps
-from segprune.cli.settings import TrainSettings, advice, check_settings, with_rates
-from segprune.cli.train import check_teacher_names, fit_with
+from segprune.cli.train import flags as train
+from segprune.cli.train.command import check_teacher_names, fit_with
+from segprune.cli.train.flags import TrainSettings
 from segprune.data import Source
 from segprune.data.unlabelled import batch_images, list_images, load_images
 from segprune.files import check_writable, write_json
 from segprune.inference.evaluate import EvalMode, Score, evaluate
+from segprune.machine import choose_precision, fit_to_machine
 from segprune.model import SegFormer
 from segprune.pruning.budget.latency import LatencyTable, default_folder
 from segprune.pruning.depth import check_depth, prune_depth
@@ -57,9 +57,11 @@ from segprune.pruning.plan import widths_of, write_plan
 from segprune.pruning.prepare import check_head
 from segprune.pruning.prune import make_pruner
 from segprune.pruning.pruner import Pruner
-from segprune.runs.folder import check_kept
+from segprune.runs.folder import check_kept, check_not_overwritten, classes_of
 from segprune.spec import standard_spec
 from segprune.timing import measure_latency
+from segprune.training.options import TrainOptions
+from segprune.training.rates import advise_rate, choose_rates
 
 PLAN = "plan.json"
 
@@ -93,12 +95,13 @@ def run(
 
     # Settle the fine-tuning, so that nothing long begins with settings that it cannot have.
     tune_settings = _tune_settings(network, options, tune, out, opened, path)
-    tune_settings, fitted = fit_to_machine(tune_settings, device)
-    tune_settings, reason = with_rates(tune_settings, opened.extra)
-    tune = replace(tune, amp=tune_settings.amp, num_workers=tune_settings.num_workers)
+    tune_options, fitted = fit_to_machine(tune_settings.options, device)
+    tune_options, reason = choose_rates(tune_options, opened.extra)
+    tune_settings = replace(tune_settings, options=tune_options)
+    tune = replace(tune, amp=tune_options.amp, num_workers=tune_options.num_workers)
     if tune.epochs:
-        check_settings(tune_settings)
-        tune = replace(tune, lr=tune_settings.lr)
+        check_not_overwritten(finetuned_folder(path), network.model_path)
+        tune = replace(tune, lr=tune_options.lr)
     settings = merge_settings(network, options, images, steps, tune, out)
     settings |= {"phi": variant, "num_classes": opened.spec.num_classes}
     chosen = {"phi": variant, "num_classes": opened.spec.num_classes, "dialect": opened.dialect}
@@ -169,8 +172,8 @@ def run(
 
     # Fine-tune, and report.
     if tuning is not None:
-        if "lr" not in given and "lr" in opened.extra and tune_settings.lr is not None:
-            show_notes(advice(scores["dense"].miou, scores["pruned"].miou, tune_settings.lr))
+        if "lr" not in given and "lr" in opened.extra and tune_options.lr is not None:
+            show_notes(advise_rate(scores["dense"].miou, scores["pruned"].miou, tune_options.lr))
         del dense, start
         console.print("\nFine-tuning the pruned network", style="bold")
         fit = fit_with(tune_settings, pruned, tuning.source, pixels, extra, tuning.teacher)
@@ -307,22 +310,24 @@ def _tune_settings(
 ) -> TrainSettings:
     """Returns the settings of `segprune train` that fine-tune the network in `path`, the dense one as its teacher."""
     teacher = "" if tune.no_distill else network.model_path
-    return TrainSettings(
+    start = train.StartFlags(
         data=tune.data,
         layout=tune.layout,
         skip_bad=tune.skip_bad,
-        teacher=teacher,
-        teacher_dialect=network.dialect if teacher else None,
         model_path=str(path),
         phi=opened.spec.variant,
+        teacher=teacher,
+        teacher_dialect=network.dialect if teacher else None,
+    )
+    train_options = TrainOptions(
         num_classes=opened.spec.num_classes,
         input_shape=options.input_shape,
-        epochs=tune.epochs,
+        epochs=tune.epochs or 1,  # without fine-tuning, only what is chosen for the machine is used
         batch_size=tune.batch_size,
         lr=tune.lr,
+        amp=tune.amp,  # type: ignore[arg-type]
         num_workers=tune.num_workers,
-        amp=tune.amp,
-        cuda=out.cuda,
         seed=options.seed,
-        save_dir=str(finetuned_folder(path)),
     )
+    run = train.RunFlags(cuda=out.cuda, save_dir=str(finetuned_folder(path)))
+    return TrainSettings(start, train_options, run)

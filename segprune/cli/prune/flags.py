@@ -18,7 +18,7 @@ from segprune.cli.flags import (
     refuse_without_effect,
     switch,
 )
-from segprune.cli.machine import AUTO
+from segprune.machine import AUTO
 from segprune.pruning.importance import NEED_IMAGES
 from segprune.pruning.options import PruneOptions
 

@@ -13,8 +13,8 @@ from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
 from segprune.cli.console import console, progress_bar
 from segprune.cli.prune.closing import finetuned_folder
-from segprune.cli.settings import TrainSettings
-from segprune.cli.train import fit_with
+from segprune.cli.train.command import fit_with
+from segprune.cli.train.flags import TrainSettings
 from segprune.data import Source
 from segprune.model import SegFormer
 from segprune.pruning.budget.latency import LatencyTable
@@ -81,6 +81,11 @@ def _train_between(model: SegFormer, step: int, epochs: int, tuning: Tuning, pat
     start = path.with_name(f"{path.stem}_step{step}.pth")
     checkpoint.save(model, start, extra=tuning.extra)
 
-    settings = replace(tuning.settings, model_path=str(start), epochs=epochs, save_dir=str(finetuned_folder(start)))
-    fit = fit_with(settings, model, tuning.source, tuning.pixels, tuning.extra, tuning.teacher, partial=True)
+    settings = replace(
+        tuning.settings,
+        start=replace(tuning.settings.start, model_path=str(start)),
+        options=replace(tuning.settings.options, epochs=epochs),
+        run=replace(tuning.settings.run, save_dir=str(finetuned_folder(start))),
+    )
+    fit = fit_with(settings, model, tuning.source, tuning.pixels, tuning.extra, tuning.teacher, resumable=False)
     return checkpoint.load(fit.path).to(device)

@@ -1,7 +1,7 @@
-"""What a run takes from the machine where nobody said otherwise: precision, and processes that load images.
+"""What a run takes from the machine if nobody said otherwise: precision, and processes that load images.
 
-What a device can do are plain functions of the device. Scores and the repair take products of float32 exactly; only
-training steps take them in TF32.
+What a device can do is told by plain functions of the device. Scores and the repair take products of float32 exactly;
+only training steps take them in TF32.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
 from segprune.timing import Precision, tf32_products
-from segprune.training.config import MIXED_PRECISION
 
 C = TypeVar("C")
 AUTO = "auto"
+Amp = Literal["auto", "no", "fp16", "bf16"]
+AMPS: tuple[Amp, ...] = get_args(Amp)
 MAX_WORKERS = 8  # each holds two batches ready
 
 
@@ -85,20 +86,20 @@ def fit_to_machine(config: C, device: torch.device) -> tuple[C, tuple[str, ...]]
     words = []
     if amp == AUTO:
         chosen["amp"] = choose_amp(device)
-        words.append(f"--amp {chosen['amp']}")
+        words.append(f"`amp` {chosen['amp']}")
     if settings.get("tf32", False) is None:
         chosen["tf32"] = has_tf32(device)
-        words += ["--tf32"] if chosen["tf32"] else []
+        words += ["`tf32`"] if chosen["tf32"] else []
     if settings["num_workers"] is None:
         chosen["num_workers"] = choose_workers()
-        words.append(f"--num_workers {chosen['num_workers']}")
+        words.append(f"`num_workers` {chosen['num_workers']}")
 
     notes = []
     if words:
         notes.append(f"Chosen for {name_of(device)} and {num_cores()} cores: {', '.join(words)}.")
     if amp == "bf16" and device.type == "cpu" and not has_bf16(device):
         notes.append(
-            "--amp bf16 is more than 20 times slower than --amp no on this CPU, which has no instructions for bf16; "
+            "`amp` bf16 is more than 20 times slower than `amp` no on this CPU, which has no instructions for bf16; "
             "leave it out."
         )
     return replace(config, **chosen), tuple(notes)  # type: ignore[type-var]
@@ -106,10 +107,10 @@ def fit_to_machine(config: C, device: torch.device) -> tuple[C, tuple[str, ...]]
 
 def check_amp(amp: str, device: torch.device) -> None:
     """Raises ValueError for a precision that is unknown, and for fp16 on a CPU."""
-    if amp not in (AUTO, *MIXED_PRECISION):
-        raise ValueError(f"--amp is {amp!r}; choose auto, no, fp16 or bf16.")
+    if amp not in AMPS:
+        raise ValueError(f"`amp` is {amp!r}; choose {', '.join(AMPS)}.")
     if amp == "fp16" and device.type == "cpu":
-        raise ValueError("--amp fp16 trains on a GPU only; add --cuda, or leave it out.")
+        raise ValueError("`amp` fp16 trains on a GPU only; use one (`cuda`), or leave it out.")
 
 
 @contextmanager

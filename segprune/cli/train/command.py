@@ -1,0 +1,257 @@
+"""A run of `segprune train`, in the order in which things happen."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segprune import checkpoint
+from segprune.checkpoint import Checkpoint
+from segprune.cli.console import choose_device, console, open_data, show_notes, show_score, show_settings
+from segprune.cli.prune.closing import add_finetuned, show_closing, unfinished
+from segprune.cli.train.flags import RunFlags, StartFlags, TrainSettings, check_effects
+from segprune.cli.train.view import training_view
+from segprune.data import Source
+from segprune.files import check_writable
+from segprune.fold import fold_decoder
+from segprune.machine import fit_to_machine
+from segprune.model import SegFormer, check_input
+from segprune.runs.fit import Resumable, fit, load_resumable
+from segprune.runs.folder import BEST, LAST, Fit, Saving, check_not_overwritten
+from segprune.spec import Spec, standard_spec
+from segprune.training.losses import compute_class_weights
+from segprune.training.options import TrainOptions
+from segprune.training.rates import choose_rates
+from segprune.training.state import TrainingInterrupted
+
+
+def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozenset[str]) -> None:
+    """Train or fine-tune a SegFormer, and score it after every epoch.
+
+    Fine-tuning a pruned network, as a rule: a tenth of the original learning rate, 50 to 100 epochs, --teacher with
+    the dense network, optionally --freeze_epochs first. Several GPUs: torchrun --nproc_per_node N train.py --cuda …
+    """
+    settings = TrainSettings(start, options, run)
+    folder = Path(run.save_dir)
+
+    # Start a network, or take up the run that stopped.
+    resumed = None
+    if run.resume:
+        resumed, extra = load_resumable(folder)
+        settings = _restore_settings(settings, given, resumed)
+        model = SegFormer(resumed.spec)
+        notes = _note_complete(settings, resumed)
+        reason = f"Learning rate {settings.options.lr:g}, as the run was started with."
+    else:
+        check_effects(settings, given)
+        check_not_overwritten(folder, start.model_path, start.teacher)
+        model, notes, extra, settings, reason = _start_network(settings)
+    start, options = settings.start, settings.options
+    num_classes = model.spec.num_classes
+
+    # Check and choose everything else, before anything long begins.
+    check_input((1, 3, *options.input_shape))
+    device = choose_device(settings.run.cuda)
+    options, chosen = fit_to_machine(options, device)
+    settings = replace(settings, options=options)
+    compute_class_weights(options.class_weights, (1,) * num_classes)
+    teacher = _read_teacher(settings, num_classes)
+    read = {"phi": model.spec.variant, "num_classes": num_classes, "lr": options.lr}
+    show_settings("Resumed training" if resumed else "Training", settings.merged(), given, read)
+    show_notes((*notes, reason, *chosen))
+
+    # Open the data, and check its labels.
+    def check_names(names: tuple[str, ...]) -> None:
+        remedy = "give a teacher that was trained for the same classes"
+        check_teacher_names(f"--teacher {start.teacher}", teacher, names, remedy)
+
+    assert options.num_workers is not None
+    source, labels = open_data(
+        start.data,
+        start.layout,
+        num_classes,
+        ("train", "val"),
+        skip_bad=start.skip_bad,
+        num_workers=options.num_workers,
+        trained=run.resume or bool(start.model_path and "num_classes" not in given),  # a bare backbone needs the flag
+        classes=check_names,
+    )
+    check_writable(folder)
+
+    # Train.
+    fitted = fit_with(settings, model, source, labels.pixels, extra, teacher, resumed=resumed)
+    show_score(f"Best epoch {fitted.epoch} on val", fitted.score, source.class_names)
+    console.print(f"Saved: {folder / BEST}\n       {folder / LAST}", soft_wrap=True)
+
+    # A run of `segprune prune` that stopped while it fine-tuned is closed here.
+    record = unfinished(folder, options.epochs) if resumed else None
+    if record is not None and os.environ.get("RANK", "0") == "0":  # one of several processes writes
+        add_finetuned(record, fitted, folder.resolve().parent)
+        show_closing(record, folder.resolve().parent)
+
+
+def fit_with(
+    settings: TrainSettings,
+    model: SegFormer,
+    source: Source,
+    pixels: tuple[int, ...],
+    extra: Mapping[str, Any],
+    teacher: Checkpoint | None,
+    *,
+    resumed: Resumable | None = None,
+    resumable: bool = True,
+) -> Fit:
+    """Trains as the settings say, and shows the run. Ctrl-C ends in the command that continues it.
+
+    `pixels` per class are what the label check counted. `extra` is what the new checkpoints take over from the one
+    that training starts from. A run that is not `resumable` is a part of another command.
+    """
+    options, run = settings.options, settings.run
+    options = replace(options, class_weights=compute_class_weights(options.class_weights, pixels))
+
+    # Later runs take a tenth of `lr`, the rate from scratch, or `finetuned_lr` as it is.
+    if "lr" not in extra:
+        extra = {**extra, "finetuned_lr" if settings.start.model_path else "lr": options.lr}
+
+    folder = Path(run.save_dir)
+    saving = Saving(folder, settings.merged(), extra, run.keep, run.tensorboard, resumable)
+    try:
+        with training_view() as view:
+            return fit(
+                model,
+                options,
+                source,
+                saving,
+                device=choose_device(run.cuda),
+                teacher=None if teacher is None else fold_decoder(checkpoint.build(teacher)),
+                resumed=resumed,
+                on_step=view.step,
+                on_result=view.epoch,
+            )
+    except TrainingInterrupted as interrupted:
+        remedy = "Begin again with the same command."
+        if resumable:
+            remedy = f"Go on with: python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
+        raise KeyboardInterrupt(f"{interrupted} {remedy}") from interrupted
+
+
+def _start_network(
+    settings: TrainSettings,
+) -> tuple[SegFormer, tuple[str, ...], dict[str, Any], TrainSettings, str]:
+    """Returns the network, notes, the extra to take over, the settings with what was read, and why that rate."""
+    start, options = settings.start, settings.options
+    torch.manual_seed(options.seed)
+
+    if not start.model_path:
+        spec = standard_spec(start.phi or "b2", 8 if options.num_classes is None else options.num_classes)
+        model = SegFormer(_with_drop_path(spec, start.drop_path))
+        notes: tuple[str, ...] = ()
+        extra: dict[str, Any] = {}
+        options, reason = choose_rates(options, extra, from_scratch=True)
+    else:
+        opened = checkpoint.read(
+            start.model_path, dialect=start.dialect, variant=start.phi, num_classes=options.num_classes
+        )
+        opened = replace(opened, spec=_with_drop_path(opened.spec, start.drop_path))
+        model = checkpoint.build(opened).train()
+        notes, extra = opened.notes, dict(opened.extra)
+        options, reason = choose_rates(options, extra, backbone_only=opened.backbone_only)
+
+    start = replace(start, phi=model.spec.variant)
+    options = replace(options, num_classes=model.spec.num_classes)
+    return model, notes, extra, replace(settings, start=start, options=options), reason
+
+
+def _with_drop_path(spec: Spec, rate: float | None) -> Spec:
+    return spec if rate is None else replace(spec, numerics=replace(spec.numerics, drop_path=rate))
+
+
+def _read_teacher(settings: TrainSettings, num_classes: int) -> Checkpoint | None:
+    """Returns the dense network to learn from, if there is to be one; refused if it has another number of classes."""
+    path = settings.start.teacher
+    if not path:
+        return None
+
+    try:
+        teacher = checkpoint.read(path, dialect=settings.start.teacher_dialect)  # refuses a bare backbone
+    except FileNotFoundError as error:
+        if not settings.run.resume:
+            raise
+        raise FileNotFoundError(
+            f"The run to resume learns from --teacher {path}, which is not there; put it back, or give its new place "
+            "as --teacher."
+        ) from error
+
+    if teacher.spec.num_classes != num_classes:
+        raise ValueError(
+            f"--teacher {path} has {teacher.spec.num_classes} classes and the network to train {num_classes}; give a "
+            "teacher that was trained for the same classes (another number often means another rule of which label "
+            "is ignored)."
+        )
+    return teacher
+
+
+def check_teacher_names(flag: str, teacher: Checkpoint | None, names: tuple[str, ...], remedy: str) -> None:
+    """Raises ValueError if the teacher, which `flag` gave, and the data name a class differently, as far as both do.
+
+    Another tool's file may have other words for the same classes; there the name must be that of another class.
+    """
+    if teacher is None:
+        return
+
+    own_words = teacher.dialect != "segprune"
+    theirs = teacher.extra.get("class_names", ())
+    for number, (their, our) in enumerate(zip(theirs, names, strict=False)):
+        if their != our and (not own_words or their in names):
+            raise ValueError(f"{flag} calls class {number} {their!r} and the data {our!r}; {remedy}.")
+
+
+def _restore_settings(settings: TrainSettings, given: frozenset[str], resumed: Resumable) -> TrainSettings:
+    """Returns the settings of the run to resume, and beside them the flags that were given now.
+
+    Those that cannot change are refused here, and by the loop. Data and teacher may lie elsewhere now; the loop knows
+    whether they are the same.
+    """
+    old = {name: tuple(value) if isinstance(value, list) else value for name, value in resumed.settings.items()}
+    now = {name: value for name, value in settings.merged().items() if name in given}
+
+    fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path", "lr", "lr_rule")
+    wrong = [name for name in fixed if name in now and now[name] != old.get(name)]
+    if bool(now.get("teacher", old["teacher"])) != bool(old["teacher"]):
+        wrong.append("teacher")
+    if wrong:
+        name = wrong[0]
+        before, after = _word(old.get(name)), _word(now[name])
+        raise ValueError(f"The run to resume had `{name}` {before}, now it is {after}; leave the flag out.")
+
+    merged = {"tf32": False} | old | now | {"resume": True}  # what earlier versions did without saying
+
+    def restore(record: Any) -> Any:
+        known = {field.name for field in fields(record)}
+        return replace(record, **{name: value for name, value in merged.items() if name in known})
+
+    restored = TrainSettings(restore(settings.start), restore(settings.options), restore(settings.run))
+    check_effects(restored, given)
+    return restored
+
+
+def _note_complete(settings: TrainSettings, resumed: Resumable) -> tuple[str, ...]:
+    """Returns a note if the run to resume had come to its end."""
+    epochs = settings.options.epochs
+    if resumed.state.epoch < epochs:
+        return ()
+    last = Path(settings.run.save_dir) / LAST
+    return (
+        f"This run is complete ({resumed.state.epoch} of {epochs} epochs), so nothing is trained; to train on, "
+        f"start a new one with --model_path {last} and another --save_dir.",
+    )
+
+
+def _word(value: Any) -> str:
+    return "none" if value in (None, "") else str(value)
