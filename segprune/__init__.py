@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from segprune.api import evaluate, export_model, finetune, load_images
     from segprune.checkpoint import load, save
     from segprune.fold import fold_decoder
     from segprune.model import SegFormer
@@ -14,14 +15,31 @@ if TYPE_CHECKING:
     from segprune.pruning.pruner_l1 import L1Pruner
     from segprune.stats import count
 
-__all__ = ["L1Pruner", "SegFormer", "__version__", "count", "fold_decoder", "load", "prune", "save"]
+__all__ = [
+    "L1Pruner",
+    "SegFormer",
+    "__version__",
+    "count",
+    "evaluate",
+    "export_model",
+    "finetune",
+    "fold_decoder",
+    "load",
+    "load_images",
+    "prune",
+    "save",
+]
 
 _HOMES = {
     "L1Pruner": "segprune.pruning.pruner_l1",
     "SegFormer": "segprune.model",
     "count": "segprune.stats",
+    "evaluate": "segprune.api",
+    "export_model": "segprune.api",
+    "finetune": "segprune.api",
     "fold_decoder": "segprune.fold",
     "load": "segprune.checkpoint",
+    "load_images": "segprune.api",
     "prune": "segprune.pruning.prune",
     "save": "segprune.checkpoint",
 }

@@ -22,6 +22,7 @@ ROWS = (
     ("pruning", "export"),
     ("benchmark", "formats"),
     ("runs",),
+    ("api",),
     ("cli",),
     ("doors",),
 )

@@ -15,7 +15,7 @@ import typer
 from segprune.cli import (
     benchmark,
     convert,
-    evaluate,
+    eval,
     export,
     info,
     predict,
@@ -44,7 +44,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # with an examp
         train.run,
         "--model_path b2_pruned_0.5.pth --teacher logs/your_model.pth --data VOCdevkit --save_dir logs_finetuned",
     ),
-    ("eval", evaluate.run, "logs/your_model.pth --data VOCdevkit --mode slide --flip"),
+    ("eval", eval.run, "logs/your_model.pth --data VOCdevkit --mode slide --flip"),
     ("predict", predict.run, "logs/your_model.pth --input photos --kind all"),
     ("export", export.run, "b2_pruned_0.5.pth --format onnx --bake preprocess,argmax"),
     ("benchmark", benchmark.run, "logs/your_model.pth b2_pruned_0.5.pth --runtimes torch,onnxruntime"),

@@ -159,7 +159,7 @@ def test_cuda_without_a_gpu_is_refused(name: str, data: Path, small: Path, tmp_p
 
 PARTS = {
     "predict": "segprune.cli.predict.predict_images",
-    "eval": "segprune.cli.evaluate.evaluate",
+    "eval": "segprune.api.score_samples",
     "prune": "segprune.cli.prune.measure_latency",
     "train": "segprune.runs.fit.train",
 }

@@ -94,7 +94,7 @@ def test_eval_of_an_exported_file_refuses_what_has_no_effect_and_sizes_it_cannot
     assert said == "--dialect has no effect on an exported file, which runs on the CPU; leave it out."
     said = refused("eval", path, "--data", shapes, "--mode", "whole")
     assert said == (
-        "The file takes pictures of 64×64 alone, where --mode whole gives every picture's own size; choose another "
+        "The file takes images of 64×64 alone, where --mode whole gives every image's own size; choose another "
         "--mode, or export it again with --dynamic."
     )
     said = refused("eval", path, "--data", shapes, *HERE, "--input_shape", 32, 96)

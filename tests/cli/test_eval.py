@@ -55,7 +55,7 @@ def test_the_score_is_the_librarys_and_is_saved_as_json(split: str, data: Path, 
         (("--mode", "whole", "--scales", " 0.5, 2 1.25"), EvalMode("whole", scales=(0.5, 2.0, 1.25))),
     ],
 )
-def test_the_flags_say_how_pictures_go_through_the_network(
+def test_the_flags_say_how_images_go_through_the_network(
     flags: tuple[object, ...], how: EvalMode, data: Path, dense: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
@@ -86,7 +86,7 @@ def test_the_flags_say_how_pictures_go_through_the_network(
         (("--scales", "1,-1"), "--scales is 1 -1; give at least one, each above 0"),
         (
             ("--mode", "whole", *SIZE),
-            "--input_shape has no effect with --mode whole, which takes every picture's own size; leave it out.",
+            "--input_shape has no effect with --mode whole, which takes every image's own size; leave it out.",
         ),
     ],
 )

@@ -1,0 +1,228 @@
+"""The whole job in Python: score a network, fine-tune it, export it, and load images for its repair.
+
+Nothing is printed and no file is written but those that are named. `progress` is called with (done, in all). A network
+that is given is left as it was. Pruning itself is `segprune.prune`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from segprune.checkpoint import load
+from segprune.compare import Difference
+from segprune.data import LabelReport, Sample, Source, check_labels, open_source, readable, unlabelled
+from segprune.export import Manifest, export
+from segprune.fold import fold_decoder
+from segprune.inference.evaluate import Score
+from segprune.inference.evaluate import evaluate as score_samples
+from segprune.inference.label_maps import EvalMode, Predict
+from segprune.machine import choose_workers, fit_to_machine
+from segprune.model import SegFormer
+from segprune.runs.fit import fit
+from segprune.runs.folder import Saving
+from segprune.training.loop import train
+from segprune.training.losses import compute_class_weights
+from segprune.training.objective import check_distilled
+from segprune.training.options import TrainOptions
+from segprune.training.rates import choose_rates
+from segprune.training.state import EpochResult, Splits, TrainState
+
+Data = str | os.PathLike[str] | Source
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned network, with the weights and the score of its best epoch. `path`: where they are saved, if so."""
+
+    network: SegFormer
+    score: Score
+    epoch: int
+    path: Path | None
+
+
+def load_images(data: Data, number: int = 64, input_shape: tuple[int, int] = (512, 512)) -> list[Tensor]:
+    """Returns batches B 3 H W of `number` images, normalised, from a folder of images or a data set's train part.
+
+    They are what `segprune.prune` takes as `images`. Labels are not read.
+    """
+    places = unlabelled.list_images(data)
+    return unlabelled.batch_images(unlabelled.load_images(places, number, input_shape))
+
+
+def evaluate(
+    model: Predict,
+    data: Data | Sequence[Sample],
+    *,
+    split: str = "val",
+    num_classes: int | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    num_workers: int | None = None,
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+    **mode: Any,
+) -> Score:
+    """Returns the score of a network, or of any function from pixels to logits, on a data set.
+
+    `data` is a folder in one of the layouts, an open data set, or its samples. The labels of a folder are checked
+    first. `mode` are fields of `EvalMode`, such as `input_shape`. `device` is the network's own if None.
+    """
+    if num_classes is None:
+        num_classes = _count_classes(model)
+    num_workers = choose_workers() if num_workers is None else num_workers
+    how = EvalMode(**mode)
+
+    if isinstance(data, str | os.PathLike):
+        source, _ = _open(data, num_classes, (split,), skip_bad, num_workers)
+        samples: Sequence[Sample] = source.split(split)
+    elif isinstance(data, Source):
+        samples = data.split(split)
+    else:
+        samples = data
+
+    return score_samples(
+        model,
+        samples,
+        num_classes,
+        how,
+        device=_device_of(model) if device is None else device,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=progress,
+    )
+
+
+def finetune(
+    model: SegFormer,
+    data: Data,
+    *,
+    teacher: SegFormer | None = None,
+    save_dir: str | os.PathLike[str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    on_epoch: Callable[[EpochResult], None] | None = None,
+    options: TrainOptions | None = None,
+    **changes: Any,
+) -> FineTuned:
+    """Returns the network trained further on a data set's train part, with the weights that scored best on val.
+
+    `teacher` is the dense network, whose answers are learnt beside the labels. `changes` are single options of
+    `TrainOptions`, such as `epochs` or `lr`. Without `lr`, `extra` (what the dense checkpoint says of its training)
+    decides: a tenth of its `lr`, else 6e-5. With `save_dir` the run's files are written there, among them the
+    checkpoints, which also carry `extra`.
+    """
+    device = torch.device(_device_of(model) if device is None else device)
+    extra = dict(extra or {})
+
+    # Choose what was not given, and check the labels, before anything long begins.
+    chosen = replace(options or TrainOptions(), num_classes=model.spec.num_classes, **changes)
+    check_distilled(chosen, teacher is not None)
+    chosen, _ = choose_rates(chosen, extra)
+    chosen, _ = fit_to_machine(chosen, device)
+    assert chosen.num_workers is not None
+    source, labels = _open(data, model.spec.num_classes, ("train", "val"), False, chosen.num_workers)
+    chosen = replace(chosen, class_weights=compute_class_weights(chosen.class_weights, labels.pixels))
+
+    network = copy.deepcopy(model).train()
+    taught_by = None if teacher is None else fold_decoder(teacher)
+
+    def on_step(done: int, total: int, loss: float, lr: float) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    if save_dir is not None:
+        if "lr" not in extra:
+            extra["finetuned_lr"] = chosen.lr
+        saving = Saving(Path(save_dir), asdict(chosen), extra, resumable=False)
+        run = fit(
+            network, chosen, source, saving, device=device, teacher=taught_by, on_step=on_step, on_result=on_epoch
+        )
+        return FineTuned(load(run.path, device=device), run.score, run.epoch, run.path)
+
+    # Without a folder the best weights stay in memory.
+    network.encoder.checkpointing = chosen.checkpointing
+    best: dict[str, Any] = {}
+
+    def keep_best(result: EpochResult, state: TrainState) -> None:
+        if result.best:
+            weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+            best.update(weights=weights, result=result)
+        if on_epoch is not None:
+            on_epoch(result)
+
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=chosen.amp)
+    splits = Splits(source.split("train"), source.split("val"))
+    try:
+        train(
+            network,
+            chosen,
+            splits,
+            accelerator=accelerator,
+            teacher=taught_by,
+            on_step=on_step,
+            on_epoch=keep_best,
+        )
+    finally:
+        accelerator.end_training()
+
+    network.load_state_dict(best["weights"])
+    result = best["result"]
+    return FineTuned(network.eval(), result.score, result.epoch, None)
+
+
+def export_model(
+    model: SegFormer,
+    path: str | os.PathLike[str],
+    *,
+    input_shape: tuple[int, int] = (512, 512),
+    batch_size: int = 1,
+    images: Data | None = None,
+    num_images: int = 100,
+    **options: Any,
+) -> tuple[Manifest, Difference]:
+    """Writes the network for another runtime, runs the file, and keeps it if it agrees with the network.
+
+    `images` are a folder or a data set whose images calibrate int8 and are compared. `options` are those of
+    `segprune.export.export`, such as `format` and `precision`. Returns what the file takes and gives, and how far it
+    is from the network.
+    """
+    loaded: Sequence[Any] = ()
+    if images is not None:
+        loaded = unlabelled.load_images(unlabelled.list_images(images), num_images, input_shape)
+    return export(model, path, size=input_shape, batch=batch_size, pictures=loaded, **options)
+
+
+def _open(
+    data: Data, num_classes: int, splits: tuple[str, ...], skip_bad: bool, num_workers: int
+) -> tuple[Source, LabelReport]:
+    """Opens a data set and checks its labels; with `skip_bad` images that cannot be read are left out first."""
+    source = data if isinstance(data, Source) else open_source(data)
+    if skip_bad:
+        for split in splits:
+            good, _ = readable(source.split(split), num_workers)
+            source = source.with_split(split, good)
+    return source, check_labels(source, num_classes, splits, trained=True)
+
+
+def _count_classes(model: Predict) -> int:
+    """Returns the number of classes of a SegFormer or of an exported file."""
+    described = getattr(model, "spec", None) or getattr(model, "manifest", None)
+    if described is None:
+        raise ValueError(f"A {type(model).__name__} does not say how many classes it has; give `num_classes`.")
+    return int(described.num_classes)
+
+
+def _device_of(model: Predict) -> torch.device:
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
