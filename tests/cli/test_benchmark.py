@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 
 from segprune import load
-from segprune.cli.evaluate import EvalMode, evaluate
 from segprune.data import open_source
+from segprune.inference.evaluate import EvalMode, evaluate
 from tests.commands import done, invoke, refused
 
 QUICK = ("--sizes", "32x32", "--rounds", 3, "--seconds", 0, "--threads", 1)

@@ -157,7 +157,7 @@ def test_without_a_place_to_save_nothing_is_written(data: Path, dense: Path) -> 
 def test_a_folder_that_cannot_be_written_is_refused_before_scoring(
     data: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("segprune.cli.evaluate.evaluate", lambda *args, **kwargs: pytest.fail("it scored"))
+    monkeypatch.setattr("segprune.api.score_samples", lambda *args, **kwargs: pytest.fail("it scored"))
     (tmp_path / "file").touch()
     said = refused("eval", dense, "--data", data, *SIZE, *HERE, "--save_dir", tmp_path / "file")
     assert said.startswith(f"{tmp_path}/file/.writable could not be written")
