@@ -32,6 +32,8 @@ OTHERS = {
     "rdzv_endpoint",
     "logdir",
     "extra-index-url",
+    "no-deps",
+    "out",
     "no_repair",
     "no_tf32",
     "help",
