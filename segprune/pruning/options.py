@@ -15,6 +15,7 @@ from segprune.pruning.patterns import parse_names, parse_shares
 RateOf = Literal["params", "macs", "channels", "latency"]
 Scope = Literal["global", "local", "isomorphic"]
 Normalise = Literal["share", "mean", "max", "none"]
+PlanBy = Literal["curves", "scores"]
 Price = Literal["both", "params", "macs", "none"]
 
 UNITS: tuple[RateOf, ...] = get_args(RateOf)
@@ -47,6 +48,11 @@ class PruneOptions:
     )
     rate_of: RateOf | None = option(
         None, "What the rate is a share of: params, macs, channels, latency. If not given: params."
+    )
+    plan_by: PlanBy | None = option(
+        None,
+        "How widths are decided. curves: by what each group loses after the repair, measured on images; scores: by "
+        "ranking all channels. If not given: curves where there are images, unless options for scores are given.",
     )
     scope: Scope = option(
         "global",
@@ -95,6 +101,7 @@ class PruneOptions:
         _check_shares(self)
         _check_plan(self)
         _check_uniform(self)
+        _check_curves(self)
         _check_effects(self)
 
     @property
@@ -128,6 +135,13 @@ class PruneOptions:
     @property
     def removes_nothing(self) -> bool:
         return self.plan is None and not any(self.budgets.values()) and not self.shares_by_name
+
+    @property
+    def may_use_curves(self) -> bool:
+        """Whether widths may be decided by curves, given images."""
+        if self.plan_by is not None:
+            return self.plan_by == "curves"
+        return self.repair is not False and self.plan is None and bool(self.budgets) and not self.given(FOR_SCORES)
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Returns those of the options that differ from their defaults."""
@@ -174,6 +188,7 @@ def _check_words(options: PruneOptions) -> None:
     for name, known in (
         ("pruning_method", tuple(METHODS)),
         ("rate_of", UNITS),
+        ("plan_by", get_args(PlanBy)),
         ("scope", get_args(Scope)),
         ("normalise", get_args(Normalise)),
         ("price", get_args(Price)),
@@ -197,7 +212,7 @@ def _check_shares(options: PruneOptions) -> None:
                 raise ValueError(f"`{argument}` is {share:g}{of}; it must be at least 0 and below 1.")
 
 
-PLANNING = ("pruning_rate", "rate_of", "scope", "round_to", "max_rate", "sensitivity", "price", "normalise")
+PLANNING = ("pruning_rate", "rate_of", "plan_by", "scope", "round_to", "max_rate", "sensitivity", "price", "normalise")
 
 
 def _check_plan(options: PruneOptions) -> None:
@@ -218,6 +233,19 @@ def _check_uniform(options: PruneOptions) -> None:
     for name in excluded:
         named = f"`{name}`" if name.isidentifier() else name
         raise ValueError(f"{named} cannot be combined with `uniform`, whose stages have rules of their own; drop one.")
+
+
+FOR_SCORES = ("pruning_method", "scope", "sensitivity", "price", "normalise", "heads", "uniform")
+
+
+def _check_curves(options: PruneOptions) -> None:
+    """Curves compare what groups lose after the repair; nothing else is compared."""
+    if options.plan_by != "curves":
+        return
+    for name in options.given(FOR_SCORES):
+        raise ValueError(f"`{name}` cannot be combined with `plan_by` curves; leave it out, or plan by scores.")
+    if options.repair is False:
+        raise ValueError("`plan_by` curves counts on the repair; leave out `repair` False, or plan by scores.")
 
 
 def _check_effects(options: PruneOptions) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,16 +20,24 @@ Widths = np.ndarray[tuple[int], np.dtype[np.int64]]  # channels kept in each par
 
 EXPLAINED = (
     "width: channels kept in each of a group's parts (heads), from 1 to `slots`. Edit it, then run the same command "
-    "with --plan and this file; which channels are kept is decided by their scores."
+    "with --plan and this file; which channels are kept is decided by their scores. share_of_params, share_of_macs: "
+    "what the whole group costs, as a share of the network. expected_loss, where curves decided: the divergence of the "
+    "logits after the repair, in nats per pixel, that this group alone would cause."
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The channels that are kept, by group name; `removed` is the share removed, by unit."""
+    """The channels that are kept, by group name; `removed` is the share removed, by unit.
+
+    `decided_by` says how widths were found. Where that was "curves", `losses` has by group name what it was expected
+    to lose after the repair, in nats per pixel.
+    """
 
     keep: Mapping[str, tuple[int, ...]]
     removed: Mapping[RateOf, float] = field(default_factory=dict)
+    decided_by: Literal["scores", "curves"] = "scores"
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def keep_best(groups: Sequence[Group], scores: Mapping[str, Scores], widths: Widths) -> Plan:
@@ -62,13 +70,27 @@ def check_widths(widths: Mapping[str, int], groups: Sequence[Group]) -> Widths:
     return np.array([widths[group.name] for group in groups], dtype=np.int64)
 
 
-def write_plan(plan: Plan, groups: Sequence[Group], settings: Mapping[str, Any], path: Path) -> None:
-    """Writes a plan as JSON, with the settings that it was made with."""
-    rows = [
-        {"name": group.name, "kind": group.kind, "parts": group.parts, "slots": group.slots, "width": width}
-        for group, width in zip(groups, widths_of(plan, groups).tolist(), strict=True)
-    ]
-    record = {"explained": EXPLAINED, "removed": dict(plan.removed), "groups": rows, "settings": dict(settings)}
+def plan_rows(plan: Plan, groups: Sequence[Group], costs: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Returns a record per group: its width, its share of the network's `costs`, by unit, and the loss expected."""
+    rows: list[dict[str, Any]] = []
+    for group, width in zip(groups, widths_of(plan, groups).tolist(), strict=True):
+        row = {"name": group.name, "kind": group.kind, "parts": group.parts, "slots": group.slots, "width": width}
+        row |= {f"share_of_{unit}": round(shares[group.name], 6) for unit, shares in costs.items()}
+        if group.name in plan.losses:
+            row["expected_loss"] = float(f"{plan.losses[group.name]:.3g}")
+        rows.append(row)
+    return rows
+
+
+def write_plan(plan: Plan, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], path: Path) -> None:
+    """Writes a plan as JSON, with a record per group (`plan_rows`) and the settings that it was made with."""
+    record = {
+        "explained": EXPLAINED,
+        "decided_by": plan.decided_by,
+        "removed": dict(plan.removed),
+        "groups": list(rows),
+        "settings": dict(settings),
+    }
     write_json(record, path)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from segprune.fold import unfold_decoder
 from segprune.model import DecodeHead, SegFormer
-from segprune.pruning.budget import by_latency, by_rate, by_uniform_stages, by_widths
+from segprune.pruning.budget import by_curves, by_latency, by_rate, by_uniform_stages, by_widths, solve_by_curves
 from segprune.pruning.budget.latency import LatencyTable
 from segprune.pruning.groups import Group, group_names, is_protected
 from segprune.pruning.importance import Scores, score_channels
@@ -117,9 +117,26 @@ class Pruner:
             return by_uniform_stages(prepared, scores, self.options)
         if self.options.plan is not None:
             return by_widths(prepared, scores, self.options)
+        use_curves = self._uses_curves(prepared)
         if "latency" in self.options.budgets:
-            return by_latency(prepared, scores, self.options, self.latency_table, self.progress)
+            solver = None
+            if use_curves:
+                solver = solve_by_curves(prepared, scores, self.images, self.options, self.progress)
+            return by_latency(prepared, scores, self.options, self.latency_table, self.progress, solver)
+        if use_curves:
+            return by_curves(prepared, scores, self.images, self.options, self.progress)
         return by_rate(prepared, scores, self.options)
+
+    def _uses_curves(self, prepared: Prepared) -> bool:
+        """Whether widths are decided by curves; ValueError where that is asked for and cannot be."""
+        if not self.options.may_use_curves:
+            return False
+        if self.options.plan_by is not None:
+            if not self.images:
+                raise ValueError("`plan_by` curves needs `images`; give a few dozen, labels are not needed.")
+            if not prepared.stock:
+                raise ValueError(f"{type(self.model).__name__} is not a stock SegFormer; plan it by scores.")
+        return bool(self.images) and prepared.stock
 
     def repair(self, prepared: Prepared, plan: Plan, pruned: nn.Module) -> nn.Module:
         """Returns the cut network repaired, if that is wanted: where nothing is said, where there are images."""

@@ -50,10 +50,11 @@ from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.machine import choose_precision, fit_to_machine
 from segprune.model import SegFormer
 from segprune.pruning.budget.latency import LatencyTable, default_folder
+from segprune.pruning.budget.rate import group_shares
 from segprune.pruning.depth import check_depth, prune_depth
 from segprune.pruning.importance import NEED_IMAGES
 from segprune.pruning.options import PruneOptions
-from segprune.pruning.plan import widths_of, write_plan
+from segprune.pruning.plan import plan_rows, widths_of, write_plan
 from segprune.pruning.prepare import check_head
 from segprune.pruning.prune import make_pruner
 from segprune.pruning.pruner import Pruner
@@ -275,7 +276,7 @@ def _show_plan(pruner: Pruner, settings: dict[str, Any], path: Path) -> None:
     left_alone = sorted(name.removeprefix("encoder.") for name in pruner.left_alone(prepared))
     if left_alone:
         console.print(f"Left alone by --ignore: {', '.join(left_alone)}.", soft_wrap=True)
-    write_plan(plan, prepared.groups, settings, path)
+    write_plan(plan, plan_rows(plan, prepared.groups, group_shares(prepared)), settings, path)
     removed = ", ".join(f"{share:.1%} of the {unit}" for unit, share in plan.removed.items())
     console.print(f"Removes {removed}. Nothing was cut; --plan carries this file out: {path}", soft_wrap=True)
 

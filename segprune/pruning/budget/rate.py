@@ -54,6 +54,15 @@ def limit_of(prepared: Prepared, unit: RateOf, rate: float) -> Limit:
     return Limit(costs, rate, unit, prepared.wholes.get(unit))
 
 
+def group_shares(prepared: Prepared) -> dict[str, dict[str, float]]:
+    """Returns by unit and group name the share of the network's cost that disappears with the whole group."""
+    shares: dict[str, dict[str, float]] = {}
+    for unit in ("params", "macs"):
+        costs = Costs(prepared.rows, prepared.groups, unit)
+        shares[unit] = {group.name: costs.share(g) for g, group in enumerate(prepared.groups)}
+    return shares
+
+
 def with_shares(prepared: Prepared, plan: Plan, limits: Sequence[Limit] = ()) -> Plan:
     """Returns the plan with the shares that it removes: of the limits' units, of parameters and of MACs."""
     widths = widths_of(plan, prepared.groups)
@@ -83,19 +92,19 @@ def solve(
     widths = np.array([widths[-1] for widths in allowed], dtype=np.int64)
 
     for limit in limits:
-        _check_reach(limit, narrowest, options)
+        check_reach(limit, narrowest, options)
         check_least(limit, groups, options)
 
     if limits:
         widths = _bisect(limits, ranked, allowed)
         widths = _spend_rest(limits, ranked, allowed, widths)
 
-    _check_met(limits, groups, widths, options)
+    check_met(limits, groups, widths, options)
     removed = {limit.rate_of: limit.removed(widths) for limit in limits}
     return replace(keep_best(groups, scores, widths), removed=removed)
 
 
-def _check_reach(limit: Limit, narrowest: Widths, options: PruneOptions) -> None:
+def check_reach(limit: Limit, narrowest: Widths, options: PruneOptions) -> None:
     """Raises ValueError where even the narrowest network allowed is above the budget."""
     most = limit.removed(narrowest)
     if limit.rate <= most + AIM:
@@ -127,7 +136,7 @@ def check_least(limit: Limit, groups: Sequence[Group], options: PruneOptions, *,
     raise ValueError(f"Rate {limit.rate:g} is less than {removes} ({least:.3f}); ask for a higher rate{remedy}.")
 
 
-def _check_met(limits: Sequence[Limit], groups: Sequence[Group], widths: Widths, options: PruneOptions) -> None:
+def check_met(limits: Sequence[Limit], groups: Sequence[Group], widths: Widths, options: PruneOptions) -> None:
     """Raises ValueError where nothing is removed, and where the tightest budget is missed."""
     finer = ", or for finer steps with `round_to` 1" if options.round_to > 1 else ""
     if all(width == group.slots for width, group in zip(widths.tolist(), groups, strict=True)):

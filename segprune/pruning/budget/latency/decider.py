@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -27,10 +28,12 @@ def by_latency(
     options: PruneOptions,
     table: LatencyTable | None = None,
     progress: Progress | None = None,
+    solver: Callable[[Sequence[Limit]], Plan] | None = None,
 ) -> Plan:
     """Decides, cuts a trial copy, measures it and corrects, until the measured latency is what is asked.
 
-    It may be lower where another budget asks for more. `table` holds times of steps measured before. Raises
+    It may be lower where another budget asks for more. `table` holds times of steps measured before; `solver` makes a
+    plan of budgets, by default from the scores. Raises
     ValueError for a network whose latency cannot be predicted, and with the least latency reached if none is met.
     """
     dense, model = prepared.dense, prepared.model
@@ -44,6 +47,8 @@ def by_latency(
     table = table or LatencyTable(next(model.parameters()).device)
     costs = LatencyCosts(model.spec, prepared.groups, table, prepared.input_shape, progress=progress)
     weights = loss_weights(prepared.rows, prepared.groups, next(iter(options.budgets)), options.group_price)
+    if solver is None:
+        solver = partial(solve, groups=prepared.groups, scores=scores, weights=weights, options=options)
     plans: list[Plan] = []
 
     with eval_mode(dense):
@@ -58,7 +63,7 @@ def by_latency(
                 else:
                     limits.append(limit_of(prepared, unit, rate))
 
-            plan = solve(limits, prepared.groups, scores, weights, options)
+            plan = solver(limits)
             plans.append(with_shares(prepared, plan, limits))
             return cut(prepared, plan), (1.0 - plan.removed["latency"]) * dense_ms
 

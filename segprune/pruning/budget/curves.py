@@ -1,0 +1,106 @@
+"""Decides by what each group loses after the repair: the least loss that meets the budgets, and no time for nothing.
+
+Where the loss is too small to be felt, or hardly grows by it, the plan saves time: hidden layers at high resolution
+cost passes over memory that neither parameters nor MACs show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from segprune.model import SegFormer
+from segprune.pruning.budget.costs import Cost
+from segprune.pruning.budget.rate import (
+    Limit,
+    allowed_widths,
+    check_least,
+    check_met,
+    check_reach,
+    limit_of,
+    with_shares,
+)
+from segprune.pruning.curves import Curve, Work, allocate, measure_curves
+from segprune.pruning.images import checked_images
+from segprune.pruning.importance import Scores
+from segprune.pruning.options import PruneOptions
+from segprune.pruning.plan import Plan, Widths, keep_best
+from segprune.pruning.prepare import Prepared
+from segprune.timing import Progress
+
+UNFELT = 1e-4  # nats per pixel that a plan may lose in order to save time
+GROWTH = 1.25  # of the least loss, which a plan may lose for the same end
+TIME_WEIGHTS = (0.6, 0.9, 0.97, 0.99, 0.997, 0.999)  # of time beside the budgets' units in what channels are charged
+
+Solver = Callable[[Sequence[Limit]], Plan]
+
+
+def by_curves(
+    prepared: Prepared,
+    scores: Mapping[str, Scores],
+    images: Sequence[Tensor],
+    options: PruneOptions,
+    progress: Progress | None = None,
+) -> Plan:
+    """Returns the plan that meets every budget with the least loss expected; the tightest closely."""
+    limits = [limit_of(prepared, unit, rate) for unit, rate in options.budgets.items()]
+    solver = solve_by_curves(prepared, scores, images, options, progress)
+    return with_shares(prepared, solver(limits), limits)
+
+
+def solve_by_curves(
+    prepared: Prepared,
+    scores: Mapping[str, Scores],
+    images: Sequence[Tensor],
+    options: PruneOptions,
+    progress: Progress | None = None,
+) -> Solver:
+    """Measures the curves once, and returns what makes a plan of budgets with them.
+
+    `scores` choose channels where the repair chooses anew anyway. The solver raises ValueError as `rate.solve` does.
+    """
+    model, groups = prepared.model, prepared.groups
+    assert isinstance(model, SegFormer)
+    allowed = allowed_widths(groups, options)
+    batches = checked_images(model, images)
+    measured = measure_curves(model, groups, batches, allowed, seed=options.seed, progress=progress)
+    ranks = dict(scores) | {
+        group.name: np.argsort(np.array(curve.order)).astype(np.float64)
+        for group, curve in zip(groups, measured, strict=True)
+        if curve.order is not None
+    }
+    work = Work(prepared.rows, groups)
+
+    def solve(limits: Sequence[Limit]) -> Plan:
+        narrowest = np.array([widths[0] for widths in allowed], dtype=np.int64)
+        for limit in limits:
+            check_reach(limit, narrowest, options)
+            check_least(limit, groups, options)
+
+        widths = np.array([widths[-1] for widths in allowed], dtype=np.int64)
+        if limits:
+            widths = _trade_loss_for_time(measured, limits, allowed, work)
+        check_met(limits, groups, widths, options)
+        losses = {g.name: curve.at(int(w)) for g, curve, w in zip(groups, measured, widths, strict=True)}
+        return replace(keep_best(groups, ranks, widths), decided_by="curves", losses=losses)
+
+    return solve
+
+
+def _trade_loss_for_time(
+    curves: Sequence[Curve], limits: Sequence[Limit], allowed: Sequence[Sequence[int]], work: Cost
+) -> Widths:
+    """Returns the fastest of several allocations whose loss is not felt, or hardly larger than the least."""
+    trials = []
+    for weight in TIME_WEIGHTS:
+        prices = [((1.0 - weight) / len(limits), limit.cost) for limit in limits]
+        widths = allocate(curves, limits, allowed, [*prices, (weight, work)])
+        loss = sum(curve.at(int(w)) for curve, w in zip(curves, widths, strict=True))
+        trials.append((loss, work.total(widths), widths))
+
+    bound = max(UNFELT, GROWTH * min(loss for loss, _, _ in trials))
+    near = [trial for trial in trials if trial[0] <= bound]
+    return min(near, key=lambda trial: trial[1])[2]
