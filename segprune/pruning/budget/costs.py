@@ -33,7 +33,15 @@ class Costs:
     layers, G of groups.
     """
 
-    def __init__(self, layers: Sequence[Layer], groups: Sequence[Group], rate_of: RateOf, rest: int = 0) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        groups: Sequence[Group],
+        rate_of: RateOf,
+        rest: int = 0,
+        coefficients: Coefficients | None = None,
+    ) -> None:
+        """`coefficients` (3 L) replace those of the unit `rate_of`."""
         self.layers, self.groups = layers, groups
         self.full = np.array([group.slots for group in groups], dtype=np.int64)
         self.rest = rest  # what lies in no listed layer
@@ -53,7 +61,7 @@ class Costs:
                     else:
                         self._per_slot[side, row, g] += len(member.positions) / group.slots
 
-        self._coefficients = _coefficients(layers, groups, rate_of, rows)
+        self.coefficients = _coefficients(layers, groups, rate_of, rows) if coefficients is None else coefficients
 
     def total(self, widths: Widths) -> float:
         return self._cost(widths) + self.rest
@@ -71,10 +79,24 @@ class Costs:
             dims[side, row] *= widths[g] / self.full[g]
         return dims
 
+    def slope(self, dims: Dims, g: int) -> float:
+        """Returns the cost of one slot of group `g`, which is no group of heads, where layers are as wide as `dims`."""
+        a, b, c = self.coefficients
+        ins, outs = self._per_slot[:, :, g]
+        return float(((a * dims[1] + b) * ins + (a * dims[0] + c) * outs).sum())
+
     def _cost(self, widths: Widths) -> float:
         ins, outs = self.dims(widths)
-        a, b, c = self._coefficients
+        a, b, c = self.coefficients
         return float((a * ins * outs + b * ins + c * outs).sum())
+
+
+def mix_costs(parts: Sequence[tuple[float, Costs]]) -> Costs:
+    """Returns one cost for several of the same network: the weighted sum of the shares of their totals."""
+    first = parts[0][1]
+    coefficients = sum(weight / cost.total(cost.full) * cost.coefficients for weight, cost in parts)
+    assert isinstance(coefficients, np.ndarray)
+    return Costs(first.layers, first.groups, "macs", coefficients=coefficients)
 
 
 def _rows_by_side(layers: Sequence[Layer]) -> dict[tuple[str, str], list[tuple[int, int]]]:

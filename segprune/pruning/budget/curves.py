@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from segprune.model import SegFormer
-from segprune.pruning.budget.costs import Cost
+from segprune.pruning.budget.costs import Costs, mix_costs
 from segprune.pruning.budget.rate import (
     Limit,
     allowed_widths,
@@ -23,7 +23,7 @@ from segprune.pruning.budget.rate import (
     limit_of,
     with_shares,
 )
-from segprune.pruning.curves import Curve, Work, allocate, measure_curves
+from segprune.pruning.curves import Curve, allocate, measure_curves, time_costs
 from segprune.pruning.images import checked_images
 from segprune.pruning.importance import Scores
 from segprune.pruning.options import PruneOptions
@@ -72,7 +72,7 @@ def solve_by_curves(
         for group, curve in zip(groups, measured, strict=True)
         if curve.order is not None
     }
-    work = Work(prepared.rows, groups)
+    time = time_costs(prepared.rows, groups)
 
     def solve(limits: Sequence[Limit]) -> Plan:
         narrowest = np.array([widths[0] for widths in allowed], dtype=np.int64)
@@ -82,7 +82,7 @@ def solve_by_curves(
 
         widths = np.array([widths[-1] for widths in allowed], dtype=np.int64)
         if limits:
-            widths = _trade_loss_for_time(measured, limits, allowed, work)
+            widths = _trade_loss_for_time(measured, limits, allowed, time)
         check_met(limits, groups, widths, options)
         losses = {g.name: curve.at(int(w)) for g, curve, w in zip(groups, measured, widths, strict=True)}
         return replace(keep_best(groups, ranks, widths), decided_by="curves", losses=losses)
@@ -91,15 +91,16 @@ def solve_by_curves(
 
 
 def _trade_loss_for_time(
-    curves: Sequence[Curve], limits: Sequence[Limit], allowed: Sequence[Sequence[int]], work: Cost
+    curves: Sequence[Curve], limits: Sequence[Limit], allowed: Sequence[Sequence[int]], time: Costs
 ) -> Widths:
     """Returns the fastest of several allocations whose loss is not felt, or hardly larger than the least."""
+    formulas = [limit.cost for limit in limits if isinstance(limit.cost, Costs)]  # a measured latency is time, too
     trials = []
     for weight in TIME_WEIGHTS:
-        prices = [((1.0 - weight) / len(limits), limit.cost) for limit in limits]
-        widths = allocate(curves, limits, allowed, [*prices, (weight, work)])
+        charges = [((1.0 - weight) / len(formulas), cost) for cost in formulas]
+        widths = allocate(curves, limits, allowed, mix_costs([*charges, (weight, time)]))
         loss = sum(curve.at(int(w)) for curve, w in zip(curves, widths, strict=True))
-        trials.append((loss, work.total(widths), widths))
+        trials.append((loss, time.total(widths), widths))
 
     bound = max(UNFELT, GROWTH * min(loss for loss, _, _ in trials))
     near = [trial for trial in trials if trial[0] <= bound]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from segprune.pruning.budget.costs import Cost
+from segprune.pruning.budget.costs import Costs
 from segprune.pruning.budget.rate import AIM, Limit
 from segprune.pruning.curves.measure import Curve
 from segprune.pruning.plan import Widths
@@ -25,30 +25,29 @@ def allocate(
     curves: Sequence[Curve],
     limits: Sequence[Limit],
     allowed: Sequence[Sequence[int]],
-    prices: Sequence[tuple[float, Cost]],
+    charge: Costs,
 ) -> Widths:
-    """Widths of all groups that meet every limit, those of the tightest within a step.
+    """Returns the widths of all groups that meet every limit, the tightest within a step.
 
-    `allowed` has the widths that each group may take, ascending; `prices` are weights and costs, whose weighted sum of
-    shares is what a group's channels are charged.
+    `allowed` has the widths that each group may take, ascending; `charge` is what channels cost when groups are
+    compared, as a share of the network.
     """
     options = [np.array(widths, dtype=np.int64) for widths in allowed]
     losses = [np.array([curve.at(int(w)) for w in ws]) for curve, ws in zip(curves, options, strict=True)]
-    bill = _Bill(prices)
 
     # Bisection on the logarithm of the price; the dearest that still leaves something to remove.
     low, high = 1e-9, 1e3
     widths = np.array([ws[-1] for ws in options], dtype=np.int64)
     for _ in range(50):
         price = (low * high) ** 0.5
-        trial = _settle(price, losses, options, bill)
+        trial = _settle(price, losses, options, charge)
         if missing(limits, trial) > 0.0:
             low, widths = price, trial
         else:
             high = price
-        if high / low < 1.01:
+        if high / low < 1.03:
             break
-    return _spend_rest(limits, losses, options, bill, widths)
+    return _spend_rest(limits, losses, options, charge, widths)
 
 
 def missing(limits: Sequence[Limit], widths: Widths) -> float:
@@ -56,52 +55,40 @@ def missing(limits: Sequence[Limit], widths: Widths) -> float:
     return max(limit.rate - limit.removed(widths) for limit in limits)
 
 
-class _Bill:
-    """What widths cost, as the weighted sum of shares of several costs."""
-
-    def __init__(self, prices: Sequence[tuple[float, Cost]]) -> None:
-        self.parts = [(weight / cost.total(cost.full), cost) for weight, cost in prices]
-
-    def total(self, widths: Widths) -> float:
-        return sum(weight * cost.total(widths) for weight, cost in self.parts)
-
-    def slope(self, widths: Widths, g: int, low: int, high: int) -> float:
-        """Cost of one slot of group `g`, the others as they are."""
-        if low == high:
-            return 0.0
-        at = [widths.copy(), widths.copy()]
-        at[0][g], at[1][g] = low, high
-        return (self.total(at[1]) - self.total(at[0])) / (high - low)
-
-
-def _settle(price: float, losses: list[Floats], options: list[Widths], bill: _Bill) -> Widths:
+def _settle(price: float, losses: list[Floats], options: list[Widths], charge: Costs) -> Widths:
+    """Returns the widths at which loss + price · cost is least in each group, given those of the others."""
     widths = np.array([ws[-1] for ws in options], dtype=np.int64)
+    dims = charge.dims(widths)
     for _ in range(MAX_SWEEPS):
         before = widths.copy()
         for g, (loss, ws) in enumerate(zip(losses, options, strict=True)):
-            slope = bill.slope(widths, g, int(ws[0]), int(ws[-1]))
-            widths[g] = ws[int(np.argmin(loss + price * slope * ws))]
+            width = ws[int(np.argmin(loss + price * charge.slope(dims, g) * ws))]
+            if width != widths[g]:
+                widths[g] = width
+                dims = charge.dims(widths)
         if bool((widths == before).all()):
             break
     return widths
 
 
 def _spend_rest(
-    limits: Sequence[Limit], losses: list[Floats], options: list[Widths], bill: _Bill, widths: Widths
+    limits: Sequence[Limit], losses: list[Floats], options: list[Widths], charge: Costs, widths: Widths
 ) -> Widths:
-    """Single steps while one overshoots by no more than `AIM`; where all do, the one that lands nearest."""
+    """Takes single steps while one overshoots by no more than `AIM`; where all do, the one that lands nearest."""
     while missing(limits, widths) > AIM:
+        dims = charge.dims(widths)
         steps = []
         for g, (loss, ws) in enumerate(zip(losses, options, strict=True)):
             i = int(np.searchsorted(ws, widths[g]))
             if i == 0:
                 continue
-            trial = widths.copy()
-            trial[g] = ws[i - 1]
-            saved = max(bill.total(widths) - bill.total(trial), 1e-15)
-            steps.append(((loss[i - 1] - loss[i]) / saved, g, trial))
-        in_order = [trial for *_, trial in sorted(steps, key=lambda entry: entry[:2])]
-        gentle = next((trial for trial in in_order if missing(limits, trial) >= -AIM), None)
+            narrower = widths.copy()
+            narrower[g] = ws[i - 1]
+            saved = max(charge.slope(dims, g) * float(ws[i] - ws[i - 1]), 1e-15)
+            steps.append(((loss[i - 1] - loss[i]) / saved, g, narrower))
+
+        in_order = [narrower for *_, narrower in sorted(steps, key=lambda step: step[:2])]
+        gentle = next((narrower for narrower in in_order if missing(limits, narrower) >= -AIM), None)
         if gentle is None:
             return min([widths, *in_order], key=lambda trial: abs(missing(limits, trial)))
         widths = gentle
