@@ -17,8 +17,8 @@ from segprune.model import SegFormer
 MANIFEST = Manifest("b0", 5, "onnx", "fp32", (2, 32, 64), preprocess=False, argmax=False)
 
 
-def job_of(network: SegFormer, manifest: Manifest = MANIFEST, pictures: tuple[Bytes, ...] = ()) -> Job:
-    return Job(Deployed(network, argmax=manifest.argmax), manifest, (32, 64), pictures)
+def job_of(network: SegFormer, manifest: Manifest = MANIFEST, images: tuple[Bytes, ...] = ()) -> Job:
+    return Job(Deployed(network, argmax=manifest.argmax), manifest, (32, 64), images)
 
 
 @pytest.fixture
@@ -68,14 +68,14 @@ def test_logits_that_are_no_numbers_never_pass(network: SegFormer, value: float)
     assert not found(network, job_of(network), spoil).within(Limits(1e6, 0.0))
 
 
-def test_pictures_that_are_given_are_what_is_compared(network: SegFormer) -> None:
-    pictures = tuple(draw_shapes(1, "train", i, (32, 64))[0] for i in range(3))
-    assert found(network, job_of(network, pictures=pictures), lambda y: y).num_images == 3
+def test_images_that_are_given_are_what_is_compared(network: SegFormer) -> None:
+    images = tuple(draw_shapes(1, "train", i, (32, 64))[0] for i in range(3))
+    assert found(network, job_of(network, images=images), lambda y: y).num_images == 3
 
 
-def test_a_batch_for_calibration_is_filled_up_with_the_first_pictures(network: SegFormer) -> None:
-    pictures = tuple(draw_shapes(1, "train", i, (32, 64))[0] for i in range(3))
-    first, last = job_of(network, pictures=pictures).batches()
+def test_a_batch_for_calibration_is_filled_up_with_the_first_images(network: SegFormer) -> None:
+    images = tuple(draw_shapes(1, "train", i, (32, 64))[0] for i in range(3))
+    first, last = job_of(network, images=images).make_batches()
     assert torch.equal(last[1], first[0])
 
 

@@ -98,7 +98,7 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
             argmax="argmax" in baked,
             class_names=names if isinstance(names, list) else (),
             palette=palette,
-            pictures=images,
+            images=images,
             limits=_choose_limits(flags),
         )
     compared = number_of(difference.num_images, "image")

@@ -7,7 +7,7 @@
     torchscript  a trace, for programs written around torch.jit
     ncnn         for phones and small boards, three files: .ncnn.param, .ncnn.bin and .ncnn.json
 
-Exports run on the CPU. What a file takes and gives stands in its `Manifest`, which lies inside the file.
+Files are written and checked on the CPU. What a file takes and gives stands in its `Manifest`, inside the file.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ LIMITS: dict[Precision, Limits] = {
 
 @dataclass(frozen=True)
 class Format:
-    """`write` makes the file, which ends in `suffix`, and others beside it if the format has more than one.
+    """`write` makes the file, which ends in `suffix`, and those beside it if the format has several.
 
-    With `stores_half`, fp16 is how `write` stores the weights; elsewhere the network computes in it.
+    With `stores_half`, fp16 says how the weights are stored; in other formats the network also computes in it.
     """
 
     suffix: str
@@ -80,7 +80,7 @@ FORMATS: dict[str, Format] = {
 
 
 def check_choice(format: str, precision: str) -> None:
-    """ValueError for a format that is unknown or does not come in the precision."""
+    """Raises ValueError for a format that is unknown or does not come in the precision."""
     if format not in FORMATS:
         raise ValueError(f"The format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
     if precision not in FORMATS[format].precisions:
@@ -101,57 +101,77 @@ def export(
     argmax: bool = False,
     class_names: Sequence[str] = (),
     palette: Sequence[int] = (),
-    pictures: Sequence[Bytes] = (),
+    images: Sequence[Bytes] = (),
     limits: Limits | None = None,
 ) -> tuple[Manifest, Difference]:
-    """Write the network to `path`, run the file and compare it with the network.
+    """Writes the network to `path`, runs the file and compares it with the network.
 
-    `pictures` [H, W, 3] uint8 RGB of `size` calibrate int8, which needs some, and are what is compared; without them
-    generated ones are. ValueError for what cannot be done and where the file is further off than `limits`, which then
-    is not kept; OSError where `path` cannot be written.
+    `images` [H, W, 3] uint8 RGB of `size` calibrate int8, which needs some, and are what is compared; without them
+    generated images are compared. Raises ValueError for what cannot be done and for a file that differs by more than
+    `limits`, which is not kept; OSError where `path` cannot be written.
     """
     check_choice(format, precision)
     check_input((batch, 3, *size))
     path = Path(path)
-    if not path.name.endswith(suffix := FORMATS[format].suffix):
+    suffix = FORMATS[format].suffix
+    if not path.name.endswith(suffix):
         raise ValueError(f"{path} ends in {path.suffix!r}, where a file of the format {format} ends in {suffix}.")
-    if precision == "int8" and not pictures:
-        raise ValueError("int8 needs pictures to calibrate on, like those the network will see; give some.")
+    if precision == "int8" and not images:
+        raise ValueError("int8 needs images to calibrate on, like those the network will see; give some.")
+
+    # The file is compared with the network as it came, in float32, whatever is done to the network for the file.
     reference = copy.deepcopy(model).cpu().float().eval()
     half = precision == "fp16" and not FORMATS[format].stores_half
     network = Deployed(reference, half=half, preprocess=preprocess, argmax=argmax)
-    shape = None if dynamic else (batch, *size)
-    names, spec = tuple(class_names), network.network.spec
+    spec = network.network.spec
     manifest = Manifest(
-        spec.variant, spec.num_classes, format, precision, shape, preprocess, argmax, names, spec, tuple(palette)
+        spec.variant,
+        spec.num_classes,
+        format,
+        precision,
+        shape=None if dynamic else (batch, *size),
+        preprocess=preprocess,
+        argmax=argmax,
+        class_names=tuple(class_names),
+        spec=spec,
+        palette=tuple(palette),
     )
-    job = Job(network, manifest, size, pictures)
+    job = Job(network, manifest, size, images)
+
+    limits = limits or LIMITS[precision]
     with atomic_files(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's exporters call functions that PyTorch deprecates
             FORMATS[format].write(job, temporary)
+
+        # An error in here leaves no file behind.
         difference = compare(run_both(reference, open_exported(temporary), job))
-        if not difference.within(limits or LIMITS[precision]):
-            raise ValueError(_too_far(difference, limits or LIMITS[precision], precision))
+        if not difference.within(limits):
+            raise ValueError(_describe_difference(difference, limits, precision))
+
     return manifest, difference
 
 
 def run_both(reference: nn.Module, runtime: Runtime, job: Job) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields what the network, in eval mode on the CPU, and its file give for the same images."""
-    for images in job.compared():
+    for images in job.choose_compared():
         with torch.no_grad():
             logits = reference(torch.stack([normalise(image) for image in images]))
-        yield logits, runtime.run_any(job.input(images))
+        yield logits, runtime.run_any(job.prepare(images))
 
 
-def _too_far(difference: Difference, limits: Limits, precision: Precision) -> str:
-    allowed = "" if difference.relative is None or limits.tolerance is None else f"at most {limits.tolerance:g} and "
-    remedy = {
-        "fp32": "give a larger --tolerance if that is enough for you",
+def _describe_difference(difference: Difference, limits: Limits, precision: Precision) -> str:
+    """Returns the message for a file that differs too much."""
+    allowed = f"at least {100 * limits.agreement:g} %"
+    if difference.relative is not None and limits.tolerance is not None:
+        allowed = f"at most {limits.tolerance:g} and {allowed}"
+
+    remedies = {
+        "fp32": "give a larger `tolerance` if that is enough for you",
         "fp16": "export as fp32, whose range is larger",
-        "int8": "give more pictures to calibrate on, or a lower --agreement and score the file with segprune eval",
-    }[precision]
+        "int8": "give more images to calibrate on, or a lower `agreement` and score the file with segprune eval",
+    }
     return (
-        f"The exported file is too far from the network ({difference.text}; {allowed}at least "
-        f"{100 * limits.agreement:g} % were allowed) and was not kept; {remedy}."
+        f"The exported file is too far from the network ({difference.text}; {allowed} were allowed) and was not kept; "
+        f"{remedies[precision]}."
     )

@@ -1,4 +1,4 @@
-"""What every format's writer is given."""
+"""What every format's writer gets."""
 
 from __future__ import annotations
 
@@ -19,51 +19,58 @@ MAX_BATCHES = 8
 
 @dataclass(frozen=True)
 class Job:
-    """The network, what its file will say of itself, and pictures [H, W, 3] uint8 for calibration."""
+    """The network, what its file will say of itself, and images [H, W, 3] uint8 for calibration."""
 
     network: Deployed
     manifest: Manifest
     size: tuple[int, int]  # H W of the example; with a static shape the only one
-    pictures: Sequence[Bytes]
+    images: Sequence[Bytes]
 
-    def example(self) -> Tensor:
-        """An input to trace the network with. Of a dynamic one no two sizes are equal and none is 1."""
+    def make_example(self) -> Tensor:
+        """Returns an input to trace the network with. Of a dynamic one no two sizes are equal and none is 1."""
+        batch, height, width = (2, 2 * MIN_DYNAMIC, 2 * MIN_DYNAMIC + 32)
         if self.manifest.shape is not None:
-            return self.input(np.zeros((self.manifest.shape[0], *self.size, 3), dtype=np.uint8))
-        return self.input(np.zeros((2, 2 * MIN_DYNAMIC, 2 * MIN_DYNAMIC + 32, 3), dtype=np.uint8))
+            batch, (height, width) = self.manifest.shape[0], self.size
 
-    def input(self, pictures: Sequence[Bytes] | Bytes) -> Tensor:
-        """Pictures as the file takes them: B H W 3 uint8 or normalised B 3 H W."""
+        return self.prepare(np.zeros((batch, height, width, 3), dtype=np.uint8))
+
+    def prepare(self, images: Sequence[Bytes] | Bytes) -> Tensor:
+        """Returns the images as the file takes them: B H W 3 uint8 or normalised B 3 H W."""
         if self.manifest.preprocess:
-            return torch.from_numpy(np.stack(list(pictures)))
-        return torch.stack([normalise(picture) for picture in pictures])
+            return torch.from_numpy(np.stack(list(images)))
+        return torch.stack([normalise(image) for image in images])
 
-    def batches(self) -> list[Tensor]:
-        """The pictures in batches that the file takes; the last one is filled up with the first pictures."""
+    def make_batches(self) -> list[Tensor]:
+        """Returns the images in batches that the file takes; the last one is filled up with the first images."""
         size = 1 if self.manifest.shape is None else self.manifest.shape[0]
-        pictures = list(self.pictures)
-        pictures += pictures[: -len(pictures) % size]
-        return [self.input(pictures[i : i + size]) for i in range(0, len(pictures), size)]
+        images = list(self.images)
+        images += images[: -len(images) % size]
+        return [self.prepare(images[i : i + size]) for i in range(0, len(images), size)]
 
-    def compared(self) -> Iterator[list[Bytes]]:
+    def choose_compared(self) -> Iterator[list[Bytes]]:
         """Yields the images to compare: those at hand, else generated ones; a dynamic file also gets odd sizes."""
         shape = self.manifest.shape
         size = 2 if shape is None else shape[0]
-        images = list(self.pictures[: MAX_BATCHES * size]) or _draw(size, self.size)
+
+        images = list(self.images[: MAX_BATCHES * size]) or _draw(size, self.size)
         for i in range(0, len(images), size):
             yield images[i : i + size]
+
         if shape is None:
             yield _draw(1, (MIN_DYNAMIC + 11, MIN_DYNAMIC + 45))
             yield _draw(3, (MIN_DYNAMIC + 32, MIN_DYNAMIC))
 
-    def traced(self) -> torch.export.ExportedProgram:
-        """The graph as torch.export has it."""
-        height, width = (1, 2) if self.manifest.preprocess else (2, 3)
-        dynamic = torch.export.Dim.DYNAMIC
-        sides = {height: dynamic(min=MIN_DYNAMIC), width: dynamic(min=MIN_DYNAMIC)}
-        shapes = None if self.manifest.shape is not None else ({0: dynamic(min=1)} | sides,)
+    def trace(self) -> torch.export.ExportedProgram:
+        """Returns the graph of torch.export, with free batch, height and width for a dynamic file."""
+        shapes = None
+        if self.manifest.shape is None:
+            height, width = (1, 2) if self.manifest.preprocess else (2, 3)
+            dynamic = torch.export.Dim.DYNAMIC
+            sides = {height: dynamic(min=MIN_DYNAMIC), width: dynamic(min=MIN_DYNAMIC)}
+            shapes = ({0: dynamic(min=1)} | sides,)
+
         with torch.no_grad():
-            return torch.export.export(self.network, (self.example(),), dynamic_shapes=shapes)
+            return torch.export.export(self.network, (self.make_example(),), dynamic_shapes=shapes)
 
 
 def _draw(number: int, size: tuple[int, int]) -> list[Bytes]:

@@ -10,7 +10,8 @@ from segprune.spec import Spec, spec_from_dict
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-MIN_DYNAMIC = 64  # sides that a file of any size takes from: below, a stage's map is one pixel high and traced as such
+# Smallest side of a file for any size: below it a stage's map is one pixel high, and traced as if that never changed.
+MIN_DYNAMIC = 64
 KEY = "segprune"  # under which a file keeps its manifest
 
 
@@ -18,9 +19,9 @@ KEY = "segprune"  # under which a file keeps its manifest
 class Manifest:
     """`shape` is the only batch, height and width that the file takes; None: any, with sides from `MIN_DYNAMIC` up.
 
-    With `preprocess` the file takes uint8 RGB B H W 3, else normalised float32 B 3 H W. With `argmax` it gives
-    classes uint8 B H W, else logits float32 B K H W. `spec` is of the network as it runs, for its MACs. `palette` is
-    768 numbers, the classes' colours as masks are drawn in; empty: Pascal VOC's.
+    With `preprocess` the file takes uint8 RGB B H W 3, else normalised float32 B 3 H W. With `argmax` it returns
+    classes uint8 B H W, else logits float32 B K H W. `spec` describes the network as it runs, for its MACs. `palette`
+    is 768 numbers, the colours in which masks are drawn; empty: Pascal VOC's.
     """
 
     variant: str
@@ -39,8 +40,8 @@ class Manifest:
         return json.dumps(asdict(self))
 
 
-def from_text(text: str) -> Manifest:
-    """The inverse of `Manifest.text`; ValueError for anything else."""
+def parse_manifest(text: str) -> Manifest:
+    """Returns the manifest of which this is the `text`. Raises ValueError for anything else."""
     try:
         data = json.loads(text)
         shape = None if data["shape"] is None else tuple(map(int, data["shape"]))
@@ -48,4 +49,4 @@ def from_text(text: str) -> Manifest:
         lists = {name: tuple(data.get(name, ())) for name in ("class_names", "palette")}
         return Manifest(**data | lists | {"shape": shape, "spec": spec})
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError("it holds no word of segprune's on what it takes and gives") from error
+        raise ValueError("it holds no description by segprune of what it takes and returns") from error

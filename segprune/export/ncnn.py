@@ -1,6 +1,6 @@
 """ncnn, for phones and small boards: .ncnn.param and .ncnn.bin, converted from a trace by pnnx.
 
-ncnn's files have no place for words of ours, so a third one, .ncnn.json, says what they take and give.
+ncnn's files have no room for the manifest, so it lies in a third one, .ncnn.json.
 """
 
 from __future__ import annotations
@@ -17,23 +17,31 @@ SUFFIX = ".ncnn.param"
 
 
 def write(job: Job, path: Path) -> None:
-    """fp16 halves the weights in the file; what is computed in is chosen where it runs."""
+    """Writes the three files. fp16 halves the weights; the precision of computing is chosen where the file runs."""
     manifest = job.manifest
     if manifest.shape is None or manifest.shape[0] > 1 or manifest.preprocess or manifest.argmax:
         raise ValueError(
-            "A file of the format ncnn takes one normalised picture of one size and gives logits; leave out --dynamic, "
-            "--batch_size and --bake."
+            "A file of the format ncnn takes one normalised image of one size and returns logits; leave out `dynamic`, "
+            "`batch_size` and `bake`."
         )
     pnnx = require("pnnx", "Exporting to ncnn")
+
     height, width = manifest.shape[1:]
     stem = path.name.removesuffix(SUFFIX)
     with TemporaryDirectory() as folder:  # pnnx writes eight files
         trace = Path(folder) / "it.pt"
         write_torchscript(job, trace)
-        half = f"fp16={int(manifest.precision == 'fp16')}"
-        words = [pnnx.EXEC_PATH, trace.name, f"inputshape=[1,3,{height},{width}]", half]
-        words += [f"ncnnparam={path.resolve()}", f"ncnnbin={path.resolve().with_name(f'{stem}.ncnn.bin')}"]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-    if done.returncode or not path.is_file():
-        raise ValueError(f"pnnx could not convert the network ({done.stderr[-200:].strip()}); choose another format.")
+
+        command = [
+            pnnx.EXEC_PATH,
+            trace.name,
+            f"inputshape=[1,3,{height},{width}]",
+            f"fp16={int(manifest.precision == 'fp16')}",
+            f"ncnnparam={path.resolve()}",
+            f"ncnnbin={path.resolve().with_name(f'{stem}.ncnn.bin')}",
+        ]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+    if result.returncode or not path.is_file():
+        raise ValueError(f"pnnx could not convert the network ({result.stderr[-200:].strip()}); choose another format.")
     path.with_name(f"{stem}.ncnn.json").write_text(manifest.text, encoding="utf-8")

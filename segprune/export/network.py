@@ -1,4 +1,4 @@
-"""The network as it is exported: folded, in its precision, with what is baked in around it."""
+"""The network as it is exported: folded, in its precision, with preprocessing and argmax built in on request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_CLASSES = 256  # that a uint8 class map can tell apart
 
 
 class Deployed(nn.Module):
-    """From what the file takes to what it gives; see `Manifest` for both. Logits have the input's size."""
+    """Computes what the file returns from what it takes; see `Manifest`. Logits have the input's size."""
 
     mean: Tensor
     std: Tensor
@@ -23,19 +23,23 @@ class Deployed(nn.Module):
         if argmax and model.spec.num_classes > MAX_CLASSES:
             raise ValueError(
                 f"The network has {model.spec.num_classes} classes, where a class map can hold {MAX_CLASSES}; "
-                "leave argmax out of --bake."
+                "leave argmax out of `bake`."
             )
+
         self.preprocess, self.argmax = preprocess, argmax
         self.dtype = torch.float16 if half else torch.float32
         self.network = fold_for_inference(model).cpu().to(self.dtype)
-        for name, values in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, torch.tensor(values), persistent=False)
+        self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
+        self.register_buffer("std", torch.tensor(STD), persistent=False)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.preprocess:
             x = ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2)  # B H W 3 uint8 -> B 3 H W
+
         logits = self.network(x.to(self.dtype)).float()  # B K H W
-        return (
-            logits.argmax(1).float().to(torch.uint8) if self.argmax else logits
-        )  # TensorRT makes uint8 of floats alone
+        if not self.argmax:
+            return logits
+
+        # By way of float, since TensorRT makes uint8 of floats alone.
+        return logits.argmax(1).float().to(torch.uint8)

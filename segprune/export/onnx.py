@@ -2,8 +2,9 @@
 
 int8 is static, with quantise and dequantise nodes around every convolution and every product with weights: these
 symmetric per channel in 7 bits, since processors without VNNI add up products of 8 bits in 16 and overflow;
-activations in 8 bits by the smallest and largest value that the pictures gave. The two products inside attention stay
-in float32: what a softmax gives lies so unevenly in [0, 1] that 256 levels hold it badly, and they gained no time.
+activations in 8 bits by the smallest and largest value seen with the calibration images. The two products inside
+attention are left in float32: a softmax's values lie so unevenly in [0, 1] that 256 levels hold them badly, and
+quantising them saved no time.
 """
 
 from __future__ import annotations
@@ -26,22 +27,24 @@ PURPOSE = "Exporting to ONNX"
 
 def write(job: Job, path: Path) -> None:
     onnx = require("onnx", PURPOSE)
-    model = _translated(job)
+    model = _translate(job)
     if job.manifest.precision == "int8":
-        model = _quantised(model, job)
+        model = _quantise(model, job)
+
     onnx.helper.set_model_props(model, {KEY: job.manifest.text})
     onnx.checker.check_model(model)
     onnx.save(model, path)
 
 
-def _translated(job: Job) -> Any:
-    """The ONNX model; its inputs, outputs and free sizes are named by what they are."""
+def _translate(job: Job) -> Any:
+    """Returns the ONNX model; its input, output and free sizes are named by what they are."""
     require("onnxscript", PURPOSE)
     source = "pixels" if job.manifest.preprocess else "images"
     result = "classes" if job.manifest.argmax else "logits"
+
     program = torch.onnx.export(
-        job.traced(),
-        (job.example(),),
+        job.trace(),
+        (job.make_example(),),
         dynamo=True,
         opset_version=OPSET,
         input_names=[source],
@@ -53,46 +56,58 @@ def _translated(job: Job) -> Any:
     model = program.model_proto
     if job.manifest.shape is None:
         _name_sizes(model, job)
+
     return model
 
 
 def _name_sizes(model: Any, job: Job) -> None:
-    """The exporter calls free sizes s0, s53, …"""
+    """Renames the free sizes, which the exporter calls s0, s53, …"""
     sides = (0, 1, 2) if job.manifest.preprocess else (0, 2, 3)
     dims = model.graph.input[0].type.tensor_type.shape.dim
     names = {dims[i].dim_param: name for i, name in zip(sides, ("batch", "height", "width"), strict=True)}
+
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
 
 
-def _quantised(model: Any, job: Job) -> Any:
-    onnx, tools = require("onnx", PURPOSE), require("onnxruntime.quantization", "Quantising ONNX to int8")
-    shapes = require("onnxruntime.quantization.shape_inference", "Quantising ONNX to int8")
+def _quantise(model: Any, job: Job) -> Any:
+    """Returns the model in int8; ONNX Runtime reads and writes files, so it happens in a temporary folder."""
+    onnx = require("onnx", PURPOSE)
+    quantization = require("onnxruntime.quantization", "Quantising ONNX to int8")
+    inference = require("onnxruntime.quantization.shape_inference", "Quantising ONNX to int8")
+
     with TemporaryDirectory() as folder:
-        plain, ready, done = (str(Path(folder) / name) for name in ("plain.onnx", "ready.onnx", "done.onnx"))
+        plain, joined, quantised = (str(Path(folder) / name) for name in ("plain.onnx", "joined.onnx", "int8.onnx"))
         onnx.save(model, plain)
-        shapes.quant_pre_process(plain, ready, skip_symbolic_shape=True)  # joins products and biases
-        graph = onnx.load(ready).graph
+        inference.quant_pre_process(plain, joined, skip_symbolic_shape=True)  # joins products and biases
+
+        # The products inside attention are those that read no weights.
+        graph = onnx.load(joined).graph
         weights = {tensor.name for tensor in graph.initializer}
-        tools.quantize_static(
-            ready,
-            done,
-            _Reader(graph.input[0].name, iter(job.batches())),
-            quant_format=tools.QuantFormat.QDQ,
+        attention = []
+        for node in graph.node:
+            if node.op_type == "MatMul" and not weights & set(node.input):
+                attention.append(node.name)
+
+        quantization.quantize_static(
+            joined,
+            quantised,
+            _Reader(graph.input[0].name, iter(job.make_batches())),
+            quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-            nodes_to_exclude=[n.name for n in graph.node if n.op_type == "MatMul" and not weights & set(n.input)],
-            activation_type=tools.QuantType.QUInt8,
-            weight_type=tools.QuantType.QInt8,
+            nodes_to_exclude=attention,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
             per_channel=True,
             reduce_range=True,
         )
-        return onnx.load(done)
+        return onnx.load(quantised)
 
 
 class _Reader:
-    """Hands out batches as ONNX Runtime's calibration asks for them."""
+    """Hands out batches one by one, as ONNX Runtime's calibration calls for them."""
 
     def __init__(self, name: str, batches: Iterator[Tensor]) -> None:
         self.name, self.batches = name, batches

@@ -14,16 +14,19 @@ PURPOSE = "Exporting to OpenVINO"
 
 
 def write(job: Job, path: Path) -> None:
-    """fp16 halves the weights in the file; what is computed in is the device's choice. int8 is quantised by nncf."""
+    """Writes both files. fp16 halves the weights; the device chooses how to compute. nncf quantises to int8."""
     int8, shape = job.manifest.precision == "int8", job.manifest.shape
     if int8 and shape is not None and shape[0] > 1:  # with more, its scales were seen to be far off
-        raise ValueError("nncf calibrates on one picture at a time; for int8 give --batch_size 1, or --dynamic.")
+        raise ValueError("nncf calibrates on one image at a time; for int8 give `batch_size` 1, or `dynamic`.")
+
     ov = require("openvino", PURPOSE)
-    model = ov.convert_model(job.traced())
+    model = ov.convert_model(job.trace())
     if int8:
-        nncf, batches = require("nncf", "int8 in OpenVINO"), job.batches()
+        nncf = require("nncf", "int8 in OpenVINO")
+        batches = job.make_batches()
         data = nncf.Dataset(batches, lambda x: x.numpy())
         with redirect_stdout(StringIO()):  # its progress bars
             model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
+
     model.set_rt_info(job.manifest.text, [KEY])
     ov.save_model(model, path, compress_to_fp16=job.manifest.precision == "fp16")

@@ -1,4 +1,4 @@
-"""The formats of PyTorch's own: a graph of torch.export, that graph compiled by AOTInductor, a TorchScript trace."""
+"""PyTorch's own formats: a graph of torch.export, that graph compiled by AOTInductor, a TorchScript trace."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ COMPILERS = ("g++", "clang++", "c++")
 
 
 def write_pt2(job: Job, path: Path) -> None:
-    torch.export.save(job.traced(), path, extra_files={f"{KEY}.json": job.manifest.text})
+    torch.export.save(job.trace(), path, extra_files={f"{KEY}.json": job.manifest.text})
 
 
 def write_aotinductor(job: Job, path: Path) -> None:
-    """Takes a minute or more. The package runs on machines like this one alone, with this version of PyTorch."""
+    """Compiles for a minute or more. The package runs only on machines like this one, with this version of PyTorch."""
     if not any(map(shutil.which, COMPILERS)):
         raise ValueError(
-            "The format aotinductor needs a C++ compiler, and none was found; install g++ or clang++, or choose "
+            "The format aotinductor needs a C++ compiler, and there is none here; install g++ or clang++, or choose "
             "another format."
         )
+
     from torch._inductor import aoti_compile_and_package
 
     settings = {"aot_inductor.metadata": {KEY: job.manifest.text}}
     with torch.no_grad():
-        aoti_compile_and_package(job.traced(), package_path=str(path), inductor_configs=settings)
+        aoti_compile_and_package(job.trace(), package_path=str(path), inductor_configs=settings)
 
 
 def write_torchscript(job: Job, path: Path) -> None:
     with torch.no_grad():
-        trace = torch.jit.freeze(torch.jit.trace(job.network, job.example()))
+        trace = torch.jit.freeze(torch.jit.trace(job.network, job.make_example()))
         torch.jit.save(trace, str(path), _extra_files={f"{KEY}.json": job.manifest.text})

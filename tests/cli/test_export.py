@@ -99,8 +99,7 @@ def test_eval_of_an_exported_file_refuses_what_has_no_effect_and_sizes_it_cannot
     )
     said = refused("eval", path, "--data", shapes, *HERE, "--input_shape", 32, 96)
     assert said == (
-        "The file takes pictures of 64×64 alone, got 32×96; give --input_shape 64 64, or export it again with "
-        "--dynamic."
+        "The file takes images of 64×64 alone, got 32×96; give --input_shape 64 64, or export it again with --dynamic."
     )
 
 

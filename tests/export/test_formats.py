@@ -47,12 +47,12 @@ def case(
     options = {"batch": 2} | CASES[request.param]
     path = tmp_path_factory.mktemp("export") / f"it{FORMATS[options['format']].suffix}"
     if options.get("precision") == "int8":  # random weights stand it worse than trained ones
-        options |= {"pictures": pictures(6), "limits": Limits(None, 0.5)}
+        options |= {"images": calibration_images(6), "limits": Limits(None, 0.5)}
     manifest, difference = export(network, path, size=SIZE, class_names=("sky", "Straße"), **options)
     return request.param, path, manifest, difference.agreement
 
 
-def pictures(number: int) -> list[Any]:
+def calibration_images(number: int) -> list[Any]:
     return [draw_shapes(8, "train", index, SIZE)[0] for index in range(number)]
 
 
@@ -101,10 +101,10 @@ def test_a_size_that_the_file_does_not_take_is_refused_and_the_right_one_named(
     runtime = open_exported(path)
     if manifest.shape is None:
         assert relative(runtime, network, images(1, (MIN_DYNAMIC + 1, 109))) < 1e-5
-        with pytest.raises(ValueError, match=r"takes pictures of 64 pixels a side and more, got 60×96; give a larger"):
+        with pytest.raises(ValueError, match=r"takes images of 64 pixels a side and more, got 60×96; give a larger"):
             runtime(images(1, (60, 96)))
     else:
-        with pytest.raises(ValueError, match=r"takes pictures of 64×96 alone, got 96×64; give --input_shape 64 96, or"):
+        with pytest.raises(ValueError, match=r"takes images of 64×96 alone, got 96×64; give `input_shape` 64 96, or"):
             runtime(images(1, (96, 64)))
 
 
@@ -130,17 +130,17 @@ def test_onnx_has_an_opset_from_17_up_and_no_batchnorm_left(case: tuple[str, Pat
 
 
 def test_int8_in_openvino_agrees_and_refuses_to_calibrate_in_batches(network: SegFormer, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"format": "openvino", "precision": "int8", "size": SIZE, "pictures": pictures(4)}
+    options: dict[str, Any] = {"format": "openvino", "precision": "int8", "size": SIZE, "images": calibration_images(4)}
     _, difference = export(network, tmp_path / "it.xml", **options, limits=Limits(None, 0.5), batch=1)
     assert difference.agreement > 0.5
-    with pytest.raises(ValueError, match="nncf calibrates on one picture at a time; for int8 give --batch_size 1, or"):
+    with pytest.raises(ValueError, match="nncf calibrates on one image at a time; for int8 give `batch_size` 1, or"):
         export(network, tmp_path / "it.xml", **options, batch=2)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8"}, "int8 needs pictures to calibrate on, like those the network will see; give some."),
+        ({"precision": "int8"}, "int8 needs images to calibrate on, like those the network will see; give some."),
         ({"format": "pt2"}, r"it.onnx ends in '.onnx', where a file of the format pt2 ends in .pt2.$"),
         ({"format": "tflite"}, "The format 'tflite' is unknown; choose one of onnx, openvino, pt2, aotinductor, torch"),
         ({"size": (31, 64)}, "The input is 31×64 pixels; both sides must be at least 32"),
@@ -156,7 +156,7 @@ def test_what_cannot_be_exported_is_refused(
 
 @pytest.mark.parametrize("options", [{"dynamic": True}, {"batch": 2}, {"preprocess": True}, {"argmax": True}])
 def test_what_ncnn_cannot_take_is_refused(options: dict[str, Any], network: SegFormer, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"takes one normalised picture of one size and gives logits; leave out --dyn"):
+    with pytest.raises(ValueError, match=r"takes one normalised image of one size and returns logits; leave out `dyn"):
         export(network, tmp_path / "it.ncnn.param", format="ncnn", size=SIZE, **options)
 
 
@@ -184,6 +184,6 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)), str(tmp_path / "other.torchscript"))
-    with pytest.raises(ValueError, match="it holds no word of segprune's on what it takes and gives"):
+    with pytest.raises(ValueError, match="it holds no description by segprune of what it takes"):
         open_exported(tmp_path / "other.torchscript")
     assert not is_compiled(tmp_path / "other.torchscript")

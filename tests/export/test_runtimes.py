@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from segprune.data import MEAN, STD
-from segprune.export.manifest import Manifest, from_text
+from segprune.export.manifest import Manifest, parse_manifest
 from segprune.export.runtimes import Runtime, is_exported, require
 
 
@@ -21,21 +21,21 @@ def manifest(
 
 def test_a_manifest_comes_back_from_its_text() -> None:
     for one in (manifest(), manifest(None, preprocess=True, argmax=True)):
-        assert from_text(one.text) == one
+        assert parse_manifest(one.text) == one
         coloured = replace(one, palette=tuple(range(256)) * 3)
-        assert from_text(coloured.text) == coloured
+        assert parse_manifest(coloured.text) == coloured
 
 
 def test_a_file_written_before_colours_stood_in_it_still_opens() -> None:
     data = json.loads(manifest().text)
     del data["palette"]
-    assert from_text(json.dumps(data)) == manifest()
+    assert parse_manifest(json.dumps(data)) == manifest()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"variant": "b0"}', manifest().text[:-1]])
 def test_what_is_no_manifest_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="it holds no word of segprune's"):
-        from_text(text)
+    with pytest.raises(ValueError, match="it holds no description by segprune"):
+        parse_manifest(text)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
