@@ -200,7 +200,7 @@ def export_model(
     loaded: Sequence[Any] = ()
     if images is not None:
         loaded = unlabelled.load_images(unlabelled.list_images(images), num_images, input_shape)
-    return export(model, path, size=input_shape, batch=batch_size, pictures=loaded, **options)
+    return export(model, path, size=input_shape, batch=batch_size, images=loaded, **options)
 
 
 def _open(
