@@ -232,6 +232,7 @@ class DecodeHead(nn.Module):
         numerics, form = spec.numerics, spec.head_form
         dim, widths = spec.decoder_dim, spec.branch_widths
 
+        # One product per stage, then what the form has to join them.
         self.branches = nn.ModuleList(
             nn.Linear(stage.width, width, bias=form.branch_bias)
             for stage, width in zip(spec.stages, widths, strict=True)

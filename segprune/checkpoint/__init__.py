@@ -111,6 +111,7 @@ def from_state_dict(
     else:
         checkpoint = read_foreign(state_dict, dialect, num_classes, heads)
 
+    # What was given must agree with the file.
     spec = checkpoint.spec
     if variant not in (None, spec.variant):
         raise ValueError(

@@ -145,6 +145,7 @@ def detect(keys: Collection[str], wrapper: Collection[str] = (), dialect: str | 
     if dialect is None:
         return naming
 
+    # The names decide; a given dialect only chooses between code bases that share them.
     allowed = _TWINS if naming.dialect in _TWINS else (naming.dialect,)
     if dialect not in allowed:
         names = " or ".join(allowed)

@@ -111,6 +111,7 @@ def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) 
     Raises ValueError if it describes another network than the weights. Its layer_norm_eps is ignored, as transformers
     does.
     """
+    # What it leaves out cannot contradict the weights.
     expected = _describe(spec)
     if not backbone_only:
         expected["decoder_hidden_size"] = spec.decoder_dim
@@ -124,6 +125,7 @@ def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) 
                 "give a folder whose two files belong together."
             )
 
+    # Rates of dropout only matter in training; those inside blocks have no place here.
     notes = tuple(
         f"config.json's {name} {config[name]} was not taken over: no dropout inside blocks here."
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")

@@ -49,6 +49,7 @@ def write_folder(
     check_input((1, 3, *input_shape))
     labels = _number_labels(model.spec.num_classes, class_names)
 
+    # Transformers' own classes where they can hold the network, else ours with their code.
     problem = uniform_problem(model.spec)
     config, state = _describe_with_code(model) if problem else _describe_stock(unfold_decoder(model))
 

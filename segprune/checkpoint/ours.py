@@ -54,9 +54,11 @@ def save(model: SegFormer, path: str | os.PathLike[str], *, extra: Mapping[str, 
             "or save another network's state dict with torch.save."
         )
 
+    # A network that was cut without its spec being changed would not load again.
     state = {name: _copy_if_shared(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
     check_state(state, expected_state(model.spec), "its spec")
 
+    # The metadata of a .safetensors file is text.
     head = {"format": FORMAT, "version": VERSION, "spec": spec_to_dict(model.spec), "extra": _to_plain(extra or {})}
     if path.suffix == ".safetensors":
         metadata = {key: value if key == "format" else json.dumps(value) for key, value in head.items()}
@@ -114,6 +116,7 @@ def to_float32(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}, not a tensor; give a plain state dict.")
 
+        # The only whole numbers in a SegFormer count batches; others are those of a quantised network.
         tensor = value.detach().cpu()
         if tensor.is_floating_point():
             dtypes.add(str(tensor.dtype).removeprefix("torch."))

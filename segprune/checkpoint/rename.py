@@ -112,6 +112,7 @@ def _check_nameable(spec: Spec, dialect: str) -> None:
     """Raises ValueError for what the dialect has no names for."""
     if dialect not in NUMERICS:
         raise ValueError(f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}.")
+
     if spec.folded:
         raise ValueError(f"The decode head is folded, which {dialect} cannot name; unfold it with segprune.fold first.")
     if spec.head != HEADS[dialect]:
@@ -119,6 +120,7 @@ def _check_nameable(spec: Spec, dialect: str) -> None:
         raise ValueError(
             f"The decode head has {spec.head_form.branches}, which {dialect} cannot name; write the names of {others}."
         )
+
     for i, stage in enumerate(spec.stages, 1):
         if not all(block.has_attention and block.has_ffn for block in stage.blocks):
             raise ValueError(

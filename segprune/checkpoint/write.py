@@ -48,6 +48,7 @@ def check_written(model: SegFormer, readers: Mapping[str, Logits], notes: tuple[
 
     Raises ValueError if one of them is further off than `TOLERANCE`.
     """
+    # Before the last upsampling, which transformers leaves to its image processor.
     x = normalise(draw_shapes(0, "val", 0, SIZE)[0])[None]
     worst = 0.0
     with torch.inference_mode():
