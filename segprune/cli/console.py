@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from segprune.data import LabelReport, Source, check_labels, open_source, readable
+from segprune.data import DataChoices, LabelReport, Source, check_labels, open_source, readable, score_whole_pool
 from segprune.inference.evaluate import Score
 from segprune.timing import Latency
 
@@ -218,6 +218,7 @@ def open_data(
     num_classes: int,
     splits: tuple[str, ...],
     *,
+    choices: DataChoices | None = None,
     skip_bad: bool = False,
     num_workers: int = 0,
     trained: bool = True,
@@ -229,7 +230,9 @@ def open_data(
     `trained` says that the number of classes is that of a network which is there already. `classes` may refuse the
     classes' names before anything that takes long.
     """
-    source = open_source(data, layout)
+    source = (choices or DataChoices()).apply(open_source(data, layout))
+    if "train" not in splits:
+        source = score_whole_pool(source)
     if classes is not None:
         classes(source.class_names)
     if skip_bad:

@@ -17,6 +17,7 @@ from segprune.cli.flags import (
     Cuda,
     Data,
     Dialect,
+    LabelOffset,
     Layout,
     LoaderProcesses,
     SkipBad,
@@ -24,6 +25,7 @@ from segprune.cli.flags import (
     refuse_without_effect,
     switch,
 )
+from segprune.data import DataChoices
 from segprune.export.runtimes import is_exported, open_exported
 from segprune.files import check_writable, write_json
 from segprune.inference.label_maps import EvalMode, Predict
@@ -45,6 +47,7 @@ class EvalFlags:
     data: Data = "VOCdevkit"
     layout: Layout = None
     split: Annotated[str, Option("--split", help="The part to score: val, train or what else the data has.")] = "val"
+    label_offset: LabelOffset = 0
     skip_bad: SkipBad = False
     mode: Annotated[
         str,
@@ -98,6 +101,7 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
         flags.layout,
         opened.num_classes,
         (flags.split,),
+        choices=DataChoices(flags.label_offset),
         skip_bad=flags.skip_bad,
         num_workers=flags.num_workers,
     )

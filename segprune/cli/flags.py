@@ -35,6 +35,14 @@ Data = Annotated[str, typer.Option("--data", help="Data set: a folder, a list fi
 Layout = Annotated[
     str | None, typer.Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
 ]
+LabelOffset = Annotated[
+    int, typer.Option("--label_offset", help="Added to every label: -1 for classes numbered from 1; 0 is ignored then.")
+]
+ValSplit = Annotated[str, typer.Option("--val_split", help="Score on this split instead of val, for example test.")]
+ValShare = Annotated[
+    float | None,
+    typer.Option("--val_share", help="Set this share of train aside to score on, by --seed; 0.1 is usual."),
+]
 SkipBad = Annotated[bool, switch("--skip_bad", "Leave out images that cannot be read; all are tried first.")]
 Dialect = Annotated[str | None, typer.Option("--dialect", help="Overrules the dialect that is recognised.")]
 Cuda = Annotated[bool, switch("--cuda", "Use the GPU.")]

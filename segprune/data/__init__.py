@@ -8,7 +8,7 @@ from segprune.data.layouts import LAYOUTS, open_source
 from segprune.data.pixels import Location, SampleError, load_image, load_mask, voc_palette
 from segprune.data.samples import MissingSplitError, Pair, Sample, SegmentationData, Source, readable, shift_labels
 from segprune.data.shapes import CLASS_NAMES, CONTEXT_CLASS_NAMES, draw_shapes, write_shapes
-from segprune.data.splits import choose_scored_split, score_on, set_val_aside
+from segprune.data.splits import DataChoices, score_on, score_whole_pool, set_val_aside
 from segprune.data.transforms import (
     IGNORE_INDEX,
     MEAN,
@@ -27,6 +27,7 @@ __all__ = [
     "LAYOUTS",
     "MEAN",
     "STD",
+    "DataChoices",
     "EvalTransform",
     "LabelReport",
     "Location",
@@ -39,7 +40,6 @@ __all__ = [
     "TrainTransform",
     "Transform",
     "check_labels",
-    "choose_scored_split",
     "draw_shapes",
     "letterbox",
     "load_image",
@@ -48,6 +48,7 @@ __all__ = [
     "open_source",
     "readable",
     "score_on",
+    "score_whole_pool",
     "set_val_aside",
     "shift_labels",
     "voc_palette",

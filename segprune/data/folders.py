@@ -156,6 +156,11 @@ def _has_splits(root: Path, images: str) -> bool:
 def _describe_missing(root: Path, split: str) -> str:
     looked_for = f"neither a folder {' nor '.join(list_aliases(split))} nor a list {split}.txt"
     remedy = f"move its images into images/{split} and masks/{split}"
+    if split == "train":
+        remedy = (
+            "train with `val_share` 0.1 if there are no splits at all, or move its images into images/train and "
+            "masks/train"
+        )
     if split == "val":
         remedy = (
             "set about a tenth of the images aside to score on: train with `val_share` 0.1, or move them into "

@@ -8,29 +8,54 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from segprune.data.samples import MissingSplitError, Pair, Source
+from segprune.data.samples import MissingSplitError, Pair, Source, shift_labels
 
 _MOST = 2.0  # times the share: videos that would take more are not set aside
 
 
-def choose_scored_split(source: Source) -> str:
-    """Returns "val", or "all" for a data set that has no splits. Raises MissingSplitError where neither exists."""
+@dataclass(frozen=True)
+class DataChoices:
+    """What a user says of a data set that its files do not: how labels are numbered, and what is scored on.
+
+    `val_split` is another split to score on, `val_share` the share of train to set aside with `seed`.
+    """
+
+    label_offset: int = 0
+    val_split: str = ""
+    val_share: float | None = None
+    seed: int = 11
+
+    def __post_init__(self) -> None:
+        if self.val_split and self.val_share is not None:
+            raise ValueError("`val_split` and `val_share` both say what is scored on; leave one of them out.")
+
+    def apply(self, source: Source) -> Source:
+        """Returns the data set as it was chosen."""
+        source = shift_labels(source, self.label_offset)
+        if self.val_split:
+            return score_on(source, self.val_split)
+        if self.val_share is not None:
+            return set_val_aside(source, self.val_share, self.seed)
+        return source
+
+
+def score_whole_pool(source: Source) -> Source:
+    """Returns a data set that has no splits with all of it as "val", and any other as it is."""
     try:
         source.split("val")
     except MissingSplitError:
         try:
-            source.split("all")
+            samples = source.split("all")
         except FileNotFoundError:
-            pass
-        else:
-            return "all"
-        raise
+            return source  # whose val is missed where it is used
+        note = f"{source.root} has no splits, so all of its {len(samples)} images are scored."
+        return _add_note(source.with_split("val", samples), note)
 
-    return "val"
+    return source
 
 
 def score_on(source: Source, split: str) -> Source:

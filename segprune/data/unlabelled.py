@@ -11,7 +11,7 @@ from torch import Tensor
 
 from segprune.data.listing import list_files
 from segprune.data.pixels import IMAGE_EXTENSIONS, Location, load_image
-from segprune.data.samples import Source
+from segprune.data.samples import MissingSplitError, Source
 from segprune.data.transforms import Bytes, letterbox, normalise
 
 BATCH = 8
@@ -23,7 +23,13 @@ def list_images(source: str | os.PathLike[str] | Source, split: str = "train") -
     FileNotFoundError for a folder without images.
     """
     if isinstance(source, Source):
-        return [pair.image for pair in source.split(split)]
+        try:
+            pairs = source.split(split)
+        except MissingSplitError:
+            if split != "train":
+                raise
+            pairs = source.split("all")  # which only a set without splits has
+        return [pair.image for pair in pairs]
 
     paths = [path for path in list_files(source) if Path(path).suffix.lower() in IMAGE_EXTENSIONS]
     if not paths:

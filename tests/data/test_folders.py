@@ -117,7 +117,9 @@ def test_without_a_validation_split_it_is_said_what_to_do(tmp_path: Path) -> Non
 def test_folders_without_any_split_are_refused_with_the_way_to_one(tmp_path: Path) -> None:
     write_image(tmp_path / "images/a.png")
     write_mask(tmp_path / "masks/a.png")
-    with pytest.raises(FileNotFoundError, match=r"has no train split .*; move its images into images/train and masks/"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no train split .*`val_share` 0.1 .* move its images into images/train and masks/"
+    ):
         open_source(tmp_path).split("train")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from segprune.data import Source, check_labels, choose_scored_split, open_source, score_on, set_val_aside
+from segprune.data import DataChoices, Source, check_labels, open_source, score_on, score_whole_pool, set_val_aside
 from tests.data.drawn import write_image, write_mask, write_voc
 
 
@@ -87,7 +87,9 @@ def test_a_set_without_any_split_is_scored_and_divided_whole(tmp_path: Path) -> 
         write_image(tmp_path / f"images/{name}.png")
         write_mask(tmp_path / f"masks/{name}.png")
     source = open_source(tmp_path)
-    assert choose_scored_split(source) == "all"
+    scored = score_whole_pool(source)
+    assert names_in(scored, "val") == ["a", "b", "c"]
+    assert "no splits, so all of its 3 images" in scored.notes[0]
     assert names_in(source, "all") == ["a", "b", "c"]
     divided = set_val_aside(source, 0.3, 0)
     assert sorted(names_in(divided, "train") + names_in(divided, "val")) == ["a", "b", "c"]
@@ -95,7 +97,16 @@ def test_a_set_without_any_split_is_scored_and_divided_whole(tmp_path: Path) -> 
 
 def test_a_set_with_other_splits_is_not_scored_whole(tmp_path: Path) -> None:
     source = open_source(write_voc(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"val\.txt is missing"):
-        choose_scored_split(source)
+    assert score_whole_pool(source) is source
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\n")
-    assert choose_scored_split(source) == "val"
+    assert names_in(score_whole_pool(source), "val") == ["a"]
+
+
+def test_what_is_scored_on_is_chosen_in_one_way_only(tmp_path: Path) -> None:
+    write_folders(tmp_path, ["a", "b"], "test")
+    source = write_folders(tmp_path, ["c", "d"])
+    assert names_in(DataChoices(val_split="test").apply(source), "val") == ["a", "b"]
+    assert len(names_in(DataChoices(val_share=0.5, seed=3).apply(source), "val")) == 1
+    assert DataChoices().apply(source) is source
+    with pytest.raises(ValueError, match="`val_split` and `val_share` both say"):
+        DataChoices(val_split="test", val_share=0.1)

@@ -43,7 +43,7 @@ from segprune.cli.prune.steps import Tuning, prune_in_steps
 from segprune.cli.train import flags as train
 from segprune.cli.train.command import check_teacher_names, fit_with
 from segprune.cli.train.flags import TrainSettings
-from segprune.data import Source
+from segprune.data import DataChoices, Source
 from segprune.data.unlabelled import batch_images, list_images, load_images
 from segprune.files import check_writable, write_json
 from segprune.inference.evaluate import EvalMode, Score, evaluate
@@ -112,7 +112,7 @@ def run(
     show_notes(fitted if tune.data else ())
 
     # Open the data, and check its labels.
-    source, pixels = _open_data(network, tune, opened) if tune.data else (None, ())
+    source, pixels = _open_data(network, tune, opened, options.seed) if tune.data else (None, ())
     check_writable(folder)
     dense = checkpoint.build(opened).to(device)
     batches = _load_images(options, images, steps, out, source)
@@ -217,7 +217,7 @@ def _read_network(network: NetworkFlags, seed: int) -> Checkpoint:
     return Checkpoint(model.spec, model.state_dict(), "segprune", (note,), backbone_only=False, extra={})
 
 
-def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint) -> tuple[Source, tuple[int, ...]]:
+def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint, seed: int) -> tuple[Source, tuple[int, ...]]:
     """Returns the data set, its labels checked, and the labelled pixels of each class."""
     assert tune.num_workers is not None
     learns = bool(tune.epochs) and not tune.no_distill and bool(network.model_path)
@@ -235,6 +235,7 @@ def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint) -> tu
         tune.layout,
         opened.spec.num_classes,
         ("train", "val") if tune.epochs else ("val",),
+        choices=DataChoices(tune.label_offset, tune.val_split, tune.val_share, seed),
         skip_bad=tune.skip_bad,
         num_workers=tune.num_workers,
         trained=bool(network.model_path),
@@ -314,6 +315,9 @@ def _tune_settings(
     start = train.StartFlags(
         data=tune.data,
         layout=tune.layout,
+        label_offset=tune.label_offset,
+        val_split=tune.val_split,
+        val_share=tune.val_share,
         skip_bad=tune.skip_bad,
         model_path=str(path),
         phi=opened.spec.variant,

@@ -11,9 +11,12 @@ from typer import Option
 from segprune.cli.flags import (
     Amp,
     Dialect,
+    LabelOffset,
     Layout,
     LoaderProcesses,
     SkipBad,
+    ValShare,
+    ValSplit,
     Verbose,
     refuse_without_effect,
     switch,
@@ -111,6 +114,9 @@ class TuneFlags:
         str, Option("--data", help="Data set, in any layout of docs/data.md: score on its val part before and after.")
     ] = ""
     layout: Layout = None
+    label_offset: LabelOffset = 0
+    val_split: ValSplit = ""
+    val_share: ValShare = None
     skip_bad: SkipBad = False
     epochs: Annotated[int, Option("--epochs", min=0, help="Fine-tune this many epochs on --data; 0: do not.")] = 0
     batch_size: Annotated[int, Option("--batch_size", min=1, help="Images per step, of fine-tuning and scoring.")] = 8
@@ -189,6 +195,9 @@ def check_flags(
         ("amp", not (tune.epochs or run.cuda), "on a CPU without `epochs`"),
         ("no_distill", not tune.epochs, "without `epochs`"),
         ("layout", not tune.data, "without `data`"),
+        ("label_offset", not tune.data, "without `data`"),
+        ("val_split", not tune.data, "without `data`"),
+        ("val_share", not tune.data, "without `data`"),
         ("skip_bad", not tune.data, "without `data`"),
         ("batch_size", not tune.data, "without `data`"),
         ("num_workers", not tune.data, "without `data`"),

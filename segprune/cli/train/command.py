@@ -17,7 +17,7 @@ from segprune.cli.console import choose_device, console, open_data, show_notes, 
 from segprune.cli.prune.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.train.flags import RunFlags, StartFlags, TrainSettings, check_effects
 from segprune.cli.train.view import training_view
-from segprune.data import Source
+from segprune.data import DataChoices, Source
 from segprune.files import check_writable
 from segprune.fold import fold_decoder
 from segprune.machine import fit_to_machine
@@ -77,6 +77,7 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
         start.layout,
         num_classes,
         ("train", "val"),
+        choices=DataChoices(start.label_offset, start.val_split, start.val_share, options.seed),
         skip_bad=start.skip_bad,
         num_workers=options.num_workers,
         trained=run.resume or bool(start.model_path and "num_classes" not in given),  # a bare backbone needs the flag
@@ -221,7 +222,10 @@ def _restore_settings(settings: TrainSettings, given: frozenset[str], resumed: R
     old = {name: tuple(value) if isinstance(value, list) else value for name, value in resumed.settings.items()}
     now = {name: value for name, value in settings.merged().items() if name in given}
 
-    fixed = ("model_path", "phi", "num_classes", "dialect", "drop_path", "lr", "lr_rule")
+    fixed = ["model_path", "phi", "num_classes", "dialect", "drop_path", "lr", "lr_rule"]
+    fixed += ["label_offset", "val_split", "val_share"]
+    if old.get("val_share") is not None:
+        fixed.append("seed")  # which chose the images that are scored
     wrong = [name for name in fixed if name in now and now[name] != old.get(name)]
     if bool(now.get("teacher", old["teacher"])) != bool(old["teacher"]):
         wrong.append("teacher")

@@ -8,7 +8,18 @@ from typing import Annotated, Any, ClassVar
 
 from typer import Option
 
-from segprune.cli.flags import Data, Dialect, Layout, SkipBad, Verbose, refuse_without_effect, switch
+from segprune.cli.flags import (
+    Data,
+    Dialect,
+    LabelOffset,
+    Layout,
+    SkipBad,
+    ValShare,
+    ValSplit,
+    Verbose,
+    refuse_without_effect,
+    switch,
+)
 from segprune.training.objective import check_distilled
 from segprune.training.options import TrainOptions
 
@@ -25,6 +36,9 @@ class StartFlags:
 
     data: Data = "VOCdevkit"
     layout: Layout = None
+    label_offset: LabelOffset = 0
+    val_split: ValSplit = ""
+    val_share: ValShare = None
     skip_bad: SkipBad = False
     model_path: Annotated[
         str, Option("--model_path", help="Checkpoint to start from, pruned or not; empty: from scratch.")
