@@ -163,8 +163,8 @@ def _describe_missing(root: Path, split: str) -> str:
         )
     if split == "val":
         remedy = (
-            "set about a tenth of the images aside to score on: train with `val_share` 0.1, or move them into "
-            "images/val and masks/val"
+            "set about a tenth of the images aside to score on: train with `val_share` 0.1 or another `val_split`, or "
+            "move them into images/val and masks/val"
         )
 
     return (

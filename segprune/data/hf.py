@@ -119,10 +119,10 @@ def _load_splits(place: Path | str) -> Mapping[str, Any]:
 def _list_split(place: Path | str, splits: Mapping[str, Any], split: str, limit: int | None = None) -> tuple[Pair, ...]:
     name = next((alias for alias in (split, *list_aliases(split)) if alias in splits), None)
     if name is None:
-        raise MissingSplitError(
-            f"{place} has no {split} split (it has {', '.join(splits)}); make one with train_test_split of datasets, "
-            f"name it {split}, and save_to_disk both."
-        )
+        remedy = f"make one with train_test_split of datasets, name it {split}, and save_to_disk both"
+        if split == "val":
+            remedy += ", or train with `val_share` 0.1 or another `val_split`"
+        raise MissingSplitError(f"{place} has no {split} split (it has {', '.join(splits)}); {remedy}.")
 
     table = splits[name]
     image_column, mask_column = _choose_columns(table.features, f"{name} of {place}")

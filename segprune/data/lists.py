@@ -120,7 +120,10 @@ def _find_list(path: Path, split: str) -> Path:
 
     share = ""
     if split == "val":
-        share = ", about a tenth of the images, and take them off the other list, or train with `val_share` 0.1"
+        share = (
+            ", about a tenth of the images, and take them off the other list, or train with `val_share` 0.1 or another "
+            "`val_split`"
+        )
     raise MissingSplitError(
         f"{candidates[0]} is missing, the list of the {split} split; write it with an image and its mask on each "
         f"line{share}."

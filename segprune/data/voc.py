@@ -119,6 +119,6 @@ def _find_list(root: Path, split: str) -> Path | None:
 
     remedy = "write it with one image name per line, without extension"
     if split == "val" or (split == "train" and is_pool):
-        remedy += ", or train with `val_share` 0.1"
+        remedy += ", or train with `val_share` 0.1 or another `val_split`"
     there = f" (there are {', '.join(path.name for path in others)})" if others else ""
     raise MissingSplitError(f"{folder / f'{split}.txt'} is missing, the list of the split's images{there}; {remedy}.")
