@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from segprune.training.config import TrainConfig
 from torch import Tensor, nn
 
 import segprune
@@ -39,7 +40,6 @@ from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.pruning.pruner import Pruner
 from segprune.pruning.synthetic import synthetic_images
 from segprune.spec import standard_spec
-from segprune.training.config import TrainConfig
 from segprune.training.distill import Distillation
 from segprune.training.loop import train
 from segprune.training.state import Splits

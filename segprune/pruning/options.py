@@ -141,7 +141,12 @@ class PruneOptions:
         """Whether widths may be decided by curves, given images."""
         if self.plan_by is not None:
             return self.plan_by == "curves"
-        return self.repair is not False and self.plan is None and bool(self.budgets) and not self.given(FOR_SCORES)
+        return self.lets_curves_choose and self.plan is None and bool(self.budgets)
+
+    @property
+    def lets_curves_choose(self) -> bool:
+        """Whether it may be measured, given images, which channels the repair can do without."""
+        return self.plan_by != "scores" and self.repair is not False and not self.given(FOR_SCORES)
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Returns those of the options that differ from their defaults."""

@@ -11,7 +11,15 @@ from torch import nn
 
 from segprune.fold import unfold_decoder
 from segprune.model import DecodeHead, SegFormer
-from segprune.pruning.budget import by_curves, by_latency, by_rate, by_uniform_stages, by_widths, solve_by_curves
+from segprune.pruning.budget import (
+    by_curves,
+    by_latency,
+    by_rate,
+    by_uniform_stages,
+    by_widths,
+    by_widths_and_curves,
+    solve_by_curves,
+)
 from segprune.pruning.budget.latency import LatencyTable
 from segprune.pruning.groups import Group, group_names, is_protected
 from segprune.pruning.importance import Scores, score_channels
@@ -116,6 +124,8 @@ class Pruner:
         if self.options.uniform:
             return by_uniform_stages(prepared, scores, self.options)
         if self.options.plan is not None:
+            if self.options.lets_curves_choose and self.images and prepared.stock:
+                return by_widths_and_curves(prepared, scores, self.images, self.options, self.progress)
             return by_widths(prepared, scores, self.options)
         use_curves = self._uses_curves(prepared)
         if "latency" in self.options.budgets:

@@ -11,6 +11,7 @@ from torch import nn
 
 from segprune.checkpoint import read, save
 from segprune.cli.console import console
+from segprune.cli.prune import command as prune_command
 from segprune.data import write_shapes
 from segprune.model import SegFormer
 from segprune.spec import Numerics, Spec, standard_spec
@@ -21,6 +22,18 @@ def _wide_console_and_fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(console, "width", 300)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def draws_images() -> None:
+    """For tests of what happens where no images are given."""
+
+
+@pytest.fixture(autouse=True)
+def _no_images_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing images, and the plan and the repair with them, takes ten seconds: only where a test is about it."""
+    if "draws_images" not in request.fixturenames:
+        monkeypatch.setattr(prune_command, "may_draw_images", lambda *records: False)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def pictures(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """plan.json and what was printed."""
     folder = tmp_path_factory.mktemp("planned")
-    out = done("prune", "--model_path", dense, *SIZE, "--plan_only", "--save_dir", folder)
+    out = done("prune", "--model_path", dense, *SIZE, "--no_repair", "--plan_only", "--save_dir", folder)
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["plan.json"]
     return folder / "l1/b0/plan.json", out
 
@@ -194,6 +194,35 @@ def test_a_data_set_without_a_train_part_is_scored_but_not_repaired(dense: Path,
     assert "Note: No repair, since there are no images for it:" in out
 
 
+def test_without_images_synthetic_ones_stand_in_unless_the_repair_is_switched_off(
+    dense: Path, tmp_path: Path, draws_images: None
+) -> None:
+    here = ("--model_path", dense, *SIZE, "--save_dir", tmp_path)
+    out = done("prune", *here, "--num_images", 8)
+    assert re.search(r"8 synthetic ones .* --images DIR, .* --no_repair", out)
+    assert "Repaired with 8 images" in out
+    record = json.loads((tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
+    config = record["pruning_config"]
+    assert (config["synthetic_images"], config["num_images"], config["repaired"]) == (True, 8, True)
+    assert record["reduction"]["parameters_reduction_percent"] == pytest.approx(50, abs=1)
+
+    done("prune", *here, "--num_images", 8, "--plan_only")
+    plan = json.loads((tmp_path / "l1/b0/plan.json").read_text(encoding="utf-8"))
+    assert plan["decided_by"] == "curves"
+    assert all(row["expected_loss"] >= 0 and 0 < row["share_of_macs"] < 1 for row in plan["groups"])
+
+    out = done("prune", *here, "--no_repair", "--plan_only")
+    plan = json.loads((tmp_path / "l1/b0/plan.json").read_text(encoding="utf-8"))
+    assert plan["decided_by"] == "scores"
+    assert "synthetic ones" not in out
+
+
+@pytest.mark.parametrize("flags", [("--repair",), ("--plan_by", "curves")])
+def test_random_weights_are_not_repaired_without_images(flags: tuple[str, ...], tmp_path: Path) -> None:
+    said = refused("prune", "--phi", "b0", *SIZE, *flags, "--save_dir", tmp_path)
+    assert re.match(rf"{flags[0]} has no effect on random weights without images; give --model_path", said)
+
+
 @pytest.mark.parametrize("flags", [(), ("--rate_of", "macs", "--pruning_rate", 0.8)])
 def test_pruning_in_steps_meets_the_rate(flags: tuple[object, ...], dense: Path, tmp_path: Path) -> None:
     done("prune", "--model_path", dense, *SIZE, *flags, "--steps", 3, "--save_dir", tmp_path)
@@ -297,13 +326,13 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--pruning_rate", "0.5,0.6"), r"--pruning_rate is '0\.5,0\.6', which gives two shares"),
     (("--pruning_rate", "params=half"), r"--pruning_rate is 'params=half'; write it as .*params=0\.5,macs=0\.7"),
     (("--pruning_method", "taylor"), r"--pruning_method taylor needs images; give them as --images DIR or --data,"),
-    (("--repair",), r"--repair needs images; give them as --images DIR or --data, labels are not needed\."),
-    (("--num_images", 3), r"--num_images has no effect without --images or --data"),
+    (("--num_images", 3, "--no_repair"), r"--num_images has no effect where nothing is repaired or ranked by images"),
+    (("--plan_by", "curves", "--no_repair"), r"--plan_by curves counts on the repair; leave out --repair False, or"),
     (("--images", "nowhere"), r"nowhere .*"),
     (("--scope", "local", "--sensitivity", "other.json"), r"--sensitivity has no effect with --scope local, which"),
     (("--pruning_rate", "head=0.5", "--scope", "local"), r"--scope has no effect where --pruning_rate gives the share"),
     (("--images", ".", "--no_repair"), r"--images has no effect where nothing is repaired or ranked by images;"),
-    (("--no_repair", "--plan_only"), r"--repair has no effect with --plan_only, which cuts"),
+    (("--repair", "--plan_only"), r"--repair has no effect with --plan_only, which cuts"),
     (("--depth", 1), r"--depth is 1; it must be at least 0 and below 1\."),
     (("--depth", 0.5), r"--depth is 0\.5, a part of the rate of the params, 0\.5; it must be below it\."),
     (("--depth", 0.1, "--rate_of", "latency"), r"--depth needs a rate of params or macs, and no plan"),

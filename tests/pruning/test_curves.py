@@ -294,6 +294,16 @@ def test_a_pruner_with_images_decides_by_curves_and_meets_the_rate(small_model: 
     assert all(row["expected_loss"] >= 0.0 for row in rows)
 
 
+def test_the_widths_of_a_plan_carried_out_keep_the_same_channels(small_model: SegFormer) -> None:
+    images = [torch.randn(3, 3, 64, 64)]
+    options: dict[str, Any] = {"images": images, "input_shape": (64, 64)}
+    plan, groups = Pruner(small_model.float(), 0.5, round_to=4, **options).make_plan()
+    widths = {row["name"]: row["width"] for row in plan_rows(plan, groups, {})}
+    again, _ = Pruner(small_model, plan=widths, **options).make_plan()
+    chosen = [group.name for group in groups if group.kind in ("ffn", "decoder")]
+    assert {name: again.keep[name] for name in chosen} == {name: plan.keep[name] for name in chosen}
+
+
 @pytest.mark.parametrize(
     ("options", "with_images", "decided_by"),
     [

@@ -47,7 +47,9 @@ NOTED = (
 )  # options that say what was removed
 
 
-def pruning_config(options: PruneOptions, steps: StepFlags, images: Sequence[Tensor]) -> dict[str, Any]:
+def pruning_config(
+    options: PruneOptions, steps: StepFlags, images: Sequence[Tensor], *, synthetic: bool
+) -> dict[str, Any]:
     """Returns what was asked; `pruning_rate` is None where something else than one rate said it."""
     budgets = options.budgets
     one = next(iter(budgets.items())) if len(budgets) == 1 else (None, None)
@@ -59,6 +61,7 @@ def pruning_config(options: PruneOptions, steps: StepFlags, images: Sequence[Ten
         "rates": options.shares_by_name,
         "repaired": bool(images) and options.repair is not False,
         "num_images": sum(map(len, images)),
+        "synthetic_images": synthetic,
         "price": options.group_price,
         "normalise": options.normalise,
         "steps": steps.count,

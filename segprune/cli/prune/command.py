@@ -36,6 +36,7 @@ from segprune.cli.prune.flags import (
     StepFlags,
     TuneFlags,
     check_flags,
+    may_draw_images,
     merge_settings,
     needs_images,
 )
@@ -58,6 +59,7 @@ from segprune.pruning.plan import plan_rows, widths_of, write_plan
 from segprune.pruning.prepare import check_head
 from segprune.pruning.prune import make_pruner
 from segprune.pruning.pruner import Pruner
+from segprune.pruning.synthetic import synthetic_images
 from segprune.runs.folder import check_kept, check_not_overwritten, classes_of
 from segprune.spec import standard_spec
 from segprune.timing import measure_latency
@@ -81,7 +83,7 @@ def run(
     Writes SAVE_DIR/METHOD/PHI/PHI_pruned_RATE.pth, which `segprune train`, `segprune eval` and
     `segprune.load` read, and pruning_results.json beside it.
     """
-    check_flags(given, options, images, steps, tune, out)
+    check_flags(given, network, options, images, steps, tune, out)
     if steps.depth:
         check_depth(steps.depth, options)
     device = choose_device(out.cuda)
@@ -115,7 +117,12 @@ def run(
     source, pixels = _open_data(network, tune, opened, options.seed) if tune.data else (None, ())
     check_writable(folder)
     dense = checkpoint.build(opened).to(device)
-    batches = _load_images(options, images, steps, out, source)
+    batches: list[Tensor] = []
+    synthetic = False
+    if needs_images(options, steps, out):
+        batches = _load_images(options, images, source)
+        if not batches and network.model_path and may_draw_images(options, images, tune):
+            batches, synthetic = _draw_images(dense, options, images.num_images), True
     batches = [batch.to(device) for batch in batches]
     table = None
     if "latency" in options.budgets:
@@ -127,7 +134,7 @@ def run(
 
     # Rank, decide, cut and repair: before any scoring, so that what cannot be met is said at once.
     classes = {} if source is None else classes_of(source, opened.spec.num_classes)
-    how = pruning_config(options, steps, batches)
+    how = pruning_config(options, steps, batches, synthetic=synthetic)
     extra = classes | opened.extra | {"pruning": how}
     tuning = None
     if source is not None and tune.epochs:
@@ -244,12 +251,10 @@ def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint, seed:
     return source, labels.pixels
 
 
-def _load_images(
-    options: PruneOptions, images: ImageFlags, steps: StepFlags, out: RunFlags, source: Source | None
-) -> list[Tensor]:
-    """Returns images for the method and the repair: none where nobody needs them, or where the data has none."""
+def _load_images(options: PruneOptions, images: ImageFlags, source: Source | None) -> list[Tensor]:
+    """Returns images for the plan, the method and the repair: none where none were given, or the data has none."""
     origin = images.images or source
-    if not origin or not needs_images(options, steps, out):
+    if not origin:
         return []
     try:
         places = list_images(origin)
@@ -259,6 +264,18 @@ def _load_images(
         show_notes((f"No repair, since there are no images for it: {error}",))
         return []
     return batch_images(load_images(places, images.num_images, options.input_shape))
+
+
+def _draw_images(dense: SegFormer, options: PruneOptions, number: int) -> list[Tensor]:
+    with progress_bar("drawing images") as advance:
+        batches = synthetic_images(dense, options.input_shape, count=number, seed=options.seed, progress=advance)
+    show_notes(
+        (
+            f"No images were given: {number} synthetic ones stand in for them, for the plan and the repair. Real ones "
+            "are better: --images DIR, without labels. --no_repair: neither.",
+        )
+    )
+    return batches
 
 
 def _show_plan(pruner: Pruner, settings: dict[str, Any], path: Path) -> None:

@@ -54,8 +54,8 @@ class ImageFlags:
         str,
         Option(
             "--images",
-            help="Folder of images for the repair and for methods that need some. If not given: the train part of "
-            "--data.",
+            help="Folder of images for the plan, the repair and methods that need some. If not given: the train part "
+            "of --data; without either, synthetic images.",
         ),
     ] = ""
     num_images: Annotated[int, Option("--num_images", min=1, help="How many of them are used.")] = 64
@@ -156,13 +156,24 @@ def merge_settings(*records: Any) -> dict[str, Any]:
 
 
 def needs_images(options: PruneOptions, steps: StepFlags, run: RunFlags) -> bool:
-    """Returns whether images, if there are some, are of use: to the repair, the method or the choice of branches."""
+    """Returns whether images, if there are some, are of use: to plan, repair, method or the choice of branches."""
     will_repair = options.repair is not False and not run.plan_only
-    return will_repair or options.pruning_method in NEED_IMAGES or steps.depth > 0.0
+    return will_repair or options.may_use_curves or options.pruning_method in NEED_IMAGES or steps.depth > 0.0
+
+
+def may_draw_images(options: PruneOptions, images: ImageFlags, tune: TuneFlags) -> bool:
+    """Returns whether synthetic images stand in: where none were given, and the repair is not switched off."""
+    return options.repair is not False and not images.images and not tune.data
 
 
 def check_flags(
-    given: frozenset[str], options: PruneOptions, images: ImageFlags, steps: StepFlags, tune: TuneFlags, run: RunFlags
+    given: frozenset[str],
+    network: NetworkFlags,
+    options: PruneOptions,
+    images: ImageFlags,
+    steps: StepFlags,
+    tune: TuneFlags,
+    run: RunFlags,
 ) -> None:
     """Raises ValueError for flags that contradict those of other records, or would have no effect."""
     some_images = bool(tune.data or images.images)
@@ -171,8 +182,9 @@ def check_flags(
             f"`pruning_method` {options.pruning_method} needs images; give them as `images` DIR or `data`, labels are "
             "not needed."
         )
-    if options.repair and not some_images:
-        raise ValueError("`repair` needs images; give them as `images` DIR or `data`, labels are not needed.")
+    if (options.repair or options.plan_by == "curves") and not (some_images or network.model_path):
+        name = "repair" if options.repair else "plan_by"
+        raise ValueError(f"`{name}` has no effect on random weights without images; give `model_path`.")
     if tune.epochs and not tune.data:
         raise ValueError("`epochs` was given without `data`; say what to fine-tune on.")
     if run.plan_only and options.plan is not None:
@@ -190,7 +202,7 @@ def check_flags(
     refuse_without_effect(
         given,
         ("epochs", run.plan_only, "with `plan_only`, which cuts nothing"),
-        ("repair", run.plan_only, "with `plan_only`, which cuts nothing"),
+        ("repair", run.plan_only and options.repair is True, "with `plan_only`, which cuts nothing"),
         ("lr", not tune.epochs, "without `epochs`"),
         ("amp", not (tune.epochs or run.cuda), "on a CPU without `epochs`"),
         ("no_distill", not tune.epochs, "without `epochs`"),
@@ -201,7 +213,7 @@ def check_flags(
         ("skip_bad", not tune.data, "without `data`"),
         ("batch_size", not tune.data, "without `data`"),
         ("num_workers", not tune.data, "without `data`"),
-        ("num_images", not some_images, "without `images` or `data`"),
+        ("num_images", not (some_images or network.model_path), "on random weights, without `images` or `data`"),
         ("images", unused, "where nothing is repaired or ranked by images"),
         ("num_images", unused, "where nothing is repaired or ranked by images"),
     )

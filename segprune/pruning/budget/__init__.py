@@ -7,10 +7,18 @@ by_curves          what each group loses after the repair, from a few images
 by_latency         the same as one of these two, with the clock as the budget
 """
 
-from segprune.pruning.budget.curves import by_curves, solve_by_curves
+from segprune.pruning.budget.curves import by_curves, by_widths_and_curves, solve_by_curves
 from segprune.pruning.budget.latency.decider import by_latency
 from segprune.pruning.budget.rate import by_rate
 from segprune.pruning.budget.uniform import by_uniform_stages
 from segprune.pruning.budget.widths import by_widths
 
-__all__ = ["by_curves", "by_latency", "by_rate", "by_uniform_stages", "by_widths", "solve_by_curves"]
+__all__ = [
+    "by_curves",
+    "by_latency",
+    "by_rate",
+    "by_uniform_stages",
+    "by_widths",
+    "by_widths_and_curves",
+    "solve_by_curves",
+]

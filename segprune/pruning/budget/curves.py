@@ -23,11 +23,13 @@ from segprune.pruning.budget.rate import (
     limit_of,
     with_shares,
 )
+from segprune.pruning.budget.widths import by_widths
 from segprune.pruning.curves import Curve, allocate, measure_curves, time_costs
+from segprune.pruning.groups import Group
 from segprune.pruning.images import checked_images
 from segprune.pruning.importance import Scores
 from segprune.pruning.options import PruneOptions
-from segprune.pruning.plan import Plan, Widths, keep_best
+from segprune.pruning.plan import Plan, Widths, check_widths, keep_best, read_plan
 from segprune.pruning.prepare import Prepared
 from segprune.timing import Progress
 
@@ -62,16 +64,10 @@ def solve_by_curves(
 
     `scores` choose channels where the repair chooses anew anyway. The solver raises ValueError as `rate.solve` does.
     """
-    model, groups = prepared.model, prepared.groups
-    assert isinstance(model, SegFormer)
+    groups = prepared.groups
     allowed = allowed_widths(groups, options)
-    batches = checked_images(model, images)
-    measured = measure_curves(model, groups, batches, allowed, seed=options.seed, progress=progress)
-    ranks = dict(scores) | {
-        group.name: np.argsort(np.array(curve.order)).astype(np.float64)
-        for group, curve in zip(groups, measured, strict=True)
-        if curve.order is not None
-    }
+    measured = _measure(prepared, images, allowed, options, progress)
+    ranks = _with_orders(scores, groups, measured)
     time = time_costs(prepared.rows, groups)
 
     def solve(limits: Sequence[Limit]) -> Plan:
@@ -88,6 +84,44 @@ def solve_by_curves(
         return replace(keep_best(groups, ranks, widths), decided_by="curves", losses=losses)
 
     return solve
+
+
+def by_widths_and_curves(
+    prepared: Prepared,
+    scores: Mapping[str, Scores],
+    images: Sequence[Tensor],
+    options: PruneOptions,
+    progress: Progress | None = None,
+) -> Plan:
+    """Carries out given widths, but keeps the channels that curves would keep at them."""
+    assert options.plan is not None
+    given = read_plan(options.plan) if isinstance(options.plan, str) else options.plan
+    widths = check_widths(given, prepared.groups)
+    pairs = [sorted({int(w), g.slots}) for g, w in zip(prepared.groups, widths, strict=True)]
+    measured = _measure(prepared, images, pairs, options, progress)
+    return by_widths(prepared, _with_orders(scores, prepared.groups, measured), options)
+
+
+def _measure(
+    prepared: Prepared,
+    images: Sequence[Tensor],
+    widths: Sequence[Sequence[int]],
+    options: PruneOptions,
+    progress: Progress | None,
+) -> list[Curve]:
+    model = prepared.model
+    assert isinstance(model, SegFormer)
+    batches = checked_images(model, images)
+    return measure_curves(model, prepared.groups, batches, widths, seed=options.seed, progress=progress)
+
+
+def _with_orders(scores: Mapping[str, Scores], groups: Sequence[Group], curves: Sequence[Curve]) -> dict[str, Scores]:
+    """Returns the scores, replaced by the rank of each channel where it was found what is needed least."""
+    ranks = dict(scores)
+    for group, curve in zip(groups, curves, strict=True):
+        if curve.order is not None:
+            ranks[group.name] = np.argsort(np.array(curve.order)).astype(np.float64)
+    return ranks
 
 
 def _trade_loss_for_time(
