@@ -53,6 +53,8 @@ def test_what_the_gpu_is_said_to_have_is_what_its_generation_has() -> None:
     assert choose_amp(CUDA) == ("bf16" if modern else "fp16")
 
 
+# PyTorch 2.11's inductor uses what PyTorch 2.11 itself calls deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("compiled", [(), ("--compile",)], ids=["eager", "compiled"])
 def test_training_takes_tf32_in_its_steps_alone(
     monkeypatch: pytest.MonkeyPatch, data: Path, small: Path, tmp_path: Path, compiled: tuple[str, ...]
