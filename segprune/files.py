@@ -173,6 +173,14 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
     )
 
 
+def is_same_path(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Returns whether two paths lead to the same place, links followed; neither has to exist.
+
+    Unlike `Path.resolve`, `os.path.realpath` does not stumble over a link to itself.
+    """
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def require_file(path: str | os.PathLike[str]) -> Path:
     """Returns the path of a file that can be read; raises FileNotFoundError, ValueError or OSError for any other."""
     path = Path(path)

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from segprune.files import atomic_files, atomic_path, check_writable, load_record, read_file, save_record, write_json
+from segprune.files import (
+    atomic_files,
+    atomic_path,
+    check_writable,
+    is_same_path,
+    load_record,
+    read_file,
+    save_record,
+    write_json,
+)
 
 
 @contextmanager
@@ -283,3 +292,12 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pth").chmod(0)
     with pytest.raises(OSError, match=r"could not be opened \(Permission denied\); see to it that you may read it"):
         read_file(tmp_path / "a.pth")
+
+
+def test_paths_are_the_same_where_links_lead_to_one_place_and_a_link_to_itself_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "loop").symlink_to("loop")
+    assert is_same_path(tmp_path / "link", tmp_path / "a")
+    assert is_same_path(tmp_path / "b", f"{tmp_path}/c/../b")
+    assert not is_same_path(tmp_path / "loop", tmp_path / "a")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -12,6 +11,7 @@ from segprune import checkpoint
 from segprune.checkpoint import FORMATS
 from segprune.cli.console import console, show_notes
 from segprune.cli.flags import Dialect, ModelFile, refuse_without_effect
+from segprune.files import is_same_path
 from segprune.stats import count
 
 
@@ -36,7 +36,7 @@ def run(flags: ConvertFlags, given: frozenset[str]) -> None:
     if flags.to not in FORMATS:
         raise ValueError(f"Unknown format {flags.to!r}; --to knows {', '.join(FORMATS)}.")
     refuse_without_effect(given, ("input_shape", flags.to != "hf", f"with --to {flags.to}, which keeps no size"))
-    if Path(flags.target).resolve() == Path(flags.model_path).resolve():
+    if is_same_path(flags.target, flags.model_path):
         raise ValueError(f"{flags.target} is the checkpoint itself; give another place to write to.")
 
     opened = checkpoint.read(flags.model_path, dialect=flags.dialect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from segprune.data import load_image
 from segprune.data.listing import list_files
 from segprune.data.pixels import IMAGE_EXTENSIONS
 from segprune.data.transforms import Bytes
+from segprune.files import is_same_path
 from segprune.inference.label_maps import EvalMode, Prepared, prepare
 
 Kind = Literal["image", "folder", "video", "camera"]
@@ -64,7 +66,7 @@ def find_images(source: str, save_dir: str) -> tuple[list[ImageFile], int]:
     root, out = Path(source), Path(save_dir)
     if root.is_file():
         return [ImageFile(root, root.name, f"{root.stem}.png")], 0
-    if out.resolve() == root.resolve():
+    if is_same_path(out, root):
         raise ValueError(f"`save_dir` {out} is the folder of the images itself; give another one.")
 
     paths = [Path(path) for path in list_files(root, skip=out)]
@@ -90,12 +92,12 @@ def _name_targets(root: Path, paths: Sequence[Path]) -> list[ImageFile]:
 
 def check_sources_kept(sources: Sequence[Path], save_dir: Path, kinds: Sequence[str], targets: Sequence[str]) -> None:
     """Raises ValueError if a file that is read is one that will be written, SAVE_DIR/KIND/TARGET."""
-    written: set[Path] = set()
+    written: set[str] = set()
     for kind in kinds:
-        written.update((save_dir / kind / target).resolve() for target in targets)
+        written.update(os.path.realpath(save_dir / kind / target) for target in targets)
 
     for source in sources:
-        if source.resolve() in written:
+        if os.path.realpath(source) in written:
             raise ValueError(f"{source} would be overwritten; give another `save_dir`.")
 
 

@@ -25,7 +25,7 @@ import torch
 
 from segprune.checkpoint import load, save
 from segprune.data import Sample, Source
-from segprune.files import atomic_path, save_record, write_csv, write_json
+from segprune.files import atomic_path, is_same_path, save_record, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, Score
 from segprune.inference.label_maps import Network, label_maps, prepare
 from segprune.model import SegFormer
@@ -200,7 +200,7 @@ def check_not_overwritten(folder: Path, *inputs: str) -> None:
 def check_kept(written: Path, *inputs: str, save_dir: Path) -> None:
     """The same for one file that will be written below `save_dir`."""
     for name in inputs:
-        if name and Path(name).resolve() == written.resolve():
+        if name and is_same_path(name, written):
             raise ValueError(f"{name} would be overwritten by this run; give another `save_dir` than {save_dir}.")
 
 
