@@ -1,8 +1,8 @@
 """Plots as PNG files: bars per class, the confusion matrix, a grid of numbers, the curves of a training run.
 
-Drawn by matplotlib's Agg on figures of their own: no window, no global state. Shares in [0, 1] are shown as they are.
-A file is written whole or not at all. Class names in scripts that matplotlib's own font lacks take a font of the
-system that has them; where there is none, the class's number stands for its name.
+They are drawn by matplotlib's Agg on figures of their own: no window, no global state. Shares are in [0, 1]. A file is
+written whole or not at all. Class names in scripts that matplotlib's own font lacks take a font of the system that has
+them; if there is none, the class's number replaces its name.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CJK_FONTS = (  # beginnings of file names tried first; then whatever has the cha
 BLUE, ORANGE, GREY = "#2a6fb0", "#d9822b", "#9a9a9a"
 LONGEST_NAME = 24  # characters
 LONGEST_PATH = 70
-FEW_CLASSES = 24  # up to so many, the matrix has its numbers written in
+FEW_CLASSES = 24  # up to this many, the matrix shows its numbers
 DPI = 120
 
 
 def bars(values: Sequence[float | None], names: Sequence[str], title: str, path: Path) -> None:
-    """One horizontal bar per class, the first on top; a class without a value is `absent`. Shares in [0, 1]."""
+    """Draws one horizontal bar per class, the first on top; a class without a value is called absent."""
     number = len(values)
     figure = Figure(figsize=(7.5, 1.1 + 0.27 * number))
     axes = figure.subplots()
@@ -45,6 +45,7 @@ def bars(values: Sequence[float | None], names: Sequence[str], title: str, path:
     for k, value in enumerate(values):
         text = "absent" if value is None else f"{value:.3f}"
         axes.text((value or 0.0) + 0.01, k, text, va="center", fontsize=8, color=GREY if value is None else "black")
+
     axes.set_title(title)
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -53,13 +54,14 @@ def bars(values: Sequence[float | None], names: Sequence[str], title: str, path:
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
     labels, font = _labels(names, number)
     axes.set_yticks(range(number), labels, fontproperties=font)
     _save(figure, path)
 
 
 def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
-    """K×K pixel counts, rows labels, as shares of each row; a class without a label has an empty row."""
+    """Draws K×K pixel counts, rows labels, as shares of each row; a class without a label has an empty row."""
     number = len(matrix)
     shares = [[count / (sum(row) or 1) for count in row] for row in matrix]
     cell = 0.5 if number <= FEW_CLASSES else max(0.13, 12 / number)  # inches
@@ -67,12 +69,14 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path)
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+
     if number <= FEW_CLASSES:
         for i, row in enumerate(shares):
             for j, share in enumerate(row):
                 if share >= 0.005:
                     colour = "white" if share > 0.55 else "black"
                     axes.text(j, i, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
+
     axes.set_title("Share of each class's labelled pixels")
     axes.set_xlabel("predicted")
     axes.set_ylabel("labelled")
@@ -84,16 +88,18 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path)
 
 
 def grid(rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str, path: Path) -> None:
-    """Numbers by row and column, the larger the darker; rows in the order given, the first on top."""
+    """Draws numbers by row and column, the larger the darker; rows in the order given, the first on top."""
     values = list(rows.values())
     figure = Figure(figsize=(2.6 + 0.9 * len(columns), 1.3 + 0.3 * len(values)))
     axes = figure.subplots()
     highest = max(max(row) for row in values)
     axes.imshow(values, cmap="Oranges", vmin=min(0.0, min(min(row) for row in values)), vmax=highest, aspect="auto")
+
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             colour = "white" if value > 0.6 * highest else "black"
             axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color=colour)
+
     axes.set_title(title, fontsize=10)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(values)), list(rows), fontsize=9)
@@ -101,11 +107,13 @@ def grid(rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str
 
 
 def curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """epoch_loss.png and, where any epoch was scored, epoch_miou.png; returns what was written.
+    """Draws epoch_loss.png and, if any epoch was scored, epoch_miou.png; returns what was written.
 
     Rows have `epoch` and `loss`, some of them `miou`, and all or none of them `lr`, drawn below the loss.
     """
     epochs = [row["epoch"] for row in history]
+
+    # The loss, with the learning rate below it.
     with_lr = all("lr" in row for row in history)
     figure = Figure(figsize=(7.5, 5.6 if with_lr else 4.2))
     panels = figure.subplots(1 + with_lr, sharex=True, squeeze=False, height_ratios=(3, 1)[: 1 + with_lr])[:, 0]
@@ -115,6 +123,8 @@ def curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     panels[-1].set_xlabel("epoch")
     written = [folder / "epoch_loss.png"]
     _save(figure, written[0])
+
+    # The score, with a ring around the best epoch.
     scored = [row for row in history if "miou" in row]
     if scored:
         figure = Figure(figsize=(7.5, 4.2))
@@ -130,13 +140,14 @@ def curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
 
 def trade_off(points: Mapping[str, Sequence[tuple[float, float]]], y_name: str, path: Path) -> None:
-    """What each file takes, in ms and left of what is slower, against what it gives; a colour for each file."""
+    """Draws what each file takes, in ms, against what it gives; a colour for each file."""
     figure = Figure(figsize=(7.5, 4.8))
     axes = figure.subplots()
     for name, own in points.items():
         label = (name if len(name) <= LONGEST_PATH else "…" + name[1 - LONGEST_PATH :]).replace("$", r"\$")
         x, y = [point[0] for point in own], [point[1] for point in own]
         axes.plot(x, y, "o", markersize=7, alpha=0.8, label=" " + label)  # a leading _ would hide it
+
     axes.set_xscale("log")
     axes.set_xlabel("latency of a pass, median (ms)")
     axes.set_ylabel(y_name)
@@ -162,8 +173,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _labels(names: Sequence[str], number: int) -> tuple[list[str], FontProperties]:
-    """What stands beside each class, and the font to write it in."""
-    known = [" ".join(names[k].split()) if k < len(names) else "" for k in range(number)]
+    """Returns the text beside each class, and the font to write it in."""
+    known = [" ".join(name.split()) for name in names[:number]]
+    known += [""] * (number - len(known))
     short = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in known]
     font, characters = _font_for(frozenset("".join(short)))
     labels = [name if name and characters.issuperset(name) else str(k) for k, name in enumerate(short)]
@@ -173,7 +185,7 @@ def _labels(names: Sequence[str], number: int) -> tuple[list[str], FontPropertie
 
 @cache
 def _font_for(characters: frozenset[str]) -> tuple[str, frozenset[str]]:
-    """The file of a font and which of the characters it has: all, or where no font has, those of matplotlib's own."""
+    """Returns a font's file and which of the characters it has; matplotlib's own font if none has all of them."""
     own = findfont(FontProperties(family="DejaVu Sans"))
     if characters == (had := _had(own, characters)):
         return own, had
@@ -192,7 +204,7 @@ def _had(path: str, characters: frozenset[str]) -> frozenset[str]:
 
 
 def _rank(path: str) -> tuple[int, bool, str]:
-    """Those known to be good first, then upright ones of normal weight."""
+    """Sorts fonts known to be good first, then upright ones of normal weight."""
     name = Path(path).name.lower()
     known = [i for i, part in enumerate(CJK_FONTS) if name.startswith(part)]
     return min(known, default=len(CJK_FONTS)), "regular" not in name, name

@@ -1,4 +1,4 @@
-"""What the commands share: flags from a config, errors in one sentence, the device, tables and progress bars."""
+"""What the commands share: errors in one sentence, the device, tables, progress bars, and data opened with both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -29,13 +29,14 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large blocks for the next use instead of handing them back, to be paid for in page faults again.
+    """Lets glibc keep large blocks for the next use instead of handing them back, which costs page faults again.
 
     A forward pass on the CPU allocates and frees dozens of blocks above glibc's limit of 32 MB; see mallopt(3). Other
     C libraries are left as they are, and so are settings in the environment.
     """
     if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
         return
+
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
@@ -47,9 +48,8 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 # The library's arguments whose flags have other names, or are flags of another command than the one that ran.
 ARGUMENTS = {"variant": "--phi", "dialect": "--dialect", "num_classes": "--num_classes", "uniform": "--uniform"}
-_flags: ContextVar[Mapping[str, str]] = ContextVar(
-    "flags", default=MappingProxyType(ARGUMENTS)
-)  # of the running command
+# The flags of the command that runs, by the arguments that they stand for.
+_flags: ContextVar[Mapping[str, str]] = ContextVar("flags", default=MappingProxyType(ARGUMENTS))
 
 
 @contextmanager
@@ -62,20 +62,28 @@ def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     token = _flags.set(flags)
     try:
         yield
+
     except torch.OutOfMemoryError:
         _fail(
             "The GPU is out of memory; use a smaller --input_shape or --batch_size, a smaller variant (--phi), "
             "or leave out --cuda to run on the CPU."
         )
+
     except OSError as error:
-        system = error.strerror and error.filename  # not raised by us, who name the remedy
-        remedy = "give another place, or see to it that it exists, is yours and has free space"
-        _fail(f"{error.filename}: {error.strerror}; {remedy}." if system else with_flags(str(error), flags))
+        # Errors of the system name the file but no remedy; ours name both.
+        if error.strerror and error.filename:
+            remedy = "give another place, or check that it exists, is yours and has free space"
+            _fail(f"{error.filename}: {error.strerror}; {remedy}.")
+        _fail(with_flags(str(error), flags))
+
     except (ValueError, ImportError) as error:
         _fail(with_flags(str(error), flags))
+
     except KeyboardInterrupt as interrupt:
-        errors.print(with_flags(str(interrupt), flags) or "Interrupted; no file was left half-written.", markup=False)
+        message = with_flags(str(interrupt), flags)
+        errors.print(message or "Interrupted; no file was left half-written.", markup=False)
         sys.exit(130)
+
     finally:
         _flags.reset(token)
 
@@ -89,13 +97,13 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
     return re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), message)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     errors.print(f"Error: {message}", markup=False)
     sys.exit(1)
 
 
 def choose_device(cuda: bool) -> torch.device:
-    """The GPU if asked for; ValueError where there is none."""
+    """Returns the GPU with `cuda`, else the CPU. ValueError if PyTorch sees no GPU."""
     if cuda and not torch.cuda.is_available():
         raise ValueError(
             "--cuda was given but PyTorch sees no GPU here; leave out --cuda to run on the CPU, "
@@ -138,20 +146,24 @@ def _cell(value: Any) -> str:
 
 
 def show_table(title: str, header: list[str], rows: list[list[str]], spare: Sequence[str] = ()) -> tuple[str, ...]:
-    """On a terminal that is too narrow, `spare` columns are left out, the first ones first; these are returned.
+    """Prints a table; on a terminal that is too narrow, without the first few of the `spare` columns.
 
-    A log has no width, so there all stay.
+    Returns the columns that were left out. A log has no width, so nothing is left out there.
     """
     console.print(f"\n{title}", style="bold", soft_wrap=True)
+
+    # Leave out one more column until the table fits.
     left_out: list[str] = []
     for name in (None, *spare):
-        left_out += [] if name is None else [name]
+        if name is not None:
+            left_out.append(name)
         table = _table(header, rows, left_out)
-        needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-        if needed <= console.width or not console.is_terminal:
+        width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        if width <= console.width or not console.is_terminal:
             break
+
     usual = console.width
-    console.width = usual if console.is_terminal else max(usual, needed)
+    console.width = usual if console.is_terminal else max(usual, width)
     console.print(table)
     console.width = usual
     return tuple(left_out)
@@ -162,7 +174,7 @@ def _table(header: list[str], rows: list[list[str]], left_out: list[str]) -> Tab
     shown = [i for i, name in enumerate(header) if name not in left_out]
     for i in shown:
         if i == 0:
-            table.add_column(header[i], overflow="fold")  # a long name goes on in the next line before numbers suffer
+            table.add_column(header[i], overflow="fold")  # a long name is folded before numbers are cut
         else:
             table.add_column(header[i], justify="right", no_wrap=True)
     for row in rows:
@@ -176,7 +188,7 @@ def show_notes(notes: tuple[str, ...]) -> None:
 
 
 def new_progress(*, transient: bool) -> Progress:
-    """A bar with counts, times and a text, which `add_task(…, text="")` needs; silent where there is no terminal."""
+    """Returns a bar with counts, times and a text, which `add_task(…, text="")` needs; silent without a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -203,7 +215,7 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
-    """The exporters' logs: that torchvision is missing, which nothing here needs, and how quantising goes on."""
+    """Silences the exporters' logs: that torchvision is missing, which is not needed, and how far quantising is."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -224,17 +236,18 @@ def open_data(
     trained: bool = True,
     classes: Callable[[tuple[str, ...]], None] | None = None,
 ) -> tuple[Source, LabelReport]:
-    """A data set whose labels were checked, with bars and the check's notes printed.
+    """Opens a data set and checks its labels, with bars, and prints the check's notes.
 
-    With `skip_bad` every picture of the splits is read once, and those that cannot be are left out, counted and named.
-    `trained` says that the number of classes is that of a network which is there already. `classes` may refuse the
-    classes' names before anything that takes long.
+    With `skip_bad` every image of the splits is read once, and those that cannot be read are left out, counted and
+    named. `trained` says that the number of classes is that of a network which exists already. `classes` may refuse
+    the classes' names before anything that takes long.
     """
     source = (choices or DataChoices()).apply(open_source(data, layout))
     if "train" not in splits:
         source = score_whole_pool(source)
     if classes is not None:
         classes(source.class_names)
+
     if skip_bad:
         for split in splits:
             with progress_bar(f"reading {split}") as advance:
@@ -242,25 +255,27 @@ def open_data(
             source = source.with_split(split, good)
             if bad:
                 show_notes((f"--skip_bad left out {len(bad)} of {len(good) + len(bad)} in {split}: {bad[0]}",))
+
     with progress_bar("checking labels") as advance:
         report = check_labels(source, num_classes, splits, progress=advance, trained=trained)
-    found = ", ".join(f"{number} in {split}" for split, number in report.num_images.items())
-    console.print(f"Labels checked ({source.layout}): {found}; {report.ignored} ignored pixels.")
+    numbers = ", ".join(f"{number} in {split}" for split, number in report.num_images.items())
+    console.print(f"Labels checked ({source.layout}): {numbers}; {report.ignored} ignored pixels.")
     show_notes(report.notes)
     return source, report
 
 
 def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:
-    """Per class and the means; classes are numbered, and named as far as the names go."""
+    """Prints a score per class and its means; classes are numbered, and named as far as there are names."""
     columns = {"IoU": score.iou, "recall": score.recall, "precision": score.precision}
     means = {"mIoU": score.miou, "mPA": score.mean_accuracy, "pixel accuracy": score.pixel_accuracy}
     if score.boundary_iou is not None and score.boundary_miou is not None:
         columns["boundary IoU"] = score.boundary_iou
         means["boundary mIoU"] = score.boundary_miou
-    rows = [
-        [f"{k} {names[k] if k < len(names) else ''}".strip(), *("–" if v is None else f"{v:.4f}" for v in values)]
-        for k, values in enumerate(zip(*columns.values(), strict=True))
-    ]
+
+    rows = []
+    for k, values in enumerate(zip(*columns.values(), strict=True)):
+        name = f"{k} {names[k]}".strip() if k < len(names) else str(k)
+        rows.append([name, *("–" if value is None else f"{value:.4f}" for value in values)])
     show_table(f"{title} ({score.num_images} images)", ["class", *columns], rows)
     console.print(", ".join(f"{name} {value:.4f}" for name, value in means.items()), soft_wrap=True)
 

@@ -1,8 +1,8 @@
-"""A network scored on a data set: every picture counted once, in its own pixels, whatever the network's input size.
+"""A network scored on a data set: every image counted once, in its own pixels, whatever the network's input size.
 
-Pictures are read and resized by worker processes a batch ahead, classes are chosen and counted on the device, and
-only counts are kept, so the memory does not depend on how many pictures there are. How a picture is put through the
-network is `EvalMode`'s; what the numbers mean stands in `metrics`.
+Worker processes read and resize images a batch ahead; classes are chosen and counted on the device. Only counts are
+kept, so the memory does not depend on the number of images. `EvalMode` says how an image is put through the network,
+and `metrics` what the numbers mean.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def evaluate(
     num_workers: int = 0,
     progress: Progress | None = None,
 ) -> Score:
-    """Score of `predict`, a network or any function from pixels to logits, on the samples.
+    """Returns the score of `predict`, a network or any function from pixels to logits, on the samples.
 
-    A network is scored in eval mode and comes back in the mode it was in. `progress` is called with (pictures done,
-    pictures in all). ValueError where no pixel has a label.
+    A network is scored in eval mode and comes back in the mode it was in. `progress` is called with (images done,
+    images in all). ValueError if no pixel has a label.
     """
     total = Tally(num_classes, boundary=how.boundary, device=device).counts
     done = 0
+
     for seen, counts in tallies(
         predict, samples, num_classes, how, device=device, batch_size=batch_size, num_workers=num_workers
     ):
@@ -49,6 +50,7 @@ def evaluate(
         done += seen
         if progress is not None:
             progress(done, len(samples))
+
     return score(total, num_classes, done)
 
 
@@ -62,7 +64,7 @@ def tallies(
     batch_size: int,
     num_workers: int,
 ) -> Iterator[tuple[int, Tensor]]:
-    """For each batch the number of pictures and a `Tally`'s counts, to be added up and given to `score`.
+    """Yields each batch's number of images and a `Tally`'s counts, to be added up and given to `score`.
 
     Nothing is drawn from torch's global generator.
     """
@@ -75,21 +77,21 @@ def tallies(
     )
     network = Network(predict, num_classes, device, batch_size)
     with _in_eval_mode(predict):
-        for pictures, labels in batches:
+        for images, labels in batches:
             tally = Tally(num_classes, boundary=how.boundary, device=device)
             with torch.inference_mode():
-                for predicted, truth in zip(label_maps(network, pictures, how), labels, strict=True):
+                for predicted, truth in zip(label_maps(network, images, how), labels, strict=True):
                     tally.update(predicted, truth.to(device))
-            yield len(pictures), tally.counts
+            yield len(images), tally.counts
 
 
 def _load_batch(samples: Sequence[Sample], how: EvalMode) -> tuple[list[Prepared], list[Tensor]]:
-    pictures, labels = [], []
+    images, labels = [], []
     for sample in samples:
         image, mask = sample.load()
-        pictures.append(prepare(image, how))
+        images.append(prepare(image, how))
         labels.append(torch.tensor(mask))
-    return pictures, labels
+    return images, labels
 
 
 @contextmanager

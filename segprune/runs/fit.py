@@ -34,6 +34,10 @@ class Resumable:
     epochs: list[dict[str, Any]]
 
 
+class RunStopped(OSError):
+    """A file of a run could not be written; the run can be resumed from its folder."""
+
+
 def fit(
     model: SegFormer,
     options: TrainOptions,
@@ -108,13 +112,15 @@ def _left_resumable(journal: Journal, saving: Saving, accelerator: Accelerator) 
         if saving.resumable and accelerator.is_main_process:
             journal.save_state(interrupted.state)
         raise
+
     except TrainingDiverged as diverged:
         raise ValueError(f"{str(diverged).removesuffix('.')}; {journal.last_good()}.") from diverged
+
     except OSError as error:
         if not saving.resumable or not journal.has_state:
             raise
         said = str(error).removesuffix(".")
-        raise OSError(f"{said}; then `resume` continues the run, and {journal.last_good()}.") from error
+        raise RunStopped(f"{said}; {journal.last_good()}, and the run can be resumed.") from error
 
 
 def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:

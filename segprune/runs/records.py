@@ -32,7 +32,7 @@ def network_size(counts: Counts) -> dict[str, Any]:
 
 
 def network_record(counts: Counts, latency: Latency | None = None, score: Score | None = None) -> dict[str, Any]:
-    """Size, and what was measured of time and quality."""
+    """Returns the size, and what was measured of time and quality."""
     record = network_size(counts)
     if latency is not None:
         record["latency_ms"] = latency.median_ms
@@ -43,8 +43,9 @@ def network_record(counts: Counts, latency: Latency | None = None, score: Score 
 
 
 def benchmark_record(row: Row, peak_memory: int | None, miou: float | None) -> dict[str, Any]:
-    """A row of a benchmark, flat; None where something is not known or was not measured."""
+    """Returns a row of a benchmark, flat; None for what is not known or was not measured."""
     case = row.case
+
     return {
         "file": case.path,
         "runtime": row.runtime,
@@ -63,20 +64,23 @@ def benchmark_record(row: Row, peak_memory: int | None, miou: float | None) -> d
 
 
 def score_record(score: Score) -> dict[str, Any]:
-    """All of a score but the confusion matrix, which has a file of its own; what was not measured is not in it."""
+    """Returns all of a score but the confusion matrix, which has a file of its own, and what was not measured."""
     values = {name: value for name, value in vars(score).items() if name != "confusion" and value is not None}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def score_from_record(record: Mapping[str, Any]) -> Score:
-    """What `score_record` wrote, whatever else the record holds; without the confusion matrix."""
-    found = [(field.name, record[field.name]) for field in fields(Score) if field.name in record]
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found}
+    """Returns the score in a record, whatever else that holds; without the confusion matrix."""
+    values: dict[str, Any] = {}
+    for field in fields(Score):
+        if field.name in record:
+            value = record[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
     return Score(**values)
 
 
 def reduction_record(original: Counts, folded: Counts, pruned: Counts) -> dict[str, float]:
-    """What was saved, as percentages of the original; what folding saved of it stands apart."""
+    """Returns what was saved, in per cent of the original, and how much of it folding saved."""
 
     def percent(before: int, after: int, whole: int) -> float:
         return round(100.0 * (before - after) / whole, 4)

@@ -6,9 +6,9 @@ Three losses, each a mean over the images of the batch, so that equal shards of 
 - per channel, the divergence of the softened distributions over the positions (arXiv 2011.13256);
 - per stage, one minus the correlation of the two feature vectors at each position.
 
-No labels are needed: pixels that labels ignore, padding too, are learnt from the teacher like any other. Logits are
-B K h w at whatever resolution both networks give them, a quarter of the image's for the decode head as it is; the
-pixel loss hardly depends on it. All is computed in float32, under autocast too, and no gradient reaches the teacher.
+No labels are needed: pixels that the labels ignore, padding too, are learnt from the teacher like any other. Logits
+are B K h w at the resolution that both networks give them, for this decode head a quarter of the image's; the pixel
+loss hardly depends on it. All is computed in float32, under autocast too, and no gradient reaches the teacher.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 
 def pixel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher, student) over the classes, mean over all pixels, times temperature² so that gradients keep size."""
+    """Returns KL(teacher, student) over the classes, mean over all pixels, times temperature²: gradients keep size."""
     pixels = student.numel() // student.shape[1]
     return _divergence(student, teacher, temperature, dim=1) / pixels
 
 
 def channel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher, student) over the positions of each class's map, mean over classes, times temperature²."""
+    """Returns KL(teacher, student) over the positions of each class's map, mean over classes, times temperature²."""
     maps = student.shape[0] * student.shape[1]
     return _divergence(student.flatten(2), teacher.flatten(2), temperature, dim=2) / maps
 
@@ -40,11 +40,11 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, dim: int) 
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Maps B C h w of equal shape: mean over positions of 1 − r, r being the correlation over the channels.
+    """Returns the mean over positions of 1 − r, r being the correlation over the channels of two maps B C h w.
 
-    That is half the squared distance of the vectors normalised without gain and bias, as arXiv 2205.14141 does for
-    the teacher's, so that one weight suits teachers and stages of any magnitude; and correlation as the measure is
-    that of arXiv 2207.02039. Ranges from 0 to 2.
+    It ranges from 0 to 2 and is half the squared distance of the vectors normalised without gain and bias, as arXiv
+    2205.14141 does for the teacher's: so one weight suits teachers and stages of any magnitude. Correlation as the
+    measure is that of arXiv 2207.02039.
     """
     one, other = (x.float().movedim(1, -1) for x in (student, teacher))  # B h w C
     one, other = (F.layer_norm(x, x.shape[-1:], eps=1e-8) for x in (one, other))
@@ -52,9 +52,9 @@ def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Projections(nn.Module):
-    """Learned 1×1 convolutions from the student's stage widths to the teacher's; thrown away after training.
+    """Learned 1×1 convolutions from the student's stage widths to the teacher's; not kept after training.
 
-    Where the widths agree they start as the identity, else with orthogonal columns or rows.
+    They start as the identity if the widths agree, else with orthogonal columns or rows.
     """
 
     def __init__(self, student_widths: Sequence[int], teacher_widths: Sequence[int]) -> None:
@@ -66,7 +66,7 @@ class Projections(nn.Module):
         self.stages = nn.ModuleList(_projection(ours, theirs) for ours, theirs in pairs)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The student's maps, B C_s h w each, in the teacher's widths."""
+        """Returns the student's maps, B C_s h w each, in the teacher's widths."""
         return [convolution(x) for convolution, x in zip(self.stages, maps, strict=True)]
 
 
@@ -81,11 +81,11 @@ def _projection(student_width: int, teacher_width: int) -> nn.Conv2d:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Weights and temperatures of the three losses; a weight of 0 switches its loss off, and it is not computed.
+    """Weights and temperatures of the three losses; a loss of weight 0 is not computed.
 
-    Defaults: temperature 4 of the channels is arXiv 2011.13256's; its weight 3 held short fine-tuning back and 0.3
-    helped most (docs/log.md). Pixels at temperature 1 and weight 1 stand beside a cross-entropy of weight 1 as one more
-    label of each pixel.
+    Defaults: the channels' temperature 4 is arXiv 2011.13256's; its weight 3 held short fine-tuning back and 0.3
+    helped most (docs/log.md). Pixels at temperature 1 and weight 1 act as one more label of each pixel beside a
+    cross-entropy of weight 1.
     """
 
     pixel: float = 1.0
@@ -113,12 +113,13 @@ class Distillation:
         teacher_logits: Tensor,
         teacher_maps: Sequence[Tensor] | None,
     ) -> Tensor:
-        """Scalar float32. Logits B K h w; maps of the stages, the student's projected to the teacher's widths.
+        """Returns a scalar float32 from logits B K h w and the stages' maps, the student's in the teacher's widths.
 
-        Maps may be None where the feature weight is 0. ValueError for logits or maps of different shapes.
+        Maps may be None if the feature weight is 0. ValueError for logits or maps of different shapes.
         """
         _check_alike("logits", student_logits, teacher_logits)
         loss = student_logits.new_zeros((), dtype=torch.float32)
+
         with torch.autocast(student_logits.device.type, enabled=False):
             teacher = teacher_logits.detach()
             if self.pixel:

@@ -27,9 +27,11 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Once after every step of the optimiser."""
+        """Takes in the model's weights; called once after every step of the optimiser."""
         n = self.num_updates
         decay = min(self.decay, (1 + n) / (10 + n))
+
+        # Integers, such as counters, are copied.
         now = _tensors(model)
         floating = [name for name, average in self.averages.items() if average.is_floating_point()]
         if floating:
@@ -37,6 +39,7 @@ class Ema:
             average_all([self.averages[name] for name in floating], [now[name] for name in floating], n)
         for name in self.averages.keys() - set(floating):
             self.averages[name].copy_(now[name])
+
         self.num_updates += 1
 
     @contextmanager
@@ -50,14 +53,14 @@ class Ema:
             _write(own, model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies, for torch.save; `weights_only=True` reads them back."""
+        """Returns copies, for torch.save; `weights_only=True` reads them back."""
         return {
             "num_updates": self.num_updates,
             "averages": {name: average.clone() for name, average in self.averages.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`, exactly; ValueError where it is another network's."""
+        """Continues from `state`, exactly. ValueError if it is another network's."""
         theirs: dict[str, Tensor] = state["averages"]
         ours = self.averages
         wrong = sorted(ours.keys() ^ theirs.keys()) or [k for k in ours if ours[k].shape != theirs[k].shape]

@@ -1,7 +1,7 @@
 """What learns, and one step of it: the network and its projections, their optimiser, the loss, the moving average.
 
-A step shares its batch with the other processes and takes its part in pieces. Where a run stands, what it is scored
-and saved with is the loop's affair.
+A step shares its batch with the other processes and takes its part in pieces. The loop knows where a run stands, and
+what is scored and saved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from segprune.training.state import TrainState
 
 
 class Learner:
-    """Trains `model` in place on the accelerator's device; `close` lets go of it."""
+    """Trains `model` in place on the accelerator's device, until `close`."""
 
     def __init__(
         self,
@@ -61,19 +61,21 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """The run's, of which each group has its own share."""
+        """The run's learning rate, which each group multiplies by its own scale."""
         group = self.bare_optimizer.param_groups[0]
         return float(group["lr"] / group["lr_scale"])
 
     def prepare(self, epoch: int) -> None:
-        """Hand the network to accelerate; once more when the encoder is freed, since DDP looks at what trains."""
+        """Hands the network to accelerate; again when the encoder is freed, since DDP looks at what trains."""
         self.bare.train()
         frozen = epoch < self.options.freeze_epochs
         if self.wrapped and not (self.encoder and epoch == self.options.freeze_epochs):
             return
+
         for parameter in self.encoder:
             parameter.requires_grad_(not frozen)
         self._release()
+
         student = Student(self.bare, self.projections, distilled=self.distilled)
         if self.options.compile:
             student.compile()
@@ -81,14 +83,15 @@ class Learner:
         self.wrapped = True
 
     def close(self) -> None:
-        """Let go of everything: a process group that something still holds can abort the interpreter's exit."""
+        """Releases everything: a process group that something still holds can abort the interpreter's exit."""
         for parameter in self.encoder:
             parameter.requires_grad_(True)
         self.student = self.optimizer = None
         self._release()
 
     def _release(self) -> None:
-        """Take back what accelerate holds on to; collecting garbage takes most of a second, so only if need be."""
+        """Takes back what accelerate holds."""
+        # Collecting garbage takes most of a second, so it is done only where a process group needs it.
         if self.processes > 1:
             self.accelerator.free_memory()
         else:
@@ -98,15 +101,19 @@ class Learner:
     def step(
         self, pixels: Tensor, labels: Tensor, steps_done: int, total_steps: int, stop: threading.Event
     ) -> tuple[float, bool]:
-        """Take one, from this process's share of the batch, B 3 H W and B H W.
+        """Takes one step on this process's share of the batch, B 3 H W and B H W.
 
         Returns the loss of the whole batch, and whether any process was told to stop. Raises FloatingPointError
-        when the loss is not finite, before the weights are touched.
+        if the loss is not finite, before the weights are touched.
         """
         self._set_lr(steps_done, total_steps)
         pieces = self.options.accumulate
+
+        # Divided by this number, the mean of the pieces' losses is the loss of the whole batch.
         labelled = self.summed((labels != IGNORE_INDEX).sum().float())
-        num_labelled = labelled / (self.processes * pieces)  # then the mean over all pieces is that of the batch
+        num_labelled = labelled / (self.processes * pieces)
+
+        # Only the last piece exchanges gradients between processes.
         self.optimizer.zero_grad()
         total = torch.zeros((), device=pixels.device)
         for number, (x, y) in enumerate(zip(pixels.chunk(pieces), labels.chunk(pieces), strict=True), start=1):
@@ -114,10 +121,13 @@ class Learner:
                 loss = self.objective(self.student, x, y, num_labelled) / pieces
                 self.accelerator.backward(loss)
             total += loss.detach() / self.processes
-        told = total.new_full((), float(stop.is_set()))
-        value, stopped = self.summed(torch.stack([total, told])).tolist()
+
+        # The loss and the wish to stop are exchanged together, so that all processes stop after the same step.
+        stops = total.new_full((), float(stop.is_set()))
+        value, stopped = self.summed(torch.stack([total, stops])).tolist()
         if not math.isfinite(value):
             raise FloatingPointError(f"The loss became {value}")
+
         if self.options.clip_norm:
             self.accelerator.clip_grad_norm_(self.student.parameters(), self.options.clip_norm)
         self.optimizer.step()
@@ -137,7 +147,7 @@ class Learner:
         return _copied(self.bare.state_dict())
 
     def state(self) -> dict[str, Any]:
-        """The fields of a TrainState that are not the loop's, in copies."""
+        """Returns copies of the fields of a TrainState that are not the loop's."""
         scaler = self.accelerator.scaler
         return {
             "projections": {} if self.projections is None else _copied(self.projections.state_dict()),
@@ -166,7 +176,7 @@ def _freeze(teacher: nn.Module | None, accelerator: Accelerator) -> nn.Module | 
 
 
 def _make_projections(model: nn.Module, teacher: nn.Module | None, options: TrainOptions) -> Projections | None:
-    """Of the student's maps to the teacher's widths; from torch's seed, whatever was drawn before."""
+    """Returns projections of the student's maps to the teacher's widths, drawn from the seed alone."""
     if teacher is None or not options.distillation().feature:
         return None
 
@@ -176,7 +186,7 @@ def _make_projections(model: nn.Module, teacher: nn.Module | None, options: Trai
 
 
 def _encoder_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What freeze_epochs holds still; parameters that did not train anyway are left as they are."""
+    """Returns the parameters that `freeze_epochs` freezes; those that are not trained anyway are left as they are."""
     encoder = getattr(model, "encoder", None)
     if encoder is None:
         name = type(model).__name__

@@ -89,6 +89,7 @@ class SegmentationLoss:
             raise ValueError(f"`label_smoothing` has no effect on {' + '.join(sorted(names))}; set it to 0 or add ce.")
         if self.class_weights is None:
             return
+
         if not names & _WEIGHED:
             raise ValueError(f"`class_weights` has no effect on {' + '.join(sorted(names))}; drop them or add ce.")
         if not all(0 <= weight < math.inf for weight in self.class_weights) or not any(self.class_weights):
@@ -96,20 +97,24 @@ class SegmentationLoss:
             raise ValueError(f"`class_weights` is {given}; each must be 0 or above, and not all 0.")
 
     def __call__(self, logits: Tensor, labels: Tensor, num_labelled: Tensor | None = None) -> Tensor:
-        """Scalar float32 (float64 for float64 logits), under autocast too; 0 where no pixel is labelled.
+        """Returns a scalar float32 (float64 for float64 logits), under autocast too; 0 if no pixel is labelled.
 
-        `num_labelled` is a number that pixel means divide by instead of this batch's own count: see the module.
+        Pixel means divide by `num_labelled` instead of this batch's own count, if it is given: see the module.
         """
         if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
             given, classes = len(self.class_weights), logits.shape[1]
             raise ValueError(f"{given} class weights came for {classes} classes; give one per class.")
+
         labelled = labels != IGNORE_INDEX
         num = labelled.sum() if num_labelled is None else num_labelled
         num = torch.where(num > 0, num, 1)  # without labels the sums are 0 already
+
         with torch.autocast(logits.device.type, enabled=False):
             log_p = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-            nll = F.nll_loss(log_p, labels, ignore_index=IGNORE_INDEX, reduction="none")  # B H W, 0 if ignored
+            # All terms share the log-softmax, B K H W, and the labels' own −log p, B H W, which is 0 if ignored.
+            nll = F.nll_loss(log_p, labels, ignore_index=IGNORE_INDEX, reduction="none")
             weights = None if self.class_weights is None else log_p.new_tensor(self.class_weights)
+
             values: list[Tensor] = []
             for name, factor in self.terms:
                 if name == "dice":
@@ -122,6 +127,7 @@ class SegmentationLoss:
                     losses = cross_entropy(log_p, nll, labels, weights, self.label_smoothing)
                     value = (losses.sum() if name == "ce" else ohem(losses, nll, labels)) / num
                 values.append(factor * value)
+
             return torch.stack(values).sum()
 
 
@@ -132,10 +138,11 @@ def _weighted(losses: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def cross_entropy(log_p: Tensor, nll: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
-    """Per pixel, B H W: −log p of the label, a share of it spread over all classes; 0 where ignored."""
+    """Returns −log p of the label per pixel, B H W, with a share of it spread over all classes; 0 where ignored."""
     losses = _weighted(nll, labels, weights)
     if label_smoothing == 0:
         return losses
+
     spread = log_p if weights is None else log_p * weights[:, None, None]
     uniform = -spread.mean(1).masked_fill(labels == IGNORE_INDEX, 0)
     return (1 - label_smoothing) * losses + label_smoothing * uniform
@@ -153,38 +160,44 @@ def ohem(losses: Tensor, nll: Tensor, labels: Tensor) -> Tensor:
     `_OHEM_PROBABILITY`; at least the hardest `_OHEM_SHARE` of an image's labelled pixels are taken. Hard pixels are
     chosen image by image, so shards choose what the whole batch would.
     """
-    nll = nll.detach().masked_fill(labels == IGNORE_INDEX, -1).flatten(1)  # B P; ignored is easier than any
+    nll = nll.detach().masked_fill(labels == IGNORE_INDEX, -1).flatten(1)  # B P; ignored pixels are the easiest
     num_labelled = (nll >= 0).sum(1)
+
+    # The loss that the easiest of the hardest few has.
     num_least = (num_labelled * _OHEM_SHARE).ceil().long()
     hardest_first = nll.sort(dim=1, descending=True).values
-    at_least = hardest_first.gather(1, (num_least - 1).clamp(min=0)[:, None])  # the easiest of the hardest few
+    at_least = hardest_first.gather(1, (num_least - 1).clamp(min=0)[:, None])
+
     hard = (nll >= 0) & ((nll > -math.log(_OHEM_PROBABILITY)) | (nll >= at_least))
     mean = (losses.flatten(1) * hard).sum(1) / hard.sum(1).clamp(min=1)
     return (mean * num_labelled).sum()
 
 
 def dice(log_p: Tensor, nll: Tensor, labels: Tensor) -> Tensor:
-    """1 − 2 Σ p·t / (Σ p + Σ t), mean over an image's own classes, then over all images, unlabelled ones as 0."""
+    """Returns 1 − 2 Σ p·t / (Σ p + Σ t), mean over an image's own classes, then over images; unlabelled ones as 0."""
     batch, classes = log_p.shape[:2]
     labelled = labels != IGNORE_INDEX
-    index = torch.where(labelled, labels, classes).flatten(1)  # ignored pixels are counted where nobody looks
+
+    # Count pixels and probabilities by class; ignored pixels go into one bin more, which is dropped.
+    index = torch.where(labelled, labels, classes).flatten(1)  # B P
     empty = log_p.new_zeros(batch, classes + 1)
     truth = empty.scatter_add(1, index, torch.ones_like(nll).flatten(1))[:, :classes]  # B K
     common = empty.scatter_add(1, index, torch.exp(-nll).flatten(1))[:, :classes]
-    predicted = (log_p.exp() * labelled[:, None]).sum((2, 3))
+    predicted = (log_p.exp() * labelled[:, None]).sum((2, 3))  # B K
+
     present = truth > 0
     loss = torch.where(present, 1 - 2 * common / (predicted + truth).clamp(min=1), 0)
     return (loss.sum(1) / present.sum(1).clamp(min=1)).mean()
 
 
 def lovasz(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Lovász-softmax, mean over an image's own classes, then over all images, unlabelled ones as 0."""
+    """Returns the Lovász-softmax, mean over an image's own classes, then over all images, unlabelled ones as 0."""
     pairs = zip(log_p.flatten(2).unbind(), labels.flatten(1).unbind(), strict=True)
     return torch.stack([_lovasz_of_image(one, truth) for one, truth in pairs]).mean()
 
 
 def _lovasz_of_image(log_p: Tensor, labels: Tensor) -> Tensor:
-    """`log_p` K P, `labels` P; 0, with a gradient of 0, where all labels are ignored."""
+    """Returns the loss of `log_p` K P and `labels` P; 0, with a gradient of 0, if all labels are ignored."""
     present = labels.unique()
     present = present[present != IGNORE_INDEX]  # C of the K classes
     p = log_p[present].exp()  # C P
@@ -195,16 +208,19 @@ def _lovasz_of_image(log_p: Tensor, labels: Tensor) -> Tensor:
 
 
 def _jaccard_steps(errors: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
-    """By how much the Jaccard loss of each row rises when, worst pixel first, this pixel is also wrong; C P.
+    """Returns by how much the Jaccard loss of each row rises when, worst pixel first, this pixel is also wrong; C P.
 
     The paper takes differences of the cumulated loss; in closed form they lose no digits: a pixel of the class
     lowers the intersection by 1, any other raises the union by 1.
     """
     order = errors.masked_fill(ignored, -1).argsort(dim=1, descending=True)  # ignored pixels last
     positive = truth.gather(1, order)
+
+    # What is left of the intersection, and what the union has become, once the pixels so far are wrong.
     total = positive.sum(1, keepdim=True)
     intersection = (total - positive.cumsum(1)).to(errors.dtype)
     union = (total + (~positive).cumsum(1)).to(errors.dtype)
+
     steps = torch.where(positive, 1, intersection / (union - 1)) / union
     return torch.empty_like(errors).scatter_(1, order, steps).masked_fill_(ignored, 0)
 
@@ -241,13 +257,13 @@ def compute_class_weights(value: str | Sequence[float], pixels: Sequence[int]) -
 
 
 def class_weights_from_counts(pixels: Sequence[int], rule: WeightRule) -> tuple[float, ...]:
-    """Weights that raise rare classes, from each class's number of pixels, as the label check counts them.
+    """Returns weights that raise rare classes, from each class's number of pixels, as the label check counts them.
 
     With p a class's share of all pixels, "enet" is 1 / ln(1.02 + p) (arXiv 1606.02147), which bounds the ratio of two
     weights by 36; "median" is median(p) / p (arXiv 1411.4734, there with shares of the images that hold the class),
     which gives every class the same say. Both are scaled so that the mean weight of a pixel is 1, and with it
-    learning rates keep their meaning. A class without pixels gets 0: it is in no label, and smoothed labels shall
-    not pull towards it. ValueError for another rule, and where no class has a pixel.
+    learning rates keep their meaning. A class without pixels gets 0: it is in no label, and smoothed labels should
+    not pull towards it. ValueError for another rule, and if no class has a pixel.
 
     >>> [round(w, 3) for w in class_weights_from_counts([750, 250, 0], "median")]
     [0.667, 2.0, 0.0]
@@ -257,7 +273,14 @@ def class_weights_from_counts(pixels: Sequence[int], rule: WeightRule) -> tuple[
     total = sum(pixels)
     if total == 0:
         raise ValueError("No class has a labelled pixel, so classes cannot be weighed; check the masks' values.")
+
     shares = [count / total for count in pixels]
-    raw = [(1 / math.log(1.02 + p) if rule == "enet" else 1 / p) if p > 0 else 0.0 for p in shares]
+    raw = []
+    for p in shares:
+        if p == 0:
+            raw.append(0.0)
+        else:
+            raw.append(1 / math.log(1.02 + p) if rule == "enet" else 1 / p)  # the median falls out with the mean
+
     mean = sum(p * weight for p, weight in zip(shares, raw, strict=True))
     return tuple(weight / mean for weight in raw)

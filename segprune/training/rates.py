@@ -38,6 +38,7 @@ def _choose_lr(options: TrainOptions, extra: Mapping[str, Any], from_scratch: bo
             f"{wanted:g} for 16 images a step, times {options.batch_size} / 16, within the limits of the VOC scripts "
             f"for {options.optimizer}."
         )
+
     if options.lr is not None:
         return options.lr, "as given."
     if from_scratch:

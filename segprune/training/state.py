@@ -110,9 +110,13 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
                 "start anew without `resume`."
             )
         raise ValueError(
-            f"The run to resume had `{name}` {old[name]}, now it is {now}; resume with the same settings, or start "
-            "anew without `resume`."
+            f"The run to resume had `{name}` {_word(old[name])}, now it is {_word(now)}; resume with the same "
+            "settings, or start anew without `resume`."
         )
+
+
+def _word(value: Any) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _as_saved(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """BatchNorm over the batch of all processes, on any device: torch's own SyncBatchNorm refuses the CPU.
 
-Forward exchanges each process's count, means and squared deviations once, backward two sums per channel once. Its
-formulas are those of batch normalisation (arXiv 1502.03167) with sums over all processes.
+The forward pass exchanges each process's count, means and squared deviations once, the backward pass two sums per
+channel. The formulas are those of batch normalisation (arXiv 1502.03167) with sums over all processes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ _OVER = (0, 2, 3)  # B H W, all but the channels
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d that in training takes mean and variance over the default process group; else just that.
+    """An nn.BatchNorm2d that in training takes mean and variance over the default process group.
 
-    Every process must call it as often, though with batches of any size. Gradients of weight and bias are the
+    Every process must call it equally often, with batches of any size. Gradients of weight and bias are the
     process's own share, which DDP averages like all others.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not _several_processes():
             return super().forward(x)
+
         self._check_input_dim(x)
         mean, variance, count = _statistics(x.detach())
         self._update_running(mean, variance * count / (count - 1).clamp(min=1), x)
@@ -68,12 +69,16 @@ def _several_processes() -> bool:
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel over all processes, at least float32, and the number of values."""
+    """Returns mean and biased variance per channel over all processes, at least float32, and the number of values."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(x, _OVER, correction=0)
+
+    # Each process fills in its own row; adding up zeros is a gathering that every backend can do.
     rows = x.new_zeros(dist.get_world_size(), 1 + 2 * len(mean))
     rows[dist.get_rank()] = torch.cat([x.new_tensor([x.numel() / len(mean)]), mean, variance])
-    dist.all_reduce(rows)  # of one row each and zeros: a gathering that every backend can do
+    dist.all_reduce(rows)
+
+    # The variance of all values is the mean of the variances, plus the variance of the means.
     counts, means, variances = rows.split([1, len(mean), len(mean)], dim=1)  # each R ·
     shares = counts / counts.sum()
     mean = (shares * means).sum(0)
@@ -104,10 +109,13 @@ class _Normalise(torch.autograd.Function):
         by_channel = (slice(None), None, None)  # C -> C 1 1
         normal = (x.to(mean.dtype) - mean[by_channel]) * inverse[by_channel]
         gradient = gradient.to(mean.dtype)
+
+        # The sums of this process's gradients are those of bias and weight; the mean over all processes enters x.
         own = torch.stack([gradient.sum(_OVER), (gradient * normal).sum(_OVER)])  # 2 C
         total = own.clone()
         dist.all_reduce(total)
         shift, slope = total / count
+
         scale = inverse if weight is None else inverse * weight
         of_x = scale[by_channel] * (gradient - shift[by_channel] - normal * slope[by_channel])
         of_weight = own[1].to(weight.dtype) if ctx.needs_input_grad[1] else None

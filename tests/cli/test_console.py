@@ -229,7 +229,7 @@ def damaged(data: Path, folder: Path, kind: str) -> Path:
         labels[4:20] = 200
         Image.fromarray(labels).save(mask)
     else:
-        Image.new("RGB", (32, 32), (128, 0, 0)).save(mask)
+        Image.new("RGB", (32, 32), (128, 64, 0)).save(mask)
     return folder
 
 

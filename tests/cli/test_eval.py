@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_scoring(
 
 def test_a_split_that_is_not_listed_is_refused(data: Path, dense: Path) -> None:
     said = refused("eval", dense, "--data", data, "--split", "test", *SIZE)
-    assert "ImageSets/Segmentation/test.txt is missing, the list of the split's images; write it with" in said
+    assert "ImageSets/Segmentation/test.txt is missing, the list of the split's images" in said
 
 
 def test_only_the_masks_that_are_scored_are_checked(data: Path, dense: Path, tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def test_a_teacher_is_learnt_from_and_kept_when_a_run_goes_on(
         "without --resume."
     )
     said = refused("train", "--resume", "--save_dir", stopped, "--distill_pixel", 0.5)
-    assert said.startswith("The run to resume had distillation pixel 1.0, now it is 0.5; resume with the same settings")
+    assert said.startswith(
+        "The run to resume had --distill_pixel not given, now it is 0.5; resume with the same settings"
+    )
     moved = teacher.rename(tmp_path / "moved.pth")
     assert refused("train", "--resume", "--save_dir", stopped) == (
         f"The run to resume learns from --teacher {teacher}, which is not there; put it back, or give its new place as "

@@ -22,7 +22,7 @@ from segprune.files import check_writable
 from segprune.fold import fold_decoder
 from segprune.machine import fit_to_machine
 from segprune.model import SegFormer, check_input
-from segprune.runs.fit import Resumable, fit, load_resumable
+from segprune.runs.fit import Resumable, RunStopped, fit, load_resumable
 from segprune.runs.folder import BEST, LAST, Fit, Saving, check_not_overwritten
 from segprune.spec import Spec, standard_spec
 from segprune.training.losses import compute_class_weights
@@ -108,7 +108,7 @@ def fit_with(
     resumed: Resumable | None = None,
     resumable: bool = True,
 ) -> Fit:
-    """Trains as the settings say, and shows the run. Ctrl-C ends in the command that continues it.
+    """Trains as the settings say, and shows the run. Ctrl-C and a full disk end in the command that continues it.
 
     `pixels` per class are what the label check counted. `extra` is what the new checkpoints take over from the one
     that training starts from. A run that is not `resumable` is a part of another command.
@@ -121,6 +121,7 @@ def fit_with(
         extra = {**extra, "finetuned_lr" if settings.start.model_path else "lr": options.lr}
 
     folder = Path(run.save_dir)
+    command = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
     saving = Saving(folder, settings.merged(), extra, run.keep, run.tensorboard, resumable)
     try:
         with training_view() as view:
@@ -136,10 +137,11 @@ def fit_with(
                 on_result=view.epoch,
             )
     except TrainingInterrupted as interrupted:
-        remedy = "Begin again with the same command."
-        if resumable:
-            remedy = f"Go on with: python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
+        remedy = f"Go on with: {command}" if resumable else "Begin again with the same command."
         raise KeyboardInterrupt(f"{interrupted} {remedy}") from interrupted
+    except RunStopped as stopped:
+        said = str(stopped).removesuffix(".")
+        raise OSError(f"{said} with {command}.") from stopped
 
 
 def _start_network(

@@ -1,4 +1,4 @@
-"""A training run as it is watched: on a terminal a live table of epochs over a bar, in a log a line per epoch."""
+"""A training run as it is watched: on a terminal a live table of epochs over a bar, in a log one line per epoch."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ class TrainingView:
 
     def epoch(self, result: EpochResult) -> None:
         score = result.score
+        best = " *" if result.best else "  "
         self.rows.append(
             (
                 str(result.epoch),
                 f"{result.loss:.4f}",
-                "–" if score is None else f"{score.miou:.4f}" + (" *" if result.best else "  "),
+                "–" if score is None else f"{score.miou:.4f}{best}",
                 "–" if score is None else f"{score.pixel_accuracy:.4f}",
                 f"{result.lr:.1e}",
                 f"{result.images_per_second:.1f}",
             )
         )
+
         if not console.is_terminal:
             line = f"epoch {result.epoch}: loss {result.loss:.4f}"
             if score is not None:
