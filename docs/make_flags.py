@@ -1,4 +1,4 @@
-"""Writes docs/flags.md: every flag of every command, read off the commands themselves. Run: python docs/make_flags.py"""
+"""Writes docs/flags.md: every flag of every command, read off the commands. Run: python -m docs.make_flags"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from segprune.checkpoint import load
 from segprune.compare import Difference
-from segprune.data import LabelReport, Sample, Source, check_labels, open_source, readable, unlabelled
+from segprune.data import LabelReport, Location, Sample, Source, check_labels, open_source, readable, unlabelled
 from segprune.export import Manifest, export
 from segprune.fold import fold_decoder
 from segprune.inference.evaluate import Score
@@ -51,12 +52,11 @@ class FineTuned:
 
 
 def load_images(data: Data, number: int = 64, input_shape: tuple[int, int] = (512, 512)) -> list[Tensor]:
-    """Returns batches B 3 H W of `number` images, normalised, from a folder of images or a data set's train part.
+    """Returns batches B 3 H W of `number` images, normalised, from a data set's train part or a folder of images.
 
     They are what `segprune.prune` takes as `images`. Labels are not read.
     """
-    places = unlabelled.list_images(data)
-    return unlabelled.batch_images(unlabelled.load_images(places, number, input_shape))
+    return unlabelled.batch_images(unlabelled.load_images(_find_images(data), number, input_shape))
 
 
 def evaluate(
@@ -199,8 +199,16 @@ def export_model(
     """
     loaded: Sequence[Any] = ()
     if images is not None:
-        loaded = unlabelled.load_images(unlabelled.list_images(images), num_images, input_shape)
+        loaded = unlabelled.load_images(_find_images(images), num_images, input_shape)
     return export(model, path, size=input_shape, batch=batch_size, images=loaded, **options)
+
+
+def _find_images(data: Data) -> Sequence[Location]:
+    """Returns where the images lie: those of the train part if `data` is a data set, else all below the folder."""
+    if not isinstance(data, Source) and Path(data).exists():
+        with suppress(FileNotFoundError):  # raised for a folder in no known layout, which holds images alone
+            data = open_source(data)
+    return unlabelled.list_images(data)
 
 
 def _open(

@@ -46,7 +46,7 @@ def test_ten_lines_do_what_prune_train_does(dense: Path, data: Path, tmp_path: P
 
     model = segprune.load(dense)
     before = segprune.evaluate(model, data, **TINY)
-    images = segprune.load_images(open_source(data), 8, SIZE)
+    images = segprune.load_images(data, 8, SIZE)
     pruned = segprune.prune(model, 0.5, images=images, input_shape=SIZE)
     cut = segprune.evaluate(pruned.network, data, **TINY)
     tuned = segprune.finetune(
@@ -62,6 +62,15 @@ def test_ten_lines_do_what_prune_train_does(dense: Path, data: Path, tmp_path: P
     assert tuned.network.spec == pruned.network.spec
     assert tuned.path is None
     assert capfd.readouterr() == ("", "")
+
+
+def test_images_are_a_data_set_s_train_part_or_all_of_a_folder(data: Path) -> None:
+    images = torch.cat(segprune.load_images(data, 99, SIZE))
+    assert torch.equal(images, torch.cat(segprune.load_images(open_source(data), 99, SIZE)))
+    assert len(images) == 8  # no masks, and none of val
+    assert len(torch.cat(segprune.load_images(data / "JPEGImages", 99, SIZE))) == 11
+    with pytest.raises(FileNotFoundError, match="holds no image"):
+        segprune.load_images(data / "nowhere", 8, SIZE)
 
 
 def test_a_score_is_the_same_of_a_folder_an_open_data_set_and_its_samples(dense: Path, data: Path) -> None:

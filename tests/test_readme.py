@@ -22,7 +22,12 @@ READMES = ("README.md", "README.zh-CN.md")
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
 MANUALS = ("docs/training.md", "docs/training.zh-CN.md")
 MANUAL, CHINESE_MANUAL = ((ROOT / name).read_text(encoding="utf-8") for name in MANUALS)
-PAGES = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+PAGES = (
+    *READMES,
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+)
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 DOORS = {"train.py": "train", "prune_train.py": "prune"}
 OTHERS = {
