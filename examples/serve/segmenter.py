@@ -1,8 +1,8 @@
-"""An .onnx file of `segprune export` as one function: from a picture to the class of every pixel.
+"""An .onnx file of `segprune export` as one function: from an image to the class of every pixel.
 
-Needs onnxruntime, NumPy and Pillow, and neither PyTorch nor segprune: what the file takes and gives stands in the file
-itself. Pictures go through it as `segprune predict` does it: fitted whole into the file's size with grey around, logits
-resized bilinearly to the picture's own size, the highest taken. Runs on the CPU.
+Needs onnxruntime, NumPy and Pillow, but neither PyTorch nor segprune: the file itself says what it takes and returns.
+Images are treated as by `segprune predict`: fitted whole into the file's size with grey around, logits
+resized bilinearly to the image's own size, the highest taken. Runs on the CPU.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from PIL import Image
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-KEY = "segprune"  # the file's metadata under this name say what it takes and gives
+KEY = "segprune"  # the name of the metadata that describe the file
 MEAN = np.array((123.675, 116.28, 103.53), dtype=np.float32)  # of red, green and blue in 0..255, as it was trained with
 STD = np.array((58.395, 57.12, 57.375), dtype=np.float32)
-GREY = 128  # around a picture of another shape than the file's
+GREY = 128  # around an image of another shape than the file's
 USUAL = (512, 512)  # H W that a file of any size is used at
 MIN_SIDE = 64  # of a file of any size
 MAX_CLASSES = 256  # that a mask can tell apart
-STRIP_NUMBERS = 1 << 20  # logits resized at a time, so that large pictures need little memory
+STRIP_NUMBERS = 1 << 20  # logits resized at a time, so that large images need little memory
 
 
 @dataclass(frozen=True)
 class Segmenter:
-    """An open file. `shape` is the H W that pictures are fitted into, `batch` what the file takes at a time.
+    """An open file. `shape` is the H W that images are fitted into, `batch` what the file takes at a time.
 
-    With `preprocess` it takes pixels uint8 B H W 3, else normalised float32 B 3 H W; with `argmax` it gives classes
+    With `preprocess` it takes pixels uint8 B H W 3, else normalised float32 B 3 H W; with `argmax` it returns classes
     uint8 B H W, else logits float32 B K H W. `palette` is 768 numbers, red, green and blue of each class in turn.
     """
 
@@ -49,58 +49,68 @@ class Segmenter:
     run: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
     def __call__(self, image: Bytes) -> Bytes:
-        """The class of every pixel [H, W] of a picture [H, W, 3] RGB. Threads may call it at the same time."""
+        """Returns the class of every pixel [H, W] of an image [H, W, 3] RGB. Threads may call it at the same time."""
         canvas, (top, left, height, width) = letterbox(image, self.shape)
         x: npt.NDArray[Any] = canvas
         if not self.preprocess:
             x = np.ascontiguousarray(((canvas - MEAN) / STD).transpose(2, 0, 1))  # 3 H W
+
+        # Only the part of the canvas that shows the image counts.
         out = self.run(np.repeat(x[None], self.batch, axis=0))[0]
         out = out[..., top : top + height, left : left + width]
-        if (
-            self.argmax
-        ):  # as if each class had the logit 1 where it is and 0 elsewhere; those that are nowhere never win
+
+        # Classes are resized as if each had the logit 1 where it is and 0 elsewhere; absent ones never win.
+        if self.argmax:
             present = np.unique(out)
-            classes: Bytes = present[highest((out == present[:, None, None]).astype(np.float32), image.shape[:2])]
+            classes: Bytes = present[find_highest((out == present[:, None, None]).astype(np.float32), image.shape[:2])]
             return classes
+
         if not np.isfinite(out).all():
             raise ArithmeticError(f"{self.name} gives logits that are NaN or infinite; export another checkpoint.")
-        return highest(out, image.shape[:2])
+        return find_highest(out, image.shape[:2])
 
 
 def open_segmenter(path: str, input_shape: tuple[int, int] | None = None, threads: int = 0) -> Segmenter:
-    """Open a file and run it once. `input_shape` (H W) is for files of any size; 0 threads leave that to ONNX Runtime.
+    """Opens a file and runs it once. `input_shape` (H W) is for files of any size; ONNX Runtime chooses for 0 threads.
 
-    FileNotFoundError and ValueError say in one sentence why a file cannot be used.
+    Raises FileNotFoundError or ValueError that says in one sentence why a file cannot be used.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; give an .onnx file that segprune export wrote.")
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
+
+    # Read what the file says of itself.
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        said = json.loads(session.get_modelmeta().custom_metadata_map.get(KEY, "{}"))
+        description = json.loads(session.get_modelmeta().custom_metadata_map.get(KEY, "{}"))
     except Exception as error:  # ONNX Runtime has exceptions of its own
         raise ValueError(f"{path} is no ONNX file, or only a part of one; copy it again, or give another.") from error
-    if not said:
-        raise ValueError(f"{path} says nothing of what it takes and gives; give a file that segprune export wrote.")
-    source = session.get_inputs()[0].name
+    if not description:
+        raise ValueError(f"{path} says nothing of what it takes and returns; give a file that segprune export wrote.")
+
+    input_name = session.get_inputs()[0].name
     segmenter = Segmenter(
-        Path(path).name,
-        _names(path, said),
-        tuple(said.get("palette", ())) or voc_palette(),
-        _shape(path, said["shape"], input_shape),
-        1 if said["shape"] is None else said["shape"][0],
-        said["preprocess"],
-        said["argmax"],
-        lambda x: session.run(None, {source: x})[0],
+        name=Path(path).name,
+        class_names=_read_names(path, description),
+        palette=tuple(description.get("palette", ())) or voc_palette(),
+        shape=_choose_shape(path, description["shape"], input_shape),
+        batch=1 if description["shape"] is None else description["shape"][0],
+        preprocess=description["preprocess"],
+        argmax=description["argmax"],
+        run=lambda x: session.run(None, {input_name: x})[0],
     )
+
+    # A first run shows that it works, and is the slow one.
     segmenter(np.full((*segmenter.shape, 3), GREY, dtype=np.uint8))
     return segmenter
 
 
-def _names(path: str, said: dict[str, Any]) -> tuple[str, ...]:
-    names, number = tuple(said["class_names"]), said["num_classes"]
+def _read_names(path: str, description: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the classes' names, or their numbers where the file has no names."""
+    names, number = tuple(description["class_names"]), description["num_classes"]
     if number > MAX_CLASSES:
         raise ValueError(f"{path} has {number} classes, where masks can hold {MAX_CLASSES}; give another file.")
     if names and len(names) != number:
@@ -108,56 +118,67 @@ def _names(path: str, said: dict[str, Any]) -> tuple[str, ...]:
     return names or tuple(map(str, range(number)))
 
 
-def _shape(path: str, own: list[int] | None, asked: tuple[int, int] | None) -> tuple[int, int]:
+def _choose_shape(path: str, own: list[int] | None, input_shape: tuple[int, int] | None) -> tuple[int, int]:
+    """Returns the H W to use; `own` is the batch, height and width of a file of one size."""
     if own is not None:
-        if asked not in (None, (own[1], own[2])):
-            raise ValueError(f"{path} takes pictures of {own[1]}×{own[2]} alone; leave the input shape out.")
+        if input_shape not in (None, (own[1], own[2])):
+            raise ValueError(f"{path} takes images of {own[1]}×{own[2]} alone; leave the input shape out.")
         return own[1], own[2]
-    if min(asked or USUAL) < MIN_SIDE:
+
+    shape = input_shape or USUAL
+    if min(shape) < MIN_SIDE:
         raise ValueError(f"{path} takes sides of {MIN_SIDE} pixels and more; give a larger input shape.")
-    return asked or USUAL
+    return shape
 
 
 def letterbox(image: Bytes, shape: tuple[int, int]) -> tuple[Bytes, tuple[int, int, int, int]]:
-    """The picture resized to just fit `shape` (H, W), in its middle; and the box (top, left, h, w) where it lies."""
+    """Returns the image resized to just fit into the middle of `shape` (H, W), and its box (top, left, h, w) there."""
     factor = min(shape[0] / image.shape[0], shape[1] / image.shape[1])
     height, width = (max(1, round(side * factor)) for side in image.shape[:2])
     top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+
     canvas = np.full((*shape, 3), GREY, dtype=np.uint8)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     canvas[top : top + height, left : left + width] = np.asarray(resized)
+
     return canvas, (top, left, height, width)
 
 
-def highest(planes: Floats, size: tuple[int, ...]) -> Bytes:
-    """The index [H, W] of the highest of the planes K h w, resized bilinearly with half-pixel centres."""
+def find_highest(planes: Floats, size: tuple[int, ...]) -> Bytes:
+    """Returns the index [H, W] of the highest of the planes K h w, resized bilinearly with half-pixel centres."""
     num_planes, *small = planes.shape
-    above, below, down = _neighbours(small[0], size[0])
-    left, right, across = _neighbours(small[1], size[1])
+    above, below, down = _find_neighbours(small[0], size[0])
+    left, right, across = _find_neighbours(small[1], size[1])
+
+    # In strips, so that the K planes never stand in memory at full size.
     out = np.empty(size, dtype=np.uint8)
     step = max(1, STRIP_NUMBERS // (num_planes * max(size[1], small[1])))
     for top in range(0, size[0], step):
         rows = slice(top, top + step)
-        strip = _between(planes[:, above[rows]], planes[:, below[rows]], down[rows, None])  # K r w
-        out[rows] = _between(strip[..., left], strip[..., right], across).argmax(0)  # K r W
+        strip = _interpolate(planes[:, above[rows]], planes[:, below[rows]], down[rows, None])  # K r w
+        out[rows] = _interpolate(strip[..., left], strip[..., right], across).argmax(0)  # K r W
+
     return out
 
 
-def _neighbours(small: int, large: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Floats]:
-    """Of each of `large` places along a side, the two of `small` that it lies between, and how near the second is."""
+def _find_neighbours(small: int, large: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Floats]:
+    """Returns for each of `large` places along a side the two of `small` beside it, and how near the second is."""
     place = ((np.arange(large) + 0.5) * (small / large) - 0.5).clip(min=0)
     first = place.astype(np.intp)
     return first, np.minimum(first + 1, small - 1), (place - first).astype(np.float32)
 
 
-def _between(first: Floats, second: Floats, share: Floats) -> Floats:
+def _interpolate(first: Floats, second: Floats, share: Floats) -> Floats:
     return first + (second - first) * share
 
 
 def voc_palette() -> tuple[int, ...]:
-    """Pascal VOC's 256 colours: an index's bits dealt in turn to red, green and blue, highest first."""
-    return tuple(
-        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
-        for index in range(256)
-        for channel in range(3)
-    )
+    """Returns Pascal VOC's 256 colours, flat: 768 numbers."""
+    palette = []
+    for index in range(256):
+        # The bits of the index are dealt in turn to red, green and blue, which take them from their highest bit down.
+        for channel in range(3):
+            bits = [(index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)]
+            palette.append(sum(bits))
+
+    return tuple(palette)

@@ -28,7 +28,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 import app as serving
-from pictures import read_picture
+from images import read_image
 from segmenter import Segmenter, open_segmenter
 from segprune.checkpoint import save
 from segprune.data import draw_shapes, load_image, voc_palette
@@ -83,9 +83,9 @@ def photo(size: tuple[int, int] = (90, 130), index: int = 0) -> Image.Image:
     return Image.fromarray(draw_shapes(3, "val", index, size)[0])
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
@@ -159,18 +159,18 @@ def test_shares_are_those_of_the_masks_pixels_largest_first(client: httpx2.Clien
     assert len(percents) > 1
 
 
-def evaluated(network: Network, picture: Image.Image, shape: tuple[int, int]) -> np.ndarray:
+def evaluated(network: Network, image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
     """As `segprune eval` chooses the classes."""
     how = EvalMode(input_shape=shape)
-    return label_maps(network, [prepare(np.asarray(picture), how)], how)[0].numpy()
+    return label_maps(network, [prepare(np.asarray(image), how)], how)[0].numpy()
 
 
 def test_classes_and_preprocessing_in_the_file_give_what_eval_scores(tmp_path: Path) -> None:
-    path, picture = drawn(tmp_path / "baked.onnx", baked=True), photo((150, 200), 1)
+    path, image = drawn(tmp_path / "baked.onnx", baked=True), photo((150, 200), 1)
     with server(open_segmenter(path, threads=1)) as client:
-        mask = opened(sent(client, encoded(picture)))
+        mask = opened(sent(client, encoded(image)))
         assert [row["name"] for row in client.get("/classes").json()] == ["0", "1", "2", "3", "4"]
-    expected = evaluated(Network(open_exported(path), 5, "cpu", 2), picture, SIZE)
+    expected = evaluated(Network(open_exported(path), 5, "cpu", 2), image, SIZE)
     assert (np.asarray(mask) == expected).mean() >= 0.999
     assert len(np.unique(expected)) > 2
     assert mask.getpalette() == list(voc_palette())
@@ -182,13 +182,13 @@ def test_a_file_of_any_size_is_used_at_the_size_asked_for_or_the_usual(
 ) -> None:
     segmenter = open_segmenter(drawn(tmp_path / "any.onnx"), asked, threads=1)
     assert segmenter.shape == (asked or (512, 512))
-    picture = photo((150, 200), 1)
+    image = photo((150, 200), 1)
 
     def predict(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.conv2d(x, torch.from_numpy(WEIGHT))
 
-    expected = evaluated(Network(predict, 5, "cpu", 1), picture, segmenter.shape)
-    assert (segmenter(np.asarray(picture)) == expected).mean() >= 0.999
+    expected = evaluated(Network(predict, 5, "cpu", 1), image, segmenter.shape)
+    assert (segmenter(np.asarray(image)) == expected).mean() >= 0.999
     assert len(np.unique(expected)) > 2
 
 
@@ -217,19 +217,19 @@ def claimed(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
 
 
-NO_PICTURE = (415, "The upload is no picture that is read here; send one of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP.")
-DAMAGED = (400, "The picture is damaged or cut off; send the whole file.")
-TOO_MANY = (413, "The picture has more than the 1,000,000 pixels allowed; send a smaller one.")
-TOO_DEEP = (415, "The picture has more than 16 bits per channel; send it as 8-bit RGB.")
+NO_IMAGE = (415, "The upload is no image that is read here; send one of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP.")
+DAMAGED = (400, "The image is damaged or cut off; send the whole file.")
+TOO_MANY = (413, "The image has more than the 1,000,000 pixels allowed; send a smaller one.")
+TOO_DEEP = (415, "The image has more than 16 bits per channel; send it as 8-bit RGB.")
 TOO_LARGE = (413, "The upload has more than 1 MB; send a smaller file.")
 
 
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b"", (400, "The upload is empty; send a picture.")),
-        (b"hello", NO_PICTURE),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NO_PICTURE),
+        (b"", (400, "The upload is empty; send an image.")),
+        (b"hello", NO_IMAGE),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NO_IMAGE),
         (encoded(photo())[:-500], DAMAGED),
         (encoded(photo(), "JPEG")[:-500], DAMAGED),
         (encoded(photo(), "TIFF")[:-500], DAMAGED),
@@ -261,17 +261,17 @@ HOW = "send it as the form field image, as in: curl -F image=@photo.jpg URL."
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ({"files": {"picture": b"x"}}, (422, f"The form has no file in the field image; {HOW}")),
+        ({"files": {"photo": b"x"}}, (422, f"The form has no file in the field image; {HOW}")),
         ({"files": {"other": b"x"}, "data": {"image": "x"}}, (422, f"The form has no file in the field image; {HOW}")),
         (
             {"files": [("image", b"x"), ("image", b"y")]},
-            (422, "There is more than one picture; send one at a time."),
+            (422, "There is more than one image; send one at a time."),
         ),
-        ({}, (415, f"The picture does not come in a form; {HOW}")),
-        ({"json": {"image": "x"}}, (415, f"The picture does not come in a form; {HOW}")),
+        ({}, (415, f"The image does not come in a form; {HOW}")),
+        ({"json": {"image": "x"}}, (415, f"The image does not come in a form; {HOW}")),
         (
             {"content": b"x", "headers": {"content-type": "image/png"}},
-            (415, f"The picture does not come in a form; {HOW}"),
+            (415, f"The image does not come in a form; {HOW}"),
         ),
         (
             {"content": b"x", "headers": {"content-type": "multipart/form-data"}},
@@ -283,7 +283,7 @@ HOW = "send it as the form field image, as in: curl -F image=@photo.jpg URL."
         ),
     ],
 )
-def test_a_request_without_a_picture_is_told_how(
+def test_a_request_without_an_image_is_told_how(
     form: dict[str, Any], expected: tuple[int, str], client: httpx2.Client
 ) -> None:
     assert refusal(client.post("/predict", **form)) == expected
@@ -292,10 +292,10 @@ def test_a_request_without_a_picture_is_told_how(
 def test_other_paths_methods_and_kinds_are_told_what_there_is(client: httpx2.Client) -> None:
     assert refusal(client.get("/predict")) == (
         405,
-        "GET is not allowed at /predict; pictures are sent to /predict with POST.",
+        "GET is not allowed at /predict; images are sent to /predict with POST.",
     )
     assert client.get("/predict").headers["allow"] == "POST"
-    assert refusal(client.post("/")) == (405, "POST is not allowed at /; pictures are sent to /predict with POST.")
+    assert refusal(client.post("/")) == (405, "POST is not allowed at /; images are sent to /predict with POST.")
     assert refusal(client.get("/docs")) == (
         404,
         "There is nothing at /docs; there are /, /predict, /classes and /health.",
@@ -332,7 +332,7 @@ def test_work_is_bounded_and_the_server_answers_meanwhile(work: Path) -> None:
         pending = {pool.submit(sent, client, encoded(photo())) for _ in range(4)}
         answered, pending = wait(pending, return_when=FIRST_COMPLETED)
         (last,) = (one.result() for one in answered)
-        assert refusal(last) == (503, "Too many pictures are being worked on; send it again later.")
+        assert refusal(last) == (503, "Too many images are being worked on; send it again later.")
         assert last.headers["retry-after"] == "1"
         assert client.get("/health").json()["status"] == "ok"
         gate.set()
@@ -347,7 +347,7 @@ def test_logits_that_are_no_numbers_are_the_servers_failure_and_it_goes_on(tmp_p
         for _ in range(2):
             assert refusal(sent(client, encoded(photo()))) == (
                 500,
-                "The server failed at this picture; its log says why.",
+                "The server failed at this image; its log says why.",
             )
     with pytest.raises(ArithmeticError, match=r"^it\.onnx gives logits that are NaN or infinite; export another"):
         broken(np.asarray(photo()))
@@ -362,11 +362,11 @@ def test_logits_that_are_no_numbers_are_the_servers_failure_and_it_goes_on(tmp_p
         ({"MODEL": "cut.onnx"}, "cut.onnx is no ONNX file, or only a part of one; copy it again, or give another."),
         (
             {"MODEL": "other.onnx"},
-            "other.onnx says nothing of what it takes and gives; give a file that segprune export wrote.",
+            "other.onnx says nothing of what it takes and returns; give a file that segprune export wrote.",
         ),
         (
             {"MODEL": "plain.onnx", "INPUT_SHAPE": "64 64"},
-            "plain.onnx takes pictures of 64×96 alone; leave the input shape out.",
+            "plain.onnx takes images of 64×96 alone; leave the input shape out.",
         ),
         (
             {"MODEL": "any.onnx", "INPUT_SHAPE": "32 64"},
@@ -428,7 +428,7 @@ def test_settings_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert client.get("/health").json()["input_shape"] == [64, 96]
         assert refusal(sent(client, claimed(2000, 1001))) == (
             413,
-            "The picture has more than the 2,000,000 pixels allowed; send a smaller one.",
+            "The image has more than the 2,000,000 pixels allowed; send a smaller one.",
         )
         assert opened(sent(client, encoded(photo()))).size == (130, 90)
 
@@ -488,8 +488,8 @@ def test_uvicorn_ends_with_the_sentence(tmp_path: Path) -> None:
     assert result.stderr == "Error: no.onnx does not exist; give an .onnx file that segprune export wrote.\n"
 
 
-def test_pictures_are_read_as_segprune_reads_them(tmp_path: Path) -> None:
-    for kind, picture in (("PNG", photo().convert("LA")), ("TIFF", photo().convert("CMYK"))):
-        (tmp_path / "it").write_bytes(encoded(picture, kind))
+def test_images_are_read_as_segprune_reads_them(tmp_path: Path) -> None:
+    for kind, image in (("PNG", photo().convert("LA")), ("TIFF", photo().convert("CMYK"))):
+        (tmp_path / "it").write_bytes(encoded(image, kind))
         expected = load_image(tmp_path / "it", upright=True)
-        assert np.array_equal(read_picture((tmp_path / "it").read_bytes(), 10**6), expected)
+        assert np.array_equal(read_image((tmp_path / "it").read_bytes(), 10**6), expected)

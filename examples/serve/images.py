@@ -1,4 +1,4 @@
-"""Uploads become pictures, and masks become files. Whoever sends them is a stranger: nothing is decoded unchecked."""
+"""Uploads become images, and masks become files. Whoever sends them is a stranger: nothing is decoded unchecked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr",
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-class BadPicture(ValueError):
+class BadImage(ValueError):
     """An upload that is refused: the HTTP status, and one sentence for whoever sent it."""
 
     def __init__(self, status: int, sentence: str) -> None:
@@ -25,61 +25,63 @@ class BadPicture(ValueError):
         self.status = status
 
 
-def read_picture(data: bytes, max_pixels: int) -> Bytes:
-    """[H, W, 3] uint8 RGB, turned upright as its EXIF data say; alpha is dropped, 16 bits become 8.
+def read_image(data: bytes, max_pixels: int) -> Bytes:
+    """Returns [H, W, 3] uint8 RGB, turned upright as its EXIF data say; alpha is dropped, 16 bits become 8.
 
-    The size stands in a file's first bytes and is checked before a pixel is decoded. BadPicture for what is empty or
-    damaged (400), too large (413), no picture or one of a kind that is not read (415).
+    The size stands in a file's first bytes and is checked before a pixel is decoded. Raises BadImage for what is empty
+    or damaged (400), too large (413), no image or one of a kind that is not read (415).
     """
     if not data:
-        raise BadPicture(400, "The upload is empty; send a picture.")
+        raise BadImage(400, "The upload is empty; send an image.")
+
     try:
         with Image.open(io.BytesIO(data), formats=KINDS) as image:
             if image.width * image.height > max_pixels:
-                raise _too_many(max_pixels)
+                raise _refuse_size(max_pixels)
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
-    except BadPicture:
+            return _convert_to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
-        raise _too_many(max_pixels) from error
+        raise _refuse_size(max_pixels) from error
     except UnidentifiedImageError as error:
-        raise BadPicture(415, f"The upload is no picture that is read here; send one of {', '.join(KINDS)}.") from error
+        raise BadImage(415, f"The upload is no image that is read here; send one of {', '.join(KINDS)}.") from error
     except Exception as error:  # damaged files fail in every way there is
-        raise BadPicture(400, "The picture is damaged or cut off; send the whole file.") from error
+        raise BadImage(400, "The image is damaged or cut off; send the whole file.") from error
 
 
-def _too_many(max_pixels: int) -> BadPicture:
-    return BadPicture(413, f"The picture has more than the {max_pixels:,} pixels allowed; send a smaller one.")
+def _refuse_size(max_pixels: int) -> BadImage:
+    return BadImage(413, f"The image has more than the {max_pixels:,} pixels allowed; send a smaller one.")
 
 
-def _as_rgb(image: Image.Image) -> Bytes:
+def _convert_to_rgb(image: Image.Image) -> Bytes:
     if image.mode in SIXTEEN_BITS:  # Pillow reads many a 16-bit file as I, which has 32
         grey: npt.NDArray[Any] = np.asarray(image)
         if grey.min() >= 0 and grey.max() <= 65535:
             return np.repeat(np.rint(grey * (255 / 65535)).astype(np.uint8)[..., None], 3, axis=2)
+
     if image.mode not in EIGHT_BITS:
-        raise BadPicture(415, "The picture has more than 16 bits per channel; send it as 8-bit RGB.")
+        raise BadImage(415, "The image has more than 16 bits per channel; send it as 8-bit RGB.")
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # a transparent colour of a palette stays that colour
     return np.asarray(image.convert("RGB"))
 
 
-def mask_png(labels: Bytes, palette: tuple[int, ...]) -> bytes:
-    """A palette picture: its pixels are the classes [H, W], and viewers show their colours."""
+def encode_mask(labels: Bytes, palette: tuple[int, ...]) -> bytes:
+    """Returns a palette PNG: its pixels are the classes [H, W], and viewers show their colours."""
     mask = Image.fromarray(labels)
     mask.putpalette(palette)
-    return _png(mask)
+    return _encode_png(mask)
 
 
-def overlay_png(image: Bytes, labels: Bytes, palette: tuple[int, ...]) -> bytes:
-    """The picture, half of it the classes' colours; where that is black, mostly background, the picture as it is."""
+def encode_overlay(image: Bytes, labels: Bytes, palette: tuple[int, ...]) -> bytes:
+    """Returns a PNG of the image blended with the classes' colours; black ones leave it as it is."""
     painted = np.asarray(palette, dtype=np.uint8).reshape(256, 3)[labels]
     painted = np.where(painted.any(axis=2, keepdims=True), painted, image)
-    return _png(Image.blend(Image.fromarray(image), Image.fromarray(painted), 0.5))
+    return _encode_png(Image.blend(Image.fromarray(image), Image.fromarray(painted), 0.5))
 
 
-def _png(picture: Image.Image) -> bytes:
+def _encode_png(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    picture.save(out, format="PNG", compress_level=3)  # twice as fast as 6, a tenth larger
+    image.save(out, format="PNG", compress_level=3)  # twice as fast as 6, a tenth larger
     return out.getvalue()
