@@ -65,6 +65,22 @@ def test_curves_are_the_same_for_the_same_images_and_the_model_stays_as_it_was(
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_of_large_images_a_part_is_looked_at(model: SegFormer, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [group for group in groups_of(model) if group.kind == "decoder"]
+    batches = [torch.randn(3, 3, 96, 160).double()]
+    widths = [(group.slots // 2, group.slots) for group in groups]
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr("segprune.pruning.curves.measure.CROP", 64)
+
+    def parts(x: Tensor) -> tuple[list[Tensor], Tensor]:
+        sizes.append(tuple(x.shape[2:]))
+        return SegFormer.parts(model, x)
+
+    monkeypatch.setattr(model, "parts", parts)
+    measure_curves(model, groups, batches, widths)
+    assert set(sizes) == {(64, 64)}
+
+
 def test_whole_heads_have_no_curve_and_are_refused_by_name(model: SegFormer, batches: list[Tensor]) -> None:
     with pytest.raises(ValueError, match=r"heads.*kind head.*protect"):
         find_places(model, groups_of(model, heads=True))

@@ -29,6 +29,7 @@ DAMPING = 3e-3  # the repair's
 NUM_WIDTHS = 20  # of a group that are worked out; between them the chord
 PROBES = 4  # random directions of the logits, per image
 UNSEEN = 3  # one in so many images is for the second pass
+CROP = 288  # pixels of a side, at most, that are looked at of an image: gradients take memory and time
 Progress = Callable[[int, int], None]
 
 
@@ -64,7 +65,7 @@ def measure_curves(
     """
     places = find_places(model, groups)
     generator = torch.Generator().manual_seed(seed)
-    images = [image for batch in batches for image in batch.split(1)]
+    images = [_crop(image, generator) for batch in batches for image in batch.split(1)]
     fitted = [image for i, image in enumerate(images) if (i + 1) % UNSEEN] if len(images) >= UNSEEN else images
     unseen = images[UNSEEN - 1 :: UNSEEN] if len(images) >= UNSEEN else images
     total = len(fitted) + len(unseen)
@@ -110,6 +111,16 @@ def measure_curves(
                 step(len(fitted) + i + 1)
 
     return [_curve(ws, torch.stack(rows), item.order) for ws, rows, item in zip(steps, samples, losses, strict=True)]
+
+
+def _crop(image: Tensor, generator: torch.Generator) -> Tensor:
+    """A part of the image 1 3 H W, at a random place, where it is larger than `CROP`."""
+    for dim in (2, 3):
+        rest = image.shape[dim] - CROP
+        if rest > 0:
+            start = int(torch.randint(rest + 1, (), generator=generator))
+            image = image.narrow(dim, start, CROP)
+    return image
 
 
 def _some(widths: Sequence[int]) -> list[int]:
