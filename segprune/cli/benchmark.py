@@ -40,7 +40,7 @@ from segprune.cli.console import (
     show_settings,
     show_table,
 )
-from segprune.cli.flags import Layout, LoaderProcesses, switch
+from segprune.cli.flags import Layout, LoaderProcesses, Verbose, switch
 from segprune.data import Sample
 from segprune.export import is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
@@ -96,14 +96,15 @@ class BenchmarkConfig:
     fold: Annotated[
         bool, switch("--fold", "Fold checkpoints for torch and compile first, as exported ones always are.")
     ] = False
-    rounds: Annotated[int, Option("--rounds", min=3, help="At most so many rounds, of one timed pass each.")] = 100
-    seconds: Annotated[float, Option("--seconds", min=0.0, help="No new round after so long.")] = 60.0
+    rounds: Annotated[int, Option("--rounds", min=3, help="At most this many rounds, of one timed pass each.")] = 100
+    seconds: Annotated[float, Option("--seconds", min=0.0, help="Begin no new round after this time.")] = 60.0
     no_memory: Annotated[bool, switch("--no_memory", "Leave out peak memory, which takes a process for each.")] = False
     data: Annotated[str, Option("--data", help="Data set on which every file is scored in every runtime.")] = ""
     layout: Layout = None
     split: Annotated[str, Option("--split", help="The part of --data to score.")] = "val"
     num_workers: LoaderProcesses = None
     save_dir: Annotated[str, Option("--save_dir", help="Save the rows as JSON and CSV there, and the plot.")] = ""
+    verbose: Verbose = False
 
 
 def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
@@ -118,7 +119,8 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
     device = choose_device(config.cuda)
     config, chosen = fit_to_machine(config, device)
     cases = _list_cases(config, given, device)
-    show_settings("Benchmark", asdict(config) | {"model_paths": ", ".join(config.model_paths), "cases": len(cases)})
+    read = {"model_paths": ", ".join(config.model_paths), "cases": len(cases)}
+    show_settings("Benchmark", asdict(config), given, read)
     show_notes(chosen if config.data else ())
     if config.save_dir:
         check_writable(config.save_dir)

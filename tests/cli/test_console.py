@@ -238,7 +238,7 @@ BAD_DATA = {
     "no mask": r"Mask \S+\.png is missing \(1 of 3 masks of val\.txt are\); add it or take its name off val\.txt\.",
     "0 and 255": r"hold only 0 and 255, where the pixel value must be the class .*; paint the object 1 instead of 255",
     "out of range": r"holds the label 200, where 0\.\.7 and 255 \(ignored\) are allowed with 8 classes; relabel",
-    "RGB": r"Mask \S+\.png has mode RGB, where an 8-bit grey or palette PNG is allowed .*; convert its colours",
+    "RGB": r"Mask \S+\.png has mode RGB .*, where the pixel value must be the class; ",
 }
 
 

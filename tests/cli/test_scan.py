@@ -53,7 +53,7 @@ def test_with_labels_the_loss_is_in_miou(dense: Path, data: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), r"Give either --images, pictures without labels, or --data, a data set to score on\."),
+        ((), r"Give either --images, images without labels, or --data, a data set to score on\."),
         (("--images", ".", "--data", "."), r"Give either --images, .*, or --data, .*\."),
         (("--images", ".", "--rates", "half"), r"--rates is 'half'; give shares such as 0\.25,0\.5,0\.75\."),
         (("--images", ".", "--rates", "0.5,1"), r"--rates is '0\.5,1'; each must lie between 0 and 1\."),
