@@ -90,7 +90,7 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
             checkpoint.build(opened),
             output,
             format=flags.format,
-            precision=flags.precision,  # type: ignore[arg-type]
+            precision=flags.precision,
             size=flags.input_shape,
             batch=flags.batch_size,
             dynamic=flags.dynamic,

@@ -183,10 +183,12 @@ def _write_notes(tally: _Tally, counts: npt.NDArray[np.int64], absent: list[int]
     num_classes = tally.num_classes
     notes = []
 
+    # A class that training never sees.
     if absent:
         names = ", ".join(map(str, absent))
         notes.append(f"Without a pixel in the masks of {first}, so never learnt: class {names}.")
 
+    # Some scripts paint borders with the first free number.
     if tally.num_masks_at_limit:
         share = 100 * counts[num_classes] / counts.sum()
         remedy = f"num_classes must be {num_classes + 1}"
@@ -197,6 +199,7 @@ def _write_notes(tally: _Tally, counts: npt.NDArray[np.int64], absent: list[int]
             f"all pixels); if it is a class, {remedy}."
         )
 
+    # Of a half turn or a mirror, sizes do not tell which way the mask lies.
     if tally.turned:
         notes.append(
             f"{len(tally.turned)} images carry an EXIF orientation ({tally.turned[0]} first) and are read as stored "

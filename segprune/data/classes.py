@@ -40,6 +40,7 @@ def read_classes(*folders: str | os.PathLike[str]) -> ClassTable:
 
     Names in a file of names alone are preferred to those in a table of colours, and colours are added to them.
     """
+    # Tables of colours.
     colours = ClassTable()
     for folder in folders:
         for name, read in (("labelmap.txt", _read_labelmap), ("class_dict.csv", _read_class_dict)):
@@ -47,6 +48,7 @@ def read_classes(*folders: str | os.PathLike[str]) -> ClassTable:
             if not colours.colours and os.path.isfile(path):
                 colours = read(path)
 
+    # Files of names alone.
     for folder in folders:
         for name in _NAME_FILES:
             path = os.path.join(folder, name)
@@ -114,6 +116,7 @@ def _make_table(path: str, rows: Iterable[tuple[str, list[str]]], pattern: str) 
                 "correct the line or remove the file."
             ) from error
 
+        # Two classes of one colour could not be told apart.
         colour = (red, green, blue)
         if max(colour) > 255 or min(colour) < 0 or colour in colours:
             raise ValueError(

@@ -129,6 +129,7 @@ def _list_split(place: Path | str, splits: Mapping[str, Any], split: str, limit:
     if not len(table):
         raise ValueError(f"{name} of {place} has no row; give a split with images.")
 
+    # Rows are read one at a time, when a sample is loaded.
     images = _select_encoded(table, image_column)
     masks = _select_encoded(table, mask_column)
     pairs = []

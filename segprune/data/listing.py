@@ -70,6 +70,7 @@ def _walk(folder: str, deep: bool, skipped: str, above: tuple[str, ...]) -> Iter
     if real == skipped or real in above or not os.path.isdir(folder):
         return
 
+    # An entry says what it is without another look at the disk, unless it is a link.
     files: list[str] = []
     folders: list[str] = []
     with os.scandir(folder) as entries:
@@ -120,6 +121,7 @@ def list_by_stem(folder: str | os.PathLike[str], extensions: Sequence[str], deep
         start = os.path.join(parent, "")
         prefix = start.removeprefix(os.path.join(top, "")).replace(os.sep, "/")
 
+        # Of several files of one name the one with the earliest extension stays.
         for name in names:
             stem, _, extension = name.rpartition(".")
             key = prefix + stem
@@ -202,6 +204,7 @@ def pair_side_by_side(folder: str, colours: tuple[Colour, ...] = ()) -> tuple[Pa
     images = list_by_stem(folder, IMAGE_EXTENSIONS)
     masks = list_by_stem(folder, MASK_EXTENSIONS)
 
+    # Masks are images too: a file is an image if it is no other's mask.
     mask_names = {}
     for name in images:
         for ending in MASK_ENDINGS[1:]:

@@ -101,6 +101,7 @@ def list_split(path: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]:
 
 def _find_list(path: Path, split: str) -> Path:
     """Returns the given list if it is the split's, else the one beside it."""
+    # Which split is the given list? One whose name says nothing is the training list.
     own_split = "train"
     words = re.split(r"[_\-. ]", path.stem)
     for known in ALIASES:
@@ -109,6 +110,7 @@ def _find_list(path: Path, split: str) -> Path:
     if split == own_split:
         return path
 
+    # The other lists are called alike, or simply after their splits.
     names = _list_stems(split)
     if own_split in path.stem:
         names.insert(0, path.stem.replace(own_split, split))
@@ -155,6 +157,7 @@ def locate(paths: Sequence[str], folder: Path) -> tuple[list[str], str]:
         if os.path.isfile(full):
             return plain, ""
 
+        # Drop one folder after another from the beginning, until the rest is there.
         parts = path.split("/")
         for start in range(len(parts)):
             ending = "/".join(parts[start:]).lstrip("/")

@@ -158,9 +158,12 @@ def load_mask(location: Location, colours: tuple[Colour, ...] = ()) -> Bytes:
     with open_image(location) as mask:
         _check_one_page(mask, location)
         mask.load()
+
+        # A table of colours decides where the mask shows colours.
         if colours and mask.mode in ("P", "PA", *_COLOURED):
             return _match_colours(np.asarray(mask.convert("RGB")), colours, location)
 
+        # Elsewhere the class is a number, whatever it is stored in.
         if mask.mode in ("LA", "PA"):
             values = np.asarray(mask.getchannel(0))
         elif mask.mode in _COLOURED:
@@ -205,6 +208,8 @@ def _match_colours(pixels: Bytes, colours: tuple[Colour, ...], location: Locatio
     """Returns [H, W], for each pixel the number of its colour."""
     codes = _encode_colours(pixels)
     known = _encode_colours(np.array(colours, dtype=np.uint8))
+
+    # Look each colour up in the sorted table; the nearest entry is the colour itself or none is.
     order = np.argsort(known)
     places = np.searchsorted(known[order], codes).clip(max=len(known) - 1)
     labels = order[places]

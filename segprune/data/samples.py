@@ -165,6 +165,7 @@ def readable(
     good: list[S] = []
     bad: list[str] = []
 
+    # Complaints come in the order of the samples.
     for complaints in _try_all(samples, num_workers):
         for complaint in complaints:
             sample = samples[len(good) + len(bad)]

@@ -128,6 +128,7 @@ def draw_shapes(
     canvas = _draw_background(rng, size)
     mask = np.zeros(size, dtype=np.uint8)
 
+    # From back to front: distractors, objects, occluders.
     for _ in range(rng.integers(0, MAX_BLOBS + 1)):
         _paint_blob(rng, canvas)
 
@@ -179,6 +180,7 @@ def _prepare_folder(folder: Path, class_names: tuple[str, ...]) -> Path:
     root = folder / "VOCdevkit" / "VOC2007"
     sign = root / "classes.txt"
 
+    # Never write into anybody else's folder.
     known = [_join_lines(names) for names in (CLASS_NAMES, CONTEXT_CLASS_NAMES)]
     ours = sign.is_file() and sign.read_bytes() in known
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
@@ -187,6 +189,7 @@ def _prepare_folder(folder: Path, class_names: tuple[str, ...]) -> Path:
             "choose another name."
         )
 
+    # Lists are removed first and written last: a set without them is not whole.
     root.mkdir(parents=True, exist_ok=True)
     sign.write_bytes(_join_lines(class_names))
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -236,6 +239,7 @@ def inside_shape(name: str, u: Floats, v: Floats) -> Bools:
 
 def _draw_texture(name: str, u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
     """Returns 0 (bright) to 1 (dark) at points given in periods."""
+    # Each texture begins at a random point of its period.
     u, v = u + np.float32(rng.random()), v + np.float32(rng.random())
 
     match name:

@@ -82,6 +82,7 @@ def set_val_aside(source: Source, share: float, seed: int) -> Source:
     else:
         raise ValueError(f"`val_share` was given, but {source.root} has a val split; leave `val_share` out.")
 
+    # A set without splits is divided whole.
     try:
         samples = source.split("train")
     except MissingSplitError:

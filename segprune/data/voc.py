@@ -109,6 +109,7 @@ def _find_list(root: Path, split: str) -> Path | None:
         if (folder / f"{name}.txt").is_file():
             return folder / f"{name}.txt"
 
+    # Without a list for train, val or test all images are one pool, listed or not.
     known: list[str] = []
     for aliases in ALIASES.values():
         known.extend(aliases)

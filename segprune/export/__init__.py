@@ -16,8 +16,9 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ __all__ = [
     "LIMITS",
     "PRECISIONS",
     "Difference",
+    "ExportOptions",
     "Limits",
     "Manifest",
     "Precision",
@@ -88,61 +90,80 @@ def check_choice(format: str, precision: str) -> None:
         raise ValueError(f"The format {format} does not come in {precision!r}; choose one of {allowed}.")
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the file shall be. `size` is H W; a `dynamic` file takes any size and batch.
+
+    With `preprocess` the file takes pixels, with `argmax` it returns classes; see `Manifest`. `class_names` and
+    `palette` are kept in the file.
+    """
+
+    format: str = "onnx"
+    precision: Precision = "fp32"
+    size: tuple[int, int] = (512, 512)
+    batch: int = 1
+    dynamic: bool = False
+    preprocess: bool = False
+    argmax: bool = False
+    class_names: Sequence[str] = ()
+    palette: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        check_choice(self.format, self.precision)
+        check_input((self.batch, 3, *self.size))
+
+
 def export(
     model: SegFormer,
     path: str | os.PathLike[str],
+    options: ExportOptions | None = None,
     *,
-    format: str = "onnx",
-    precision: Precision = "fp32",
-    size: tuple[int, int] = (512, 512),
-    batch: int = 1,
-    dynamic: bool = False,
-    preprocess: bool = False,
-    argmax: bool = False,
-    class_names: Sequence[str] = (),
-    palette: Sequence[int] = (),
     images: Sequence[Bytes] = (),
     limits: Limits | None = None,
+    **changes: Any,
 ) -> tuple[Manifest, Difference]:
     """Writes the network to `path`, runs the file and compares it with the network.
 
-    `images` [H, W, 3] uint8 RGB of `size` calibrate int8, which needs some, and are what is compared; without them
-    generated images are compared. Raises ValueError for what cannot be done and for a file that differs by more than
-    `limits`, which is not kept; OSError where `path` cannot be written.
+    `changes` are single options of `ExportOptions`, such as `format`. `images` [H, W, 3] uint8 RGB of its `size`
+    calibrate int8, which needs some, and are what is compared; without them generated images are compared. Raises
+    ValueError for what cannot be done and for a file that differs by more than `limits`, which is not kept; OSError
+    where `path` cannot be written.
     """
-    check_choice(format, precision)
-    check_input((batch, 3, *size))
+    options = replace(options or ExportOptions(), **changes)
+    format = FORMATS[options.format]
+    precision = options.precision
     path = Path(path)
-    suffix = FORMATS[format].suffix
-    if not path.name.endswith(suffix):
-        raise ValueError(f"{path} ends in {path.suffix!r}, where a file of the format {format} ends in {suffix}.")
+    if not path.name.endswith(format.suffix):
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}, where a file of the format {options.format} ends in {format.suffix}."
+        )
     if precision == "int8" and not images:
         raise ValueError("int8 needs images to calibrate on, like those the network will see; give some.")
 
     # The file is compared with the network as it came, in float32, whatever is done to the network for the file.
     reference = copy.deepcopy(model).cpu().float().eval()
-    half = precision == "fp16" and not FORMATS[format].stores_half
-    network = Deployed(reference, half=half, preprocess=preprocess, argmax=argmax)
+    half = precision == "fp16" and not format.stores_half
+    network = Deployed(reference, half=half, preprocess=options.preprocess, argmax=options.argmax)
     spec = network.network.spec
     manifest = Manifest(
         spec.variant,
         spec.num_classes,
-        format,
+        options.format,
         precision,
-        shape=None if dynamic else (batch, *size),
-        preprocess=preprocess,
-        argmax=argmax,
-        class_names=tuple(class_names),
+        shape=None if options.dynamic else (options.batch, *options.size),
+        preprocess=options.preprocess,
+        argmax=options.argmax,
+        class_names=tuple(options.class_names),
         spec=spec,
-        palette=tuple(palette),
+        palette=tuple(options.palette),
     )
-    job = Job(network, manifest, size, images)
+    job = Job(network, manifest, options.size, images)
 
     limits = limits or LIMITS[precision]
     with atomic_files(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's exporters call functions that PyTorch deprecates
-            FORMATS[format].write(job, temporary)
+            format.write(job, temporary)
 
         # An error in here leaves no file behind.
         difference = compare(run_both(reference, open_exported(temporary), job))

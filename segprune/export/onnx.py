@@ -53,6 +53,8 @@ def _translate(job: Job) -> Any:
         optimize=True,
     )
     assert program is not None
+
+    # Free sizes get names that say what they are.
     model = program.model_proto
     if job.manifest.shape is None:
         _name_sizes(model, job)
