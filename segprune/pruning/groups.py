@@ -78,6 +78,7 @@ def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, h
         if type(module) is Attention:
             groups += _attention_groups(name, module, heads=heads)
 
+    # A protected group is kept apart and not dropped: it still has to be shown and named.
     free = tuple(group for group in groups if not is_protected(group, protected))
     kept = tuple(group for group in groups if is_protected(group, protected))
     return Grouping(free, kept, unsupported)
@@ -110,7 +111,11 @@ def _trainable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _stand_ins(model: nn.Module) -> Iterator[None]:
+    # The tracer then sees one product in place of an attention, and cannot tie its queries,
+    # keys and values together.
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
+
+    # A list, since the tree is changed while it is walked.
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is Attention:  # a subclass may compute anything
@@ -143,7 +148,11 @@ def _traced_groups(
     output_kind = torch_pruning.ops._OutputOp
 
     with eval_mode(model), _trainable(model), _stand_ins(model), torch.enable_grad():
+        # Read only now, so that a stand-in has the name of the attention that it replaces.
         names = {module: name for name, module in model.named_modules()}
+
+        # torch-pruning runs the network once and follows autograd's graph back from the
+        # outputs.
         graph.build_dependency(model, example_inputs, forward_fn=run, output_transform=tensors_in, verbose=False)
 
         for traced in graph.get_all_groups():
@@ -153,17 +162,22 @@ def _traced_groups(
             if any(isinstance(item.module, output_kind) or _is_last(graph, item.dep) for item in items):
                 continue
 
+            # One layer that cannot be cut protects all channels that are tied to it.
             strange = _find_strange(graph, items, names)
             if strange:
                 unsupported |= strange
                 continue
 
+            # Positions beyond a layer's width: the tracer has lost count, so that nothing
+            # is cut there.
             members = _find_members(graph, items, names, modules)
             misread = {m.layer: type(modules[m.layer]).__name__ for m in members if not _fits(m, modules[m.layer])}
             if misread:
                 unsupported |= misread
                 continue
 
+            # The first item is the layer that the group was found from; its outputs number
+            # the channels.
             groups.append(_named_group(members, len(items[0].positions), modules))
 
     return groups, unsupported
@@ -190,6 +204,7 @@ def _find_strange(graph: Any, items: list[_Item], names: dict[nn.Module, str]) -
     """Returns the layers and bare parameters of a traced group that cannot be cut, with their classes."""
     strange = {}
     for item in items:
+        # A bare parameter has no layer whose width could be set beside it.
         if isinstance(item.module, nn.Parameter):
             strange[graph._param_to_name[item.module]] = "Parameter"
         elif isinstance(item.module, nn.Module) and item.module in names and not _can_cut(item.module):
@@ -202,22 +217,34 @@ def _find_members(
 ) -> list[Member]:
     members: list[Member] = []
     for item in items:
+        # The tracer's own items, for concatenations and reshapes, hold no channels to
+        # remove.
         if isinstance(item.module, nn.Module) and item.module in names:
             members += _members(graph, item, names[item.module], modules)
     return members
 
 
 def _can_cut(module: nn.Module) -> bool:
+    # In a grouped convolution each output reads a slice of the inputs, and the slices would
+    # have to remain equally wide. Depth-wise ones are simply one filter per channel.
     if isinstance(module, CONVS):
         return module.groups == 1 or is_depthwise(module)
     if isinstance(module, TRANSPOSED_CONVS):
         return bool(module.groups == 1)
+
+    # A LayerNorm over several dimensions has a weight per position, and not per channel.
     if isinstance(module, nn.LayerNorm):
         return len(module.normalized_shape) == 1
     if isinstance(module, (nn.Linear, *NORMS)):
         return True
+
+    # GroupNorm takes statistics over sets of neighbouring channels, which a cut would
+    # shift; instance norms are not sliced by surgery.py.
     if isinstance(module, nn.GroupNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
         return False
+
+    # Activations, pooling and the like work at any width; unknown layers with weights do
+    # not.
     return not any(True for _ in module.parameters())
 
 
@@ -234,6 +261,9 @@ def _members(graph: Any, item: _Item, name: str, modules: dict[str, nn.Module]) 
 
     positions = np.asarray(item.positions, dtype=np.int64)
     channels = np.asarray(item.channels, dtype=np.int64)
+
+    # Layers whose input and output channels are the same are listed once, as an output
+    # side.
     one_sided = isinstance(module, NORMS) or is_depthwise(module)
     side: Side = "out" if one_sided or graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
 
@@ -244,6 +274,9 @@ def _members(graph: Any, item: _Item, name: str, modules: dict[str, nn.Module]) 
     else:
         attention = modules[name]
         assert isinstance(attention, Attention)
+
+        # A stand-in's input is read by the layers that read the attention's: queries
+        # always, and keys and values, directly or through the reduction.
         readers = ("q", "k", "v") if attention.sr is None else ("q", "sr")
         for reader in readers:
             yield Member(f"{name}.{reader}", "in", positions, channels)
@@ -260,6 +293,9 @@ def _named_group(members: list[Member], num_channels: int, modules: dict[str, nn
         parent = modules.get(parent_name)
         grandparent = modules.get(parent_name.rpartition(".")[0])
 
+        # One member decides a kind: the patch embedding starts the residual stream, the
+        # head's BatchNorm reads the fused sum, the depth-wise convolution lies within the
+        # FFN.
         if member.side == "out" and isinstance(parent, PatchEmbed):
             names["stage"] = parent_name.removesuffix("patch_embed") + "width"
         elif isinstance(parent, DecodeHead) and leaf == "norm":
@@ -306,6 +342,9 @@ def _attention_groups(name: str, module: Attention, *, heads: bool) -> Iterator[
     # A whole head takes its channels out of all four layers.
     if heads and num_heads > 1:
         totals: list[tuple[str, Side, int]] = [("q", "out", qk), ("k", "out", qk), ("v", "out", v), ("proj", "in", v)]
+
+        # Channel h of this group is head h, which owns total / num_heads neighbouring
+        # positions.
         members = [
             Member(f"{name}.{layer}", side, np.arange(total), np.arange(total) // (total // num_heads))
             for layer, side, total in totals

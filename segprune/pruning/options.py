@@ -90,12 +90,15 @@ class PruneOptions:
 
     def __post_init__(self) -> None:
         """Takes text apart, and raises ValueError for values out of range and for options that contradict others."""
+        # The record is frozen, so this is the one place where text from a command line or a
+        # file becomes numbers and names. All checks below read those.
         _set(self, "pruning_rate", _read_rate(self.pruning_rate, self.rate_of))
         _set(self, "max_rate", _read_max_rate(self.max_rate))
         _set(self, "ignore", tuple(parse_names(self.ignore) if isinstance(self.ignore, str) else self.ignore))
         _set(self, "sensitivity", self.sensitivity or None)
         _set(self, "plan", os.fspath(self.plan) if isinstance(self.plan, os.PathLike) else self.plan or None)
 
+        # First each value by itself, then what cannot be combined.
         check_input((1, 3, *self.input_shape))
         _check_words(self)
         _check_shares(self)
@@ -111,6 +114,8 @@ class PruneOptions:
             return {unit: self.pruning_rate[unit] for unit in UNITS if unit in self.pruning_rate}
         if self.plan is not None:
             return {}
+
+        # One number, or none, is a share of a single unit.
         rate = DEFAULT_RATE if self.pruning_rate is None else cast(float, self.pruning_rate)
         return {self.rate_of or "params": rate}
 
@@ -119,6 +124,8 @@ class PruneOptions:
         """The exact shares of groups to remove, by pattern."""
         if not isinstance(self.pruning_rate, Mapping):
             return {}
+
+        # Names that are no unit are patterns of groups.
         return {pattern: share for pattern, share in self.pruning_rate.items() if pattern not in UNITS}
 
     @property
@@ -181,6 +188,7 @@ def _read_rate(rate: Any, rate_of: RateOf | None) -> float | dict[str, float] | 
 
 
 def _read_max_rate(limit: Any) -> dict[str, float]:
+    # A limit without a name holds for all groups: the pattern "*".
     if limit is None:
         return {}
     if isinstance(limit, str):
@@ -199,6 +207,8 @@ def _check_words(options: PruneOptions) -> None:
         ("price", get_args(Price)),
     ):
         word = getattr(options, name)
+
+        # None is "not given": what it stands for depends on other options.
         if word is not None and word not in known:
             raise ValueError(f"`{name}` is {word!r}, which is unknown; choose one of {', '.join(known)}.")
 
@@ -207,6 +217,7 @@ def _check_words(options: PruneOptions) -> None:
 
 
 def _check_shares(options: PruneOptions) -> None:
+    # A single rate is checked as a rate without a name.
     rates: dict[str, Any] = {"": options.pruning_rate}
     if isinstance(options.pruning_rate, Mapping):
         rates = dict(options.pruning_rate)
@@ -229,6 +240,9 @@ def _check_plan(options: PruneOptions) -> None:
 def _check_uniform(options: PruneOptions) -> None:
     if not options.uniform:
         return
+
+    # Uniform stages have one width each and the published decode head: what asks for other
+    # widths, group by group, or for another head contradicts that.
     excluded = options.given(("heads", "keep_decoder", "scope"))
     excluded += [f"{unit} as a unit of `pruning_rate`" for unit in ("channels", "latency") if unit in options.budgets]
     if options.shares_by_name:
@@ -249,18 +263,24 @@ def _check_curves(options: PruneOptions) -> None:
         return
     for name in options.given(FOR_SCORES):
         raise ValueError(f"`{name}` cannot be combined with `plan_by` curves; leave it out, or plan by scores.")
+
+    # The curves measure the loss after the repair, which would not happen.
     if options.repair is False:
         raise ValueError("`plan_by` curves counts on the repair; leave out `repair` False, or plan by scores.")
 
 
 def _check_effects(options: PruneOptions) -> None:
     """An option without effect is a mistake."""
+    # Shares by name alone fix widths, so that nothing is ranked across groups.
     if options.shares_by_name and not options.budgets:
         for name in options.given(("scope", "max_rate", "sensitivity", "price", "normalise")):
             raise ValueError(
                 f"`{name}` has no effect where `pruning_rate` gives the share of every group by name; give a rate too, "
                 f"or leave `{name}` out."
             )
+
+    # The other scopes compare no groups with each other, so that a factor on one changes
+    # nothing.
     if options.scope != "global":
         for name in options.given(("sensitivity", "price", "normalise")):
             raise ValueError(

@@ -22,6 +22,7 @@ def matches(pattern: str, name: str) -> bool:
     if pattern == "head" or pattern.startswith("head."):
         pattern = f"decode_{pattern}"
 
+    # The dot before the wildcard keeps "stages.1" from matching "stages.10".
     forms = (name, name.removeprefix("encoder."))
     return any(fnmatchcase(form, pattern) or fnmatchcase(form, f"{pattern}.*") for form in forms)
 
@@ -32,6 +33,7 @@ def matching_names(patterns: Iterable[str], names: Sequence[str], argument: str)
     for pattern in patterns:
         new = {name for name in names if matches(pattern, name)}
         if not new:
+            # Three names from all over the network show how encoder and head are called.
             examples = names[:: max(1, len(names) // 3)][:3]
             units = " (and units are params, macs, channels, latency)" if argument == "pruning_rate" else ""
             raise ValueError(
@@ -67,6 +69,7 @@ def parse_shares(text: str, argument: str, example: str) -> dict[str, float]:
     """
     shares: dict[str, float] = {}
     for part in parse_names(text):
+        # Without "=" the name is empty, and the whole part is the number.
         name, _, number = part.rpartition("=")
         try:
             share = float(number)

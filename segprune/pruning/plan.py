@@ -44,8 +44,12 @@ def keep_best(groups: Sequence[Group], scores: Mapping[str, Scores], widths: Wid
     """Returns the plan for given widths: each part of a group keeps its highest scores, of equal ones the first."""
     keep = {}
     for group, width in zip(groups, widths.tolist(), strict=True):
+        # Scores as parts × slots. The sort is stable, so that equal scores keep the first
+        # channels on every machine.
         by_part = scores[group.name].reshape(group.parts, group.slots)
         best = np.argsort(-by_part, axis=1, kind="stable")[:, :width]
+
+        # From slots within a part to channels of the group: part p starts at p · slots.
         channels = best + np.arange(group.parts)[:, None] * group.slots
         keep[group.name] = tuple(sorted(channels.ravel().tolist()))
     return Plan(keep)
@@ -57,6 +61,7 @@ def widths_of(plan: Plan, groups: Sequence[Group]) -> Widths:
 
 def check_widths(widths: Mapping[str, int], groups: Sequence[Group]) -> Widths:
     """Returns the widths in the order of the groups. Raises ValueError for names or widths that do not fit."""
+    # A plan has to name exactly the groups of this network: none missing, none left over.
     slots = {group.name: group.slots for group in groups}
     strange, missing = sorted(widths.keys() - slots.keys()), sorted(slots.keys() - widths.keys())
     wrong = [f"group {name}, which this network cannot cut" for name in strange[:1]]
@@ -74,6 +79,7 @@ def plan_rows(plan: Plan, groups: Sequence[Group], costs: Mapping[str, Mapping[s
     """Returns a record per group: its width, its share of the network's `costs`, by unit, and the loss expected."""
     rows: list[dict[str, Any]] = []
     for group, width in zip(groups, widths_of(plan, groups).tolist(), strict=True):
+        # Rounded for reading; only the name and the width are read back.
         row = {"name": group.name, "kind": group.kind, "parts": group.parts, "slots": group.slots, "width": width}
         row |= {f"share_of_{unit}": round(shares[group.name], 6) for unit, shares in costs.items()}
         if group.name in plan.losses:
@@ -99,12 +105,15 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
     try:
         rows = [(row["name"], row["width"]) for row in _read(path)["groups"]]
     except (KeyError, TypeError):
+        # A file of another form fails the first check below, and so gets its message.
         rows = [(None, None)]
 
     widths: dict[str, int] = {}
     for name, width in rows:
         if type(name) is not str:
             raise ValueError(f"{path} is no plan; write one with --plan_only, and in it change only the widths.")
+
+        # `isinstance` would let JSON's true pass for 1.
         if type(width) is not int:
             raise ValueError(f"{path} gives group {name} the width {json.dumps(width)}; it must be a whole number.")
         if name in widths:

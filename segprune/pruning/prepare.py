@@ -52,8 +52,12 @@ class Prepared:
 
 def stock_spec(model: nn.Module) -> Spec | None:
     """Returns the spec if `model` is a SegFormer exactly as its spec builds it, else None."""
+    # A subclass may compute anything, and so may a network with modules replaced or
+    # reshaped.
     if type(model) is not SegFormer:
         return None
+
+    # On the meta device the reference has names and shapes, but takes no memory.
     with torch.device("meta"):
         reference = SegFormer(model.spec)
 
@@ -95,6 +99,7 @@ _FOLDED_AWAY = ("fuse", *(f"branches.{i}" for i in range(4)))
 
 def _prepare_stock(dense: SegFormer, example_inputs: Any, protected: set[str], options: PruneOptions) -> Prepared:
     """Prepares a network as its spec builds it. The head is not folded where a protected layer would disappear."""
+    # MACs depend on the size; the groups do not, so that tracing uses a small one.
     height, width = options.input_shape if example_inputs is None else tensors_in(example_inputs)[0].shape[2:]
     fold = not (options.keep_decoder or protected & {f"decode_head.{name}" for name in _FOLDED_AWAY})
     model = fold_decoder(dense) if fold else copy.deepcopy(dense)
@@ -102,6 +107,8 @@ def _prepare_stock(dense: SegFormer, example_inputs: Any, protected: set[str], o
     parameter = next(model.parameters())
     x = torch.zeros(1, 3, *TRACE_SHAPE, device=parameter.device, dtype=parameter.dtype)
     grouping = find_groups(model, x, protected, heads=options.heads)
+
+    # Each kind of layer of our own can be cut.
     assert not grouping.unsupported
 
     return Prepared(
@@ -121,11 +128,16 @@ def _prepare_traced(dense: nn.Module, example_inputs: Any, protected: set[str], 
     seen = trace(model, example_inputs)
 
     names = [name for name, _ in model.named_modules()]
+
+    # Attention we do not know may tie channels in ways that tracing does not show: all
+    # layers inside it are protected. An owner without a name is the network itself.
     inside = set()
     for owner in seen.unknown_attention:
         inside |= {name for name in names if not owner or f"{name}.".startswith(f"{owner}.")}
 
     grouping = find_groups(model, example_inputs, protected | inside, heads=options.heads)
+
+    # Layers inside such attention are not named again: its own name says it.
     unsupported = {name: kind for name, kind in grouping.unsupported.items() if name not in inside}
     _warn_left_alone(seen.unknown_attention, unsupported)
 
@@ -162,6 +174,7 @@ def _warn_left_alone(attention: dict[str, str], unsupported: dict[str, str]) -> 
     if unsupported:
         parts.append(f"layers that it cannot cut: {_summarise(unsupported)}")
     if parts:
+        # Six frames up is the line that calls Pruner.prune.
         warnings.warn(f"Left as it is, with all channels tied to it: {'; '.join(parts)}.", stacklevel=6)
 
 

@@ -63,6 +63,7 @@ def prune(
     network = pruner.prune(example_inputs)
 
     shape = pruner.options.input_shape
+    # Both are counted from specs, which only a SegFormer has.
     before, after = (count(net.spec, shape) if isinstance(net, SegFormer) else None for net in (model, network))
     return Pruned(network, pruner.plan, before, after)
 

@@ -75,6 +75,7 @@ class Pruner:
         self.progress = progress
         self.plan: Plan | None = None  # what the last prune() decided
 
+        # What can be refused without running the network is refused here.
         if isinstance(model, SegFormer):
             check_head(model.spec, self.options)
         if self.options.repair and not self.images:
@@ -104,6 +105,7 @@ class Pruner:
         if self.options.repair and not prepared.stock:
             raise ValueError(f"{type(self.model).__name__} is not a stock SegFormer; only those can be repaired.")
 
+        # A factor for a group that is not there would have no effect.
         sensitivity = self.options.sensitivity or {}
         known = {group.name for group in (*prepared.groups, *prepared.protected)}
         unknown = sorted(set(sensitivity) - known)
@@ -121,12 +123,20 @@ class Pruner:
 
     def decide(self, prepared: Prepared, scores: Mapping[str, Scores]) -> Plan:
         """Returns which channels are kept; nothing is cut."""
+        # The classes of transformers allow few widths, so that these have a search of their
+        # own.
         if self.options.uniform:
             return by_uniform_stages(prepared, scores, self.options)
+
+        # A plan fixes the widths. Which channels fill them is open: with images that can be
+        # measured.
         if self.options.plan is not None:
             if self.options.lets_curves_choose and self.images and prepared.stock:
                 return by_widths_and_curves(prepared, scores, self.images, self.options, self.progress)
             return by_widths(prepared, scores, self.options)
+
+        # Latency is predicted, measured and corrected, around a solver for ordinary
+        # budgets: the curves' if there are any, else the scores'.
         use_curves = self._uses_curves(prepared)
         if "latency" in self.options.budgets:
             solver = None
@@ -141,6 +151,9 @@ class Pruner:
         """Whether widths are decided by curves; ValueError where that is asked for and cannot be."""
         if not self.options.may_use_curves:
             return False
+
+        # Asked for by name: what is missing is an error. If nothing was asked for, scores
+        # decide in that case.
         if self.options.plan_by is not None:
             if not self.images:
                 raise ValueError("`plan_by` curves needs `images`; give a few dozen, labels are not needed.")
@@ -171,6 +184,7 @@ class Pruner:
         return ignored
 
     def _always_protected(self) -> set[str]:
+        # By identity, since `ignored_layers` are modules and everything later goes by name.
         inside: set[int] = set()
         for layer in self._collect_ignored_layers():
             inside |= {id(inner) for inner in layer.modules()}
@@ -178,6 +192,8 @@ class Pruner:
 
     def protected_names(self) -> set[str]:
         """Returns modules whose outputs are kept, and groups that `ignore` names as such."""
+        # A pattern may name modules or groups; `dict.fromkeys` removes duplicates and keeps
+        # the order.
         names = [name for name, _ in self.model.named_modules() if name]
         known = list(dict.fromkeys([*names, *group_names(self.model)]))
         return matching_names(self.options.ignore, known, "ignore") | self._always_protected()

@@ -60,6 +60,8 @@ def scan(
                 narrower = max(1, round((1.0 - rate) * group.slots))
                 widths.append(narrower if group.name in names else group.slots)
 
+            # Cut, measured and thrown away; the prepared network is the same for every
+            # trial.
             network = cut(prepared, keep_best(prepared.groups, scores, np.array(widths, dtype=np.int64)))
             assert isinstance(network, SegFormer)
             findings.append(Finding(part, names, rate, measure(network)))
@@ -73,11 +75,14 @@ def sensitivities(findings: Iterable[Finding]) -> dict[str, float]:
 
     The mean loss over the rates, relative to the mean of all parts, within `LOWEST` and `HIGHEST`.
     """
+    # A loss below zero is noise of the measure, and counts as none.
     by_part: dict[tuple[str, ...], list[float]] = {}
     for finding in findings:
         by_part.setdefault(finding.names, []).append(max(finding.loss, 0.0))
 
     means = {names: float(np.mean(losses)) for names, losses in by_part.items()}
+
+    # If no part lost anything there is nothing to compare.
     average = float(np.mean(list(means.values())))
     if not average > 0.0:
         raise ValueError("Nothing in the scan changed the network's output; scan higher rates or give other images.")
@@ -95,12 +100,15 @@ def output_distance(dense: SegFormer, images: Sequence[Tensor]) -> Callable[[Seg
         with torch.inference_mode(), eval_mode(model):
             return F.log_softmax(model.parts(batch)[1], dim=1)  # B K H/4 W/4
 
+    # The dense log-probabilities are the same for every trial, and are computed once.
     aims = [logits(dense, batch) for batch in images]
     total = sum(len(batch) for batch in images)
 
     def measure(model: SegFormer) -> float:
         distance = 0.0
         for batch, aim in zip(images, aims, strict=True):
+            # KL(dense || cut) = sum over classes of p (log p − log q), averaged over
+            # pixels; batches weigh by their number of images.
             divergence = F.kl_div(logits(model, batch), aim, log_target=True, reduction="none").sum(1).mean()
             distance += float(divergence) * len(batch) / total
         return distance
@@ -112,6 +120,7 @@ def _parts(groups: Iterable[Group]) -> dict[str, tuple[str, ...]]:
     """Group names by stage and kind; the decode head is a part of its own."""
     parts: dict[str, tuple[str, ...]] = {}
     for group in groups:
+        # "encoder.stages.2.blocks.0.mlp.ffn" is in part "stages.2 ffn".
         steps = group.name.removeprefix("encoder.").split(".")
         part = f"stages.{steps[1]} {group.kind}" if steps[0] == "stages" else "head"
         parts[part] = (*parts.get(part, ()), group.name)

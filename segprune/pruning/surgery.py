@@ -25,6 +25,8 @@ def cut(prepared: Prepared, plan: Plan) -> nn.Module:
     """
     model = copy.deepcopy(prepared.model)
     cut_channels(model, prepared.groups, plan)
+
+    # Our own layers are sliced as their groups say, so that only the spec has to follow.
     if prepared.stock:
         assert isinstance(model, SegFormer)
         model.spec = read_spec(model)
@@ -43,6 +45,8 @@ def cut(prepared: Prepared, plan: Plan) -> nn.Module:
 
 def cut_channels(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     """Removes from `model`, in place, every channel that the plan does not keep."""
+    # Slicing alone would leave the old number of heads, and the forward pass would split
+    # wrongly.
     groups = list(groups)
     for group in groups:
         if group.kind == "head":
@@ -50,6 +54,7 @@ def cut_channels(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
             assert isinstance(attention, Attention)
             attention.num_heads = len(plan.keep[group.name])
 
+    # Each side of a layer is sliced once, with everything that any group takes from it.
     for (layer, side), positions in removed_positions(groups, plan).items():
         _slice(model.get_submodule(layer), side, positions)
 
@@ -63,6 +68,8 @@ def removed_positions(groups: Iterable[Group], plan: Plan) -> dict[tuple[str, Si
         if kept.all():
             continue
 
+        # Groups may overlap: a removed head takes positions that its queries, keys and
+        # values name too.
         for member in group.members:
             positions = member.positions[~kept[member.channels]].tolist()
             removed.setdefault((member.layer, member.side), set()).update(positions)
@@ -80,9 +87,13 @@ def _slice(module: nn.Module, side: Side, removed: set[int]) -> None:
     assert isinstance(weight, nn.Parameter)
     keep = _complement(removed, weight.shape[dim], weight.device)
     module.weight = _parameter(weight, dim, keep)
+
+    # The bias belongs to the outputs alone.
     if side == "out" and isinstance(module.bias, nn.Parameter):
         module.bias = _parameter(module.bias, 0, keep)
 
+    # The stored widths have to agree with the weight: repr, tracing and `read_spec` read
+    # them.
     names = ("out_features", "out_channels") if side == "out" else ("in_features", "in_channels")
     setattr(module, names[0] if isinstance(module, nn.Linear) else names[1], len(keep))
 
@@ -93,6 +104,8 @@ def _slice_one_sided(module: nn.Module, removed: set[int]) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         keep = _complement(removed, size, parameter.device)
         setattr(module, name, _parameter(parameter, 0, keep))
+
+    # Running statistics have a number per channel; BatchNorm's count of batches has none.
     for name, buffer in list(module.named_buffers(recurse=False)):
         if buffer.dim() > 0:
             keep = _complement(removed, size, buffer.device)
@@ -127,9 +140,12 @@ def read_spec(model: SegFormer) -> Spec:
             assert isinstance(module, Block)
             blocks.append(_read_block(block, module))
 
+        # The patch embedding writes the residual stream first, and all of the stage is as
+        # wide.
         width = width_of(model.get_submodule(f"{stage_name(i)}.patch_embed.proj"), "out")
         stages.append(replace(stage, width=width, blocks=tuple(blocks)))
 
+    # The branches of a folded head write the sum itself, and have no widths of their own.
     head = model.decode_head
     dims = tuple(width_of(branch, "out") for branch in head.branches)
     return replace(
@@ -146,6 +162,8 @@ def _read_block(block: BlockSpec, module: Block) -> BlockSpec:
     attention = module.attn
     if attention is None:
         return block
+
+    # Queries, keys and values lie head by head, all heads equally wide.
     return replace(
         block,
         num_heads=attention.num_heads,

@@ -39,6 +39,9 @@ def synthetic_images(
     `progress` is called with the candidates looked at and their number. The same arguments give the same images.
     """
     parameter = model.decode_head.classifier.weight
+
+    # Candidates are small copies of the wanted size, at least 32 pixels: the encoder's
+    # stride.
     scale = min(1.0, SMALL / min(size))
     small = (max(32, round(size[0] * scale)), max(32, round(size[1] * scale)))
     total = count * CANDIDATES
@@ -47,6 +50,7 @@ def synthetic_images(
         images = [normalise(draw_leaves(seed, index, shape)) for index in indices]
         return torch.stack(images).to(parameter.device, parameter.dtype)
 
+    # For every candidate: mean and mean square of what the head's BatchNorm reads, N D.
     means, squares = [], []
     with eval_mode(model), tf32_products(False):
         for start in range(0, total, BATCH):
@@ -58,6 +62,8 @@ def synthetic_images(
                 progress(min(start + BATCH, total), total)
 
     chosen = _choose(torch.cat(means), torch.cat(squares), model.decode_head.norm, count)
+
+    # The same index gives the same scene at any size.
     return [draw(chosen[start : start + BATCH], size) for start in range(0, count, BATCH)]
 
 
@@ -68,12 +74,19 @@ def _choose(means: Tensor, squares: Tensor, norm: nn.BatchNorm2d, count: int) ->
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
+
+    # The target: one normal distribution per channel, as training has left it in the norm.
     mean, variance = norm.running_mean.double(), norm.running_var.double() + norm.eps
     chosen: list[int] = []
     total_mean, total_square = torch.zeros_like(mean), torch.zeros_like(mean)
+
+    # Greedy: at pick k every candidate is tried beside the k − 1 that are chosen already.
     for k in range(1, count + 1):
         trial_mean = (total_mean + means) / k
         trial_variance = ((total_square + squares) / k - trial_mean.square()).clamp_min(1e-12)
+
+        # Twice KL(trial || norm) of two normal distributions, summed over the channels: N.
+        # No image is chosen twice.
         ratio = trial_variance / variance
         divergence = (ratio - 1.0 - ratio.log() + (trial_mean - mean).square() / variance).sum(1)
         divergence[chosen] = torch.inf

@@ -113,6 +113,9 @@ def _pusher(stack: list[tuple[str, nn.Module]], name: str) -> Callable[..., None
 def _popper(stack: list[tuple[str, nn.Module]], name: str, result: Trace) -> Callable[..., None]:
     def pop(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
         stack.pop()
+
+        # Layers are recorded when they end, with their inputs by position and by name
+        # alike.
         layer = _layer(name, module, (*inputs, *named.values()), output)
         if layer is not None:
             result.layers.append(layer)
@@ -121,6 +124,7 @@ def _popper(stack: list[tuple[str, nn.Module]], name: str, result: Trace) -> Cal
 
 
 def _layer(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Layer | None:
+    # Output positions of one sample: all numbers, divided by the batch and by the width.
     if isinstance(module, nn.Linear):
         positions = output.numel() // output.shape[0] // module.out_features
         bias = module.bias is not None
@@ -132,9 +136,12 @@ def _layer(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -
         positions = math.prod((inputs[0] if isinstance(module, TRANSPOSED_CONVS) else output).shape[2:])
         if module.groups == 1:
             return Layer(name, "product", module.in_channels, module.out_channels, positions, kernel, bias)
+
+        # In a grouped convolution an output reads the inputs of its own group only.
         kernel *= module.in_channels // module.groups
         return Layer(name, "depthwise", module.out_channels, module.out_channels, positions, kernel, bias)
 
+    # A normalisation has parameters, but its MACs are not counted: no positions.
     if isinstance(module, NORMS) and module.weight is not None and module.weight.dim() == 1:
         dim = module.weight.shape[0]
         return Layer(name, "norm", dim, dim, 0)
@@ -153,6 +160,7 @@ class _Products(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _PRODUCTS:
+            # A product with a parameter is a layer's work, and not attention.
             tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
             activations = [t for t in tensors if not isinstance(t, nn.Parameter)]
             if len(activations) >= 2 and self.stack:
@@ -163,6 +171,8 @@ class _Products(TorchFunctionMode):
         owner, module = self.stack[-1]
         if type(module) is not Attention:
             self.result.unknown_attention[owner] = type(module).__name__
+
+        # Any product names its owner; only the fused call shows which operand is which.
         if name != "scaled_dot_product_attention":
             return
 

@@ -11,6 +11,8 @@ from segprune.spec import Spec, block_name
 from segprune.stats import Unit, layers
 
 Kind = Literal["attn", "mlp", "block"]
+# Splits a layer's name into its block and the part of it; a LayerNorm belongs to the branch
+# that reads it.
 _OF_BLOCK = re.compile(r"(encoder\.stages\.\d+\.blocks\.\d+)\.(norm1|attn|norm2|mlp)\b")
 _BRANCH_OF = {"norm1": "attn", "attn": "attn", "norm2": "mlp", "mlp": "mlp"}
 
@@ -55,6 +57,7 @@ def singles(spec: Spec, names: Collection[str]) -> set[str]:
     if unknown:
         raise ValueError(f"{unknown[0]} is no branch of this network; give names such as {next(iter(known))}.")
 
+    # A block stands for its two branches, so that later code has to know branches alone.
     every: set[str] = set()
     for name in names:
         every.update(known[name].singles)
@@ -71,6 +74,8 @@ def without(spec: Spec, names: Collection[str]) -> Spec:
     for i, stage in enumerate(spec.stages):
         blocks = []
         for j, block in enumerate(stage.blocks):
+            # Names count blocks as they were; those behind a removed one move up only in
+            # the result.
             if f"{block_name(i, j)}.attn" in removed:
                 block = block.without_attention()
             if f"{block_name(i, j)}.mlp" in removed:
@@ -95,6 +100,7 @@ def branch_costs(spec: Spec, unit: Unit, input_shape: tuple[int, int]) -> tuple[
     rows = layers(spec, input_shape)
     costs = dict.fromkeys((branch.name for branch in branches(spec)), 0)
     for row in rows:
+        # Patch embeddings, closing norms and the head belong to no branch.
         in_block = _OF_BLOCK.match(row.name)
         if in_block is None:
             continue

@@ -40,6 +40,7 @@ def choose(
     ranked = [branch for branch in branches(spec) if branch.name in scores]
     ranked.sort(key=lambda branch: scores[branch.name] / costs[branch.name])
 
+    # The most that can be removed: the same walk, with the whole network as its budget.
     most = sum(costs[branch.name] for branch in _take_fitting(spec, ranked, costs, whole))
     if share * whole > most:
         raise ValueError(
@@ -49,6 +50,7 @@ def choose(
 
     chosen = _take_fitting(spec, ranked, costs, share * whole)
     if not chosen:
+        # For the message: the cheapest branch that may be removed by itself.
         removable = [branch for branch in ranked if _take_fitting(spec, [branch], costs, whole)]
         least = min(costs[branch.name] for branch in removable) / whole
         raise ValueError(
@@ -60,10 +62,13 @@ def choose(
 
 def _take_fitting(spec: Spec, ranked: Sequence[Branch], costs: Mapping[str, int], budget: float) -> list[Branch]:
     """Takes branches in the order given while they fit, are still whole and are not the last of their stage."""
+    # Single branches that each stage still has; a block counts for two of them.
     remaining = Counter(branch.stage for branch in branches(spec) if branch.kind != "block")
     removed: set[str] = set()
     taken = []
     for branch in ranked:
+        # A block is passed over once one of its branches is taken, and a branch once its
+        # block is.
         is_whole = removed.isdisjoint(branch.singles)
         leaves_some = remaining[branch.stage] > len(branch.singles)
         if costs[branch.name] <= budget and is_whole and leaves_some:

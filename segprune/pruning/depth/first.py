@@ -31,6 +31,7 @@ def prune_depth(
     The share is of the unit of the options' first rate. Noise stands in for missing images. Raises ValueError where
     what is removed with them already exceeds a rate that channels are to meet afterwards.
     """
+    # Refuse before the branches are scored, which is the expensive part.
     check_depth(depth, options)
     pruner = Pruner(dense, options=options, images=images)
     whole = pruner.prepare()
@@ -48,6 +49,7 @@ def prune_depth(
         if not any(f"{name}.".startswith(f"{branch}.") for name in protected)
     }
 
+    # Depth takes its share first; channels then have to give what is missing.
     unit = cast(Unit, next(iter(options.budgets), "params"))
     names = choose(dense.spec, free, depth, unit=unit, input_shape=whole.input_shape)
     model = remove(dense, names, images)
@@ -64,11 +66,15 @@ def check_depth(depth: float, options: PruneOptions) -> None:
     """Raises ValueError for a share that is out of range, or cannot be combined with the options."""
     if not 0.0 < depth < 1.0:
         raise ValueError(f"`depth` is {depth:g}; it must be above 0 and below 1.")
+
+    # Branches have a cost in parameters and MACs only, and a plan leaves no rate to share.
     if options.plan is not None or {"latency", "channels"} & options.budgets.keys():
         raise ValueError("`depth` needs a rate of params or macs, and no plan; leave one of them out.")
     if options.uniform:
         raise ValueError("`depth` removes parts of blocks, which `uniform` keeps; leave one of them out.")
     for unit, rate in options.budgets.items():
+        # The share of depth is a part of the rate: it must leave something for the
+        # channels.
         if depth >= rate > 0.0:
             raise ValueError(f"`depth` is {depth:g}, a part of the rate of the {unit}, {rate:g}; it must be below it.")
 
@@ -81,6 +87,7 @@ def without_missing(options: PruneOptions, model: SegFormer) -> PruneOptions:
     if isinstance(sensitivity, str):
         sensitivity = read_sensitivity(sensitivity)
 
+    # A group is called after the module that holds it: "…mlp.ffn" needs "…mlp".
     modules = {name for name, _ in model.named_modules()}
     kept = {name: factor for name, factor in sensitivity.items() if name.rpartition(".")[0] in modules}
     return replace(options, sensitivity=kept)

@@ -42,6 +42,7 @@ def remove(model: SegFormer, names: Collection[str], batches: Iterable[Tensor] =
                         bias.add_(means[name])
                     _drop(block, kind)
                 else:
+                    # A branch that is kept becomes the last one that wrote to the stream.
                     bias = (module.proj if isinstance(module, Attention) else module.fc2).bias
 
         # Blocks that have lost both branches disappear.
@@ -66,6 +67,7 @@ def _drop(block: Block, kind: str) -> None:
 
 def _mean_outputs(model: SegFormer, names: Collection[str], images: list[Tensor]) -> dict[str, Tensor]:
     """What each single branch puts out, averaged over images and positions; in float64."""
+    # Hooks add up every branch's outputs in one pass over the images; no map is stored.
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
 

@@ -37,6 +37,7 @@ def branch_scores(
     if not images:
         raise ValueError("Scoring branches needs images, and there are none; give a few dozen, labels are not needed.")
 
+    # Branches of one block share what runs before it.
     by_block: dict[BlockIndex, list[Branch]] = {}
     for branch in branches(model.spec):
         by_block.setdefault((branch.stage, branch.block), []).append(branch)
@@ -45,6 +46,8 @@ def branch_scores(
     done, steps = 0, len(images) * len(by_block)
     with eval_mode(model), tf32_products(False):
         for x in images:
+            # From the stream before a block: run it without the branch, then all that comes
+            # after it.
             dense = model.parts(x)[1]
             for place, tokens, maps, size in _walk(model, x):
                 for branch in by_block[place]:
@@ -54,6 +57,7 @@ def branch_scores(
                 if progress is not None:
                     progress(done, steps)
 
+    # The mean over images, whatever the sizes of their batches.
     count = sum(len(x) for x in images)
     return {name: total / count for name, total in totals.items()}
 
@@ -67,6 +71,8 @@ def _walk(model: SegFormer, x: Tensor) -> Iterator[tuple[BlockIndex, Tensor, lis
             yield (i, j), tokens, maps, (height, width)
             tokens = block(tokens, height, width)
         x = to_map(stage.norm(tokens), height, width)
+
+        # A new list, since the old one was handed out.
         maps = [*maps, x]
 
 
@@ -87,6 +93,7 @@ def _finish(model: SegFormer, place: BlockIndex, tokens: Tensor, maps: list[Tens
     for block in stage.list_blocks()[place[1] + 1 :]:
         tokens = block(tokens, *size)
 
+    # Maps of the stages before are the dense ones; this stage's and the later ones change.
     maps = [*maps, to_map(stage.norm(tokens), *size)]
     for later in stages[place[0] + 1 :]:
         maps.append(later(maps[-1]))
@@ -95,6 +102,8 @@ def _finish(model: SegFormer, place: BlockIndex, tokens: Tensor, maps: list[Tens
 
 
 def _divergence(dense: Tensor, other: Tensor) -> float:
+    # KL(dense || other), the sum over classes, averaged over pixels; rounding may make it
+    # negative.
     wanted, actual = (logits.double().log_softmax(1) for logits in (dense, other))
     return float((wanted.exp() * (wanted - actual)).sum(1).mean().clamp_min(0.0))
 
@@ -108,6 +117,8 @@ def noise(input_shape: Size, count: int = 32, seed: int = 0) -> list[Tensor]:
     """
     height, width = input_shape
     generator = torch.Generator().manual_seed(seed)
+
+    # White noise, divided by the frequency in Fourier space: amplitude 1/f, power 1/f².
     white = torch.randn(count, 3, height, width, generator=generator)
     frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1 / max(height, width)  # the mean, as strong as the longest wave

@@ -43,6 +43,8 @@ def score_channels(
     if method not in METHODS:
         raise ValueError(f"`pruning_method` is {method!r}, which is unknown; choose one of {', '.join(METHODS)}.")
 
+    # Images given to a method that reads weights alone are not used for it; they may be
+    # there for the repair.
     batches = list(images) if method in NEED_IMAGES else []
     if method in NEED_IMAGES and not batches:
         raise ValueError(f"Method {method} needs `images`, and there are none; give a few dozen, without labels.")
@@ -54,4 +56,7 @@ def score_channels(
         raise ValueError(
             f"Method {method} gives scores that are not finite; the weights or the images hold values that are not."
         )
+
+    # Every group's mean becomes 1: raw scores depend on the criterion's unit and on the
+    # sizes of the layers.
     return {name: values / np.maximum(values.mean(), TINY) for name, values in raw.items()}

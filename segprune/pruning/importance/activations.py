@@ -18,6 +18,8 @@ def wanda(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict
 
     "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695), summed over channels.
     """
+    # A layer may be in several groups, once by its inputs and once by its outputs; one pass
+    # over the images serves all of them.
     layers: dict[str, nn.Module] = {}
     for group in groups:
         layers |= {member.layer: module for member, module in weighted_members(model, group)}
@@ -38,11 +40,14 @@ def _sums(module: nn.Module, member: Member, norms: Tensor) -> Tensor:
     assert isinstance(weight, Tensor)
     weight = weight.detach().double().abs()
     if isinstance(module, TRANSPOSED_CONVS):
+        # Its weight is in out [kernel]; from here on it is out in [kernel].
         weight = weight.transpose(0, 1)
 
     if is_depthwise(module):
         products = weight.flatten(1).sum(1) * norms
     else:
+        # Each |weight|, summed over the kernel, times its input's norm; then summed over
+        # the inputs for an output channel, and over the outputs for an input channel.
         products = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) * norms  # out in
         products = products.sum(int(member.side == "out"))
     return products[torch.from_numpy(member.positions).to(products.device)]
@@ -55,6 +60,8 @@ def _input_norms(model: nn.Module, layers: dict[str, nn.Module], data: list[Any]
     def watcher(name: str) -> Callable[..., None]:
         def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().double()
+
+            # Channels last: a linear layer has them there, a convolution behind the batch.
             x = x if isinstance(module, nn.Linear) else x.movedim(1, -1)
             new = x.square().flatten(0, -2).sum(0)
             squares[name] = squares[name] + new if name in squares else new

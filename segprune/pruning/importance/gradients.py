@@ -37,6 +37,7 @@ def fisher(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dic
     def measure(weight: Tensor, gradient: Tensor) -> Tensor:
         return 0.5 * weight.square() * gradient.square()
 
+    # Squares of an averaged gradient are not an average of squares: one image at a time.
     images: list[Any] = []
     for batch in settings.images:
         images += _split(batch)
@@ -69,6 +70,7 @@ def _average_batches(
     finish: Callable[[Scores], Scores],
 ) -> dict[str, Scores]:
     """Returns the mean over the batches of finish(sum of measure(weight, gradient) over all of a channel)."""
+    # A dict as an ordered set: a layer in several groups is listed once.
     touched: dict[str, None] = {}
     for group in groups:
         touched |= dict.fromkeys(member.layer for member in group.members)
@@ -78,11 +80,15 @@ def _average_batches(
 
     totals = {group.name: np.zeros(group.num_channels) for group in groups}
     for batch in batches:
+        # By identity, since layers may share a parameter. A parameter without gradient was
+        # not used.
         measured = {}
         for parameter, gradient in zip(parameters, _gradients(model, batch, parameters), strict=True):
             if gradient is not None:
                 measured[id(parameter)] = measure(parameter.detach().double(), gradient.double())
 
+        # Summed over all layers of a channel before `finish`, since taylor lets opposite
+        # signs cancel.
         for group in groups:
             total = np.zeros(group.num_channels)
             for member in group.members:
@@ -93,6 +99,7 @@ def _average_batches(
 
 def _gradients(model: nn.Module, batch: Any, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
     """Returns gradients in evaluation mode, frozen parameters' too; nobody's .grad is touched."""
+    # Frozen layers are scored like all others; autograd.grad leaves every .grad as it is.
     frozen = [p for p in parameters if not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)

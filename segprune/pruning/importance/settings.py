@@ -49,6 +49,7 @@ def weight_by_position(module: nn.Module, member: Member) -> Tensor:
 
 def sum_per_channel(group: Group, member: Member, values: Tensor) -> Scores:
     """Sums over the positions that belong to each channel."""
+    # A whole head, or a channel behind a reshape, has several positions in one layer.
     sums = np.bincount(member.channels, values.double().cpu().numpy(), group.num_channels)
     return sums.astype(np.float64)
 
@@ -59,6 +60,8 @@ def average_layers(group: Group, layers: Iterable[Scores]) -> Scores:
     Raw sums would compare 9 weights of a depth-wise filter with 2048 of a reduction filter.
     """
     total = np.zeros(group.num_channels)
+
+    # A running mean, so that `layers` may be a generator.
     for count, values in enumerate(layers, start=1):
         total += (values / max(values.mean(), TINY) - total) / count
     return total

@@ -59,6 +59,7 @@ def random(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dic
     """The control: uniform numbers, the same for the same seed and the same group, whichever others there are."""
     scores: dict[str, Scores] = {}
     for group in groups:
+        # Not `hash`, which differs from one run of Python to the next.
         seeds = [settings.seed, zlib.crc32(group.name.encode())]
         scores[group.name] = np.random.default_rng(seeds).random(group.num_channels)
     return scores
@@ -73,6 +74,7 @@ def bn(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[st
     for group in groups:
         gains = _gains(model, group)
         if gains:
+            # A channel may pass several norms; each counts relative to its own mean.
             scores[group.name] = average_layers(group, gains)
     return scores
 
@@ -113,6 +115,8 @@ def _distances(group: Group, member: Member, module: nn.Module) -> Scores:
 
 
 def _share_of_stronger(squares: Scores) -> Scores:
+    # Summed from the strongest down: for each channel, itself and all that are no weaker.
+    # The strongest has the share 1.
     order = np.argsort(squares, kind="stable")
     no_weaker = np.cumsum(squares[order][::-1])[::-1]
     result = np.zeros(len(squares))

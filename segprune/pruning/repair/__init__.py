@@ -86,6 +86,7 @@ def _repair(
     damping: float,
     progress: Callable[[int, int], None] | None,
 ) -> None:
+    # One step for each block, and one for the head.
     total = sum(len(stage.blocks) for stage in reference.spec.stages) + 1
     steps = count(1)
 
@@ -101,11 +102,14 @@ def _repair(
         all_maps.append(maps)
         all_reads.append(into)
 
+    # The head reads the maps of all stages, each in its own coordinates.
     repair_head(reference.decode_head, result.decode_head, all_reads, removed, all_maps, damping)
     step()
 
 
 def _check_networks(pruned: SegFormer, dense: SegFormer, groups: list[Group], plan: Plan) -> None:
+    # Cuts a network without weights by the plan, and compares its widths with the pruned
+    # one's.
     with torch.device("meta"):
         expected = SegFormer(dense.spec)
 

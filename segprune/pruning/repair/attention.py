@@ -47,6 +47,7 @@ def repair_attention(
     `inputs` are what both read (B N C, behind a LayerNorm that is read by `into`); `targets` are what the pruned one
     should put out, B N D' in the coordinates `out`.
     """
+    # The map that keys and values read, which the reduction makes smaller.
     source, from_source = _repair_reduction(dense, pruned, into, inputs, damping)
 
     # Each product at full width first, for what the pruned network gives it to read.
@@ -65,6 +66,9 @@ def repair_attention(
     shorten = len(value[0]) > pruned.v.out_features
     if shorten:
         value = _centred(value, source)
+
+    # The softmax is taken with the new queries and keys, so that values are weighed as they
+    # will be in the pruned network.
     moments = Moments()
     for x, y, target in zip(inputs.pruned, source.pruned, targets, strict=True):
         moments.add(flat(_attend(pruned, x, y, value)), flat(target))
@@ -76,6 +80,7 @@ def repair_attention(
         moments, columns = moments.through(to_short), columns @ from_short
         value = to_short @ value[0], to_short @ value[1]
 
+    # The output product is solved last, and takes what is still wrong with the rest.
     assign(pruned.v, *value)
     assign(pruned.proj, *moments.solve(columns, damping))
 
@@ -87,6 +92,8 @@ def _head_rows(name: str, dense: Attention, removed: Removed, inner: str) -> Ten
 
     stays = torch.zeros(layer.out_features, dtype=torch.bool, device=layer.weight.device)
     stays[kept(removed, f"{name}.{inner}", "out", layer)] = True
+
+    # One row per head: if none of its positions is kept, the head was removed as a whole.
     by_head = stays.view(dense.num_heads, -1)
     return by_head.any(1, keepdim=True).expand_as(by_head).flatten().nonzero().flatten()
 
@@ -107,10 +114,13 @@ def _repair_reduction(
     if pruned.sr.out_channels < dense.sr.out_channels:
         basis = principal(second_moment(normalised(dense.norm, x) for x in reduced), pruned.sr.out_channels)
 
+    # The convolution's dense weights, in the new coordinates of its inputs and its outputs,
+    # are what the fit is pulled towards where the images say nothing.
     weight = basis.rows(into.columns(dense.sr.weight))
     targets = [basis.project(x) for x in reduced]
     fit_layer(pruned.sr, conv_rows(pruned.sr, maps.pruned, targets), weight, damping)
 
+    # Then the LayerNorm behind it, on what the convolution puts out now.
     source = Pairs(reduced, [to_tokens(pruned.sr(x)) for x in maps.pruned], [])
     how = fit_norm(dense.norm, pruned.norm, basis, source, damping)
     return source.through(dense.norm, pruned.norm), how
@@ -128,6 +138,7 @@ def _centred(layer: Affine, source: Pairs) -> Affine:
 
     Otherwise directions with hardly any variance, once scaled up, would have enormous biases.
     """
+    # The mean of what the layer reads; the bias −W · mean takes it off the outputs.
     total = sum(len(flat(y)) for y in source.pruned)
     mean = torch.stack([flat(y).double().sum(0) for y in source.pruned]).sum(0) / total
     return layer[0], -layer[0] @ mean
@@ -139,9 +150,13 @@ def _shorten_products(
     """Returns queries and keys of as many dimensions as the pruned layers have, their products as near as can be."""
     heads = pruned.num_heads
 
+    # Second moments per head (h d d); keys count from their image's mean, since softmax
+    # ignores what all keys share.
     queries = second_moment(_split(_affine(x, query), heads) for x in inputs.pruned)
     keys = second_moment(_from_mean(_split(_affine(y, key), heads)) for y in source.pruned)
     first, second = nearest_products(queries, keys, pruned.q.out_features // heads)
+
+    # One r d matrix per head on the diagonal (h·r h·d): heads do not mix.
     for_query, for_key = torch.block_diag(*first.mT), torch.block_diag(*second.mT)
     return (for_query @ query[0], for_query @ query[1]), (for_key @ key[0], for_key @ key[1])
 
@@ -156,15 +171,24 @@ def _shorten_values(columns: Tensor, moments: Moments, pruned: Attention) -> Aff
     covariance = covariance.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # h d d
     products = columns.unflatten(1, (heads, dim)).transpose(0, 1)  # h D' d
     first, second = nearest_products(products.mT @ products, covariance, pruned.v.out_features // heads)
+
+    # Full values are about A · (B^T · values): B^T moves into `v`, A into the output
+    # product.
     return torch.block_diag(*first), torch.block_diag(*second.mT)
 
 
 def nearest_products(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A and B (h d r) such that a^T A B^T b is nearest to a^T b, for a, b with second moments left, right (h d d)."""
+    # With left = L L^T and right = R R^T, the mean square of a^T (A B^T − I) b is the
+    # squared Frobenius norm of L^T A B^T R − L^T R. So the truncated SVD of L^T R = U S V^T
+    # is the best of that rank (Eckart–Young).
     a, b = _root(left), _root(right)
     u, s, vh = torch.linalg.svd(a.mT @ b)
     u, s, v = u[..., :rank], s[..., :rank], vh.mT[..., :rank]
 
+    # A = R V S^-1/2 and B = L U S^-1/2 give L^T A B^T R = U S V^T, each side scaled alike.
+    # Where s is nothing but rounding, 1/sqrt(s) would be huge: those directions become
+    # zero.
     inverse = torch.where(s > s.amax(-1, keepdim=True) * 1e-10, s.clamp_min(1e-300).rsqrt(), 0.0)[..., None, :]
     first, second = b @ v * inverse, a @ u * inverse
 
@@ -178,6 +202,7 @@ def _root(moment: Tensor) -> Tensor:
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]
     moment = moment + torch.diag_embed(UNSEEN * mean.expand(moment.shape[:-1]))
 
+    # V Λ V^T = (V Λ^1/2) (V Λ^1/2)^T; rounding may leave eigenvalues a little below zero.
     values, vectors = torch.linalg.eigh(moment)
     return vectors * values.clamp_min(0.0).sqrt()[..., None, :]
 
@@ -196,5 +221,6 @@ def _from_mean(x: Tensor) -> Tensor:
 
 def _attend(pruned: Attention, x: Tensor, source: Tensor, value: Affine) -> Tensor:
     """The heads' outputs B N h·d before the output product, with these values in place of the layer's."""
+    # B h N d each. The scale is the trained one, and not that of the narrower heads.
     q, k, v = (_split(t, pruned.num_heads) for t in (pruned.q(x), pruned.k(source), _affine(source, value)))
     return F.scaled_dot_product_attention(q, k, v, scale=pruned.qk_scale).transpose(1, 2).flatten(2)

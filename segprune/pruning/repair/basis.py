@@ -31,6 +31,8 @@ class Basis:
     @property
     def back(self) -> Tensor | None:
         """D' D; x is about project(x) @ back."""
+        # matrix^T @ matrix is D' / D times the projection onto the directions that are
+        # kept, so dividing by it leads back.
         return None if self.matrix is None else self.matrix * (self.matrix.shape[1] / self.matrix.shape[0])
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -54,6 +56,7 @@ class Reads:
 
 def principal(second_moment: Tensor, width: int) -> Basis:
     """Returns the best `width` coordinates for a normalised stream with that second moment (D D, about zero)."""
+    # The D' − 1 directions (D D'−1) are laid into D' channels that sum to zero (D' D'−1).
     directions = leading_directions(second_moment)[:, : width - 1]  # D k
     scale = (width / len(second_moment)) ** 0.5
     return Basis(scale * _sum_to_zero(width, directions.device) @ directions.T)
@@ -93,6 +96,8 @@ def second_moment(batches: Iterable[Tensor]) -> Tensor:
 def _sum_to_zero(width: int, device: torch.device) -> Tensor:
     """Returns orthonormal columns (Helmert's) that span the vectors of `width` numbers whose sum is zero."""
     columns = torch.zeros(width, width - 1, dtype=torch.float64, device=device)
+
+    # Column k has k ones and then −k: it sums to zero and is orthogonal to all others.
     for k in range(1, width):
         columns[:k, k - 1] = 1.0
         columns[k, k - 1] = -k
@@ -112,10 +117,13 @@ def fit_norm(
     `inputs` are pairs (dense, pruned), channels last. The dense gain moves into the layers that read this one: the
     returned `Reads` tell how.
     """
+    # As wide as before: the readers' weights fit as they are, only gain and bias are
+    # solved.
     if basis.back is None:
         fit_lines(pruned, ((x, dense(x_dense)) for x_dense, x in inputs), dense.weight.double(), damping)
         return Reads()
 
+    # Back to D channels, times the dense gain: what readers have to multiply with first.
     reads = basis.back * dense.weight.double()
 
     # Zero, with which convolutions pad, shall mean zero as before: the shortest offset with offset @ reads nearest to
@@ -152,6 +160,8 @@ class _Lines:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)
+
+        # Four sums per channel are all that a line's least squares need.
         new = [x.sum(0), y.sum(0), (x * x).sum(0), (x * y).sum(0)]
         self.sums = [old + more for old, more in zip(self.sums, new, strict=True)] if self.count else new
         self.count += len(x)
@@ -161,6 +171,8 @@ class _Lines:
         x, y, xx, xy = (total / self.count for total in self.sums)
         variance, covariance = xx - x * x, xy - x * y
 
+        # Without a given slope: one for all channels, pooled. `tiny` is for inputs that
+        # never vary.
         tiny = torch.finfo(torch.float64).tiny
         if slope is None:
             slope = covariance.sum() / variance.sum().clamp_min(tiny)

@@ -57,6 +57,7 @@ class _Sampled:
         self.stride = math.ceil(total / POSITIONS)
 
     def __iter__(self) -> Iterator[tuple[Maps, Maps]]:
+        # One image at a time: maps at quarter size, side by side for all stages, are large.
         for batch in range(len(self.maps[0].dense)):
             for i in range(len(self.maps[0].dense[batch])):
                 yield (
@@ -82,6 +83,7 @@ def _fuse_columns(dense: DecodeHead, removed: Removed) -> Tensor:
         assert dense.fuse is not None
         return dense.fuse.weight.flatten(1)[:, kept(removed, "decode_head.fuse", "in", dense.fuse)].double()
 
+    # A branch's channels that were removed have no columns any more.
     columns = []
     for i, fuse in enumerate(_layers(dense.fuses)):
         columns.append(fuse.weight[:, kept(removed, f"decode_head.fuses.{i}", "in", fuse)])
@@ -90,6 +92,8 @@ def _fuse_columns(dense: DecodeHead, removed: Removed) -> Tensor:
 
 def _read(head: DecodeHead, maps: Maps) -> Tensor:
     """Returns what is fused, upsampled and side by side."""
+    # Folded heads fuse the stages' maps themselves, others what their branches put out. The
+    # published head concatenates the deepest stage first.
     if head.fuse is not None or head.fuses is not None:
         maps = [head.hidden(i, x) for i, x in enumerate(maps)]
     resized = [DecodeHead._resize(x, maps[0].shape[2:]) for x in maps]
@@ -104,6 +108,7 @@ def _fused_rows(dense: DecodeHead, pruned: DecodeHead, stays: Tensor, pairs: _Sa
 
 def _observed(rows: Rows) -> tuple[Moments, Tensor]:
     """Returns the moments of rows of what is read and what is wanted, and the variance of the latter."""
+    # Variance is the mean square less the squared mean, channel by channel.
     moments = Moments()
     squares: list[Tensor] = []
     for x, y in rows:
@@ -115,6 +120,7 @@ def _observed(rows: Rows) -> tuple[Moments, Tensor]:
 
 def _spread(weight: Tensor, moments: Moments) -> Tensor:
     """Returns the variance of what the product puts out."""
+    # The diagonal of W C W^T, with C (p p) the covariance of what the product reads.
     return (weight @ moments.covariances[0] * weight).sum(1)
 
 
@@ -124,6 +130,7 @@ def _assign_fused(pruned: DecodeHead, weight: Tensor) -> None:
         pruned.fuse.weight.copy_(weight.view_as(pruned.fuse.weight))
         return
 
+    # Solved as one matrix for all stages side by side; each stage takes its own columns.
     products = _layers(pruned.summed_products())
     widths = [product.in_features for product in products]
     for product, columns in zip(products, weight.split(widths, dim=1), strict=True):
@@ -140,12 +147,16 @@ def _repair_branches(
     """
     zipped = zip(_layers(dense.branches), _layers(pruned.branches), weights, maps, strict=True)
     for i, (old, new, weight, pairs) in enumerate(zipped):
+        # Targets are the dense branch's outputs before any norm, at the channels that are
+        # kept (n D').
         stays = kept(removed, f"decode_head.branches.{i}", "out", old)
         rows = ((flat(to_tokens(x)), flat(old(to_tokens(x_dense))[..., stays])) for x_dense, x in pairs)
         if dense.branch_norms is None or pruned.branch_norms is None:
             assign(new, *fit(rows, weight[stays], damping))
             continue
 
+        # A branch before a BatchNorm has no bias: the norm's mean takes the one that was
+        # solved.
         moments, variance = _observed(rows)
         solved, bias = moments.solve(weight[stays], damping)
         new.weight.copy_(solved)
@@ -164,9 +175,13 @@ def _move_statistics(
 
     `bias` is what the pruned sum lacks, `before` and `after` the variances of the dense and of the pruned sum.
     """
+    # The training images' variance is not seen again; it is scaled by the ratio that these
+    # images show. A channel without any variance here keeps the dense one.
     old, new = dict(dense.named_buffers()), dict(pruned.named_buffers())
     variance = old["running_var"][stays].double()
     moved = torch.where(before > 0.0, variance * after / before.clamp_min(1e-300), variance)
+
+    # BatchNorm subtracts its mean, so that a lower mean adds what the sum lacks.
     new["running_mean"].copy_(old["running_mean"][stays].double() - bias)
     new["running_var"].copy_(moved)
 

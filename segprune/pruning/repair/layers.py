@@ -47,6 +47,7 @@ class Pairs:
 
 def kept(removed: Removed, name: str, side: Side, layer: nn.Linear | nn.Conv2d) -> Tensor:
     """Returns the positions of the dense layer's side that are kept, ascending."""
+    # Ascending, as surgery.py slices: row i of the pruned layer is the i-th position kept.
     missing = removed.get((name, side), set())
     positions = [i for i in range(width_of(layer, side)) if i not in missing]
     return torch.tensor(positions, dtype=torch.long, device=layer.weight.device)
@@ -81,5 +82,6 @@ def conv_rows(layer: nn.Conv2d, maps: list[Tensor], targets: list[Tensor]) -> Ro
         patches = y.shape[1] * x.shape[1] * layer.kernel_size[0] * layer.kernel_size[1]
         step = max(1, CHUNK // patches)
         for some, wanted in zip(x.split(step), y.split(step), strict=True):
+            # Patches B C·k·k L, turned to B L C·k·k: one row for each output position.
             unfolded = F.unfold(some, layer.kernel_size, padding=layer.padding, stride=layer.stride)  # type: ignore[arg-type]
             yield flat(unfolded.transpose(1, 2)), flat(wanted)

@@ -26,6 +26,8 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         x, y = x.double(), y.double()
+
+        # Sums only, p + q + p p + p q numbers; they are added to in place.
         new = (x.sum(0), y.sum(0), x.T @ x, x.T @ y)
         self._sums = tuple(old.add_(more) for old, more in zip(self._sums, new, strict=True)) if self.count else new
         self.count += len(x)
@@ -42,11 +44,13 @@ class Moments:
     @property
     def covariances(self) -> tuple[Tensor, Tensor]:
         """Of x with itself (p p) and with y (p q)."""
+        # E[x x^T] − E[x] E[x]^T, and the same with y.
         x, y = self.means
         return self._sums[2] / self.count - torch.outer(x, x), self._sums[3] / self.count - torch.outer(x, y)
 
     def through(self, matrix: Tensor) -> Moments:
         """Returns the moments as they would be with inputs x @ matrix.T."""
+        # Each sum is linear in x, or quadratic: M Σx, M (Σx x^T) M^T, M (Σx y^T).
         result = Moments()
         result.count = self.count
         x, y, xx, xy = self._sums
@@ -55,6 +59,8 @@ class Moments:
 
     def solve(self, weight: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         """Returns weight (q p) and bias (q) of the map from x to y, near `weight` where the rows leave it open."""
+        # Ridge regression around the given W0: W = W0 + (Cyx − W0 Cxx) (Cxx + r I)^-1,
+        # where r is the ridge.
         weight = weight.double()
         xx, xy = self.covariances
         unexplained = xy - xx @ weight.T  # by the given weight
@@ -62,10 +68,12 @@ class Moments:
         # The second term is above what rounding leaves where all rows are the same.
         ridge = damping * float(xx.diagonal().mean()) + ROUNDING * float(self._sums[2].diagonal().mean()) / self.count
         if ridge > 0.0:
+            # Cxx + r I is symmetric and positive definite, which Cholesky needs.
             damped = xx.clone()
             damped.diagonal().add_(ridge)
             weight = weight + torch.cholesky_solve(unexplained, torch.linalg.cholesky(damped)).T
 
+        # The bias is free: it makes the mean output right, whatever the weights are.
         x, y = self.means
         return weight, y - weight @ x
 

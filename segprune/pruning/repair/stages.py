@@ -27,6 +27,7 @@ def repair_stage(
     step: Callable[[], None],
 ) -> tuple[Pairs, Reads]:
     """Repairs in place, from the maps B C H W that both read. Returns what both put out, and how it is to be read."""
+    # What the dense convolution writes, B N D, before its LayerNorm: the first target.
     embedded, sizes = [], []
     for x in maps.dense:
         y = dense.patch_embed.proj(x)
@@ -39,17 +40,22 @@ def repair_stage(
         starts = [dense.patch_embed.norm(x) for x in embedded]
         basis = principal(second_moment(_normalised_stream(dense, starts, sizes)), pruned.norm.normalized_shape[0])
 
+    # In order of execution: each part is solved on what the repaired ones before it put
+    # out.
     tokens = _repair_embedding(dense, pruned, into, basis, maps.pruned, embedded, sizes, damping)
     for j, (old, new) in enumerate(zip(dense.list_blocks(), pruned.list_blocks(), strict=True)):
         tokens = _repair_block(f"{name}.blocks.{j}", old, new, basis, removed, tokens, damping)
         step()
 
+    # The closing LayerNorm's gain moves into what reads the maps: the next stage and the
+    # head.
     reads = fit_norm(dense.norm, pruned.norm, basis, tokens, damping)
     return tokens.through(dense.norm, pruned.norm).as_maps(), reads
 
 
 def _normalised_stream(dense: Stage, tokens: list[Tensor], sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
     """Yields the dense stream B N D as each of its LayerNorms sees it."""
+    # A dense forward pass, batch by batch, that stops before each LayerNorm.
     for x, size in zip(tokens, sizes, strict=True):
         for block in dense.list_blocks():
             for _, norm, branch in block.list_branches():
@@ -69,6 +75,8 @@ def _repair_embedding(
     damping: float,
 ) -> Pairs:
     """Repairs the convolution and its LayerNorm, whose output starts the residual stream B N D."""
+    # A stage as wide as before: the convolution aims at the dense one's outputs, and the
+    # LayerNorm's gain is pulled towards the dense gain.
     proj, norm = dense.patch_embed.proj, dense.patch_embed.norm
     gain = norm.weight.double()
     weight, targets = into.columns(proj.weight), embedded
@@ -77,6 +85,8 @@ def _repair_embedding(
     if basis.matrix is not None:
         # The stream is gain · normalised, so the coordinates are taken of gain · (x − its mean).
         scaled = basis.matrix * gain
+        # Subtracting each row's mean from the matrix (D' D) does the same as subtracting
+        # x's mean.
         turn = Basis(scaled - scaled.mean(1, keepdim=True))
         weight, targets, prior = turn.rows(weight), [turn.project(x) for x in embedded], None
 
@@ -97,6 +107,9 @@ def _repair_block(
     if dense.norm1 is not None and dense.attn is not None:
         assert pruned.norm1 is not None
         assert pruned.attn is not None
+
+        # The LayerNorm first, then what the branch is to add, then its layers, and at last
+        # the stream behind it, which includes what they still get wrong.
         into = fit_norm(dense.norm1, pruned.norm1, basis, tokens, damping)
         inputs = tokens.through(dense.norm1, pruned.norm1)
         after, targets = _aim(dense.attn, basis, inputs, tokens)
@@ -106,6 +119,9 @@ def _repair_block(
     if dense.norm2 is not None and dense.mlp is not None:
         assert pruned.norm2 is not None
         assert pruned.mlp is not None
+
+        # The FFN aims at what the dense stream is behind both branches: it also corrects
+        # attention.
         into = fit_norm(dense.norm2, pruned.norm2, basis, tokens, damping)
         inputs = tokens.through(dense.norm2, pruned.norm2)
         after, targets = _aim(dense.mlp, basis, inputs, tokens)
