@@ -82,6 +82,7 @@ def evaluate(
     num_workers = choose_workers() if num_workers is None else num_workers
     how = EvalMode(**mode)
 
+    # A folder is opened and checked; a data set or samples are taken as they are.
     if isinstance(data, str | os.PathLike):
         source, _ = _open(data, num_classes, (split,), skip_bad, num_workers)
         samples: Sequence[Sample] = source.split(split)
@@ -134,6 +135,7 @@ def finetune(
     source, labels = _open(data, model.spec.num_classes, ("train", "val"), False, chosen.num_workers)
     chosen = replace(chosen, class_weights=compute_class_weights(chosen.class_weights, labels.pixels))
 
+    # A copy, since training works in place. A folded teacher gives the same for less.
     network = copy.deepcopy(model).train()
     taught_by = None if teacher is None else fold_decoder(teacher)
 
@@ -142,8 +144,10 @@ def finetune(
             progress(done, total)
 
     if save_dir is not None:
+        # Later runs take this rate as it is: it was chosen for fine-tuning already.
         if "lr" not in extra:
             extra["finetuned_lr"] = chosen.lr
+        # No command started this run, so there is none that could resume it.
         saving = Saving(Path(save_dir), asdict(chosen), extra, resumable=False)
         run = fit(
             network, chosen, source, saving, device=device, teacher=taught_by, on_step=on_step, on_result=on_epoch
@@ -155,6 +159,7 @@ def finetune(
     best: dict[str, Any] = {}
 
     def keep_best(result: EpochResult, state: TrainState) -> None:
+        # Training goes on with these tensors, so the best ones must be copied now.
         if result.best:
             weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
             best.update(weights=weights, result=result)
@@ -176,6 +181,7 @@ def finetune(
     finally:
         accelerator.end_training()
 
+    # The last epoch is always scored, and a first score is the best, so there is one.
     network.load_state_dict(best["weights"])
     result = best["result"]
     return FineTuned(network.eval(), result.score, result.epoch, None)
@@ -216,6 +222,7 @@ def _open(
 ) -> tuple[Source, LabelReport]:
     """Opens a data set and checks its labels; with `skip_bad` images that cannot be read are left out first."""
     source = data if isinstance(data, Source) else open_source(data)
+    # Before the label check, which would stop at the first image that cannot be read.
     if skip_bad:
         for split in splits:
             good, _ = readable(source.split(split), num_workers)

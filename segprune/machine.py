@@ -78,10 +78,12 @@ def fit_to_machine(config: C, device: torch.device) -> tuple[C, tuple[str, ...]]
 
     A config need not have all three. Raises ValueError for a precision that is unknown, or that the device lacks.
     """
+    # Read by name, since commands have different configs, each with some of the three.
     settings: dict[str, Any] = vars(config)
     amp = settings.get("amp", "no")
     check_amp(amp, device)
 
+    # Choose what was not given, and say so in one note.
     chosen: dict[str, Any] = {}
     words = []
     if amp == AUTO:
@@ -97,6 +99,7 @@ def fit_to_machine(config: C, device: torch.device) -> tuple[C, tuple[str, ...]]
     notes = []
     if words:
         notes.append(f"Chosen for {name_of(device)} and {num_cores()} cores: {', '.join(words)}.")
+    # The user's own choice is kept, but the cost would come as a surprise.
     if amp == "bf16" and device.type == "cpu" and not has_bf16(device):
         notes.append(
             "`amp` bf16 is more than 20 times slower than `amp` no on this CPU, which has no instructions for bf16; "

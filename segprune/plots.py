@@ -39,9 +39,11 @@ DPI = 120
 def bars(values: Sequence[float | None], names: Sequence[str], title: str, path: Path) -> None:
     """Draws one horizontal bar per class, the first on top; a class without a value is called absent."""
     number = len(values)
+    # The figure grows with the classes, or many bars would overlap.
     figure = Figure(figsize=(7.5, 1.1 + 0.27 * number))
     axes = figure.subplots()
     axes.barh(range(number), [value or 0.0 for value in values], height=0.7, color=BLUE)
+    # An absent class is named as such: its empty bar would read as a score of 0.
     for k, value in enumerate(values):
         text = "absent" if value is None else f"{value:.3f}"
         axes.text((value or 0.0) + 0.01, k, text, va="center", fontsize=8, color=GREY if value is None else "black")
@@ -49,6 +51,7 @@ def bars(values: Sequence[float | None], names: Sequence[str], title: str, path:
     axes.set_title(title)
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    # Upside down, since matplotlib counts from the bottom.
     axes.set_ylim(number - 0.4, -0.6)
     axes.xaxis.grid(True, color="#dddddd")
     axes.set_axisbelow(True)
@@ -63,6 +66,7 @@ def bars(values: Sequence[float | None], names: Sequence[str], title: str, path:
 def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
     """Draws K×K pixel counts, rows labels, as shares of each row; a class without a label has an empty row."""
     number = len(matrix)
+    # A class without a label has a sum of 0, hence `or 1`.
     shares = [[count / (sum(row) or 1) for count in row] for row in matrix]
     cell = 0.5 if number <= FEW_CLASSES else max(0.13, 12 / number)  # inches
     figure = Figure(figsize=(2.6 + cell * number, 1.9 + cell * number))
@@ -70,9 +74,11 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
 
+    # In the small cells of many classes, numbers could not be read.
     if number <= FEW_CLASSES:
         for i, row in enumerate(shares):
             for j, share in enumerate(row):
+                # Leave out what rounds to 0.00, and write in white on dark cells.
                 if share >= 0.005:
                     colour = "white" if share > 0.55 else "black"
                     axes.text(j, i, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
@@ -81,6 +87,7 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path)
     axes.set_xlabel("predicted")
     axes.set_ylabel("labelled")
     labels, font = _labels(names, number)
+    # A cell is 72 · `cell` points high, and the letters have to fit into it.
     font.set_size(9 if number <= FEW_CLASSES else min(9, cell * 60))
     axes.set_xticks(range(number), labels, rotation=90, fontproperties=font)
     axes.set_yticks(range(number), labels, fontproperties=font)
@@ -93,6 +100,7 @@ def grid(rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str
     figure = Figure(figsize=(2.6 + 0.9 * len(columns), 1.3 + 0.3 * len(values)))
     axes = figure.subplots()
     highest = max(max(row) for row in values)
+    # Colours start at 0, so that a small number looks small, or below it for negative ones.
     axes.imshow(values, cmap="Oranges", vmin=min(0.0, min(min(row) for row in values)), vmax=highest, aspect="auto")
 
     for i, row in enumerate(values):
@@ -114,6 +122,7 @@ def curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     epochs = [row["epoch"] for row in history]
 
     # The loss, with the learning rate below it.
+    # The rate is drawn only if every epoch has one: a curve with gaps would mislead.
     with_lr = all("lr" in row for row in history)
     figure = Figure(figsize=(7.5, 5.6 if with_lr else 4.2))
     panels = figure.subplots(1 + with_lr, sharex=True, squeeze=False, height_ratios=(3, 1)[: 1 + with_lr])[:, 0]
@@ -144,16 +153,19 @@ def trade_off(points: Mapping[str, Sequence[tuple[float, float]]], y_name: str, 
     figure = Figure(figsize=(7.5, 4.8))
     axes = figure.subplots()
     for name, own in points.items():
+        # The end of a path tells files apart better than its beginning.
         label = (name if len(name) <= LONGEST_PATH else "…" + name[1 - LONGEST_PATH :]).replace("$", r"\$")
         x, y = [point[0] for point in own], [point[1] for point in own]
         axes.plot(x, y, "o", markersize=7, alpha=0.8, label=" " + label)  # a leading _ would hide it
 
+    # On a log axis, twice as fast is the same distance everywhere.
     axes.set_xscale("log")
     axes.set_xlabel("latency of a pass, median (ms)")
     axes.set_ylabel(y_name)
     axes.grid(True, which="both", color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    # Below the axes, where long names hide no point.
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     _save(figure, path)
 
@@ -177,6 +189,7 @@ def _labels(names: Sequence[str], number: int) -> tuple[list[str], FontPropertie
     known = [" ".join(name.split()) for name in names[:number]]
     known += [""] * (number - len(known))
     short = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in known]
+    # One font for all names; those with a letter it lacks are shown as numbers.
     font, characters = _font_for(frozenset("".join(short)))
     labels = [name if name and characters.issuperset(name) else str(k) for k, name in enumerate(short)]
     escaped = [label.replace("$", r"\$") for label in labels]  # matplotlib takes $…$ for a formula
@@ -186,6 +199,7 @@ def _labels(names: Sequence[str], number: int) -> tuple[list[str], FontPropertie
 @cache
 def _font_for(characters: frozenset[str]) -> tuple[str, frozenset[str]]:
     """Returns a font's file and which of the characters it has; matplotlib's own font if none has all of them."""
+    # The plain font first, as others differ between machines.
     own = findfont(FontProperties(family="DejaVu Sans"))
     if characters == (had := _had(own, characters)):
         return own, had

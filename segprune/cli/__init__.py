@@ -66,9 +66,11 @@ def main() -> None:
 def door(name: str, script: str, settings: Mapping[str, Any]) -> None:
     """Run one command as a script of its own; `settings` replace the flags' defaults."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    # Typer would ignore a misspelt setting in silence.
     known = {parameter.name for parameter in commands[name].params}
     unknown = sorted(set(settings) - known)
     if unknown:
         sys.exit(f"Error: {script} has a setting {unknown[0]!r}, which is no flag of it; see {script} --help.")
     keep_freed_memory()
+    # Settings are defaults here, so flags on the script's command line still win.
     commands[name].main(prog_name=script, default_map=dict(settings))

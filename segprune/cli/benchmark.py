@@ -124,6 +124,7 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
     show_notes(chosen if config.data else ())
     if config.save_dir:
         check_writable(config.save_dir)
+    # Files may differ in their classes; the data is opened once for each number of them.
     classes = {path: _read_num_classes(path) for path in dict.fromkeys(config.model_paths)}
     samples = {number: _open_samples(config, number) for number in set(classes.values())} if config.data else {}
 
@@ -141,6 +142,7 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
 
 
 def _list_cases(config: BenchmarkConfig, given: frozenset[str], device: torch.device) -> list[Case]:
+    # Every combination of the lists that were given is a case.
     cases = grid(
         config.model_paths,
         runtimes=_parse("runtimes", config.runtimes, str, "torch,onnxruntime") if config.runtimes else (),
@@ -173,6 +175,7 @@ def _open_samples(config: BenchmarkConfig, num_classes: int) -> Sequence[Sample]
 
 def _parse(flag: str, text: str, parse: Callable[[str], T], example: str) -> tuple[T, ...]:
     """Returns the values between commas or blanks, each once."""
+    # A value that is given twice is measured once.
     words = dict.fromkeys(re.split(r"[,\s]+", text))
     try:
         values = tuple(parse(word) for word in words if word)
@@ -192,10 +195,12 @@ def _measure(
     config: BenchmarkConfig, cases: Sequence[Case], samples: Mapping[int, Sequence[Sample]], folder: Path
 ) -> tuple[list[dict[str, Any]], Peaks]:
     """Returns the record of every row, and the machine's peaks."""
+    # Other runtimes need files, written here into a folder that is removed at the end.
     with progress_bar("exporting") as advance, quiet_exporters():
         cases = export_cases(cases, folder, progress=advance)
     memory = {} if config.no_memory else _measure_memory(cases)
 
+    # All cases are open at the same time, since the rounds take turns among them.
     opened = []
     with progress_bar("opening") as advance:
         for done, case in enumerate(cases):
@@ -207,6 +212,7 @@ def _measure(
         rows, peaks = measure(opened, max_rounds=config.rounds, max_seconds=config.seconds, progress=advance)
 
     records = []
+    # Memory and score are the same for any number of threads, so rows share them.
     for row in rows:
         key = _without_threads(row.case)
         records.append(benchmark_record(row, memory.get(key), scores.get(key)))
@@ -223,6 +229,7 @@ def _measure_memory(cases: Sequence[Case]) -> dict[Case, int | None]:
     with progress_bar("memory") as advance:
         for done, case in enumerate(cases):
             advance(done, len(cases), case.text)
+            # Numbers of threads make new cases, but need no new measurement here.
             key = _without_threads(case)
             if key not in memory:
                 memory[key] = peak_memory(case)
@@ -239,6 +246,7 @@ def _score(
         case, key = one.case, _without_threads(one.case)
         if key in scores:
             continue
+        # Cases change the threads and TF32 of the whole process; set those of this one.
         one.get_ready()
         with progress_bar(f"scoring {case.text}") as advance:
             score = evaluate(
@@ -257,6 +265,7 @@ def _score(
 
 def _show(records: Sequence[dict[str, Any]], peaks: Peaks) -> None:
     """Prints the table, without columns that say nothing; what is the same in all rows stands in its title."""
+    # A column needs a value in some row; one with the same value in all moves to the title.
     stated = [key for key in COLUMNS if any(row.get(key) is not None for row in records)]
     same = []
     for key in stated:
@@ -267,6 +276,7 @@ def _show(records: Sequence[dict[str, Any]], peaks: Peaks) -> None:
     title = f"Median of {records[0]['runs']} rounds"
     if same:
         title += "; " + ", ".join(f"{COLUMNS[key]} {_text(key, records[0][key])}" for key in same)
+    # On a narrow terminal these columns are left out first.
     spare = [COLUMNS[key] for key in SPARE if key in shown]
     rows = [[_text(key, row.get(key)) for key in shown] for row in records]
     left_out = show_table(title, [COLUMNS[key] for key in shown], rows, spare)
@@ -275,6 +285,7 @@ def _show(records: Sequence[dict[str, Any]], peaks: Peaks) -> None:
 
     on_gpu = records[0]["method"] == "cuda graph"
     what = "large matrices" if on_gpu else "large float32 matrices"
+    # The peak is what this machine reaches at best, to hold the rows against.
     speeds = []
     for condition, peak in peaks.items():
         speeds.append(f"{peak:.0f} in {condition}" if on_gpu else f"{peak:.0f} with {number_of(condition, 'thread')}")
@@ -299,6 +310,7 @@ def _text(key: str, value: Any) -> str:
         return f"{100 * value:.0f} %"
     if not isinstance(value, float):
         return str(value)
+    # Short times get a digit more, or the differences between them would vanish.
     digits = {"miou": 4, "faster": 2, "macs_G": 2, "peak_memory_mb": 0}.get(key, 1)
     if key.endswith("_ms") and value < 10.0:
         digits = 2
@@ -308,6 +320,7 @@ def _text(key: str, value: Any) -> str:
 def _save(config: BenchmarkConfig, records: Sequence[dict[str, Any]], peaks: Peaks, folder: Path) -> None:
     from segprune import plots  # here, since drawing takes a second to import and most commands draw nothing
 
+    # Numbers mean little without the settings and the machine, so these are saved, too.
     record = {"settings": asdict(config), "rows": records, "peak_gmacs_per_second": peaks}
     write_json(record | {"environment": environment()}, folder / RECORD)
 

@@ -37,8 +37,10 @@ def keep_freed_memory() -> None:
     if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
         return
 
+    # mallopt is glibc's; it is missing on Windows and in some C libraries.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
+        # The first limit is for single blocks, the second for free space at the heap's end.
         mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -82,6 +84,7 @@ def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         message = with_flags(str(interrupt), flags)
         errors.print(message or "Interrupted; no file was left half-written.", markup=False)
+        # As shells do it: 128 + 2, the number of the signal.
         sys.exit(130)
 
     finally:
@@ -124,6 +127,7 @@ def show_settings(
     """
     shown = dict(settings)
     verbose = shown.pop("verbose", False)
+    # A long table would hide the few settings that matter.
     if given is not None and not verbose:
         shown = {name: value for name, value in shown.items() if name in given}
     shown |= chosen or {}
@@ -158,10 +162,12 @@ def show_table(title: str, header: list[str], rows: list[list[str]], spare: Sequ
         if name is not None:
             left_out.append(name)
         table = _table(header, rows, left_out)
+        # Measured with room to spare, or a table that was cut would seem to fit.
         width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
         if width <= console.width or not console.is_terminal:
             break
 
+    # A log has no width, so its lines may be as long as the table needs.
     usual = console.width
     console.width = usual if console.is_terminal else max(usual, width)
     console.print(table)
@@ -216,6 +222,7 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
     """Silences the exporters' logs: that torchvision is missing, which is not needed, and how far quantising is."""
+    # Switched off as a whole, since each exporter logs under names of its own.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -248,6 +255,7 @@ def open_data(
     if classes is not None:
         classes(source.class_names)
 
+    # Before the label check, which would stop at the first bad image.
     if skip_bad:
         for split in splits:
             with progress_bar(f"reading {split}") as advance:
@@ -268,6 +276,7 @@ def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:
     """Prints a score per class and its means; classes are numbered, and named as far as there are names."""
     columns = {"IoU": score.iou, "recall": score.recall, "precision": score.precision}
     means = {"mIoU": score.miou, "mPA": score.mean_accuracy, "pixel accuracy": score.pixel_accuracy}
+    # Boundaries are scored only on demand.
     if score.boundary_iou is not None and score.boundary_miou is not None:
         columns["boundary IoU"] = score.boundary_iou
         means["boundary mIoU"] = score.boundary_miou
@@ -304,6 +313,7 @@ EAGER_DIFFERS = 1.1  # from so many times the graph's latency on, eager is told 
 
 def eager_beside(dense: Latency, pruned: Latency) -> str:
     """One sentence on calls from Python where they take longer than the GPU does; else nothing."""
+    # Where both agree, launches cost nothing and there is nothing to tell.
     pairs = [(latency.eager_ms, latency.median_ms) for latency in (dense, pruned)]
     if not any(eager_ms is not None and eager_ms > EAGER_DIFFERS * ms for eager_ms, ms in pairs):
         return ""

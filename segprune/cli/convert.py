@@ -40,6 +40,7 @@ def run(flags: ConvertFlags, given: frozenset[str]) -> None:
         raise ValueError(f"{flags.target} is the checkpoint itself; give another place to write to.")
 
     opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
+    # A file for another tool holds a whole network.
     if opened.backbone_only:
         raise ValueError(f"{flags.model_path} holds only a backbone; train it first with segprune train.")
     show_notes(opened.notes)

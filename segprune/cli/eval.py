@@ -86,11 +86,13 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
 
     # Open the network, and find out how images go through it.
     opened = _open_network(flags, given, device)
+    # An exported file may take one size alone, which then is the default.
     if opened.shape is not None and "input_shape" not in given:
         flags = replace(flags, input_shape=opened.shape)
     how = _eval_mode(flags, given)
     show_settings("Evaluation", asdict(flags), given, opened.read | {"num_classes": opened.num_classes})
     show_notes((*opened.notes, *chosen))
+    # Scoring takes long, so find out now whether its results can be saved.
     if flags.save_dir:
         check_writable(flags.save_dir)
 
@@ -108,6 +110,7 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
     names = source.class_names
 
     # Score.
+    # Built only now, when everything that can be refused has been.
     network = opened.build()
     with progress_bar("scoring") as advance:
         score = api.evaluate(
@@ -146,6 +149,7 @@ class _Opened:
 
 
 def _open_network(flags: EvalFlags, given: frozenset[str], device: torch.device) -> _Opened:
+    # A checkpoint is read now and built later, hence a function.
     if not is_exported(flags.model_path):
         opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
         read = {"dialect": opened.dialect, "variant": opened.spec.variant}

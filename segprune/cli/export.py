@@ -68,6 +68,7 @@ class ExportFlags:
 
 def run(flags: ExportFlags, given: frozenset[str]) -> None:
     """Write a checkpoint as a file for another runtime, run it, compare it with PyTorch and keep it if it agrees."""
+    # Refuse what cannot be exported before anything is read.
     check_choice(flags.format, flags.precision)
     baked = _parse_bake(flags.bake)
     _check_flags(flags, given, baked)
@@ -80,10 +81,12 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
     read = {"output": str(output), "dialect": opened.dialect, "variant": spec.variant, "num_classes": spec.num_classes}
     show_settings("Export", asdict(flags), given, read)
     show_notes(opened.notes)
+    # Find out now whether the file can be written, not after minutes of exporting.
     check_writable(output.parent)
     names, palette = opened.extra.get("class_names"), palette_in(opened, flags.model_path)
 
     # Write the file, run it and compare it.
+    # Images calibrate int8, and both networks are compared on them.
     images = _load_images(flags, spec.num_classes)
     with quiet_exporters():
         manifest, difference = export(
@@ -160,6 +163,7 @@ def _choose_output(flags: ExportFlags) -> Path:
         return Path(flags.output)
 
     source = Path(flags.model_path)
+    # A checkpoint may be a folder, whose name can hold a dot that begins no ending.
     stem = source.stem if source.is_file() else source.name
     precision = "" if flags.precision == "fp32" else f"_{flags.precision}"
     return Path("exported") / f"{stem}{precision}{suffix}"

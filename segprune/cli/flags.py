@@ -76,23 +76,28 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     `run` may also take `given`, the names of the flags that were given. A message of the library that names an
     argument in backticks, `like_this`, is printed with the flag of that name.
     """
+    # Annotations are text in these modules; `eval_str` turns them into types.
     signature = inspect.signature(run, eval_str=True).parameters
     records = {name: parameter.annotation for name, parameter in signature.items() if name != "given"}
     assert all(map(is_dataclass, records.values())), f"{run} takes something that is no record"
     parameters = [parameter for record in records.values() for parameter in _parameters_of(record)]
 
     def body(context: typer.Context, **flags: Any) -> None:
+        # Messages of the library name arguments; this says which flag each one is.
         names = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name}
         with one_sentence(names), exact_products():
+            # Records check themselves, so they are built where errors become one sentence.
             made = {
                 name: record(**{field.name: flags[field.name] for field in fields(record) if field.name in flags})
                 for name, record in records.items()
             }
             if "given" in signature:
+                # A flag that repeats its default was given, too; only its source tells.
                 sources = {name: context.get_parameter_source(name) for name in flags}
                 made["given"] = frozenset(name for name, source in sources.items() if source.name != "DEFAULT")  # type: ignore[union-attr]
             run(**made)
 
+    # Typer reads the flags off the signature: here one that is made of the records.
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     body.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
     body.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *parameters)}
@@ -111,11 +116,13 @@ def _parameters_of(record: type[Any]) -> list[inspect.Parameter]:
     parameters = []
     for field in fields(record):
         parameter = signature[field.name]
+        # A title holds for the fields below it, up to the next title.
         title = panels.get(field.name, field.metadata.get("panel")) or title
 
         if get_origin(parameter.annotation) is not Annotated and not field.metadata:
             continue  # an option for Python alone
 
+        # Most flags are derived from their field; some fields bring an option of their own.
         if get_origin(parameter.annotation) is Annotated:
             kind, option = get_args(parameter.annotation)
             option = copy.copy(option)  # several commands share some, each below a title of its own

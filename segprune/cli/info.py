@@ -36,6 +36,7 @@ def run(flags: InfoFlags) -> None:
     spec = opened.spec
     counts = count(spec, flags.input_shape)
 
+    # For programs: JSON alone, without tables and notes.
     if flags.as_json:
         record = {"dialect": opened.dialect, "notes": list(opened.notes), "spec": spec_to_dict(spec)}
         console.print_json(json.dumps(record | network_size(counts) | {"input_shape": list(flags.input_shape)}))
@@ -52,6 +53,7 @@ def run(flags: InfoFlags) -> None:
     }
     show_settings(flags.model_path, facts)
 
+    # A row per block, since pruning makes the blocks of a stage differ.
     rows = []
     for i, stage in enumerate(spec.stages):
         for j, block in enumerate(stage.blocks):

@@ -68,6 +68,7 @@ def run(flags: PredictFlags, given: frozenset[str]) -> None:
     The labels are those of the original pixels. Masks are palette PNGs whose values are the classes. Ctrl-C ends a
     camera's film.
     """
+    # What the input is decides which flags have an effect, so it comes first.
     source = recognise_input(flags.input)
     _check_words(flags)
     _check_effects(flags, given, source)
@@ -121,6 +122,7 @@ def run(flags: PredictFlags, given: frozenset[str]) -> None:
     show_notes(tuple(done.notes))
     console.print(f"{number_of(number, thing)} in {seconds:.1f} s, {number / seconds:.1f} {thing}s per second.")
     _show_paths(job, done)
+    # What was written is recorded by now; the exit status still tells of Ctrl-C.
     if done.interrupted:
         raise KeyboardInterrupt(f"Interrupted after {number_of(number, thing)}; what was written until then is whole.")
 
@@ -161,6 +163,7 @@ def choose_class_names(flags: PredictFlags, opened: Checkpoint) -> tuple[str, ..
     if names is None:
         return tuple(map(str, range(number)))
 
+    # A foreign file's extra may hold anything under this name.
     if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
         here = f"has {len(names)} class names" if isinstance(names, list) else "has class names that are no list"
         raise ValueError(f"{flags.classes or flags.model_path} {here}, where the network has {number}; {remedy}.")
@@ -182,6 +185,7 @@ def palette_in(opened: Checkpoint, path: str) -> list[int]:
     if palette is None:
         return []
 
+    # 256 colours of three numbers each, as Pillow takes them.
     numbers = palette if isinstance(palette, list) else []
     if len(numbers) != 768 or not all(isinstance(number, int) and 0 <= number <= 255 for number in numbers):
         raise ValueError(
@@ -194,6 +198,7 @@ def _place_network(model: SegFormer, device: torch.device, flags: PredictFlags) 
     """Puts the network on the device, in mixed precision on demand. It raises ValueError for NaN or infinity."""
     model, amp = model.to(device), AMPS[flags.amp]
 
+    # argmax of NaN is a class as well, so a broken network would seem to work.
     def predict(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             logits = model(pixels).float()
@@ -210,6 +215,7 @@ def _film(flags: PredictFlags, job: PredictJob, *, camera: bool) -> tuple[Predic
     """Predicts on a video or camera; returns what was done and the seconds it took."""
     target = f"camera_{flags.input}.mp4" if camera else f"{Path(flags.input).stem}.mp4"
     with open_video(flags.input, camera) as video, progress_bar("predicting") as advance:
+        # Refuse to overwrite the source before its first frame is read.
         check_sources_kept([Path(flags.input)], job.folder, job.kinds, [target])
         check_writable(job.folder)
 
@@ -225,6 +231,7 @@ def _photograph(flags: PredictFlags, job: PredictJob) -> tuple[Predictions, floa
     check_sources_kept(paths, job.folder, job.kinds, targets)
     check_writable(job.folder)
 
+    # The time covers reading, the network and writing.
     start = perf_counter()
     with progress_bar("predicting") as advance:
         done = predict_images(job, images, flags.skip_bad, advance)

@@ -45,6 +45,7 @@ def run(flags: ShapesFlags) -> None:
 
     num_classes = len(CONTEXT_CLASS_NAMES if flags.with_context else CLASS_NAMES)
     console.print(f"{flags.num_train + flags.num_val} images, {num_classes} classes, in {root}")
+    # The next command, ready to be copied.
     console.print(
         f"Train on them: segprune train --data {shlex.quote(flags.folder)} --phi b0 --num_classes {num_classes} "
         f"--input_shape {flags.size[0]} {flags.size[1]}",

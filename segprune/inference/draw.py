@@ -94,6 +94,7 @@ def legend(
 
     # Lay out columns of a swatch and a text each.
     swatch, line = FONT_SIZE + 3, FONT_SIZE + 13
+    # Longer names are cut, so that no column is wider than the sheet.
     room = width - 3 * GAP - swatch
     column = swatch + 3 * GAP + min(room, max((_width(text) for text in texts), default=0))
     columns = max(1, min(width // column, len(texts)))
@@ -102,6 +103,7 @@ def legend(
 
     sheet = Image.new("RGB", (width, GAP + line * rows), PAPER)
     draw = ImageDraw.Draw(sheet)
+    # Row by row, from left to right.
     for place, (label, text) in enumerate(zip(shown, texts, strict=True)):
         row, number = divmod(place, columns)
         left, top = GAP + number * column, GAP + row * line
@@ -118,9 +120,11 @@ def contact_sheet(rows: Sequence[Row], palette: Sequence[int], class_names: Sequ
     """
     if not rows:
         raise ValueError("A contact sheet of no image was asked for; give one row at least.")
+    # The rows are drawn first, since the height of the sheet is the sum of theirs.
     blocks = [_draw_block(*row, palette) for row in rows]
     width = blocks[0].width + 2 * GAP
 
+    # Explain only the classes that occur here; a data set may have 150 of them.
     present: set[int] = set()
     for _, _, labels, predicted in rows:
         present.update(np.union1d(labels, predicted).tolist())
@@ -136,6 +140,7 @@ def contact_sheet(rows: Sequence[Row], palette: Sequence[int], class_names: Sequ
     for i, heading in enumerate(HEADINGS):
         _write(draw, (GAP + i * (PANEL + GAP), head // 2 - 2), heading, PANEL)
 
+    # The rows from the top down, and the legend at the bottom.
     top = head
     for block in blocks:
         sheet.paste(block, (GAP, top))
@@ -167,6 +172,7 @@ def _draw_block(name: str, image: Bytes, labels: Bytes, predicted: Bytes, palett
         block.paste(panel_image, (left, caption))
         draw.rectangle((left - 1, caption - 1, left + size[0], caption + size[1]), outline=EDGE)
 
+    # Pixels without a label are neither right nor wrong.
     known = labels != IGNORE_INDEX
     right = f"{100 * np.mean(labels[known] == predicted[known]):.1f} % right" if known.any() else "no labels"
     _write(draw, (0, caption // 2), name, 3 * (PANEL + GAP) - GAP)
@@ -179,6 +185,7 @@ def _label_text(label: int, class_names: Sequence[str]) -> str:
     if label >= len(class_names):
         return "ignored" if label == IGNORE_INDEX else str(label)
 
+    # Line breaks in a name would spoil the layout of the legend.
     name = " ".join(class_names[label].split())
     nameless = name in ("", str(label)) or _find_font(name) is None
     return str(label) if nameless else f"{label} {name}"
@@ -191,6 +198,7 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, room: i
     """
     font = _find_font(text)
     if font is None:
+        # A letter that the font lacks would be drawn as an empty box.
         text = "".join(letter if _find_font(letter) is not None else "?" for letter in text)
         font = _find_font(text) or _default_font()
 
@@ -209,6 +217,7 @@ def _width(text: str) -> int:
 @lru_cache(maxsize=4096)
 def _find_font(text: str) -> Font | None:
     """Returns the first font that has all of the text's letters, if there is one."""
+    # The default font first: it comes with Pillow, so it is there on every machine.
     if _has_all(_default_font(), text):
         return _default_font()
 

@@ -40,6 +40,7 @@ def evaluate(
     A network is scored in eval mode and comes back in the mode it was in. `progress` is called with (images done,
     images in all). ValueError if no pixel has a label.
     """
+    # Counts are integers: added up batch by batch, they give the exact total.
     total = Tally(num_classes, boundary=how.boundary, device=device).counts
     done = 0
 
@@ -68,6 +69,7 @@ def tallies(
 
     Nothing is drawn from torch's global generator.
     """
+    # A generator of its own: the loader would draw its seed from torch's global one.
     batches = load_batches(
         list(samples),
         batch_size=batch_size,
@@ -78,7 +80,9 @@ def tallies(
     network = Network(predict, num_classes, device, batch_size)
     with _in_eval_mode(predict):
         for images, labels in batches:
+            # A tally per batch, so that callers can show progress between two of them.
             tally = Tally(num_classes, boundary=how.boundary, device=device)
+            # Not around the yield, which would leave inference mode on in the caller.
             with torch.inference_mode():
                 for predicted, truth in zip(label_maps(network, images, how), labels, strict=True):
                     tally.update(predicted, truth.to(device))
@@ -99,6 +103,7 @@ def _in_eval_mode(predict: Predict) -> Iterator[None]:
     if not isinstance(predict, nn.Module):
         yield
         return
+    # In train mode dropout would draw, and BatchNorm would learn from what is scored.
     was_training = predict.training
     predict.eval()
     try:

@@ -64,11 +64,13 @@ def find_images(source: str, save_dir: str) -> tuple[list[ImageFile], int]:
     `save_dir` is the folder itself.
     """
     root, out = Path(source), Path(save_dir)
+    # A single file is taken whatever its ending is; an error comes when it is read.
     if root.is_file():
         return [ImageFile(root, root.name, f"{root.stem}.png")], 0
     if is_same_path(out, root):
         raise ValueError(f"`save_dir` {out} is the folder of the images itself; give another one.")
 
+    # What an earlier run wrote below `save_dir` is no input of this one.
     paths = [Path(path) for path in list_files(root, skip=out)]
     images = [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS]
     if not images:
@@ -79,6 +81,7 @@ def find_images(source: str, save_dir: str) -> tuple[list[ImageFile], int]:
 
 def _name_targets(root: Path, paths: Sequence[Path]) -> list[ImageFile]:
     """Names the file to write for each image: a.png for a.jpg, but a.jpg.png where there is an a.png beside it."""
+    # Every result ends in .png, so a.jpg and a.png would be written to one file.
     stems = [str(path.relative_to(root).with_suffix("")) for path in paths]
     num_alike = Counter(stem.casefold() for stem in stems)  # some file systems ignore case
 
@@ -92,6 +95,7 @@ def _name_targets(root: Path, paths: Sequence[Path]) -> list[ImageFile]:
 
 def check_sources_kept(sources: Sequence[Path], save_dir: Path, kinds: Sequence[str], targets: Sequence[str]) -> None:
     """Raises ValueError if a file that is read is one that will be written, SAVE_DIR/KIND/TARGET."""
+    # Compare what links lead to: two names may be one file.
     written: set[str] = set()
     for kind in kinds:
         written.update(os.path.realpath(save_dir / kind / target) for target in targets)

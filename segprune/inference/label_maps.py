@@ -106,20 +106,24 @@ def prepare(image: Bytes, how: EvalMode) -> Prepared:
 
 
 def _view(image: Bytes, how: EvalMode, scale: float) -> View:
+    # letterbox: the image is fitted into the input's shape; `box` is where it lies there.
     if how.mode == "letterbox":
         shape = how.input_shape if scale == 1 else _scaled(how.input_shape, scale, least=MULTIPLE)
         canvas, _, box = letterbox(image, None, shape)
         return View(torch.from_numpy(canvas), box)
 
+    # whole and slide: nothing but `scale` changes the image's size.
     height, width = _scaled(image.shape[:2], scale, least=1)
     if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
+    # Pad below and to the right: to a multiple of 32, or to one window at least.
     if how.mode == "whole":
         shape = (math.ceil(height / MULTIPLE) * MULTIPLE, math.ceil(width / MULTIPLE) * MULTIPLE)
     else:
         shape = (max(height, how.input_shape[0]), max(width, how.input_shape[1]))
 
+    # `box` leaves the padding out, whose logits nobody reads.
     canvas = np.full((*shape, 3), GREY, dtype=np.uint8)
     canvas[:height, :width] = image
     return View(torch.from_numpy(canvas), (0, 0, height, width))
@@ -147,12 +151,14 @@ class Network:
         x = normalise_pixels(pixels.to(self.device))  # B 3 H W
         logits = self.predict(x.flip(-1) if mirrored else x).float()
 
+        # A function with another number of classes would give a score that means nothing.
         if logits.dim() != 4 or logits.shape[:2] != (len(x), self.num_classes):
             raise ValueError(
                 f"The network made {tuple(logits.shape)} of a batch of {len(x)}, where B K H W with {len(x)} images "
                 f"and {self.num_classes} classes is expected; give a network with as many classes as the data."
             )
 
+        # SegFormers resize their logits themselves; other functions may give coarser ones.
         if logits.shape[2:] != x.shape[2:]:
             logits = F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=False)
         return logits.flip(-1) if mirrored else logits
@@ -168,6 +174,7 @@ def normalise_pixels(pixels: Tensor) -> Tensor:
 def label_maps(network: Network, images: Sequence[Prepared], how: EvalMode) -> list[Tensor]:
     """Returns the likeliest class of every pixel, [H, W] uint8 on the device, of each image in its own size."""
     limit = network.strip_numbers
+    # A view is a scale's number, and whether the image is mirrored.
     views = [(number, False) for number in range(len(how.scales))]
     if how.flip:
         views += [(number, True) for number, _ in views]
@@ -180,9 +187,11 @@ def label_maps(network: Network, images: Sequence[Prepared], how: EvalMode) -> l
             maps[i] = torch.cat(strips)
         return [maps[i] for i in range(len(images))]
 
+    # Views vote with probabilities, since their logits may differ in magnitude.
     votes = [torch.zeros(network.num_classes, *image.size, device=network.device) for image in images]  # K H W
     for number, mirrored in views:
         for i, rows in _read_logits(network, images, how, number, mirrored):
+            # Strips come from the top down, and `top` is where the next one begins.
             top = 0
             for strip in _resize_in_strips(rows, images[i].size, limit):
                 bottom = top + strip.shape[1]
@@ -205,12 +214,14 @@ def _read_logits(
     """Yields each image's index and the logits of its view `number`; views of one size share a batch."""
     views = [image.views[number] for image in images]
 
+    # The windows of one large image fill batches by themselves.
     if how.mode == "slide":
         for i, view in enumerate(views):
             windows = _SlidingWindows(network, view, how, mirrored)
             yield i, _Rows(windows.read, (network.num_classes, *view.box[2:]))
         return
 
+    # Only images of one size can be stacked to a batch.
     same_size: dict[torch.Size, list[int]] = {}
     for i, view in enumerate(views):
         same_size.setdefault(view.canvas.shape, []).append(i)
@@ -241,6 +252,7 @@ class _SlidingWindows:
         self.window = how.input_shape
         self.mirrored = mirrored
 
+        # The windows form a grid, so their starts along each axis are enough.
         height, width, _ = view.canvas.shape
         self.tops = _window_starts(height, self.window[0], how.steps[0])
         self.lefts = _window_starts(width, self.window[1], how.steps[1])
@@ -249,11 +261,13 @@ class _SlidingWindows:
         self.covers_y = _count_windows(self.tops, self.window[0], height).to(network.device)
         self.covers_x = _count_windows(self.lefts, self.window[1], width).to(network.device)
 
+        # Only rows that coming strips read are kept in memory; `first` is the top one.
         self.first = 0
         self.sums = torch.zeros(network.num_classes, 0, width, device=network.device)  # K r W
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Returns the mean logits of the view's rows from `top` to `bottom`, K r W."""
+        # Windows that begin at `bottom` or below do not reach these rows; others must run.
         while self.tops and self.tops[0] < bottom:
             self._run_row(self.tops.pop(0))
 
@@ -261,6 +275,7 @@ class _SlidingWindows:
         self.sums = self.sums[:, top - self.first :]
         self.first = top
 
+        # The mean over the windows that cover a pixel, without the padding on the right.
         width = self.view.box[3]
         covers = self.covers_y[top:bottom, None] * self.covers_x[:width]
         return self.sums[:, : bottom - top, :width] / covers
@@ -273,6 +288,7 @@ class _SlidingWindows:
         start = top - self.first
         self.sums = F.pad(self.sums, (0, 0, 0, start + height - self.sums.shape[1]))
 
+        # A row of windows may be longer than a batch.
         for begin in range(0, len(self.lefts), self.network.batch_size):
             lefts = self.lefts[begin : begin + self.network.batch_size]
             windows = [self.view.canvas[top : top + height, left : left + width] for left in lefts]
@@ -310,6 +326,7 @@ def _resize_in_strips(rows: _Rows, size: tuple[int, int], limit: int) -> Iterato
 
     for top in range(0, height, step):
         bottom = min(height, top + step)
+        # Bilinear resizing is separable: the height first, from few rows, then the width.
         strip = rows.read(top, bottom) if view_height == height else _resize_rows(rows, ratio, top, bottom)
         if view_width != width:
             strip = F.interpolate(strip[None], size=(bottom - top, width), mode="bilinear", align_corners=False)[0]
@@ -329,6 +346,7 @@ def _resize_rows(rows: _Rows, ratio: float, top: int, bottom: int) -> Tensor:
     below = (above + 1).clamp(max=last)
     weight = (y - above).float()[:, None]
 
+    # Read just the rows between these two, and count from the first of them.
     first = int(above[0])
     block = rows.read(first, int(below[-1]) + 1)
     above, below = (above - first).to(block.device), (below - first).to(block.device)

@@ -71,6 +71,7 @@ class Tally:
         index = torch.where(valid, labels.int() * k + predicted.int(), k * k)
         self.counts[: k * k] += torch.bincount(index.flatten(), minlength=k * k + 1)[:-1]
 
+        # Ignored pixels become a region of their own, whose rim is not counted.
         if self.boundary:
             predicted_rims = _keep_rims(torch.where(valid, predicted.to(torch.uint8), IGNORED))
             label_rims = _keep_rims(torch.where(valid, labels.to(torch.uint8), IGNORED))
@@ -86,6 +87,7 @@ def _keep_rims(regions: Tensor) -> Tensor:
     highest = _window_max(regions, reach)
     lowest = 255 - _window_max(255 - regions, reach)
     rim = highest != lowest
+    # The image's edge counts as a boundary.
     rim[:reach] = rim[-reach:] = True
     rim[:, :reach] = rim[:, -reach:] = True
     return torch.where(rim, regions, IGNORED)
@@ -113,6 +115,7 @@ def _count_rims(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     def count(rims: Tensor) -> Tensor:
         return torch.bincount(rims.flatten().int(), minlength=IGNORED + 1)[:num_classes]
 
+    # A pixel is in a class's intersection if it lies on its rim in both maps.
     shared = count(torch.where(predicted == labels, labels, IGNORED))
     return torch.cat([shared, count(predicted) + count(labels) - shared])
 
@@ -125,9 +128,11 @@ def score(counts: Tensor, num_classes: int, num_images: int) -> Score:
     if int(confusion.sum()) == 0:
         raise ValueError("No pixel has a label, so there is nothing to score; check the masks' values.")
 
+    # K × K, rows are labels and columns predictions; right pixels lie on the diagonal.
     right, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     iou = _divide(right, labelled + predicted - right)
     recall = _divide(right, labelled)
+    # The counts of the rims follow the matrix, if they were taken.
     boundary_iou = _divide(*counts[size:].view(2, num_classes)) if len(counts) > size else None
 
     return Score(

@@ -92,12 +92,14 @@ def predict_images(
 
     An image that cannot be read is listed as skipped with `skip_bad`; otherwise ValueError names it.
     """
+    # Reading, predicting and writing overlap: each works on another batch.
     done = Predictions(job.no_pixels())
     writing: deque[Future[tuple[dict[str, Any], Counts]]] = deque()
 
     with ThreadPoolExecutor(job.num_workers) as pool:
         try:
             for seen, batch in _read_ahead(job, images, pool):
+                # Sort out unreadable files; the reason came in place of the image.
                 readable = []
                 for image, loaded in batch:
                     if isinstance(loaded, LoadedImage):
@@ -119,6 +121,7 @@ def predict_images(
                     progress(seen, len(images))
             _collect(writing, done)
         except KeyboardInterrupt:
+            # Finish the files that are being written; those not begun leave no record.
             done.interrupted = True
             pool.shutdown(cancel_futures=True)
             _collect(writing, done)
@@ -142,11 +145,13 @@ def _read_ahead(
     """
 
     def load(image: ImageFile) -> LoadedImage | str:
+        # Return the reason, since whether a file may be skipped is for the caller to say.
         try:
             return read_image(image.path, job.how)
         except (ValueError, OSError) as error:
             return str(error)
 
+    # Two batches at most are in memory: one that is predicted and one that is being read.
     ahead: deque[tuple[int, list[tuple[ImageFile, Future[LoadedImage | str]]]]] = deque()
     starts = [*range(0, len(images), job.batch_size), None]  # None: nothing more to load, only to yield
     for start in starts:
@@ -182,8 +187,10 @@ def predict_video(
     """
     done = Predictions(job.no_pixels())
     counts = job.no_pixels()
+    # Known from the file's header; a camera has no end.
     total = video.num_frames if limit is None or video.num_frames is None else min(limit, video.num_frames)
 
+    # However this ends, the stack closes the files, so that they can be played.
     with ExitStack() as files:
         batches = files.enter_context(closing(video.batches(job.batch_size, limit)))
         out = _VideoFiles(job, video.fps, target, files)
@@ -198,6 +205,7 @@ def predict_video(
         except KeyboardInterrupt:
             done.interrupted = True
 
+    # A video of no frame is an error, unless the user stopped it before the first one.
     if out.num_frames:
         record = {"name": video.name, "file": target, "size": list(out.size)}
         done.add(record | {"frames": out.num_frames, "fps": video.fps}, counts)
@@ -228,6 +236,7 @@ class _VideoFiles:
 
         for kind in self.job.kinds:
             drawn = draw_kind(self.job, kind, frame.image, labels)
+            # A file is opened at its first frame, which tells the size.
             if kind not in self.writers:
                 path = self.job.folder / kind / self.target
                 self.writers[kind] = self.files.enter_context(write_video(path, self.fps, drawn.shape[:2]))

@@ -46,9 +46,11 @@ class Video:
         """Yields frames in lists of `size`, at most `limit` frames; a thread reads the next list meanwhile."""
         frames = islice(self._read_frames(), limit)
 
+        # One thread alone reads, since frames must come in order.
         with ThreadPoolExecutor(1) as pool:
             pending = pool.submit(lambda: list(islice(frames, size)))
             while batch := pending.result():
+                # Ask for the next list before handing this one over, so both work at once.
                 pending = pool.submit(lambda: list(islice(frames, size)))
                 yield batch
 
@@ -59,6 +61,7 @@ class Video:
             if not there:
                 return
 
+            # A camera's time counts from its first frame, not from when it was opened.
             start = start or perf_counter()
             seconds = perf_counter() - start if self.live else None
             yield Frame(np.ascontiguousarray(frame[..., ::-1]), seconds)  # BGR -> RGB
@@ -97,6 +100,7 @@ def write_video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Calla
     OSError if it cannot be written.
     """
     cv2 = _import_opencv()
+    # The codec takes even sides only; odd ones get their last row or column twice.
     odd = (size[0] % 2, size[1] % 2)
     even = (size[0] + odd[0], size[1] + odd[1])
     num_written = 0

@@ -55,14 +55,18 @@ def fit(
     `options` are complete but for what a machine decides. `on_step` and `on_result` are called after every step and
     epoch. Ctrl-C raises TrainingInterrupted, after the state was saved if the run is resumable.
     """
+    # What the machine decides is settled first, since the folder's files state it.
     options = complete(options, torch.device(device))
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision=options.amp)
     splits = Splits(source.split("train"), source.split("val"))
+    # Checkpointing computes the encoder's activations twice, which saves their memory.
     model.encoder.checkpointing = options.checkpointing
 
     state = None if resumed is None else resumed.state
+    # Of several processes the main one alone writes.
     saving = replace(saving, tensorboard=saving.tensorboard and accelerator.is_main_process)
     saving = replace(saving, extra={**saving.extra, **classes_of(source, model.spec.num_classes)})
+    # A resumed run goes on in the same log, so that its curves have no gap.
     journal = Journal(
         model,
         saving,
@@ -77,6 +81,7 @@ def fit(
         journal.step_done(done, total, loss, lr)
 
     def epoch_done(result: EpochResult, state: TrainState) -> None:
+        # The files first: what is shown is then on the disk already.
         journal.epoch_done(result, state)
         if on_result is not None:
             on_result(result)
@@ -94,8 +99,10 @@ def fit(
                 on_epoch=epoch_done,
                 on_state=journal.save_state,
             )
+            # Still within, since a disk can be full here too.
             if accelerator.is_main_process:
                 journal.draw(splits.val, source, EvalMode(input_shape=options.input_shape), accelerator.device)
+        # No process may read the results before the main one has written them.
         accelerator.wait_for_everyone()
         return journal.best()
     finally:
@@ -109,14 +116,17 @@ def _left_resumable(journal: Journal, saving: Saving, accelerator: Accelerator) 
     try:
         yield
     except TrainingInterrupted as interrupted:
+        # The loop ended the running step before it raised, so this state is whole.
         if saving.resumable and accelerator.is_main_process:
             journal.save_state(interrupted.state)
         raise
 
     except TrainingDiverged as diverged:
+        # The weights in memory are broken; those of the last epoch's file are not.
         raise ValueError(f"{str(diverged).removesuffix('.')}; {journal.last_good()}.") from diverged
 
     except OSError as error:
+        # Without a saved state nothing can be resumed, so the error is left as it is.
         if not saving.resumable or not journal.has_state:
             raise
         said = str(error).removesuffix(".")
@@ -129,6 +139,7 @@ def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so no run can be resumed there; give the `save_dir` of one.")
     record = load_record(path)
+    # A file of another kind lacks these keys, and the tensors must fit the spec exactly.
     try:
         spec = spec_from_dict(json.loads(record["spec"]))
         state = TrainState(**record["state"])

@@ -86,6 +86,7 @@ class Journal:
         self.extra = dict(saving.extra)
         self.keep = saving.keep
 
+        # The rows of the epochs before a resume are written again with the new ones.
         self.epochs = epochs
         self.step = step
         self.last_epoch = epochs[-1]["epoch"] if epochs else 0  # whose weights LAST holds
@@ -99,6 +100,7 @@ class Journal:
             self.board.add_scalar("train/lr", lr, done)
 
     def epoch_done(self, result: EpochResult, state: TrainState) -> None:
+        # Checkpoints hold this row too, but not the speed, which is no fact about weights.
         row: dict[str, Any] = {"epoch": result.epoch, "loss": result.loss, "lr": result.lr, "best": result.best}
         if result.score is not None:
             row |= score_record(result.score)
@@ -118,6 +120,7 @@ class Journal:
         write_json(record, self.folder / RESULTS)
         rows = [[epoch.get(name, "") for name in LOGGED] for epoch in self.epochs]
         write_csv([LOGGED, *rows], self.folder / LOG)
+        # Last: a resumed run relies on the files of all epochs that its state counts.
         self.save_state(state)
 
         if self.board is not None and result.score is not None:
@@ -130,6 +133,7 @@ class Journal:
         path = self.folder / f"ep{result.epoch:03d}-loss{result.loss:.3f}{score}.pth"
         save(self.model, path, extra=extra)
 
+        # A resumed run repeats epochs; files of later ones hold weights it gave up.
         for other in self.folder.glob("ep*.pth"):
             name = KEPT.fullmatch(other.name)
             if name and other != path and not 0 < result.epoch - int(name[1]) < self.keep:
@@ -161,6 +165,7 @@ class Journal:
 
         plots.curves(self.epochs, self.folder)
 
+        # The model in memory is the last epoch's, so read the best one's.
         model = load(self.folder / BEST, device=device)
         num_classes = model.spec.num_classes
         network = Network(model, num_classes, device, 1)
@@ -170,6 +175,7 @@ class Journal:
             image, labels = val[i].load()
             with torch.inference_mode():
                 (predicted,) = label_maps(network, [prepare(image, how)], how)
+            # Labels that are no class were ignored in training, and are drawn so.
             labels = np.where(labels < num_classes, labels, 255).astype(np.uint8)
             rows.append((val[i].name, image, labels, predicted.cpu().numpy().astype(np.uint8)))
 

@@ -73,6 +73,7 @@ def score_from_record(record: Mapping[str, Any]) -> Score:
     """Returns the score in a record, whatever else that holds; without the confusion matrix."""
     values: dict[str, Any] = {}
     for field in fields(Score):
+        # JSON made lists of the score's tuples.
         if field.name in record:
             value = record[field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
@@ -85,6 +86,7 @@ def reduction_record(original: Counts, folded: Counts, pruned: Counts) -> dict[s
     def percent(before: int, after: int, whole: int) -> float:
         return round(100.0 * (before - after) / whole, 4)
 
+    # All are shares of the original network, so folding and pruning add up to the whole.
     return {
         "parameters_reduction_percent": percent(original.parameters, pruned.parameters, original.parameters),
         "flops_reduction_percent": percent(original.flops, pruned.flops, original.flops),

@@ -36,6 +36,7 @@ def save_scores(record: Mapping[str, Any], score: Score, class_names: Sequence[s
     }
     if score.boundary_iou is not None:
         columns["boundary_iou"] = score.boundary_iou
+    # A row of the matrix holds all pixels with this label.
     columns["pixels"] = [sum(row) for row in score.confusion]
     write_csv([list(columns), *zip(*columns.values(), strict=True)], folder / TABLE)
 
@@ -45,12 +46,14 @@ def save_scores(record: Mapping[str, Any], score: Score, class_names: Sequence[s
     write_csv([["label \\ predicted", *titles], *rows], folder / MATRIX)
 
     plots.confusion(score.confusion, class_names, folder / "confusion_matrix.png")
+    # mPA and mRecall are one quantity, drawn under both names that are in use.
     for name, values in (
         ("mIoU", score.iou),
         ("mPA", score.recall),
         ("mRecall", score.recall),
         ("mPrecision", score.precision),
     ):
+        # Classes that do not occur are left out of the mean.
         known = [value for value in values if value is not None]
         title = f"{name} {sum(known) / len(known):.4f}"
         plots.bars(values, class_names, title, folder / f"{name}.png")

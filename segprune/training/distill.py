@@ -35,6 +35,7 @@ def channel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
+    # kl_div computes KL(target, input), hence the teacher, p, as the target.
     log_q, log_p = (F.log_softmax(x.float() / temperature, dim) for x in (student, teacher))
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * temperature**2
 
@@ -46,8 +47,10 @@ def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
     2205.14141 does for the teacher's: so one weight suits teachers and stages of any magnitude. Correlation as the
     measure is that of arXiv 2207.02039.
     """
+    # Channels last, so that each position is one vector of C numbers to normalise.
     one, other = (x.float().movedim(1, -1) for x in (student, teacher))  # B h w C
     one, other = (F.layer_norm(x, x.shape[-1:], eps=1e-8) for x in (one, other))
+    # For vectors of mean 0 and variance 1, mean squared distance = 2 (1 − r).
     return F.mse_loss(one, other) / 2
 
 
@@ -59,6 +62,7 @@ class Projections(nn.Module):
 
     def __init__(self, student_widths: Sequence[int], teacher_widths: Sequence[int]) -> None:
         super().__init__()
+        # zip would say only that two sequences differ in length.
         if len(student_widths) != len(teacher_widths):
             ours, theirs = len(student_widths), len(teacher_widths)
             raise ValueError(f"The student has {ours} stages, the teacher {theirs}; their maps must come in pairs.")
@@ -72,6 +76,8 @@ class Projections(nn.Module):
 
 def _projection(student_width: int, teacher_width: int) -> nn.Conv2d:
     convolution = nn.Conv2d(student_width, teacher_width, 1)
+    # The identity leaves the features as they were trained; between unlike widths
+    # orthogonal columns or rows stretch no direction.
     start = nn.init.dirac_ if student_width == teacher_width else nn.init.orthogonal_
     start(convolution.weight)
     assert convolution.bias is not None
@@ -95,9 +101,11 @@ class Distillation:
     feature: float = 1.0  # of the mean over the stages
 
     def __post_init__(self) -> None:
+        # `< inf` is False for NaN too, so NaN is refused with the infinite weights.
         for name in ("pixel", "channel", "feature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"The {name} weight is {getattr(self, name)}; it must be 0, to switch off, or above.")
+        # Without any loss the teacher would run in every step for nothing.
         if not self.pixel and not self.channel and not self.feature:
             raise ValueError(
                 "All weights of distillation are 0; raise one of pixel, channel, feature or drop the teacher."
@@ -117,9 +125,11 @@ class Distillation:
 
         Maps may be None if the feature weight is 0. ValueError for logits or maps of different shapes.
         """
+        # Shapes that differ but broadcast would give a wrong loss without an error.
         _check_alike("logits", student_logits, teacher_logits)
         loss = student_logits.new_zeros((), dtype=torch.float32)
 
+        # Autocast off, so that nothing below is silently computed in half precision.
         with torch.autocast(student_logits.device.type, enabled=False):
             teacher = teacher_logits.detach()
             if self.pixel:
@@ -132,10 +142,12 @@ class Distillation:
 
 
 def _mean_distance(student_maps: Sequence[Tensor] | None, teacher_maps: Sequence[Tensor] | None) -> Tensor:
+    # The caller gives maps whenever the feature weight is above 0.
     assert student_maps is not None
     assert teacher_maps is not None
     distances = []
     for stage, (ours, theirs) in enumerate(zip(student_maps, teacher_maps, strict=True), start=1):
+        # The projections have made the widths equal, so only the strides can still differ.
         _check_alike(f"maps of stage {stage}", ours, theirs)
         distances.append(feature_distance(ours, theirs.detach()))
     return torch.stack(distances).mean()

@@ -45,6 +45,7 @@ class Ema:
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Within it `model` has the averages; afterwards its own weights again, to the bit, whatever happened."""
+        # The network's tensors are overwritten in place, so its own weights are copied.
         own = _copies(model)
         try:
             _write(self.averages, model)
@@ -63,12 +64,14 @@ class Ema:
         """Continues from `state`, exactly. ValueError if it is another network's."""
         theirs: dict[str, Tensor] = state["averages"]
         ours = self.averages
+        # Compare the names first: shapes can be compared only where both have the tensor.
         wrong = sorted(ours.keys() ^ theirs.keys()) or [k for k in ours if ours[k].shape != theirs[k].shape]
         if wrong:
             raise ValueError(
                 f"The saved averages are another network's ({len(wrong)} tensors differ, {wrong[0]} first); "
                 "resume with the network they were taken of."
             )
+        # Copied in place, so that the averages stay on the device of the network.
         for name, average in ours.items():
             average.copy_(theirs[name])
         self.num_updates = int(state["num_updates"])
@@ -84,5 +87,6 @@ def _copies(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _write(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    # In place: the optimiser, DDP and compiled graphs hold these very tensors.
     for name, tensor in _tensors(model).items():
         tensor.copy_(tensors[name])

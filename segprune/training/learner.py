@@ -39,22 +39,27 @@ class Learner:
         self.options = options
         self.accelerator = accelerator
         self.processes = accelerator.num_processes
+        # `bare` is the network without DDP around it, which is averaged, scored and saved.
         self.bare = model.to(accelerator.device)
         self.encoder = _encoder_parameters(model) if options.freeze_epochs else []
         self.schedule = options.schedule()
+        # Without a teacher there is nothing to distil; with one, it only answers.
         distillation = None if teacher is None else options.distillation()
         self.distilled = distillation is not None
         loss = options.segmentation_loss()
         self.objective = Objective(loss, distillation, _freeze(teacher, accelerator), accelerator.autocast)
 
+        # The projections learn beside the network, but no checkpoint keeps them.
         self.projections = _make_projections(model, teacher, options)
         assert options.lr is not None
         assert options.head_lr is not None
         self.highest_lr = options.lr
+        # The decode head has a rate of its own; the projections always take the plain one.
         groups = parameter_groups(model, options.weight_decay, options.head_lr)
         if self.projections is not None:
             self.projections.to(accelerator.device)
             groups += parameter_groups(self.projections, options.weight_decay)
+        # Optimiser and average hold the bare network, whose names do not depend on DDP.
         self.bare_optimizer = make_optimizer(options.optimizer, groups, options.lr, options.momentum)
         self.ema = Ema(model, options.ema) if options.ema else None
         self.wrapped = False
@@ -69,13 +74,16 @@ class Learner:
         """Hands the network to accelerate; again when the encoder is freed, since DDP looks at what trains."""
         self.bare.train()
         frozen = epoch < self.options.freeze_epochs
+        # Wrapped once, and once more in the epoch in which the encoder starts to learn.
         if self.wrapped and not (self.encoder and epoch == self.options.freeze_epochs):
             return
 
+        # Set what trains before wrapping: DDP puts its hooks on those parameters alone.
         for parameter in self.encoder:
             parameter.requires_grad_(not frozen)
         self._release()
 
+        # Compiled in place, which leaves the names in the state dict as they are.
         student = Student(self.bare, self.projections, distilled=self.distilled)
         if self.options.compile:
             student.compile()
@@ -106,9 +114,11 @@ class Learner:
         Returns the loss of the whole batch, and whether any process was told to stop. Raises FloatingPointError
         if the loss is not finite, before the weights are touched.
         """
+        # The rate follows from the steps of the whole run, so a resumed one keeps it.
         self._set_lr(steps_done, total_steps)
         pieces = self.options.accumulate
 
+        # Pixels are averaged, not images: pieces and processes may hold unlike numbers.
         # Divided by this number, the mean of the pieces' losses is the loss of the whole batch.
         labelled = self.summed((labels != IGNORE_INDEX).sum().float())
         num_labelled = labelled / (self.processes * pieces)
@@ -128,9 +138,11 @@ class Learner:
         if not math.isfinite(value):
             raise FloatingPointError(f"The loss became {value}")
 
+        # Clip after the pieces are added up, as if the whole batch had been one.
         if self.options.clip_norm:
             self.accelerator.clip_grad_norm_(self.student.parameters(), self.options.clip_norm)
         self.optimizer.step()
+        # The average follows the bare weights, which DDP keeps equal in every process.
         if self.ema is not None:
             self.ema.update(self.bare)
         return value, stopped > 0
@@ -157,9 +169,11 @@ class Learner:
         }
 
     def restore(self, state: TrainState) -> None:
+        # All was built before, so loading replaces numbers only, and checks the names.
         self.bare.load_state_dict(state.model)
         if self.projections is not None:
             self.projections.load_state_dict(state.projections)
+        # Copied, as the optimiser would go on with the very tensors of the saved state.
         self.bare_optimizer.load_state_dict(deepcopy(state.optimizer))
         if state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)

@@ -66,19 +66,23 @@ def train(
     Raises TrainingInterrupted on Ctrl-C and SIGTERM, after the running step; TrainingDiverged if the loss or a weight
     is no longer finite; ValueError for options that do not fit model, images, processes or `state`.
     """
+    # Settle and check everything before the first batch is loaded.
     options = complete(options, accelerator.device)
     check_teacher(options, teacher, model)
     run = _Run(model, options, splits, accelerator, teacher, state)
     on_main = accelerator.is_main_process
 
     with ExitStack() as stack:
+        # Undone in reverse: signal handlers, then BatchNorm, then what accelerate holds.
         stack.callback(run.learner.close)
         stack.enter_context(synced(model))
         stop = stack.enter_context(stop_flag())
+        # A state before the first step lets a run that dies in epoch 1 be resumed, too.
         if on_state is not None and on_main and run.steps_done == 0:
             on_state(run.state())
 
         while run.epoch < options.epochs:
+            # TF32 is for training alone; scores are taken in full precision, hence outside.
             with tf32_products(bool(options.tf32)):
                 for loss in run.take_steps(stop):
                     if on_step is not None:
@@ -86,6 +90,7 @@ def train(
                     if on_state is not None and on_main and run.state_is_due():
                         on_state(run.state())
 
+            # The callbacks save the network while it holds the weights that were scored.
             with run.averaged():
                 result = run.end_epoch()
                 if on_epoch is not None and on_main:
@@ -116,9 +121,11 @@ class _Run:
         self.splits = splits
         self.model, self.device = model, accelerator.device
 
+        # Only training images are augmented; each draws from seed, epoch and its index.
         transform = TrainTransform(options.input_shape, scale=options.scale)
         self.data = SegmentationData(splits.train, self.num_classes, transform, seed=options.seed)
 
+        # Every process takes an equal share, or the others would wait for it for ever.
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
         check_processes(options, accelerator)
         self.batch_size = fit_batch_size(options, len(self.data), self.processes)
@@ -137,6 +144,7 @@ class _Run:
         self.own: dict[str, Tensor] | None = None  # the network's weights while their average stands in their place
         self.seconds, self.images = 0.0, 0  # of training in this epoch, since the run was started or resumed
         self.last_score: Score | None = None
+        # Last, since it fills the optimiser and the average that the learner has built.
         if state is not None:
             self._restore(state)
 
@@ -146,9 +154,11 @@ class _Run:
 
     def take_steps(self, stop: threading.Event) -> Iterator[float]:
         """Takes the remaining steps of the running epoch and yields each one's loss. Ends with TrainingInterrupted."""
+        # Set before the loader's processes start: each works on the copy it starts with.
         self.data.set_epoch(self.epoch)
         self.learner.prepare(self.epoch)
         start = time.perf_counter()
+        # A resumed epoch skips the batches it has already seen.
         batches = load_batches(
             self.data,
             batch_sampler=self._draw_batches()[self.step :],
@@ -171,16 +181,20 @@ class _Run:
             self.images += self.batch_size
             yield loss
 
+            # Raised after the yield, so that the caller has logged the completed step.
             if stopped or (self.processes == 1 and stop.is_set()):
                 raise TrainingInterrupted(self.state())
+            # The clock leaves out what the caller does between two steps, such as saving.
             start = time.perf_counter()
 
     def _draw_batches(self) -> list[list[int]]:
         """Returns this process's share of the running epoch's batches; an incomplete last one is left out."""
+        # One order for all processes, from seed and epoch, of which each takes slices.
         generator = torch.Generator().manual_seed(self.options.seed * 100_003 + self.epoch)
         order = torch.randperm(len(self.data), generator=generator).tolist()
 
         share = self.batch_size // self.processes
+        # Batch by batch: process p takes the p-th part of every batch.
         starts = range(self.process * share, self.steps_per_epoch * self.batch_size, self.batch_size)
         return [order[start : start + share] for start in starts]
 
@@ -197,6 +211,7 @@ class _Run:
             yield
             return
 
+        # States saved meanwhile must hold the trained weights, not their average.
         self.own = self.learner.weights()
         try:
             with self.learner.ema.applied(self.model):
@@ -210,15 +225,18 @@ class _Run:
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self._diverged("A weight became NaN or infinite")
 
+        # Read these off before the counters are set back for the next epoch.
         mean_loss = sum(self.losses) / len(self.losses)
         images_per_second = self.images / max(self.seconds, 1e-9)
         lr = self.learner.lr
 
+        # The epoch counts as done from here: a state saved below starts with the next.
         self.epoch, self.step = self.epoch + 1, 0
         self.losses = []
         self.seconds, self.images = 0.0, 0
 
         value, best = None, False
+        # The last epoch is always scored, so that every run ends with a score.
         if self.epoch % self.options.eval_every == 0 or self.epoch == self.options.epochs:
             value = self.last_score = self.evaluate()
             best = value.miou > self.best_miou
@@ -227,6 +245,7 @@ class _Run:
 
     def evaluate(self) -> Score:
         """Scores this process's share of the validation images; the counts of all processes are added up."""
+        # Only counts are exchanged: they add up exactly, whatever process saw which image.
         total = Tally(self.num_classes, device=self.device).counts
         for _, counts in tallies(
             self.model,

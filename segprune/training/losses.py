@@ -47,6 +47,7 @@ def parse_loss(text: str) -> tuple[tuple[str, float], ...]:
     (('ohem', 1.0), ('lovasz', 0.5))
     """
     terms: dict[str, float] = {}
+    # A term is NAME or NUMBER*NAME; without a star rpartition leaves the number empty.
     for part in text.split("+"):
         number, star, name = part.rpartition("*")
         name = name.strip()
@@ -82,6 +83,7 @@ class SegmentationLoss:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        # An option that no term uses would be ignored in silence, so it is refused.
         names = {name for name, _ in self.terms}
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"`label_smoothing` is {self.label_smoothing}; it is a share, from 0 to below 1.")
@@ -92,6 +94,7 @@ class SegmentationLoss:
 
         if not names & _WEIGHED:
             raise ValueError(f"`class_weights` has no effect on {' + '.join(sorted(names))}; drop them or add ce.")
+        # With all weights 0 the loss would be 0 and nothing would be learnt.
         if not all(0 <= weight < math.inf for weight in self.class_weights) or not any(self.class_weights):
             given = ", ".join(f"{weight:g}" for weight in self.class_weights)
             raise ValueError(f"`class_weights` is {given}; each must be 0 or above, and not all 0.")
@@ -101,20 +104,24 @@ class SegmentationLoss:
 
         Pixel means divide by `num_labelled` instead of this batch's own count, if it is given: see the module.
         """
+        # Surplus weights would pass unseen, missing ones end in an index error.
         if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
             given, classes = len(self.class_weights), logits.shape[1]
             raise ValueError(f"{given} class weights came for {classes} classes; give one per class.")
 
+        # With `num_labelled` the sums of all shards are divided by one common number.
         labelled = labels != IGNORE_INDEX
         num = labelled.sum() if num_labelled is None else num_labelled
         num = torch.where(num > 0, num, 1)  # without labels the sums are 0 already
 
+        # Autocast off: all that follows keeps the dtype that log_softmax is given here.
         with torch.autocast(logits.device.type, enabled=False):
             log_p = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
             # All terms share the log-softmax, B K H W, and the labels' own −log p, B H W, which is 0 if ignored.
             nll = F.nll_loss(log_p, labels, ignore_index=IGNORE_INDEX, reduction="none")
             weights = None if self.class_weights is None else log_p.new_tensor(self.class_weights)
 
+            # Overlap losses are means over images already; the others are sums over pixels.
             values: list[Tensor] = []
             for name, factor in self.terms:
                 if name == "dice":
@@ -139,10 +146,12 @@ def _weighted(losses: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
 
 def cross_entropy(log_p: Tensor, nll: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
     """Returns −log p of the label per pixel, B H W, with a share of it spread over all classes; 0 where ignored."""
+    # Smoothed: (1 − s) · loss of the label + s · mean loss over all K classes.
     losses = _weighted(nll, labels, weights)
     if label_smoothing == 0:
         return losses
 
+    # Each class keeps its weight when it is part of the smoothed target.
     spread = log_p if weights is None else log_p * weights[:, None, None]
     uniform = -spread.mean(1).masked_fill(labels == IGNORE_INDEX, 0)
     return (1 - label_smoothing) * losses + label_smoothing * uniform
@@ -168,7 +177,10 @@ def ohem(losses: Tensor, nll: Tensor, labels: Tensor) -> Tensor:
     hardest_first = nll.sort(dim=1, descending=True).values
     at_least = hardest_first.gather(1, (num_least - 1).clamp(min=0)[:, None])
 
+    # Hard: the label's probability below the threshold, or among the hardest few. With ties
+    # a few more are taken, which keeps the choice independent of the order of the pixels.
     hard = (nll >= 0) & ((nll > -math.log(_OHEM_PROBABILITY)) | (nll >= at_least))
+    # Each image counts by all its labelled pixels, however few of them are hard.
     mean = (losses.flatten(1) * hard).sum(1) / hard.sum(1).clamp(min=1)
     return (mean * num_labelled).sum()
 
@@ -185,6 +197,7 @@ def dice(log_p: Tensor, nll: Tensor, labels: Tensor) -> Tensor:
     common = empty.scatter_add(1, index, torch.exp(-nll).flatten(1))[:, :classes]
     predicted = (log_p.exp() * labelled[:, None]).sum((2, 3))  # B K
 
+    # An absent class has loss 1 whatever is predicted, so only present ones are averaged.
     present = truth > 0
     loss = torch.where(present, 1 - 2 * common / (predicted + truth).clamp(min=1), 0)
     return (loss.sum(1) / present.sum(1).clamp(min=1)).mean()
@@ -200,9 +213,11 @@ def _lovasz_of_image(log_p: Tensor, labels: Tensor) -> Tensor:
     """Returns the loss of `log_p` K P and `labels` P; 0, with a gradient of 0, if all labels are ignored."""
     present = labels.unique()
     present = present[present != IGNORE_INDEX]  # C of the K classes
+    # Rows of absent classes are left out: they have no intersection to lose.
     p = log_p[present].exp()  # C P
     truth = labels == present[:, None]
     errors = torch.where(truth, 1 - p, p)
+    # The order of the errors is a constant for the gradient, as in the paper.
     steps = _jaccard_steps(errors.detach(), truth, labels == IGNORE_INDEX)
     return (errors * steps).sum() / max(len(present), 1)
 
@@ -213,6 +228,7 @@ def _jaccard_steps(errors: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
     The paper takes differences of the cumulated loss; in closed form they lose no digits: a pixel of the class
     lowers the intersection by 1, any other raises the union by 1.
     """
+    # Worst pixel first, since the Lovász extension is linear within one order.
     order = errors.masked_fill(ignored, -1).argsort(dim=1, descending=True)  # ignored pixels last
     positive = truth.gather(1, order)
 
@@ -221,7 +237,9 @@ def _jaccard_steps(errors: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
     intersection = (total - positive.cumsum(1)).to(errors.dtype)
     union = (total + (~positive).cumsum(1)).to(errors.dtype)
 
+    # Each step is J(with this pixel wrong) − J(before), for J = 1 − intersection / union.
     steps = torch.where(positive, 1, intersection / (union - 1)) / union
+    # Bring the steps back into the order of the pixels, and keep ignored ones out.
     return torch.empty_like(errors).scatter_(1, order, steps).masked_fill_(ignored, 0)
 
 
@@ -231,6 +249,7 @@ def parse_class_weights(value: str | Sequence[float]) -> WeightRule | tuple[floa
     >>> parse_class_weights("1, 2 0.5")
     (1.0, 2.0, 0.5)
     """
+    # Numbers from Python are taken as they are; `or None` says that none were given.
     if not isinstance(value, str):
         return tuple(value) or None
     for rule in WEIGHT_RULES:
@@ -282,5 +301,6 @@ def class_weights_from_counts(pixels: Sequence[int], rule: WeightRule) -> tuple[
         else:
             raw.append(1 / math.log(1.02 + p) if rule == "enet" else 1 / p)  # the median falls out with the mean
 
+    # A pixel is of a class with probability p, so Σ p · weight is a pixel's mean weight.
     mean = sum(p * weight for p, weight in zip(shares, raw, strict=True))
     return tuple(weight / mean for weight in raw)

@@ -53,12 +53,15 @@ class Objective:
         self.autocast = autocast
 
     def __call__(self, student: nn.Module, pixels: Tensor, labels: Tensor, num_labelled: Tensor) -> Tensor:
+        # `small` are the logits before upsampling, at a quarter of the image's size.
         logits, small, maps = student(pixels)
         value = self.loss(logits, labels, num_labelled)
+        # Without a teacher the student returns neither small logits nor maps.
         if self.distillation is None:
             return value
         assert self.teacher is not None
         assert small is not None
+        # The teacher runs in the student's precision, but keeps no graph in memory.
         with torch.no_grad(), self.autocast():
             teacher_maps, teacher_small = self.teacher.parts(pixels)  # type: ignore[operator]
         return value + self.distillation(small, maps, teacher_small, teacher_maps)
@@ -70,11 +73,13 @@ def check_teacher(options: TrainOptions, teacher: nn.Module | None, student: nn.
         check_distilled(options, False)
         return
 
+    # The maps are taken with `parts`, which only our own networks have.
     for role, network in (("student", student), ("teacher", teacher)):
         if not hasattr(network, "parts"):
             name = type(network).__name__
             raise ValueError(f"The {role} is a {name}; distillation compares the maps of two SegFormers.")
 
+    # Distributions over unlike classes cannot be compared.
     theirs, ours = teacher.spec.num_classes, student.spec.num_classes  # type: ignore[union-attr]
     if theirs != ours:
         raise ValueError(

@@ -19,6 +19,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, head_lr: float = 1.0
     learning rate is the run's times its `lr_scale`: `head_lr` in `decode_head` (10 in the paper, arXiv 2105.15203),
     1 elsewhere. ValueError if `head_lr` is not 1 and the model has no such submodule.
     """
+    # A network without `decode_head` can be trained too, but only at one rate.
     head: set[nn.Parameter] = set()
     if head_lr != 1:
         decode_head = getattr(model, "decode_head", None)
@@ -27,6 +28,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, head_lr: float = 1.0
             raise ValueError(f"`head_lr` needs a submodule `decode_head`, which {name} lacks; set it to 1.")
         head.update(decode_head.parameters())
 
+    # One group for each pair of rate and decay, in the order of the parameters, which
+    # the saved state of the optimiser relies on.
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for parameter in model.parameters():
         decay = weight_decay if parameter.dim() > 1 else 0.0
@@ -40,6 +43,7 @@ def make_optimizer(
     name: OptimizerName, groups: Sequence[dict[str, Any]], lr: float, momentum: float = 0.9
 ) -> torch.optim.Optimizer:
     """Returns AdamW with `momentum` as its first beta, or SGD; each group starts at `lr` times its `lr_scale`."""
+    # `lr` is overwritten in every step; `lr_scale` remains in the group for that.
     scaled = [group | {"lr": lr * group["lr_scale"]} for group in groups]
     if name == "sgd":
         return torch.optim.SGD(scaled, lr=lr, momentum=momentum)

@@ -106,6 +106,7 @@ class TrainOptions:
             if value not in words:
                 raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(filter(None, words))}.")
 
+        # None means "not given" and is settled later; NaN fails all comparisons below.
         for name in ("epochs", "batch_size", "accumulate", "lr", "head_lr", "eval_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:  # NaN neither
@@ -119,10 +120,12 @@ class TrainOptions:
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be a share from 0 to below 1.")
 
+        # The rule fixes the whole schedule, so a second setting of it would be ignored.
         if self.lr_rule:
             for name in ("decay", "warmup"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` has no effect with `lr_rule` {self.lr_rule}, which sets it; drop one.")
+        # Build what is built of these options later, so that its own checks speak now.
         self.distillation()
         weights = parse_class_weights(self.class_weights)
         if isinstance(weights, str):
@@ -153,6 +156,7 @@ def complete(options: TrainOptions, device: torch.device) -> TrainOptions:
     if options.num_classes is None:
         raise ValueError("`num_classes` is not given; say how many classes the network has.")
 
+    # What depends on the machine is chosen here, once, and then saved with the run.
     options, _ = fit_to_machine(options, device)
     lr = PRETRAINED_LR if options.lr is None else options.lr
     return replace(options, lr=lr, head_lr=1.0 if options.head_lr is None else options.head_lr)

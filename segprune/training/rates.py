@@ -22,6 +22,7 @@ def choose_rates(
 
     `extra` is what the checkpoint to start from says of its own training.
     """
+    # A decode head that starts from random weights takes larger steps than its encoder.
     head_lr = options.head_lr
     if head_lr is None:
         head_lr = BACKBONE_HEAD_LR if backbone_only else 1.0
@@ -31,6 +32,7 @@ def choose_rates(
 
 
 def _choose_lr(options: TrainOptions, extra: Mapping[str, Any], from_scratch: bool) -> tuple[float, str]:
+    # The rule overrides all else: a given rate counts as one for 16 images.
     if options.lr_rule == "voc":
         wanted = VOC_LR[options.optimizer] if options.lr is None else options.lr
         lr = voc_lr(wanted, options.batch_size, options.optimizer)
@@ -39,10 +41,12 @@ def _choose_lr(options: TrainOptions, extra: Mapping[str, Any], from_scratch: bo
             f"for {options.optimizer}."
         )
 
+    # From the surest source to the weakest: the user, the start, the file, the paper.
     if options.lr is not None:
         return options.lr, "as given."
     if from_scratch:
         return SCRATCH_LR, "from scratch, no `lr` was given."
+    # A network that is trained needs smaller steps than it was trained with.
     if "lr" in extra:
         return float(extra["lr"]) / 10, "a tenth of what the network was trained with."
     if "finetuned_lr" in extra:

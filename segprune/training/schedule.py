@@ -29,6 +29,7 @@ class Schedule:
 
     def factor(self, step: int, total_steps: int) -> float:
         """Returns what the highest rate is multiplied by in step `step` of 0 … total_steps − 1."""
+        # Shares become whole steps here, so that a run of any length has the same shape.
         return lr_factor(
             step,
             total_steps,
@@ -56,12 +57,15 @@ def lr_factor(
     >>> [round(lr_factor(s, 10, warmup_steps=2, decay="poly"), 2) for s in (0, 1, 2, 9)]
     [0.5, 1.0, 1.0, 0.12]
     """
+    # Counted from 1, so that the first step already learns.
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if decay == "constant":
         return 1.0
 
+    # The share of the fall that is done; min holds the floor in the last steps.
     done = min((step - warmup_steps) / max(total_steps - hold_steps - warmup_steps, 1), 1.0)
+    # From 1 down to 0, then stretched to end at the floor instead.
     left = 1.0 - done if decay == "poly" else 0.5 * (1.0 + math.cos(math.pi * done))
     return min_factor + (1.0 - min_factor) * left
 
@@ -74,6 +78,7 @@ def voc_lr(lr: float, batch_size: int, optimizer: str) -> float:
     >>> voc_lr(1e-4, 8, "adamw")
     5e-05
     """
+    # Linear in the batch, as the gradient of more images has less noise.
     low, high = _VOC_LIMITS[optimizer]
     return min(max(lr * batch_size / _VOC_BATCH, low), high)
 

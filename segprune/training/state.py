@@ -22,6 +22,7 @@ class Splits:
 
     def fingerprint(self) -> str:
         """Returns a text that differs for other images or another order; a run is resumed only with the same."""
+        # The number of training images marks where train ends and val begins.
         names = "\n".join(sample.name for sample in [*self.train, *self.val])
         return sha256(f"{len(self.train)}\n{names}".encode()).hexdigest()[:16]
 
@@ -31,6 +32,7 @@ def fingerprint_of(teacher: nn.Module) -> str:
 
     The decode head is left out: once folded, its weights are not the same bits on every machine.
     """
+    # Name and shape go in too, so that equal bytes in another layer differ.
     digest = sha256()
     for name, tensor in teacher.state_dict().items():
         if name.startswith("encoder."):
@@ -96,9 +98,11 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     old = _UNSAID | dict(old)
     for name, now in new.items():
         unsaid = name not in old or isinstance(old[name], dict)  # earlier versions saved the loss as a dict
+        # Values are compared as they come out of a file, where tuples have become lists.
         if name in _MAY_CHANGE or unsaid or _as_saved(old[name]) == _as_saved(now):
             continue
 
+        # Data and teacher have fingerprints for values, which would tell a reader nothing.
         if name == "pictures":
             raise ValueError(
                 "The run to resume had other images (names, number or order of the train and val lists); "

@@ -13,15 +13,18 @@ from types import FrameType
 def stop_flag() -> Iterator[threading.Event]:
     """The first Ctrl-C or SIGTERM sets the flag, so that a step is never cut in half; a second Ctrl-C ends at once."""
     flag = threading.Event()
+    # Python allows signal handlers in the main thread only; elsewhere nothing is caught.
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
 
+    # The handler only sets a flag; the loop looks at it between two steps.
     def handle(number: int, frame: FrameType | None) -> None:
         if flag.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         flag.set()
 
+    # Keep the handlers that were there, such as a server's, and give them back afterwards.
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, handle) for number in signals]
     try:

@@ -27,11 +27,13 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        # In eval mode, and alone, the usual BatchNorm does the same without an exchange.
         if not self.training or not _several_processes():
             return super().forward(x)
 
         self._check_input_dim(x)
         mean, variance, count = _statistics(x.detach())
+        # The running variance is the unbiased one, n / (n − 1), as in nn.BatchNorm2d.
         self._update_running(mean, variance * count / (count - 1).clamp(min=1), x)
         return _Normalise.apply(x, self.weight, self.bias, mean, variance, count, self.eps)
 
@@ -43,6 +45,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
+        # Without a momentum BatchNorm averages over all batches alike.
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
@@ -54,9 +57,11 @@ def synced(model: nn.Module) -> Iterator[None]:
 
     Subclasses of others are left alone. Works on modules that DDP already holds, too.
     """
+    # Only plain BatchNorms: a subclass may compute something else in its forward.
     norms = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
     try:
         for norm in norms:
+            # Changing the class keeps parameters and hooks, which a new module would lose.
             norm.__class__ = SyncedBatchNorm2d
         yield
     finally:
@@ -70,6 +75,7 @@ def _several_processes() -> bool:
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns mean and biased variance per channel over all processes, at least float32, and the number of values."""
+    # In at least float32: sums over a whole batch overflow fp16.
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(x, _OVER, correction=0)
 
@@ -117,6 +123,8 @@ class _Normalise(torch.autograd.Function):
         shift, slope = total / count
 
         scale = inverse if weight is None else inverse * weight
+        # Mean and variance depend on x too. Their part of the gradient is its mean, and its
+        # mean product with the normalised x; both are taken off.
         of_x = scale[by_channel] * (gradient - shift[by_channel] - normal * slope[by_channel])
         of_weight = own[1].to(weight.dtype) if ctx.needs_input_grad[1] else None
         of_bias = own[0].to(weight.dtype) if ctx.needs_input_grad[2] else None

@@ -52,6 +52,7 @@ def pruning_config(
 ) -> dict[str, Any]:
     """Returns what was asked; `pruning_rate` is None where something else than one rate said it."""
     budgets = options.budgets
+    # A single number is recorded only where one budget alone decided.
     one = next(iter(budgets.items())) if len(budgets) == 1 else (None, None)
     return {
         "method": options.pruning_method,
@@ -81,7 +82,9 @@ def results_record(
     """Returns what pruning_results.json holds, fine-tuning apart."""
     shape = settings["input_shape"]
     original, after = count(opened.spec, shape), count(pruned.spec, shape)
+    # Folding changes no logits, so what it saves is told apart from what pruning saves.
     folded = count(with_folded_head(opened.spec), shape) if pruned.spec.folded else original
+    # Dense first, as they were timed: above 1 the pruned network is faster.
     speedup = latencies[0].median_ms / latencies[1].median_ms
     return {
         "model_config": {
@@ -118,11 +121,13 @@ def unfinished(tuned: Path, epochs: int) -> dict[str, Any] | None:
     """What a run of `segprune prune` left that was to fine-tune in the folder `tuned` for so many epochs, and did not
     come to its end; None where there is none."""
     tuned = tuned.resolve()
+    # The folder for fine-tuning lies beside the results of the run that started it.
     path = tuned.parent / RESULTS
     if not path.is_file():
         return None
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     of_it = finetuned_folder(Path(record["model_save_path"])).name == tuned.name
+    # It is that run if it has the same epochs and no fine-tuned network yet.
     waits = record.get("settings", {}).get("epochs") == epochs and "finetuned_model" not in record
     return record if of_it and waits else None
 
@@ -132,8 +137,10 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
     latencies = {name: Latency(**record[name]["latency"]) for name in ("original_model", "pruned_model")}
     dense, pruned = (latency_text(latency) for latency in latencies.values())
     networks = [("dense", "original_model", dense), ("pruned", "pruned_model", pruned)]
+    # Folding gets a row only where it saved something.
     if record["folded_model"]["parameters"] < record["original_model"]["parameters"]:
         networks.insert(1, ("decode head folded", "folded_model", "–"))
+    # Fine-tuning changes no widths, so the pruned network's latency is its own, too.
     if "finetuned_model" in record:
         networks.append(("fine-tuned", "finetuned_model", pruned))
 
@@ -159,6 +166,7 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
     console.print(measured_on(latencies["original_model"], (height, width)))
     if sentence := eager_beside(latencies["original_model"], latencies["pruned_model"]):
         console.print(sentence)
+    # Without fine-tuning there is no second checkpoint.
     for label, path in (
         ("Pruned network", record["model_save_path"]),
         ("Fine-tuned network", record.get("finetuned_save_path")),

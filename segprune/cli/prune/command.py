@@ -83,6 +83,7 @@ def run(
     Writes SAVE_DIR/METHOD/PHI/PHI_pruned_RATE.pth, which `segprune train`, `segprune eval` and
     `segprune.load` read, and pruning_results.json beside it.
     """
+    # Flags that contradict each other are refused before anything is opened.
     check_flags(given, network, options, images, steps, tune, out)
     if steps.depth:
         check_depth(steps.depth, options)
@@ -101,6 +102,7 @@ def run(
     tune_options, fitted = fit_to_machine(tune_settings.options, device)
     tune_options, reason = choose_rates(tune_options, opened.extra)
     tune_settings = replace(tune_settings, options=tune_options)
+    # What was chosen is put back into the flags, since these are printed and saved.
     tune = replace(tune, amp=tune_options.amp, num_workers=tune_options.num_workers)
     if tune.epochs:
         check_not_overwritten(finetuned_folder(path), network.model_path)
@@ -116,7 +118,9 @@ def run(
     # Open the data, and check its labels.
     source, pixels = _open_data(network, tune, opened, options.seed) if tune.data else (None, ())
     check_writable(folder)
+    # The dense network is never changed: it is scored and timed beside the pruned one.
     dense = checkpoint.build(opened).to(device)
+    # Images that were given, those of the data, or synthetic ones made from the network.
     batches: list[Tensor] = []
     synthetic = False
     if needs_images(options, steps, out):
@@ -124,10 +128,12 @@ def run(
         if not batches and network.model_path and may_draw_images(options, images, tune):
             batches, synthetic = _draw_images(dense, options, images.num_images), True
     batches = [batch.to(device) for batch in batches]
+    # A latency is estimated from the times of single steps, which are measured once.
     table = None
     if "latency" in options.budgets:
         table = LatencyTable(device, choose_precision(tune.amp, device), default_folder())
 
+    # Nothing is cut, scored or timed for a plan alone.
     if out.plan_only:
         _show_plan(make_pruner(dense, images=batches, options=options, latency_table=table), settings, folder / PLAN)
         return
@@ -135,12 +141,15 @@ def run(
     # Rank, decide, cut and repair: before any scoring, so that what cannot be met is said at once.
     classes = {} if source is None else classes_of(source, opened.spec.num_classes)
     how = pruning_config(options, steps, batches, synthetic=synthetic)
+    # The checkpoint's own class names win over those of the data set.
     extra = classes | opened.extra | {"pruning": how}
     tuning = None
     if source is not None and tune.epochs:
+        # A network with random weights has nothing to teach.
         teacher = None if tune.no_distill or not network.model_path else opened
         tuning = Tuning(tune_settings, source, pixels, extra, teacher)
 
+    # Branches first; the channels then make up for what is still missing.
     start = _remove_branches(dense, options, steps.depth, batches) if steps.depth else dense
     if steps.count > 1 or steps.depth:
         pruned = prune_in_steps(
@@ -160,6 +169,7 @@ def run(
             cut = pruner.prune()
         assert isinstance(cut, SegFormer)
         pruned = cut
+    # Saved before scoring, which takes long and can be interrupted.
     checkpoint.save(pruned, path, extra=extra)
 
     # Score and time the two networks.
@@ -176,12 +186,14 @@ def run(
             progress=advance,
         )
     record = results_record(opened, pruned, latencies, scores, how, settings) | {"model_save_path": str(path)}
+    # Written before fine-tuning too, which may not come to its end.
     write_json(record, folder / RESULTS)
 
     # Fine-tune, and report.
     if tuning is not None:
         if "lr" not in given and "lr" in opened.extra and tune_options.lr is not None:
             show_notes(advise_rate(scores["dense"].miou, scores["pruned"].miou, tune_options.lr))
+        # The dense network is needed no more, and training needs its memory.
         del dense, start
         console.print("\nFine-tuning the pruned network", style="bold")
         fit = fit_with(tune_settings, pruned, tuning.source, pixels, extra, tuning.teacher)
@@ -206,6 +218,7 @@ def _read_network(network: NetworkFlags, seed: int) -> Checkpoint:
         opened = checkpoint.read(
             network.model_path, dialect=network.dialect, variant=network.phi, num_classes=network.num_classes
         )
+        # A backbone has no decode head, so there is no whole network to prune.
         if opened.backbone_only:
             raise ValueError(
                 f"{network.model_path} holds only a backbone; train it first: "
@@ -215,6 +228,7 @@ def _read_network(network: NetworkFlags, seed: int) -> Checkpoint:
 
     if network.dialect is not None:
         raise ValueError("`dialect` was given without `model_path`; it says who wrote a checkpoint.")
+    # Sizes and speed do not depend on weights, so random ones do for a dry run.
     torch.manual_seed(seed)
     model = SegFormer(standard_spec(network.phi or "b2", 8 if network.num_classes is None else network.num_classes))
     note = (
@@ -253,12 +267,14 @@ def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint, seed:
 
 def _load_images(options: PruneOptions, images: ImageFlags, source: Source | None) -> list[Tensor]:
     """Returns images for the plan, the method and the repair: none where none were given, or the data has none."""
+    # Images that were given come before those of the data set.
     origin = images.images or source
     if not origin:
         return []
     try:
         places = list_images(origin)
     except FileNotFoundError as error:
+        # Pruning works without images; only for those who asked for them it is an error.
         if images.images or options.repair or options.pruning_method in NEED_IMAGES:
             raise
         show_notes((f"No repair, since there are no images for it: {error}",))
@@ -280,12 +296,14 @@ def _draw_images(dense: SegFormer, options: PruneOptions, number: int) -> list[T
 
 def _show_plan(pruner: Pruner, settings: dict[str, Any], path: Path) -> None:
     """Prints what would be removed, and saves it as a file to look at and to edit."""
+    # The first steps of `Pruner.prune`, up to the cut.
     prepared = pruner.prepare()
     plan = pruner.decide(prepared, pruner.score(prepared))
 
     rows = []
     widths = zip(prepared.groups, widths_of(plan, prepared.groups).tolist(), strict=True)
     for group, width in sorted(widths, key=lambda row: row[0].name):
+        # Groups of several parts, such as heads, are told as parts × channels.
         times = f"{group.parts} × " if group.parts > 1 else ""
         name = group.name.removeprefix("encoder.")
         rows.append([name, f"{times}{group.slots}", f"{times}{width}", f"{1 - width / group.slots:.0%}"])
@@ -328,6 +346,7 @@ def _tune_settings(
     network: NetworkFlags, options: PruneOptions, tune: TuneFlags, out: RunFlags, opened: Checkpoint, path: Path
 ) -> TrainSettings:
     """Returns the settings of `segprune train` that fine-tune the network in `path`, the dense one as its teacher."""
+    # The dense checkpoint teaches; its dialect was perhaps given, and it is read again.
     teacher = "" if tune.no_distill else network.model_path
     start = train.StartFlags(
         data=tune.data,

@@ -176,6 +176,7 @@ def check_flags(
     run: RunFlags,
 ) -> None:
     """Raises ValueError for flags that contradict those of other records, or would have no effect."""
+    # First what is missing, then what cannot be combined, then what has no effect.
     some_images = bool(tune.data or images.images)
     if options.pruning_method in NEED_IMAGES and not some_images:
         raise ValueError(
@@ -198,6 +199,7 @@ def check_flags(
             "`steps` cannot be combined with `plan`, `plan_only` or shares by name; leave one of them out."
         )
 
+    # Images serve the ranking, the plan and the repair, and nothing else.
     unused = not needs_images(options, steps, run)
     refuse_without_effect(
         given,

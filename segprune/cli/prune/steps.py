@@ -54,9 +54,12 @@ def prune_in_steps(
     """
     model = start
     for step in range(steps):
+        # The options are shares of the dense network; a step needs shares of its own.
         budgets = budgets_of_step(options, dense.spec, start.spec, model.spec, step=step, steps=steps)
         shares: dict[str, float] = dict(budgets.items())
+        # The shares name their units, so `rate_of`, which names a single one, is cleared.
         own_options = replace(options, pruning_rate=shares, rate_of=None)
+        # Sensitivities may name blocks that were removed with their branches.
         if start is not dense:
             own_options = without_missing(own_options, model)
 
@@ -69,6 +72,7 @@ def prune_in_steps(
         assert isinstance(pruned, SegFormer)
         model = pruned
 
+        # Not after the last step: what follows it is the command's own fine-tuning.
         if epochs and step + 1 < steps:
             assert tuning is not None
             model = _train_between(model, step + 1, epochs, tuning, path)
@@ -78,14 +82,17 @@ def prune_in_steps(
 def _train_between(model: SegFormer, step: int, epochs: int, tuning: Tuning, path: Path) -> SegFormer:
     console.print(f"\nFine-tuning after step {step}", style="bold")
     device = next(model.parameters()).device
+    # The run's settings name the network that it starts from, so that file is written.
     start = path.with_name(f"{path.stem}_step{step}.pth")
     checkpoint.save(model, start, extra=tuning.extra)
 
+    # Like the last fine-tuning, but with its own epochs and in a folder of its own.
     settings = replace(
         tuning.settings,
         start=replace(tuning.settings.start, model_path=str(start)),
         options=replace(tuning.settings.options, epochs=epochs),
         run=replace(tuning.settings.run, save_dir=str(finetuned_folder(start))),
     )
+    # A part of the whole command, which --resume could not take up.
     fit = fit_with(settings, model, tuning.source, tuning.pixels, tuning.extra, tuning.teacher, resumable=False)
     return checkpoint.load(fit.path).to(device)

@@ -43,6 +43,7 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
     # Start a network, or take up the run that stopped.
     resumed = None
     if run.resume:
+        # The state holds the settings; flags that are given now may change a few of them.
         resumed, extra = load_resumable(folder)
         settings = _restore_settings(settings, given, resumed)
         model = SegFormer(resumed.spec)
@@ -50,6 +51,7 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
         reason = f"Learning rate {settings.options.lr:g}, as the run was started with."
     else:
         check_effects(settings, given)
+        # A run must not write its files over the checkpoint that it starts from.
         check_not_overwritten(folder, start.model_path, start.teacher)
         model, notes, extra, settings, reason = _start_network(settings)
     start, options = settings.start, settings.options
@@ -60,6 +62,7 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
     device = choose_device(settings.run.cuda)
     options, chosen = fit_to_machine(options, device)
     settings = replace(settings, options=options)
+    # Checks how many weights there are; the true ones need the labels, which come later.
     compute_class_weights(options.class_weights, (1,) * num_classes)
     teacher = _read_teacher(settings, num_classes)
     read = {"phi": model.spec.variant, "num_classes": num_classes, "lr": options.lr}
@@ -114,6 +117,7 @@ def fit_with(
     that training starts from. A run that is not `resumable` is a part of another command.
     """
     options, run = settings.options, settings.run
+    # Rules for class weights need the labels' counts, which are known by now.
     options = replace(options, class_weights=compute_class_weights(options.class_weights, pixels))
 
     # Later runs take a tenth of `lr`, the rate from scratch, or `finetuned_lr` as it is.
@@ -121,8 +125,10 @@ def fit_with(
         extra = {**extra, "finetuned_lr" if settings.start.model_path else "lr": options.lr}
 
     folder = Path(run.save_dir)
+    # A command to copy, hence quoted: the folder's name may hold blanks.
     command = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
     saving = Saving(folder, settings.merged(), extra, run.keep, run.tensorboard, resumable)
+    # The view closes before a message is printed, or it would be drawn over it.
     try:
         with training_view() as view:
             return fit(
@@ -151,6 +157,7 @@ def _start_network(
     start, options = settings.start, settings.options
     torch.manual_seed(options.seed)
 
+    # From scratch; the seed that was set above decides the weights.
     if not start.model_path:
         spec = standard_spec(start.phi or "b2", 8 if options.num_classes is None else options.num_classes)
         model = SegFormer(_with_drop_path(spec, start.drop_path))
@@ -161,11 +168,13 @@ def _start_network(
         opened = checkpoint.read(
             start.model_path, dialect=start.dialect, variant=start.phi, num_classes=options.num_classes
         )
+        # Stochastic depth is a setting of training, so files do not decide it alone.
         opened = replace(opened, spec=_with_drop_path(opened.spec, start.drop_path))
         model = checkpoint.build(opened).train()
         notes, extra = opened.notes, dict(opened.extra)
         options, reason = choose_rates(options, extra, backbone_only=opened.backbone_only)
 
+    # State what the network is, so that resuming needs no second look at the file.
     start = replace(start, phi=model.spec.variant)
     options = replace(options, num_classes=model.spec.num_classes)
     return model, notes, extra, replace(settings, start=start, options=options), reason
@@ -184,6 +193,7 @@ def _read_teacher(settings: TrainSettings, num_classes: int) -> Checkpoint | Non
     try:
         teacher = checkpoint.read(path, dialect=settings.start.teacher_dialect)  # refuses a bare backbone
     except FileNotFoundError as error:
+        # A resumed run remembers a path, and the file may have been moved since.
         if not settings.run.resume:
             raise
         raise FileNotFoundError(
@@ -208,6 +218,7 @@ def check_teacher_names(flag: str, teacher: Checkpoint | None, names: tuple[str,
     if teacher is None:
         return
 
+    # Our own files have the words of their data, so there any difference counts.
     own_words = teacher.dialect != "segprune"
     theirs = teacher.extra.get("class_names", ())
     for number, (their, our) in enumerate(zip(theirs, names, strict=False)):
@@ -221,14 +232,17 @@ def _restore_settings(settings: TrainSettings, given: frozenset[str], resumed: R
     Those that cannot change are refused here, and by the loop. Data and teacher may lie elsewhere now; the loop knows
     whether they are the same.
     """
+    # The file holds lists where the flags hold tuples.
     old = {name: tuple(value) if isinstance(value, list) else value for name, value in resumed.settings.items()}
     now = {name: value for name, value in settings.merged().items() if name in given}
 
+    # These decide which network it is, how fast it learns and on what it is scored.
     fixed = ["model_path", "phi", "num_classes", "dialect", "drop_path", "lr", "lr_rule"]
     fixed += ["label_offset", "val_split", "val_share"]
     if old.get("val_share") is not None:
         fixed.append("seed")  # which chose the images that are scored
     wrong = [name for name in fixed if name in now and now[name] != old.get(name)]
+    # The teacher may lie elsewhere now, but none can be added or left out.
     if bool(now.get("teacher", old["teacher"])) != bool(old["teacher"]):
         wrong.append("teacher")
     if wrong:
@@ -239,6 +253,7 @@ def _restore_settings(settings: TrainSettings, given: frozenset[str], resumed: R
     merged = {"tf32": False} | old | now | {"resume": True}  # what earlier versions did without saying
 
     def restore(record: Any) -> Any:
+        # Each record takes the settings that are its own.
         known = {field.name for field in fields(record)}
         return replace(record, **{name: value for name, value in merged.items() if name in known})
 

@@ -40,6 +40,7 @@ class TrainingView:
             )
         )
 
+        # A terminal shows the live table; a log gets one line per epoch instead.
         if not console.is_terminal:
             line = f"epoch {result.epoch}: loss {result.loss:.4f}"
             if score is not None:
@@ -50,6 +51,7 @@ class TrainingView:
         return Group(self._table(), self.bar)
 
     def _table(self) -> Table:
+        # All epochs of a long run would not fit on the screen.
         left_out = len(self.rows) - SHOWN
         table = Table(caption="* best so far" + (f"; {left_out} earlier epochs not shown" if left_out > 0 else ""))
         for name in ("epoch", "loss", "val mIoU", "pixel accuracy", "lr", "images/s"):
