@@ -77,6 +77,7 @@ def evaluate(
     `data` is a folder in one of the layouts, an open data set, or its samples. The labels of a folder are checked
     first. `mode` are fields of `EvalMode`, such as `input_shape`. `device` is the network's own if None.
     """
+    # A plain function says nothing of its classes, so they have to be given for it.
     if num_classes is None:
         num_classes = _count_classes(model)
     num_workers = choose_workers() if num_workers is None else num_workers
@@ -203,6 +204,7 @@ def export_model(
     `segprune.export.export`, such as `format` and `precision`. Returns what the file takes and gives, and how far it
     is from the network.
     """
+    # The same letterboxed images calibrate int8 and are compared.
     loaded: Sequence[Any] = ()
     if images is not None:
         loaded = unlabelled.load_images(_find_images(images), num_images, input_shape)

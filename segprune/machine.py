@@ -41,6 +41,7 @@ def name_of(device: torch.device) -> str:
 
 def num_cores() -> int:
     """Returns the number of cores that this process may use."""
+    # In a container this is less than the cores of the machine.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -49,6 +50,7 @@ def num_cores() -> int:
 def choose_amp(device: torch.device) -> str:
     if device.type != "cuda":
         return "no"
+    # bf16 has the range of float32, so its loss needs no scaling.
     return "bf16" if has_bf16(device) else "fp16"
 
 
@@ -89,6 +91,7 @@ def fit_to_machine(config: C, device: torch.device) -> tuple[C, tuple[str, ...]]
     if amp == AUTO:
         chosen["amp"] = choose_amp(device)
         words.append(f"`amp` {chosen['amp']}")
+    # None means "not given"; a config without the field never has it chosen.
     if settings.get("tf32", False) is None:
         chosen["tf32"] = has_tf32(device)
         words += ["`tf32`"] if chosen["tf32"] else []

@@ -157,6 +157,7 @@ def _open_network(flags: EvalFlags, given: frozenset[str], device: torch.device)
 
     where = "on an exported file, which runs on the CPU"
     refuse_without_effect(given, ("dialect", True, where), ("cuda", True, where))
+    # What the file takes stands in its manifest.
     runtime = open_exported(flags.model_path)
     manifest = runtime.manifest
     read = {"runtime": runtime.name, "variant": manifest.variant, "precision": manifest.precision}
@@ -172,6 +173,7 @@ def _open_network(flags: EvalFlags, given: frozenset[str], device: torch.device)
 
 def _eval_mode(flags: EvalFlags, given: frozenset[str]) -> EvalMode:
     """Returns how images go through the network. ValueError for flags that contradict each other."""
+    # Commas and blanks both divide, as in other lists of numbers.
     words = re.split(r"[,\s]+", flags.scales.strip(", "))
     try:
         scales = tuple(map(float, words))

@@ -142,6 +142,7 @@ def _check_flags(flags: ExportFlags, given: frozenset[str], baked: frozenset[str
             "--data, or a folder of images as --calibration."
         )
 
+    # A flag that changes nothing is refused, since its user expects a change.
     refuse_without_effect(
         given,
         ("batch_size", flags.dynamic, "with --dynamic, which takes any batch"),

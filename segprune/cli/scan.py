@@ -80,12 +80,14 @@ def run(flags: ScanFlags, given: frozenset[str]) -> None:
     measure, unit, images = _choose_measure(flags, model)
 
     # Cut one part at a time, at each rate.
+    # Without a repair, which would hide what a part is worth.
     pruner = Pruner(
         model, pruning_method=flags.pruning_method, images=images, repair=False, keep_decoder=flags.keep_decoder
     )
     with progress_bar("scanning") as advance:
         findings = scan(model, measure, rates, pruner=pruner, progress=advance)
 
+    # The parts keep the order in which they were cut, for the table and the plot alike.
     losses: dict[str, list[float]] = {}
     for finding in findings:
         losses.setdefault(finding.part, []).append(finding.loss)
@@ -126,11 +128,13 @@ def _parse_rates(text: str) -> tuple[float, ...]:
 def _choose_measure(flags: ScanFlags, model: SegFormer) -> tuple[Callable[[SegFormer], float], str, list[Tensor]]:
     """Returns what is measured of a cut network, its name, and images for methods that need some."""
     device = next(model.parameters()).device
+    # Without labels the uncut network's own classes are the truth.
     if flags.images:
         loaded = batch_images(load_images(list_images(flags.images), flags.num_images, flags.input_shape))
         images = [batch.to(device) for batch in loaded]
         return output_distance(model, images), "divergence", images
 
+    # With labels it is the mIoU that is lost, on the validation images.
     num_classes, num_workers = model.spec.num_classes, flags.num_workers
     assert num_workers is not None
     source, _ = open_data(flags.data, flags.layout, num_classes, ("val",), num_workers=num_workers)
@@ -147,8 +151,10 @@ def _choose_measure(flags: ScanFlags, model: SegFormer) -> tuple[Callable[[SegFo
             num_workers=num_workers,
         ).miou
 
+    # The uncut network is scored once, since every loss is a difference to it.
     dense = score(model)
     images = []
+    # The ranking may need images too; those of the data set are at hand.
     if flags.pruning_method in NEED_IMAGES:
         loaded = batch_images(load_images(list_images(source), flags.num_images, flags.input_shape))
         images = [batch.to(device) for batch in loaded]

@@ -43,6 +43,7 @@ def run(flags: ShapesFlags) -> None:
             context=flags.with_context,
         )
 
+    # Classes that only context tells apart come on top of the plain shapes.
     num_classes = len(CONTEXT_CLASS_NAMES if flags.with_context else CLASS_NAMES)
     console.print(f"{flags.num_train + flags.num_val} images, {num_classes} classes, in {root}")
     # The next command, ready to be copied.

@@ -62,10 +62,12 @@ class EvalMode:
         if self.mode not in MODES:
             raise ValueError(f"`mode` {self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
 
+        # NaN and infinity fail this comparison as well.
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             given = " ".join(f"{scale:g}" for scale in self.scales) or "empty"
             raise ValueError(f"`scales` is {given}; give at least one, each above 0, such as 0.75 1 1.25.")
 
+        # Only sliding windows have a stride.
         if self.stride is not None and self.mode != "slide":
             raise ValueError(f"`stride` has no effect in mode {self.mode}; leave it out, or choose the mode slide.")
 

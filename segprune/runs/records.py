@@ -44,6 +44,7 @@ def network_record(counts: Counts, latency: Latency | None = None, score: Score 
 
 def benchmark_record(row: Row, peak_memory: int | None, miou: float | None) -> dict[str, Any]:
     """Returns a row of a benchmark, flat; None for what is not known or was not measured."""
+    # Each key names its unit, hence the divisions: bytes to MB, MACs to G.
     case = row.case
 
     return {

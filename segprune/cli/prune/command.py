@@ -241,6 +241,7 @@ def _read_network(network: NetworkFlags, seed: int) -> Checkpoint:
 def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint, seed: int) -> tuple[Source, tuple[int, ...]]:
     """Returns the data set, its labels checked, and the labelled pixels of each class."""
     assert tune.num_workers is not None
+    # Labels and teacher must mean the same classes; without a teacher nothing can clash.
     learns = bool(tune.epochs) and not tune.no_distill and bool(network.model_path)
 
     def check_names(names: tuple[str, ...]) -> None:
@@ -251,6 +252,7 @@ def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint, seed:
             "give data of the same classes, or leave the teacher out with --no_distill",
         )
 
+    # Without fine-tuning the training images are not read, so they need not exist.
     source, labels = open_data(
         tune.data,
         tune.layout,
