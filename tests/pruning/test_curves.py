@@ -9,6 +9,7 @@ from torch import Tensor
 from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
 from segprune.pruning.budget.costs import Costs, mix_costs
+from segprune.pruning.budget.curves import save_time
 from segprune.pruning.budget.rate import Limit
 from segprune.pruning.curves import Curve, allocate, measure_curves, time_costs
 from segprune.pruning.curves.elimination import eliminate
@@ -274,6 +275,19 @@ def test_the_widths_are_the_best_there_are_where_all_can_be_tried(
         if limit.removed(trial) >= limit.removed(widths):
             best = min(best, loss(trial))
     assert loss(widths) <= 1.02 * best
+
+
+def test_time_is_saved_where_the_loss_is_not_felt(priced: tuple[tuple[Group, ...], Costs, Costs, Costs]) -> None:
+    """The same curves, hardly felt and felt: with the first the network is faster, and as small."""
+    groups, params, _, work = priced
+    limit = Limit(params, 0.4)
+    times = []
+    for scale in (1e-7, 1.0):
+        curves = falling(groups, [scale] * len(groups))
+        widths = save_time(curves, [limit], [curve.widths for curve in curves], work)
+        assert limit.removed(widths) == pytest.approx(0.4, abs=0.005)
+        times.append(work.total(widths))
+    assert times[0] < 0.97 * times[1]
 
 
 def test_time_is_charged_for_hidden_layers_and_not_for_how_narrow_heads_are(

@@ -35,7 +35,10 @@ from segprune.timing import Progress
 
 UNFELT = 1e-4  # nats per pixel that a plan may lose in order to save time
 GROWTH = 1.25  # of the least loss, which a plan may lose for the same end
-TIME_WEIGHTS = (0.6, 0.9, 0.97, 0.99, 0.997, 0.999)  # of time beside the budgets' units in what channels are charged
+
+# Weights of time beside the budgets' units in what channels are charged. Above 1 the units are credited: channels that
+# cost parameters and no time are kept, for others that cost time.
+TIME_WEIGHTS = (0.6, 0.9, 1.1, 1.15, 1.2, 1.25, 1.3)
 
 Solver = Callable[[Sequence[Limit]], Plan]
 
@@ -78,7 +81,7 @@ def solve_by_curves(
 
         widths = np.array([widths[-1] for widths in allowed], dtype=np.int64)
         if limits:
-            widths = _trade_loss_for_time(measured, limits, allowed, time)
+            widths = save_time(measured, limits, allowed, time)
         check_met(limits, groups, widths, options)
         losses = {g.name: curve.at(int(w)) for g, curve, w in zip(groups, measured, widths, strict=True)}
         return replace(keep_best(groups, ranks, widths), decided_by="curves", losses=losses)
@@ -124,7 +127,7 @@ def _with_orders(scores: Mapping[str, Scores], groups: Sequence[Group], curves: 
     return ranks
 
 
-def _trade_loss_for_time(
+def save_time(
     curves: Sequence[Curve], limits: Sequence[Limit], allowed: Sequence[Sequence[int]], time: Costs
 ) -> Widths:
     """Returns the fastest of several allocations whose loss is not felt, or hardly larger than the least."""
