@@ -43,6 +43,7 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
 
     NaN and infinity count as infinitely far off.
     """
+    # `off` becomes None with the first output that has classes alone, and remains so.
     off: float | None = 0.0
     largest = equal = pixels = 0.0
     images = 0
@@ -58,6 +59,7 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
         if not has_logits:
             off = None
         elif off is not None:
+            # NaN becomes infinity first, since `max` would pass over it.
             off = max(off, float((out - logits).abs().nan_to_num(torch.inf, posinf=torch.inf).max()))
 
     relative = None if off is None else off / max(largest, torch.finfo(torch.float32).tiny)

@@ -42,6 +42,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+
+            # On the disk first, then renamed: after a
+            # power cut the old or the new is there, whole.
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -91,6 +94,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        # Filled beside its place, so that a half-written folder never bears the name.
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -109,6 +113,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     try:
+        # The folder may not exist yet, so the nearest one above it is tried.
         nearest = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
         with atomic_path(nearest / ".writable") as temporary:
             temporary.touch()
@@ -131,6 +136,7 @@ def write_csv(rows: Iterable[Iterable[Any]], path: str | os.PathLike[str]) -> No
 
 def save_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes tensors and plain containers of them, as `load_record` reads them back."""
+    # Serialised in memory first, so that writing is one step whose errors are ours to tell.
     buffer = io.BytesIO()  # written to a full disk by torch itself, the OSError would be lost
     torch.save(dict(record), buffer)
     _write(buffer.getbuffer(), path)
@@ -166,6 +172,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
 
+    # An exported network is easily given by mistake: say what reads it.
     elsewhere = "; exported files are read by segprune eval and segprune benchmark" if path.suffix in EXPORTED else ""
     raise ValueError(
         f"{path} ends in {path.suffix or 'nothing'!r}; a checkpoint ends in {', '.join(PICKLES)} or .safetensors, "
@@ -191,6 +198,7 @@ def require_file(path: str | os.PathLike[str]) -> Path:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; copy or download it again.")
     try:
+        # Whether it may be read shows only when it is opened.
         path.open("rb").close()
     except OSError as error:
         raise OSError(f"{path} could not be opened ({error.strerror}); see to it that you may read it.") from error
@@ -210,6 +218,8 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
+        # torch names the class that a refused pickle
+        # asks for. Without a name the bytes are damaged.
         name = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if name is None:
             raise ValueError(_say_damaged(path, "PyTorch checkpoint")) from error
@@ -238,6 +248,7 @@ class _NumpyDtype:
 
 def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
     """Stands in for NumPy's constructor of scalars: bool, int or float."""
+    # Byte order, kind (bool, signed, unsigned, float) and size in bytes, and nothing else.
     if not re.fullmatch(r"[<>|=][biuf][1248]", f"{dtype.order}{dtype.code}"):
         raise UnpicklingError("only NumPy's plain numbers are read")
     return np.frombuffer(data, dtype=f"{dtype.order}{dtype.code}")[0].item()
@@ -253,6 +264,7 @@ class NumpyArray:
         pass
 
 
+# What pickles ask for, and what they get instead. NumPy 2 renamed `core` to `_core`.
 _STAND_INS: list[Any] = [
     (NumpyArray, "mmengine.logging.history_buffer.HistoryBuffer"),
     (NumpyArray, "numpy.ndarray"),

@@ -27,6 +27,8 @@ def fold_decoder(model: SegFormer) -> SegFormer:
     One with a conv head is copied as it is.
     """
     spec = with_folded_head(model.spec)
+
+    # It is folded already, or cannot be.
     if spec == model.spec:
         return copy.deepcopy(model)
     return _with_head(model, spec, _folded_state(model.decode_head))
@@ -48,6 +50,7 @@ def fold_for_inference(model: SegFormer) -> SegFormer:
     new = fold_decoder(model).eval().requires_grad_(False)
     _fold_batchnorm(new.decode_head)
 
+    # scale · (q · k) = (scale · q) · k, so the scale moves into what computes q.
     for module in new.modules():
         if isinstance(module, Attention):
             for tensor in module.q.parameters():
@@ -61,6 +64,8 @@ def _fold_batchnorm(head: DecodeHead) -> None:
 
     Upsampling leaves a bias alone, and the last stage's map is the smallest.
     """
+    # A branch's norm belongs to that branch alone.
+    # The last norm reads the sum of all products.
     if head.branch_norms is not None:
         for i, norm in enumerate(head.branch_norms):
             _into_products(norm, head.branches[i : i + 1])
@@ -76,11 +81,14 @@ def _into_products(norm: nn.Module, products: nn.ModuleList) -> None:
     assert mean is not None
     assert variance is not None
 
+    # In evaluation a BatchNorm is factor · x + bias,
+    # per channel. Rows of a product take the factor.
     factor = norm.weight.double() / (variance.double() + norm.eps).sqrt()
     for product in products:
         assert isinstance(product, nn.Linear)
         product.weight.copy_(factor[:, None] * product.weight.double())  # out in
 
+    # Products are summed, so one of them carries the bias for all.
     bias = norm.bias.double() - mean.double() * factor
     products[-1].bias = nn.Parameter(bias.to(norm.bias.dtype), requires_grad=False)
 
@@ -88,6 +96,8 @@ def _into_products(norm: nn.Module, products: nn.ModuleList) -> None:
 def _with_head(model: SegFormer, spec: Spec, state: dict[str, Tensor]) -> SegFormer:
     """Returns a copy of the network whose decode head is the spec's, with the weights in `state`."""
     old, head = model.decode_head, DecodeHead(spec)
+
+    # Device, dtype and mode are those of the old head.
     head.to(old.classifier.weight).train(old.training)
     head.load_state_dict(state)
 
@@ -126,6 +136,8 @@ def _unfolded_state(head: DecodeHead) -> dict[str, Tensor]:
     weight = head.classifier.weight
     dim, stages = weight.shape[1], len(head.branches)
 
+    # The products become branches with zero bias. The
+    # fuse convolution is [I I I I], which adds them.
     for i in range(stages):
         state[f"branches.{i}.bias"] = weight.new_zeros(dim)
     identity = torch.eye(dim, dtype=weight.dtype, device=weight.device)

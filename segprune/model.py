@@ -19,7 +19,8 @@ from segprune.spec import BlockSpec, Numerics, Spec, StageSpec
 
 
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    # In this order torch sees the channels-last layout for B = 1 too, and its convolutions are up to 14 times faster.
+    # In this order torch sees the channels-last layout for a single image too, and its
+    # convolutions are up to 14 times faster.
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # B N C -> B C H W
 
 
@@ -37,6 +38,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return x
+
+        # One draw per sample. Dividing by the chance to be kept leaves the mean as it was.
         keep = x.new_empty((x.shape[0], 1, 1)).bernoulli_(1.0 - self.rate)
         return x * keep / (1.0 - self.rate)
 
@@ -49,6 +52,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, stage: StageSpec, eps: float) -> None:
         super().__init__()
+
+        # Windows overlap: they are wider than the stride, and padded by half of themselves.
         kernel = stage.kernel_size
         self.proj = nn.Conv2d(in_channels, stage.width, kernel, stride=stage.stride, padding=kernel // 2)
         self.norm = nn.LayerNorm(stage.width, eps=eps)
@@ -63,8 +68,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Ten
     """Takes queries B N h·d, keys B M h·d and values B M h·e to B N h·e."""
     q, k, v = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # B N h·d -> B h N d
 
-    # Torch's fused kernel for CPUs takes d = e only, and what runs otherwise is three to six times slower; so there the
-    # narrower ones are filled up with zeros, which changes no product.
+    # Torch's fused kernel for CPUs takes d = e only, and what runs
+    # otherwise is three to six times slower; so there the narrower
+    # ones are filled up with zeros, which changes no product.
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if q.device.type == "cpu" and qk_dim < v_dim:
         q, k = (F.pad(t, (0, v_dim - qk_dim)) for t in (q, k))
@@ -94,6 +100,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(source, block.num_heads * block.v_dim)
         self.proj = nn.Linear(block.num_heads * block.v_dim, width)
 
+        # Where the ratio is 1, keys and values read the tokens themselves.
         if block.reduction_dim is None:
             self.sr, self.norm = None, None
         else:
@@ -101,6 +108,8 @@ class Attention(nn.Module):
             self.norm = nn.LayerNorm(block.reduction_dim, eps=eps)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        # All N tokens are queries. Keys and values are
+        # M tokens of a smaller map, if there is one.
         source = x
         if self.sr is not None and self.norm is not None:
             source = self.norm(to_tokens(self.sr(to_map(x, height, width))))  # B N C -> B M C
@@ -118,6 +127,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(ffn_dim, width)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        # B N C -> B C H W for the convolution, and back.
         hidden = to_tokens(self.dwconv(to_map(self.fc1(x), height, width)))
         return self.fc2(self.act(hidden))
 
@@ -133,6 +143,8 @@ class Block(nn.Module):
     def __init__(self, stage: StageSpec, block: BlockSpec, numerics: Numerics, drop_path: float) -> None:
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = None, None, None, None
+
+        # A branch that was removed leaves no module and no parameter.
         if block.has_attention:
             self.norm1 = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
             self.attn = Attention(stage.width, block, stage.reduction_ratio, numerics.embed_norm_eps)
@@ -173,6 +185,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, *, checkpointed: bool = False) -> Tensor:
         tokens, height, width = self.patch_embed(x)
         for block in self.blocks:
+            # Only the block's input is kept. The backward pass computes the rest again.
             if checkpointed:
                 tokens = checkpoint(block, tokens, height, width, use_reentrant=False)
             else:
@@ -198,6 +211,9 @@ class Encoder(nn.Module):
         self.checkpointing = False
         self.stages = nn.ModuleList()
         rates, in_channels = iter(drop_path_rates(spec)), 3
+
+        # Rates rise over all blocks of the network, so
+        # every stage takes its part of one sequence.
         for stage in spec.stages:
             self.stages.append(Stage(in_channels, stage, spec.numerics, [next(rates) for _ in stage.blocks]))
             in_channels = stage.width
@@ -245,6 +261,7 @@ class DecodeHead(nn.Module):
         elif form.fuse == "concatenated":
             self.fuse = nn.Conv2d(sum(widths), dim, 1, bias=False)
 
+        # All forms end alike.
         self.norm = _batch_norm(dim, numerics)
         self.act = nn.ReLU(inplace=True)
         dropout = nn.Dropout2d if numerics.head_dropout_kind == "2d" else nn.Dropout
@@ -256,7 +273,8 @@ class DecodeHead(nn.Module):
 
     def fused(self, maps: list[Tensor]) -> Tensor:
         """Returns what the BatchNorm reads, B D H/4 W/4."""
-        # Every stage's products are taken at its own size, then upsampled to the first stage's.
+        # Every stage's products are taken at its own
+        # size, then upsampled to the first stage's.
         size, parts = maps[0].shape[2:], []
         for i, x in enumerate(maps):
             x = self.hidden(i, x)
@@ -264,6 +282,7 @@ class DecodeHead(nn.Module):
                 x = to_map(self.fuses[i](to_tokens(x)), *x.shape[2:])
             parts.append(self._resize(x, size))
 
+        # The published order is c4, c3, c2, c1: the weights of `fuse` depend on it.
         if self.fuse is not None:
             return self.fuse(torch.cat(parts[::-1], dim=1))
         fused = parts[3]  # fresh from a product, so that it can be added to in place
@@ -343,6 +362,7 @@ def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
+        # Variance 2 / fan-out, where the fan-out counts one group's outputs.
         kernel = module.kernel_size[0] * module.kernel_size[1]
         fan_out = kernel * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)

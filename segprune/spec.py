@@ -16,6 +16,7 @@ Gelu = Literal["none", "tanh"]  # torch's words; the exact one is "none"
 HeadDropout = Literal["2d", "plain"]
 Head = Literal["mlp", "conv"]  # as it is published; "mlp" can be folded
 
+# By variant: channels, and then numbers of blocks, of the four stages.
 WIDTHS = {"b0": (32, 64, 160, 256)} | dict.fromkeys(("b1", "b2", "b3", "b4", "b5"), (64, 128, 320, 512))
 DEPTHS = {
     "b0": (2, 2, 2, 2),
@@ -27,6 +28,8 @@ DEPTHS = {
 }
 DECODER_DIMS = {"b0": 256, "b1": 256, "b2": 768, "b3": 768, "b4": 768, "b5": 768}
 VARIANTS = tuple(DEPTHS)
+
+# By stage, the same in all variants.
 NUM_HEADS = (1, 2, 5, 8)
 REDUCTION_RATIOS = (8, 4, 2, 1)
 KERNEL_SIZES = (7, 3, 3, 3)
@@ -160,12 +163,17 @@ def standard_spec(
     >>> standard_spec("b0", 8).stages[3].width
     256
     """
+    # The name first: every table below is looked up by it.
     check_variant(variant)
+
+    # With a single class every pixel would have the same answer.
     if num_classes < 2:
         raise ValueError(f"`num_classes` is {num_classes}; segmentation needs at least 2, background included.")
 
     stages = []
     for i, (width, depth) in enumerate(zip(WIDTHS[variant], DEPTHS[variant], strict=True)):
+        # A dense stage repeats one block: heads share
+        # the width, FFNs are four times as wide.
         block = _uniform_block(width, NUM_HEADS[i], FFN_RATIO * width, REDUCTION_RATIOS[i])
         stages.append(StageSpec(width, KERNEL_SIZES[i], STRIDES[i], REDUCTION_RATIOS[i], (block,) * depth))
 
@@ -187,6 +195,7 @@ def _uniform_block(width: int, num_heads: int, ffn_dim: int, reduction_ratio: in
 
 def with_widths(stage: StageSpec, width: int, num_heads: int, ffn_dim: int) -> StageSpec:
     """Returns the stage with these widths in all its blocks, and the attention scale that follows from them."""
+    # One block stands for all, as in a dense stage.
     block = _uniform_block(width, num_heads, ffn_dim, stage.reduction_ratio)
     return replace(stage, width=width, blocks=(block,) * len(stage.blocks))
 
@@ -207,6 +216,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     except (KeyError, TypeError) as error:
         raise ValueError(f"This is not a segprune spec ({error}); write the file again with segprune.save.") from error
 
+    # The keys are right. Now the values, since a damaged file must not load.
     _check_head(spec)
     _check_widths(spec)
     _check_numerics(spec.numerics)
@@ -216,6 +226,8 @@ def spec_from_dict(data: Mapping[str, Any]) -> Spec:
 def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     """Returns those fields of a spec that are records or tuples."""
     stages = []
+
+    # JSON has lists and dicts where a spec has tuples and records.
     for stage in data["stages"]:
         blocks = tuple(_to_record(BlockSpec, block) for block in stage["blocks"])
         stages.append(_to_record(StageSpec, stage | {"blocks": blocks}))
@@ -225,6 +237,7 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_record(kind: type[T], data: Mapping[str, Any]) -> T:
+    # Missing and unknown keys are one mistake: the file is damaged, or of another version.
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if set(data) != names:
         raise TypeError(f"{kind.__name__} has {sorted(set(data) ^ names)} missing or too many")
@@ -234,11 +247,14 @@ def _to_record(kind: type[T], data: Mapping[str, Any]) -> T:
 def _check_head(spec: Spec) -> None:
     if spec.head not in get_args(Head):
         raise ValueError(f"This segprune spec has head {spec.head!r}, which must be mlp or conv; the file is damaged.")
+
+    # Branches that end in a ReLU are not linear, so they have no folded form.
     if spec.folded and not HEAD_FORMS[spec.head].linear:
         raise ValueError(f"This segprune spec has a {spec.head} head without branches; the file is damaged.")
 
 
 def _check_widths(spec: Spec) -> None:
+    # All widths in one list, so that one check serves them.
     widths = [spec.num_classes, spec.decoder_dim, *spec.branch_widths]
     for stage in spec.stages:
         widths.append(stage.width)
@@ -249,6 +265,8 @@ def _check_widths(spec: Spec) -> None:
                 widths.append(1 if block.reduction_dim is None else block.reduction_dim)
             if block != block.without_ffn():
                 widths.append(block.ffn_dim)
+
+    # `type`, since True and False are integers to isinstance.
     if not all(type(width) is int and width >= 1 for width in widths):
         raise ValueError("This segprune spec has a width that is not a whole number from 1 up; the file is damaged.")
 
@@ -270,6 +288,7 @@ def _check_numerics(numerics: Numerics) -> None:
         elif name == "align_corners":
             right, allowed = type(value) is bool, "true or false"
         elif name.endswith("eps"):
+            # An eps of 0 would divide by zero where nothing varies.
             right, allowed = number and 0 < value < float("inf"), "a number above 0"
         else:  # momentum and the two dropout rates
             right, allowed = number and 0 <= value < 1, "a number from 0 to below 1"

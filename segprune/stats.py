@@ -37,6 +37,9 @@ class Layer:
 
     def coefficients(self, unit: Unit) -> tuple[int, int, int]:
         """Returns (a, b, c) such that the cost is a · in_dim · out_dim + b · in_dim + c · out_dim."""
+        # A product has in · out weights per kernel position; depth-wise layers and norms
+        # have theirs per channel, a norm two of them. Attention costs positions · keys for
+        # every query channel, and again for every value channel.
         match self.kind, unit:
             case "product", "params":
                 return self.kernel, 0, int(self.bias)
@@ -98,7 +101,8 @@ def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
         rows.append(Layer(f"{prefix}.patch_embed.proj", "product", in_channels, stage.width, area, kernel))
         rows.append(_norm(f"{prefix}.patch_embed.norm", stage.width))
 
-        # Keys and values come from a map that is reduced without padding, so its size is rounded down.
+        # Keys and values come from a map that is reduced
+        # without padding, so its size is rounded down.
         reduced = (height // stage.reduction_ratio) * (width // stage.reduction_ratio)
         for j, block in enumerate(stage.blocks):
             rows += _block_layers(block_name(i, j), stage, block, area, reduced)
@@ -120,6 +124,8 @@ def _block_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int, re
     if block.has_ffn:
         yield _norm(f"{prefix}.norm2", width)
         yield Layer(f"{prefix}.mlp.fc1", "product", width, block.ffn_dim, area)
+
+        # A depth-wise kernel of 3 × 3 has 9 weights per channel.
         yield Layer(f"{prefix}.mlp.dwconv", "depthwise", block.ffn_dim, block.ffn_dim, area, 9)
         yield Layer(f"{prefix}.mlp.fc2", "product", block.ffn_dim, width, area)
 
@@ -136,6 +142,8 @@ def _attention_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int
     yield Layer(f"{prefix}.q", "product", width, qk, area)
     yield Layer(f"{prefix}.k", "product", source, qk, reduced)
     yield Layer(f"{prefix}.v", "product", source, v, reduced)
+
+    # One row for both products of attention: its kernel is the number of keys.
     yield Layer(prefix, "attention", qk, v, area, reduced)
     yield Layer(f"{prefix}.proj", "product", v, width, area)
 
@@ -149,6 +157,8 @@ def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
             yield _norm(f"decode_head.branch_norms.{i}", branch)
         if form.fuse == "per_stage":
             yield Layer(f"decode_head.fuses.{i}", "product", branch, dim, positions[i], bias=False)
+
+    # Taken at the largest map's size, which makes it expensive.
     if form.fuse == "concatenated":
         yield Layer("decode_head.fuse", "product", sum(widths), dim, positions[0], bias=False)
 

@@ -75,6 +75,7 @@ def summarise(
 
     `threads` are the CPU's, and are left out of what a GPU did.
     """
+    # 99 cuts: cuts[p - 1] is the p-th percentile.
     cuts = statistics.quantiles(times_ms, n=100, method="inclusive")
     on_gpu = device.type == "cuda"
 
@@ -113,11 +114,15 @@ def measure_latency(
     device, dtype = torch.device(device), DTYPE_OF[precision]
     if precision == "tf32" and device.type != "cuda":
         raise ValueError(f"The precision is tf32 on {device.type}, and only GPUs have it; give fp32, bf16 or fp16.")
+
+    # Times depend on shapes and types, not on what is in the images.
     images = torch.randn(batch, 3, *input_shape).to(device, dtype)
 
     passes = []
     for network in networks:
         network.to(device).eval()
+
+        # A copy is cast, so that the caller's network keeps its precision.
         if dtype != torch.float32:
             network = copy.deepcopy(network).to(dtype)
         passes.append(Pass(partial(network, images)))
@@ -171,6 +176,7 @@ def time_passes(
     on_gpu = device.type == "cuda"
     recorder = GraphRecorder(device) if on_gpu else None
 
+    # Each pass runs before it is timed. On a GPU that is a part of recording its graph.
     calls, replays = [], []
     for each in passes:
         run = each.prepare()
@@ -181,9 +187,13 @@ def time_passes(
             replays.append(Turn(replay.prepare, device, REPLAYS))
         calls.append(Turn(each.prepare, device))
 
+    # Graphs take turns with calls from Python, so
+    # that both see the machine in the same state.
     rows = time_in_turns(
         [*replays, *calls], max_rounds=max_rounds, max_seconds=max_seconds, settle=settle, progress=progress
     )
+
+    # Rows are in the order of the turns: on a GPU first all replays, then all calls.
     if not on_gpu:
         return [Times(row, []) for row in rows]
     return [Times(*pair) for pair in zip(rows[: len(passes)], rows[len(passes) :], strict=True)]
@@ -236,6 +246,7 @@ def time_in_turns(
                 progress(round_index * len(turns) + i + 1, total)
 
     if progress is not None:
+        # Time may run out before the last round: the bar is filled nevertheless.
         progress(total, total)
     return times
 
@@ -267,18 +278,21 @@ class GraphRecorder:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-        # Shared memory ends with the last graph in it, and cannot be shared again; so one graph stays.
+        # Shared memory ends with the last graph in it,
+        # and cannot be shared again; so one graph stays.
         number = torch.zeros(1, device=device)
         self._anchor = self.record(number.zero_)
 
     def record(self, call: Call, times: int = 1) -> Call:
         """Returns the replay of `call`, made so many times. It is first run outside the graph, as a warm-up."""
+        # What the call reads may still be on its way on the current stream.
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             _repeat(call, WARM_UP)
             torch.cuda.synchronize(self._stream.device)
 
-            # Not by torch.cuda.graph, which collects garbage each time: that takes longer than recording a step.
+            # Not by torch.cuda.graph, which collects garbage
+            # each time: that takes longer than recording a step.
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -298,6 +312,7 @@ class GraphRecorder:
 @contextmanager
 def tf32_products(allowed: bool) -> Iterator[None]:
     """Lets a GPU take TF32 for products and convolutions of float32, or forbids it, and puts back what was set."""
+    # The switches are global, so what the caller had set is put back in any case.
     before = get_tf32()
     set_tf32(allowed, allowed)
     try:
@@ -334,6 +349,8 @@ def matrix_product(device: torch.device, dtype: torch.dtype = torch.float32) -> 
     """Returns a large product of square matrices, which no network outruns by much, and its MACs."""
     side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
     a, b = torch.randn(2, side, side, device=device).to(dtype)
+
+    # Every product is written to the same place, so that no allocation is timed.
     out = torch.empty_like(a)
 
     def multiply() -> Tensor:

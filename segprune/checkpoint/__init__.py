@@ -57,6 +57,8 @@ def read(
     FileNotFoundError that say in one sentence what is wrong.
     """
     hub = is_hub_name(path)
+
+    # A folder brings a config, a .safetensors file metadata; each is empty for the other.
     config: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     if hub or Path(path).is_dir():
@@ -71,11 +73,13 @@ def read(
         elif config.get("model_type") == FORMAT:
             data, config = record_from_folder(data, config), {}
 
+        # Weights do not show how many heads there are, so config.json is asked.
         heads = read_heads(config)
         checkpoint = from_state_dict(data, dialect=dialect, variant=variant, num_classes=num_classes, heads=heads)
         if not config:
             return checkpoint
 
+        # config.json must agree with the weights, and adds the rates of dropout.
         spec, notes = apply_config(checkpoint.spec, config, backbone_only=checkpoint.backbone_only)
         extra = {} if checkpoint.backbone_only else read_classes(config, spec.num_classes)
         return replace(checkpoint, spec=spec, notes=checkpoint.notes + notes, extra=extra)
@@ -106,6 +110,7 @@ def from_state_dict(
     if variant is not None:
         check_variant(variant)
 
+    # Our files bring their spec. For others it is worked out from names and shapes.
     if isinstance(state_dict, Mapping) and state_dict.get("format") == FORMAT:
         checkpoint = read_record(state_dict, dialect)
     else:
@@ -132,6 +137,7 @@ def build(checkpoint: Checkpoint) -> SegFormer:
     A bare backbone gets a new decode head from torch's random numbers. Raises ValueError that names a tensor with NaN
     or infinity.
     """
+    # Clones, so that training the network does not change the checkpoint.
     state = {name: tensor.clone() for name, tensor in checkpoint.state_dict.items()}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
@@ -139,6 +145,7 @@ def build(checkpoint: Checkpoint) -> SegFormer:
                 f"{name} has NaN or infinite values, so the training diverged; give an earlier checkpoint."
             )
 
+    # The new head needs random weights, so this network is initialised as a whole.
     if checkpoint.backbone_only:
         model = SegFormer(checkpoint.spec)
         model.encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in state.items()})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from segprune.spec import DECODER_DIMS, Head, Numerics, stage_name
 
+# Where each code base differs from the paper's own (nvlabs).
 NUMERICS = {
     "nvlabs": Numerics(),
     "bubbliiiing": Numerics(gelu="tanh", bn_eps=1e-3, bn_momentum=0.03, align_corners=True),
@@ -23,9 +24,10 @@ HEADS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
 DIALECTS = ("segprune", *NUMERICS)
 NUM_STAGES = 4
 
-# Our name of each part of a stage, then theirs in four columns: nvlabs (also bubbliiiing and smp), hf on disk, hf in
-# memory from 5.9 on, mmseg. {i} is the stage counted from 0, {s} from 1. An empty cell is a layer that the code base
-# joins with others, or does not join.
+# Our name of each part of a stage, then theirs in four columns: nvlabs
+# (also bubbliiiing and smp), hf on disk, hf in memory from 5.9 on,
+# mmseg. {i} is the stage counted from 0, {s} from 1. An empty cell is
+# a layer that the code base joins with others, or does not join.
 _PARTS = {
     "patch_embed.proj": (
         "patch_embed{s}.proj",
@@ -58,7 +60,8 @@ _BLOCK_PARTS = {
     "mlp.fc2": ("mlp.fc2", "mlp.dense2", "mlp.fc2", "ffn.layers.4"),
 }
 _REDUCTION = ("attn.sr", "attn.norm")  # the last stage has none
-# One layer of theirs that holds several of ours, in this order, side by side in this dimension of the weight.
+# One layer of theirs that holds several of ours, in this
+# order, side by side in this dimension of the weight.
 JOINED = {
     "attn.kv": (("attn.k", "attn.v"), 0),
     "attn.qkv": (("attn.q", "attn.k", "attn.v"), 0),
@@ -68,6 +71,7 @@ JOINED = {
 
 def _head(branch: str, *rest: str) -> dict[str, str]:
     """Returns their name of each of our layers: the branches, then in `rest` fuse, norm and classifier."""
+    # Code bases count stages from 0 (i), from 1 (s), or backwards (r).
     names = {f"decode_head.branches.{i}": branch.format(i=i, s=i + 1, r=3 - i) for i in range(NUM_STAGES)}
     return names | dict(zip(("decode_head.fuse", "decode_head.norm", "decode_head.classifier"), rest, strict=True))
 
@@ -77,6 +81,8 @@ def _mmseg_head() -> dict[str, str]:
     fusion = "decode_head.fusion_conv"
     names = _head("decode_head.convs.{i}.conv", f"{fusion}.conv", f"{fusion}.bn", "decode_head.conv_seg")
     names["decode_head.fuses"] = names.pop("decode_head.fuse")
+
+    # Each branch has a BatchNorm in this head.
     for i in range(NUM_STAGES):
         names[f"decode_head.branch_norms.{i}"] = f"decode_head.convs.{i}.bn"
     return names
@@ -155,6 +161,8 @@ def detect(keys: Collection[str], wrapper: Collection[str] = (), dialect: str | 
 
 def _match_naming(keys: Collection[str]) -> Naming:
     """Returns the naming whose first patch embedding is there; without its head if the keys have none."""
+    # The first layer of the network is named differently
+    # in every column and under every prefix.
     for naming in NAMINGS:
         first = _PARTS["patch_embed.proj"][naming.column].format(i=0, s=1)
         if f"{naming.prefix}{first}.weight" in keys:
@@ -165,6 +173,7 @@ def _match_naming(keys: Collection[str]) -> Naming:
             f"segformer.encoder.patch_embeddings.0.proj.weight, found {name_some(keys)}; give a SegFormer's checkpoint."
         )
 
+    # A bare backbone may still have the image classifier that it was trained with.
     if any(key.startswith(_HEAD_STEMS) for key in keys):
         return naming
     return replace(naming, head={}, extras=_IMAGE_CLASSIFIERS)
@@ -178,6 +187,8 @@ def _tell_twins_apart(naming: Naming, keys: Collection[str], wrapper: Collection
         note = "The backbone's names fit nvlabs and bubbliiiing; nvlabs was assumed (`dialect` overrules)."
         return replace(naming, note=note)
 
+    # NVlabs' training saves a wrapper with the
+    # weights, and a layer conv_seg that it never uses.
     wrapped = "meta" in wrapper or "state_dict" in wrapper
     if wrapped or any(key.startswith(naming.extras) for key in keys):
         return naming
@@ -208,12 +219,14 @@ class Layer:
 
 def list_layers(naming: Naming, depths: Sequence[int]) -> list[Layer]:
     """Returns all layers of a network with that many blocks in each stage."""
+    # Theirs by ours. The table is filled stage by stage, the decode head is there already.
     names = dict(naming.head)
     for i, depth in enumerate(depths):
         stage = stage_name(i)
         for part, columns in _PARTS.items():
             names[f"{stage}.{part}"] = naming.prefix + columns[naming.column].format(i=i, s=i + 1)
 
+        # An empty cell: in this code base the part lies in another layer, or is split up.
         parts = {part: columns[naming.column] for part, columns in _BLOCK_PARTS.items() if columns[naming.column]}
         if i == NUM_STAGES - 1:
             parts = {part: theirs for part, theirs in parts.items() if part not in _REDUCTION}
@@ -226,6 +239,8 @@ def list_layers(naming: Naming, depths: Sequence[int]) -> list[Layer]:
 
 def _make_layer(ours: str, theirs: str, naming: Naming) -> Layer:
     pointwise = ours.endswith(naming.pointwise)
+
+    # A layer of theirs that holds several of ours lists them all.
     for whole, (parts, dim) in JOINED.items():
         if ours.endswith(whole):
             stem = ours.removesuffix(whole)

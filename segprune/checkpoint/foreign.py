@@ -20,12 +20,15 @@ PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 def read_foreign(data: Any, dialect: str | None, num_classes: int | None, heads: Sequence[int] | None) -> Checkpoint:
     """Returns what a file's content holds; the arguments are those of `from_state_dict`."""
     state_dict, wrapper = unwrap(data)
+
+    # The names decide first: layers and numerics follow from whose they are.
     naming = detect(state_dict.keys(), wrapper, dialect)
     state_dict, notes = to_float32(state_dict)
     if naming.note is not None:
         notes = (naming.note, *notes)
 
-    # The meta of NVlabs' files: classes and, where `convert` wrote a pruned network, the heads.
+    # The meta of NVlabs' files: classes and, where
+    # `convert` wrote a pruned network, the heads.
     meta = data["meta"] if isinstance(data.get("meta"), Mapping) else {}
     if heads is None:
         heads = read_heads(meta)
@@ -43,6 +46,7 @@ def unwrap(data: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
     """Returns the state dict without the prefixes of wrapped modules, and the keys that stood around it."""
     wrapper: frozenset[str] = frozenset()
     if isinstance(data, Mapping):
+        # Training scripts save the weights beside optimizer, epoch and other things.
         for name in WRAPPERS:
             if isinstance(data.get(name), Mapping):
                 data, wrapper = data[name], frozenset(data)

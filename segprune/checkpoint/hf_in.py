@@ -25,6 +25,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 def is_hub_name(path: str | os.PathLike[str]) -> bool:
     """Tells whether it reads like "org/name" and is neither a path that exists nor one of a checkpoint file."""
+    # A path that exists always wins over a name on the hub.
     named_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", os.fspath(path)) is not None
     return named_so and Path(path).suffix not in SUFFIXES and not Path(path).exists()
 
@@ -62,6 +63,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     config = _read_json(folder / "config.json")
 
+    # Weights are one file, or several shards that an index lists.
     for name in WEIGHTS:
         if (folder / name).is_file():
             return read_file(folder / name)[0], config
@@ -84,6 +86,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        # A download that broke off leaves half a file, or a page of HTML in its place.
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON; copy or download it again.") from error
@@ -97,6 +100,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def record_from_folder(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of a folder that `convert` wrote with our own code, in the form of our files."""
     return {
+        # Weights lie in the attribute `network` of
+        # the class that was copied into the folder.
         "format": FORMAT,
         "version": VERSION,
         "spec": config.get("spec"),
@@ -115,6 +120,8 @@ def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) 
     expected = _describe(spec)
     if not backbone_only:
         expected["decoder_hidden_size"] = spec.decoder_dim
+
+    # A known activation is taken over. Another one is reported like any contradiction.
     activation = config.get("hidden_act", "gelu")
     if activation not in GELUS:
         expected["hidden_act"] = " or ".join(GELUS)
@@ -149,6 +156,7 @@ def _describe(spec: Spec) -> dict[str, Any]:
         "depths": [len(stage.blocks) for stage in stages],
         "hidden_sizes": [stage.width for stage in stages],
         NUM_HEADS_KEY: [stage.blocks[0].num_heads for stage in stages],
+        # Blocks of a stage are alike in a foreign network, so the first stands for all.
         "mlp_ratios": [stage.blocks[0].ffn_dim / stage.width for stage in stages],
         "sr_ratios": [stage.reduction_ratio for stage in stages],
         "patch_sizes": [stage.kernel_size for stage in stages],

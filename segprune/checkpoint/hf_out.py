@@ -56,6 +56,8 @@ def write_folder(
     with atomic_folder(folder) as temporary:
         write_json(config | labels, temporary / "config.json")
         write_json(_describe_processor(input_shape), temporary / "preprocessor_config.json")
+
+        # Clones, since safetensors refuses tensors that share memory.
         state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         save_tensors(state, {"format": "pt"}, temporary / WEIGHTS[0])
         if problem:
@@ -73,6 +75,8 @@ def _write_notes(spec: Spec, problem: str | None) -> list[str]:
             f"Transformers' own classes cannot hold this network, since {problem}; the folder has its code with it, "
             f"which from_pretrained runs with trust_remote_code=True{without}."
         )
+
+    # Both upsample the same logits to the image, but by other rules.
     if spec.numerics.align_corners:
         notes.append(
             "The network's last upsampling has align_corners=True and that of transformers' image processor False; "
@@ -86,6 +90,8 @@ def _number_labels(num_classes: int, names: Sequence[str] | None) -> dict[str, A
         raise ValueError(
             f"There are {len(names)} class names where the network has {num_classes} classes; give one for each."
         )
+
+    # Without names these are transformers' own placeholders.
     names = [f"LABEL_{k}" for k in range(num_classes)] if names is None else names
     numbers = {name: number for number, name in enumerate(names)}
     return {"id2label": {str(number): name for number, name in enumerate(names)}, "label2id": numbers}
@@ -93,6 +99,8 @@ def _number_labels(num_classes: int, names: Sequence[str] | None) -> dict[str, A
 
 def _describe_stock(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     target = replace(NUMERICS["hf"], gelu=model.spec.numerics.gelu)  # transformers has both
+
+    # Transformers has fixed eps and scales, so the weights make up for the difference.
     state, spec = with_numerics(model.state_dict(), model.spec, target)
 
     stages = spec.stages
@@ -124,6 +132,7 @@ def _describe_with_code(model: SegFormer) -> tuple[dict[str, Any], dict[str, Ten
     config = {
         "architectures": ["SegpruneForSemanticSegmentation"],
         "model_type": "segprune",
+        # Which class in the copied code transformers' Auto classes load.
         "auto_map": {
             "AutoConfig": "modeling_segprune.SegpruneConfig",
             "AutoModelForSemanticSegmentation": "modeling_segprune.SegpruneForSemanticSegmentation",
@@ -142,6 +151,7 @@ def _copy_code(folder: Path) -> None:
         assert location.origin is not None
         source = Path(location.origin).read_text(encoding="utf-8")
 
+        # Imports of these modules become imports of the copies beside them.
         for name in CODE:
             source = source.replace(f"from {name} import", f"from .{_file_stem(name)} import")
         (folder / f"{_file_stem(module)}.py").write_text(source, encoding="utf-8")
@@ -166,6 +176,7 @@ def _describe_processor(input_shape: tuple[int, int]) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
+        # Ours are of pixels from 0 to 255, theirs of rescaled ones.
         "image_mean": [round(mean / 255, 6) for mean in MEAN],
         "image_std": [round(std / 255, 6) for std in STD],
         "do_reduce_labels": False,
@@ -200,5 +211,7 @@ def _run_stock(folder: Path, x: Tensor) -> Tensor:
             logging.enable_progress_bar()
 
     theirs, info = loaded
+
+    # No key was missing, unexpected or of another shape.
     assert not any(info.values()), info
     return theirs.eval()(x).logits

@@ -44,6 +44,8 @@ class SegpruneForSemanticSegmentation(PreTrainedModel):
                 "This config has no spec, which says how wide the network is; load one with from_pretrained."
             )
         self.network = SegFormer(spec_from_dict(config.spec))
+
+        # Transformers asks for this call at the end of every constructor.
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -56,8 +58,12 @@ class SegpruneForSemanticSegmentation(PreTrainedModel):
         logits = self.network.parts(pixel_values)[1]
         loss = None
         if labels is not None:
+            # The loss is taken at the labels' size, while the
+            # logits returned are a quarter of the image's.
             whole = self.network.resize(logits, labels.shape[-2:])
             loss = F.cross_entropy(whole, labels, ignore_index=self.config.semantic_loss_ignore_index)
+
+        # Transformers' convention: a tuple, the loss first.
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return SemanticSegmenterOutput(loss=loss, logits=logits)

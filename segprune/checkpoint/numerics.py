@@ -34,15 +34,18 @@ def with_numerics(state_dict: Mapping[str, Tensor], spec: Spec, numerics: Numeri
     state = dict(state_dict)
     for name, factor in _layer_factors(spec, numerics).items():
         for key in (f"{name}.weight", f"{name}.bias"):
+            # A stage without reduction has no such layer.
             if key in state and factor != 1.0:
                 state[key] = _multiply(state[key], factor)
 
-    # A BatchNorm divides by √(variance + eps), so its weight takes the ratio of the two roots.
+    # A BatchNorm divides by √(variance + eps), so
+    # its weight takes the ratio of the two roots.
     for key in [key for key in state if key.endswith(".running_var")]:
         variance, weight = state[key].double(), f"{key.removesuffix('running_var')}weight"
         ratio = (variance + numerics.bn_eps) / (variance + old.bn_eps)
         state[weight] = _multiply(state[weight], ratio.sqrt())
 
+    # Dropout only acts in training, so the network keeps its own rates.
     numerics = replace(numerics, drop_path=old.drop_path, head_dropout=old.head_dropout)
     return state, replace(spec, stages=tuple(map(_with_standard_scales, spec.stages)), numerics=numerics)
 
@@ -59,9 +62,13 @@ def _layer_factors(spec: Spec, numerics: Numerics) -> dict[str, float]:
     factors = {}
     for i, stage in enumerate(spec.stages):
         factors[f"{stage_name(i)}.patch_embed.proj"] = embed
+
+        # What this norm puts out is the start of the residual stream.
         factors[f"{stage_name(i)}.patch_embed.norm"] = stream
         for j, block in enumerate(stage.blocks):
             name = block_name(i, j)
+
+            # Both branches add to the stream, so both are scaled like it.
             factors[f"{name}.attn.proj"] = stream
             factors[f"{name}.mlp.fc2"] = stream
             factors[f"{name}.attn.sr"] = embed
@@ -70,6 +77,7 @@ def _layer_factors(spec: Spec, numerics: Numerics) -> dict[str, float]:
 
 
 def _multiply(tensor: Tensor, factor: Tensor | float) -> Tensor:
+    # In double, so that it is rounded once.
     return (tensor.detach().to(torch.float64) * factor).to(tensor.dtype)
 
 

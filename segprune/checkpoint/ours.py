@@ -69,12 +69,14 @@ def save(model: SegFormer, path: str | os.PathLike[str], *, extra: Mapping[str, 
 
 def _copy_if_shared(tensor: Tensor) -> Tensor:
     """Returns it contiguous and no part of a larger one, all of which would be written to the file."""
+    # A view keeps all of its storage alive, and torch.save would write all of it.
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _to_plain(extra: Mapping[str, Any]) -> Any:
     try:
+        # There and back, so that tuples are lists at once, and not only after loading.
         return json.loads(json.dumps(dict(extra)))
     except TypeError as error:
         raise ValueError(f"`extra` is not plain data ({error}); give numbers, strings, lists and dicts.") from error
@@ -85,6 +87,7 @@ def read_record(data: Mapping[str, Any], dialect: str | None) -> Checkpoint:
     if dialect not in (None, "segprune"):
         raise ValueError(f"The file is segprune's own, but `dialect` {dialect} was given; leave `dialect` out.")
 
+    # A newer file may mean other things by the same keys.
     version = data.get("version")
     if isinstance(version, int) and version > VERSION:
         raise ValueError(
@@ -94,6 +97,7 @@ def read_record(data: Mapping[str, Any], dialect: str | None) -> Checkpoint:
     if version != VERSION or not all(isinstance(data.get(key), Mapping) for key in ("spec", "state_dict", "extra")):
         raise ValueError(NOT_WHOLE)
 
+    # The spec is checked by itself, then the weights against it.
     spec = spec_from_dict(data["spec"])
     state, notes = to_float32(data["state_dict"])
     check_state(state, expected_state(spec), "its spec")
@@ -116,7 +120,8 @@ def to_float32(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}, not a tensor; give a plain state dict.")
 
-        # The only whole numbers in a SegFormer count batches; others are those of a quantised network.
+        # The only whole numbers in a SegFormer count
+        # batches; others are those of a quantised network.
         tensor = value.detach().cpu()
         if tensor.is_floating_point():
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
@@ -144,6 +149,7 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], nam
 
     `name` says in the message whose shapes are expected.
     """
+    # Names before shapes: with a name missing there is no shape to compare.
     check_keys([key for key in expected if key not in state], [key for key in state if key not in expected])
 
     wrong = [key for key in expected if state[key].shape != expected[key].shape]

@@ -23,6 +23,7 @@ def uniform_problem(spec: Spec, head: Head = "mlp") -> str | None:
             if problem is not None:
                 return f"block {b} of stage {s} has {problem}"
 
+    # Theirs have one width for the branches and for what joins them.
     if spec.branch_dims is not None and set(spec.branch_dims) != {spec.decoder_dim}:
         dims = " ".join(map(str, spec.branch_dims))
         return f"the decode head's branches have widths {dims} where it has {spec.decoder_dim}"
@@ -35,6 +36,7 @@ def mmseg_problem(spec: Spec) -> str | None:
     if problem is not None:
         return problem
 
+    # Their stage's width is the width of one head times the number of heads.
     head_dims = [stage.width // stage.blocks[0].num_heads for stage in spec.stages]
     if len(set(head_dims)) > 1:
         return f"its stages have heads of width {' '.join(map(str, head_dims))} where theirs have one for all"
@@ -63,6 +65,7 @@ def _block_problem(stage: StageSpec, block: BlockSpec) -> str | None:
     if block.reduction_dim != (width if stage.reduction_ratio > 1 else None):
         return f"a reduction of width {block.reduction_dim} where the stage has {width}"
 
+    # FFNs are a whole multiple of the stage's width, the same in all its blocks.
     if block.ffn_dim % width:
         return f"an FFN of width {block.ffn_dim}, which is no multiple of the stage's width {width}"
     if block.ffn_dim != first.ffn_dim:

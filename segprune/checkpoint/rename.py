@@ -41,6 +41,7 @@ def translate(
     ours = to_ours(state_dict, naming)
     spec = infer_spec(ours, naming, num_classes=num_classes, heads=heads)
 
+    # Tensors are compared under our names. The message then gives those in the file.
     expected = expected_state(spec, encoder_only=not naming.head)
     wrong = [key for key in expected if key not in ours or ours[key].shape != expected[key].shape]
     wrong += [key for key in ours if key not in expected]
@@ -55,6 +56,8 @@ def _raise_in_their_names(
     """Raises `check_state`'s ValueError for the layers that hold our `wrong` keys, renamed as in the file."""
     layers = _layers_by_our_name(naming, spec)
     present, allowed = {}, {}
+
+    # For each wrong tensor: the file's one that holds it, and what that should look like.
     for key in wrong:
         name, _, leaf = key.rpartition(".")
         layer = layers[name]
@@ -74,6 +77,7 @@ def to_ours(state_dict: Mapping[str, Tensor], naming: Naming) -> dict[str, Tenso
     Left out are decode_head.conv_seg, which nvlabs saves and does not use, and a bare backbone's image classifier.
     Raises ValueError that names any other unknown key, and a layer without weight.
     """
+    # Depths are counted in the file, before it is known which variant it is.
     layers = {layer.theirs: layer for layer in list_layers(naming, count_depths(naming, state_dict))}
 
     ours: dict[str, Tensor] = {}
@@ -85,6 +89,7 @@ def to_ours(state_dict: Mapping[str, Tensor], naming: Naming) -> dict[str, Tenso
         elif not key.startswith(naming.extras):
             unknown.append(key)
 
+    # Every layer has a weight at least. Other tensors are checked against the spec later.
     weights = [join_key(name, "weight") for name in layers]
     check_keys([key for key in weights if key not in state_dict], unknown)
     return ours
@@ -113,6 +118,7 @@ def _check_nameable(spec: Spec, dialect: str) -> None:
     if dialect not in NUMERICS:
         raise ValueError(f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}.")
 
+    # Each code base has one kind of decode head, and none has a folded one.
     if spec.folded:
         raise ValueError(f"The decode head is folded, which {dialect} cannot name; unfold it with segprune.fold first.")
     if spec.head != HEADS[dialect]:
@@ -132,8 +138,11 @@ def _check_nameable(spec: Spec, dialect: str) -> None:
 def _take_apart(layer: Layer, leaf: str, tensor: Tensor) -> dict[str, Tensor]:
     """Returns the tensors of ours that one of theirs holds. An odd shape gives names or shapes that no check passes."""
     if layer.pointwise and leaf == "weight":
-        # A plain matrix is no 1×1 convolution: with a dimension too many it does not pass for our linear layer.
+        # A plain matrix is no 1×1 convolution: with a dimension
+        # too many it does not pass for our linear layer.
         tensor = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor[..., None]
+
+    # It cannot be split: left whole, its shape is refused by the check.
     if tensor.dim() <= layer.dim:
         return {f"{layer.ours[0]}.{leaf}": tensor}
     pieces = tensor.tensor_split(len(layer.ours), layer.dim)
@@ -143,6 +152,8 @@ def _take_apart(layer: Layer, leaf: str, tensor: Tensor) -> dict[str, Tensor]:
 def _put_together(layer: Layer, leaf: str, state_dict: Mapping[str, Tensor]) -> Tensor:
     """Returns their tensor that holds ours: the inverse of `_take_apart`."""
     keys = [f"{ours}.{leaf}" for ours in layer.ours]
+
+    # Tensors that are joined must be alike, since theirs is split into equal parts again.
     first, *others = keys
     tensor = state_dict[first]
     for key in others:
@@ -195,7 +206,8 @@ def infer_spec(
     if heads is None:
         return spec
 
-    # Stages of the standard widths have the standard heads; others have those that the file states.
+    # Stages of the standard widths have the standard
+    # heads; others have those that the file states.
     if widths == WIDTHS[variant]:
         heads = NUM_HEADS
     ffn_dims = [ours[f"{stage}.blocks.0.mlp.fc1.weight"].shape[0] for stage in stages]
@@ -208,6 +220,8 @@ def _find_variant(widths: tuple[int, ...], depths: tuple[int, ...], *, narrowed:
         if (widths, depths) == (WIDTHS[variant], DEPTHS[variant]):
             return variant
     for variant in VARIANTS:
+        # Depths must be a variant's. The first width
+        # tells b0 from b1, which are equally deep.
         if narrowed and (widths[0], depths) == (WIDTHS[variant][0], DEPTHS[variant]):
             return variant
 

@@ -22,6 +22,8 @@ def read_heads(stated: Mapping[str, Any]) -> list[int] | None:
 
     if not all(type(number) is int and number > 0 for number in (*heads, *widths)):
         return None
+
+    # Heads that do not divide the widths are those of another network.
     divided = all(width % number == 0 for width, number in zip(widths, heads, strict=True))
     return heads if divided else None
 
@@ -35,6 +37,7 @@ def read_classes(stated: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     source = inner if isinstance(inner, Mapping) else stated
     entries = {str(key).lower(): value for key, value in source.items()}
 
+    # Hugging Face lists names by number, the others in order.
     labels = entries.get("id2label")
     names = _names_in_order(labels) if isinstance(labels, Mapping) else _as_list(entries.get("classes"))
     if not names or len(names) != num_classes or not all(isinstance(name, str) for name in names):
@@ -63,6 +66,8 @@ def _flatten_palette(palette: Any, num_classes: int) -> list[int] | None:
     numbers = list(chain.from_iterable(rows))
     if not all(type(number) is int and 0 <= number <= 255 for number in numbers):
         return None
+
+    # Colours without a class are black.
     return numbers + [0] * (3 * 256 - len(numbers))
 
 

@@ -52,6 +52,7 @@ def check_written(model: SegFormer, readers: Mapping[str, Logits], notes: tuple[
     x = normalise(draw_shapes(0, "val", 0, SIZE)[0])[None]
     worst = 0.0
     with torch.inference_mode():
+        # In float32 on the CPU, as the readers compute.
         expected = copy.deepcopy(model).cpu().float().eval().parts(x)[1]
         for name, reader in readers.items():
             off = compare([(expected, reader(x))]).relative
@@ -97,6 +98,9 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
 
     with atomic_files(path) as temporary:
         save_record(record, temporary)
+
+        # nvlabs' meta states the heads. Without it
+        # only standard widths tell how many there are.
         readable = dialect == "nvlabs" or _has_standard_stages(spec)
         reader = _open_again(temporary, dialect, None if readable else spec)
         return check_written(model, {"segprune": reader}, tuple(_write_notes(whole.spec, dialect, readable)))
@@ -108,6 +112,8 @@ def _open_again(path: Path, dialect: str, spec: Spec | None) -> Logits:
         model = build(read(path, dialect=dialect))
     else:
         model = SegFormer(spec).eval()
+
+        # Our reader would have to guess the heads, so the known spec is used instead.
         state, _ = unwrap(read_file(path)[0])
         model.load_state_dict(to_ours(state, detect(state.keys(), dialect=dialect)))
     return lambda x: model.parts(x)[1]
@@ -123,11 +129,15 @@ def _name_remedy(spec: Spec, dialect: str) -> str:
 
 def _write_notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
     notes = []
+
+    # No weights make up for another rule of upsampling, so the user is told.
     if spec.numerics.align_corners != NUMERICS[dialect].align_corners:
         notes.append(
             f"The network's last upsampling has align_corners={spec.numerics.align_corners} and theirs "
             f"{not spec.numerics.align_corners}; set it there, or the rims of masks differ."
         )
+
+    # A variant's class has that variant's widths; the base class takes any uniform ones.
     if not _is_standard(spec, dialect):
         arguments = _call_of_mmseg(spec) if dialect == "mmseg" else _call_of_nvlabs(spec)
         notes.append(f"Build it with their base classes, not with a variant's: {arguments}.")
@@ -143,6 +153,8 @@ def _is_standard(spec: Spec, dialect: str) -> bool:
 def _has_standard_stages(spec: Spec) -> bool:
     if spec.variant not in VARIANTS:
         return False
+
+    # Blocks of a stage are alike here, so the first one stands for all.
     dense = standard_spec(spec.variant, spec.num_classes)
     return all(
         (stage.width, len(stage.blocks), stage.blocks[0].ffn_dim)

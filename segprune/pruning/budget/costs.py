@@ -46,10 +46,14 @@ class Costs:
         self.full = np.array([group.slots for group in groups], dtype=np.int64)
         self.rest = rest  # what lies in no listed layer
 
-        # How wide the layers are, and how much narrower each side becomes with one slot of each group.
+        # How wide the layers are, and how much narrower
+        # each side becomes with one slot of each group.
         dims = [[row.in_dim for row in layers], [row.out_dim for row in layers]]
         self._dims = np.array(dims, dtype=np.float64)  # 2 L
         self._per_slot = np.zeros((2, len(layers), len(groups)))  # 2 L G
+
+        # Whole heads scale a side of a layer. One slot
+        # of any other group takes channels off it.
         self._heads: list[tuple[int, int, int]] = []  # side, layer, group
 
         rows = _rows_by_side(layers)
@@ -74,6 +78,8 @@ class Costs:
 
     def dims(self, widths: Widths) -> Dims:
         """Returns how wide the layers are then: 2 L, inputs and outputs."""
+        # Linear in the slots that are removed: (2 L
+        # G) @ (G). Heads then scale what is left.
         dims: Dims = self._dims - self._per_slot @ (self.full - widths)
         for side, row, g in self._heads:
             dims[side, row] *= widths[g] / self.full[g]
@@ -82,6 +88,9 @@ class Costs:
     def slope(self, dims: Dims, g: int) -> float:
         """Returns the cost of one slot of group `g`, which is no group of heads, where layers are as wide as `dims`."""
         a, b, c = self.coefficients
+
+        # Derivative of a · in · out + b · in + c · out
+        # by the group's slots, by the product rule.
         ins, outs = self._per_slot[:, :, g]
         return float(((a * dims[1] + b) * ins + (a * dims[0] + c) * outs).sum())
 
@@ -94,6 +103,8 @@ class Costs:
 def mix_costs(parts: Sequence[tuple[float, Costs]]) -> Costs:
     """Returns one cost for several of the same network: the weighted sum of the shares of their totals."""
     first = parts[0][1]
+
+    # A cost is linear in its coefficients (3 L), so costs are mixed by mixing these.
     coefficients = sum(weight / cost.total(cost.full) * cost.coefficients for weight, cost in parts)
     assert isinstance(coefficients, np.ndarray)
     return Costs(first.layers, first.groups, "macs", coefficients=coefficients)
@@ -104,11 +115,16 @@ def _rows_by_side(layers: Sequence[Layer]) -> dict[tuple[str, str], list[tuple[i
     rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for i, layer in enumerate(layers):
         if layer.kind == "attention":
+            # Queries times keys is as wide as q's
+            # outputs, the second product as wide as v's.
             rows.setdefault((f"{layer.name}.q", "out"), []).append((0, i))
             rows.setdefault((f"{layer.name}.v", "out"), []).append((1, i))
             continue
 
         rows.setdefault((layer.name, "out"), []).append((1, i))
+
+        # A norm or depth-wise layer has one width, its
+        # output's. Only products read another one.
         if layer.kind == "product":
             rows.setdefault((layer.name, "in"), []).append((0, i))
     return rows
@@ -119,6 +135,7 @@ def count_products(layers: Sequence[Layer], groups: Sequence[Group]) -> list[int
     rows = _rows_by_side(layers)
     counts = []
     for group in groups:
+        # Several members may set the same side of a layer; it counts once.
         sides: set[tuple[int, int]] = set()
         for member in group.members:
             sides.update(rows.get((member.layer, member.side), ()))
@@ -175,8 +192,12 @@ def loss_weights(
     if price == "none":
         return [1.0] * len(groups)
 
+    # A rate of the channels is priced in channels
+    # too, unless the caller asks for another price.
     parts: dict[RateOf, float] = {"channels": 1.0} if (price, rate_of) == ("both", "channels") else price_parts(price)
     costs = {unit: Costs(layers, groups, unit) for unit in parts}
+
+    # A group that costs nothing would otherwise divide by zero.
     tiny = float(np.finfo(float).eps)
 
     weights = []

@@ -67,6 +67,7 @@ def solve_by_curves(
 
     `scores` choose channels where the repair chooses anew anyway. The solver raises ValueError as `rate.solve` does.
     """
+    # All that is expensive happens here, once. `solve` can then be called for many budgets.
     groups = prepared.groups
     allowed = allowed_widths(groups, options)
     measured = _measure(prepared, images, allowed, options, progress)
@@ -74,11 +75,13 @@ def solve_by_curves(
     time = time_costs(prepared.rows, groups)
 
     def solve(limits: Sequence[Limit]) -> Plan:
+        # Refuse what no choice of widths can meet before searching.
         narrowest = np.array([widths[0] for widths in allowed], dtype=np.int64)
         for limit in limits:
             check_reach(limit, narrowest, options)
             check_least(limit, groups, options)
 
+        # Without a budget every group takes the widest width that the shares by name allow.
         widths = np.array([widths[-1] for widths in allowed], dtype=np.int64)
         if limits:
             widths = save_time(measured, limits, allowed, time)
@@ -100,6 +103,9 @@ def by_widths_and_curves(
     assert options.plan is not None
     given = read_plan(options.plan) if isinstance(options.plan, str) else options.plan
     widths = check_widths(given, prepared.groups)
+
+    # Two widths per group are enough to learn which
+    # channels are needed least at the given one.
     pairs = [sorted({int(w), g.slots}) for g, w in zip(prepared.groups, widths, strict=True)]
     measured = _measure(prepared, images, pairs, options, progress)
     return by_widths(prepared, _with_orders(scores, prepared.groups, measured), options)
@@ -123,6 +129,8 @@ def _with_orders(scores: Mapping[str, Scores], groups: Sequence[Group], curves: 
     ranks = dict(scores)
     for group, curve in zip(groups, curves, strict=True):
         if curve.order is not None:
+            # argsort of a permutation is its inverse: a
+            # channel's position in the order is its score.
             ranks[group.name] = np.argsort(np.array(curve.order)).astype(np.float64)
     return ranks
 
@@ -132,6 +140,9 @@ def save_time(
 ) -> Widths:
     """Returns the fastest of several allocations whose loss is not felt, or hardly larger than the least."""
     formulas = [limit.cost for limit in limits if isinstance(limit.cost, Costs)]  # a measured latency is time, too
+
+    # The more time weighs in the charge for a channel, the
+    # faster the plan tends to be and the more it loses.
     trials = []
     for weight in TIME_WEIGHTS:
         charges = [((1.0 - weight) / len(formulas), cost) for cost in formulas]
@@ -139,6 +150,7 @@ def save_time(
         loss = sum(curve.at(int(w)) for curve, w in zip(curves, widths, strict=True))
         trials.append((loss, time.total(widths), widths))
 
+    # Of the plans whose loss is negligible, or close to the least, take the fastest.
     bound = max(UNFELT, GROWTH * min(loss for loss, _, _ in trials))
     near = [trial for trial in trials if trial[0] <= bound]
     return min(near, key=lambda trial: trial[1])[2]

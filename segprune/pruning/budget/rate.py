@@ -44,6 +44,9 @@ class Limit:
 def by_rate(prepared: Prepared, scores: Mapping[str, Scores], options: PruneOptions) -> Plan:
     """Decides by ranking all channels: the plan that meets every budget, as `solve` says."""
     limits = [limit_of(prepared, unit, rate) for unit, rate in options.budgets.items()]
+
+    # The first budget decides whether groups are
+    # priced in channels, or in parameters and MACs.
     weights = loss_weights(prepared.rows, prepared.groups, next(iter(options.budgets), "params"), options.group_price)
     plan = solve(limits, prepared.groups, scores, weights, options)
     return with_shares(prepared, plan, limits)
@@ -66,6 +69,8 @@ def group_shares(prepared: Prepared) -> dict[str, dict[str, float]]:
 def with_shares(prepared: Prepared, plan: Plan, limits: Sequence[Limit] = ()) -> Plan:
     """Returns the plan with the shares that it removes: of the limits' units, of parameters and of MACs."""
     widths = widths_of(plan, prepared.groups)
+
+    # Parameters and MACs are always reported, also where no budget names them.
     every = {limit.rate_of: limit for limit in limits}
     for unit in ("params", "macs"):
         every.setdefault(unit, limit_of(prepared, unit, 0.0))
@@ -86,16 +91,21 @@ def solve(
     floors, one that folding alone exceeds, and one so small that nothing would be removed.
     """
     options = options or PruneOptions()
+
+    # What each group may become, and in which order its slots are removed.
     allowed = allowed_widths(groups, options)
     ranked = rank_slots(groups, scores, weights, options)
     narrowest = np.array([widths[0] for widths in allowed], dtype=np.int64)
     widths = np.array([widths[-1] for widths in allowed], dtype=np.int64)
 
+    # Refuse first what no threshold can reach.
     for limit in limits:
         check_reach(limit, narrowest, options)
         check_least(limit, groups, options)
 
     if limits:
+        # One threshold moves many groups at once and stops
+        # short of the budget. Single steps spend the rest.
         widths = _bisect(limits, ranked, allowed)
         widths = _spend_rest(limits, ranked, allowed, widths)
 
@@ -110,6 +120,7 @@ def check_reach(limit: Limit, narrowest: Widths, options: PruneOptions) -> None:
     if limit.rate <= most + AIM:
         return
 
+    # Say which setting is in the way: one limit for all groups, or several by name.
     by_name = options.limits_by_name.keys() - {"*"}
     share = "what `max_rate` allows" if by_name else f"{options.limits_by_name.get('*', MAX_RATE):g} (`max_rate`)"
     raise ValueError(
@@ -123,11 +134,13 @@ def check_least(limit: Limit, groups: Sequence[Group], options: PruneOptions, *,
 
     `depth`: the share asked for whole branches, which were removed before, if they count towards the limit.
     """
+    # The network as folding and the shares by name leave it, with nothing else removed.
     widest = np.array([widths[-1] for widths in allowed_widths(groups, options)], dtype=np.int64)
     least = limit.removed(widest)
     if limit.rate > least:
         return
 
+    # Each cause has its own remedy.
     by_name = bool(options.shares_by_name)
     cause = "the shares by name" if by_name else "folding the decode head"
     removes = f"`depth` {depth:g} and {cause} together remove" if depth else f"{cause} alone removes"
@@ -138,6 +151,7 @@ def check_least(limit: Limit, groups: Sequence[Group], options: PruneOptions, *,
 
 def check_met(limits: Sequence[Limit], groups: Sequence[Group], widths: Widths, options: PruneOptions) -> None:
     """Raises ValueError where nothing is removed, and where the tightest budget is missed."""
+    # Finer steps exist only where a step is more than one channel.
     finer = ", or for finer steps with `round_to` 1" if options.round_to > 1 else ""
     if all(width == group.slots for width, group in zip(widths.tolist(), groups, strict=True)):
         rates = ", ".join(f"{limit.rate:g}" for limit in limits) or "by name"
@@ -147,6 +161,8 @@ def check_met(limits: Sequence[Limit], groups: Sequence[Group], widths: Widths, 
         )
 
     if limits:
+        # Other budgets may be exceeded. The tightest
+        # one decides whether the plan is close enough.
         tightest = min(limits, key=lambda limit: limit.removed(widths) - limit.rate)
         removed = tightest.removed(widths)
         if abs(removed - tightest.rate) > TOLERANCE:
@@ -173,9 +189,12 @@ def allowed_widths(groups: Sequence[Group], options: PruneOptions) -> list[list[
         floor = 1
         if group.name not in fixed:
             floor = max(1, ceil((1.0 - limits.get(group.name, MAX_RATE)) * group.slots - 1e-9))
+
+        # The full width is always allowed, also where it is no multiple of the step.
         widths = [*range(step * ceil(floor / step), group.slots, step), group.slots]
 
         if group.name in fixed:
+            # A share by name leaves a single width, so that no search changes it.
             wanted = (1.0 - fixed[group.name]) * group.slots
             widths = [min(widths, key=lambda width: abs(width - wanted))]
         allowed.append(widths)
@@ -186,6 +205,8 @@ def rank_slots(
     groups: Sequence[Group], scores: Mapping[str, Scores], weights: Sequence[float], options: PruneOptions
 ) -> list[Scores]:
     """Returns for each group, in ascending order of its slots, what is compared: the lowest of all is removed first."""
+    # Local: a slot counts by its position in its
+    # own group, so all groups lose the same share.
     if options.scope == "local":
         return [(np.arange(group.slots) + 0.5) / group.slots for group in groups]
 
@@ -193,6 +214,7 @@ def rank_slots(
     if options.scope == "isomorphic":
         return _rank_isomorphic(groups, slots)
 
+    # Global: losses times the groups' weights can be compared between groups.
     sensitivity = options.sensitivity if isinstance(options.sensitivity, Mapping) else {}
     ranked = []
     for group, weight, own in zip(groups, weights, slots, strict=True):
@@ -216,18 +238,21 @@ def _losses(slots: Scores, normalise: Normalise) -> Scores:
     elif normalise == "max":
         whole = float(slots.max())
 
+    # `tiny`: a group whose scores are all zero loses nothing, instead of NaN.
     losses: Scores = slots / np.maximum(whole, np.finfo(float).tiny)
     return losses
 
 
 def _rank_isomorphic(groups: Sequence[Group], slots: Sequence[Scores]) -> list[Scores]:
     """Returns each slot's rank, as a share, among those of all groups of the same kind and size."""
+    # Groups of the same kind and size are compared directly, without weights.
     keys = [(group.kind, group.num_channels, group.parts) for group in groups]
     pooled: dict[tuple[str, int, int], list[Scores]] = {}
     for key, own in zip(keys, slots, strict=True):
         pooled.setdefault(key, []).append(own)
     ordered = {key: np.sort(np.concatenate(pool)) for key, pool in pooled.items()}
 
+    # A slot's rank is the share of its pool that lies at or below it.
     ranks = []
     for key, own in zip(keys, slots, strict=True):
         low = np.searchsorted(ordered[key], own, "left")
@@ -241,6 +266,8 @@ def _rank_isomorphic(groups: Sequence[Group], slots: Sequence[Scores]) -> list[S
 
 def _bisect(limits: Sequence[Limit], ranked: list[Scores], allowed: list[list[int]]) -> Widths:
     """Returns the widths at the highest common threshold that does not yet meet all limits."""
+    # The result changes only at the scores themselves, so these
+    # are all thresholds to try. A higher one removes more.
     thresholds = np.unique(np.concatenate(ranked))
     low, high = 0, len(thresholds)  # index 0 removes nothing
     while high - low > 1:
@@ -262,6 +289,8 @@ def _widths_at(threshold: float, ranked: list[Scores], allowed: list[list[int]])
     """Removes every slot below the threshold, then moves each width to the nearest one allowed."""
     widths = []
     for scores, options in zip(ranked, allowed, strict=True):
+        # Scores ascend, so searchsorted counts those below the threshold. Of two widths
+        # equally near the narrower one is taken.
         wanted = len(scores) - int(np.searchsorted(scores, threshold))
         widths.append(min(options, key=lambda option: (abs(option - wanted), option)))
     return np.array(widths, dtype=np.int64)
@@ -278,7 +307,8 @@ def _spend_rest(limits: Sequence[Limit], ranked: list[Scores], allowed: list[lis
                 widths = candidate
                 break
         else:
-            # Every step overshoots: take whatever lands nearest, even if that is standing still.
+            # Every step overshoots: take whatever lands
+            # nearest, even if that is standing still.
             return min([widths, *candidates], key=lambda trial: abs(_shortfall(limits, trial)))
 
     return widths
@@ -294,6 +324,9 @@ def _narrow_one_group(ranked: list[Scores], allowed: list[list[int]], widths: Wi
 
         narrower = widths.copy()
         narrower[g] = options[i - 1]
+
+        # The loss of a step is the mean over the slots
+        # that it removes, the next ones in `ranked`.
         removed_now, removed_then = len(ranked[g]) - options[i], len(ranked[g]) - options[i - 1]
         steps.append((float(ranked[g][removed_now:removed_then].mean()), g, narrower))
 

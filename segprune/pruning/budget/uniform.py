@@ -46,6 +46,7 @@ def by_uniform_stages(prepared: Prepared, scores: Mapping[str, Scores], options:
     if not prepared.stock:
         raise ValueError(f"{type(prepared.dense).__name__} is not a stock SegFormer; only those have uniform stages.")
 
+    # Search for widths, or take those that somebody has decided.
     if options.plan is None:
         widths: Mapping[str, int] = _search(prepared, scores, options)
     else:
@@ -56,15 +57,19 @@ def by_uniform_stages(prepared: Prepared, scores: Mapping[str, Scores], options:
     dense, model = prepared.dense, prepared.model
     assert isinstance(dense, SegFormer)
     assert isinstance(model, SegFormer)
+
+    # The meta device has shapes only, which is all that a spec is read from.
     with torch.device("meta"):
         network = SegFormer(model.spec)
     cut_channels(network, prepared.groups, plan)
     pruned = with_unfolded_head(read_spec(network))
 
+    # A plan from a file may break uniformity.
     problem = uniform_problem(pruned)
     if problem is not None:
         raise ValueError(f"The plan is not uniform, since {problem}; edit it, or leave out `uniform`.")
 
+    # Counted anew, since an unfolded head costs more than the folded one that was cut.
     shape = prepared.input_shape
     return replace(plan, removed=removed_shares(count(dense.spec, shape), count(pruned, shape)))
 
@@ -74,6 +79,7 @@ def _search(prepared: Prepared, scores: Mapping[str, Scores], options: PruneOpti
     space, search = start_search(prepared, scores, options)
     choice = search.descend(options.budgets)
 
+    # The budget furthest from being met decides.
     removed = search.removed(choice)
     unit = max(options.budgets, key=lambda unit: options.budgets[unit] - removed[unit])
     rate = options.budgets[unit]
@@ -91,9 +97,12 @@ def start_search(prepared: Prepared, scores: Mapping[str, Scores], options: Prun
     assert isinstance(dense, SegFormer)
     assert isinstance(model, SegFormer)
 
+    # The ranking has no prices in it: the search divides by the price of a whole step.
     ranked = rank_slots(groups, scores, count_products(prepared.rows, groups), options)
     losses = {group.name: own for group, own in zip(groups, ranked, strict=True)}
 
+    # Groups are those of the network to be cut.
+    # Shares are of the dense one, before folding.
     problem = Problem(model.spec, dense.spec, prepared.input_shape, groups, prepared.rows)
     space = Space(model.spec, groups, options)
     price = options.group_price
@@ -131,6 +140,7 @@ class Space:
         self._round_to = options.round_to
         self._slots = {group.name: group.slots for group in groups}
 
+        # The fewest slots that `max_rate` leaves. 1e-9 keeps rounding from adding one.
         limits = match(options.limits_by_name, groups, "max_rate")
         self._floors = {}
         for group in groups:
@@ -138,6 +148,8 @@ class Space:
             self._floors[group.name] = max(1, ceil(kept - 1e-9))
 
         self.stages = [self._stage_options(i, stage) for i, stage in enumerate(spec.stages)]
+
+        # The decode head may have any multiple of `round_to`, and its full width.
         dims = {*range(options.round_to, spec.decoder_dim, options.round_to), spec.decoder_dim}
         self.dims = sorted(dim for dim in dims if self._fits(HEAD, dim, spec.decoder_dim))
 
@@ -155,12 +167,14 @@ class Space:
                 "stages do not; prune without `uniform`."
             )
 
+        # Heads share the stage's width equally, so it is a multiple of their number.
         step = lcm(heads, self._round_to)
         full = stage.width - stage.width % heads
         narrowest_ffn = min(block.ffn_dim for block in stage.blocks)
 
         fitting = []
         for width in sorted({*range(step, full, step), full}):
+            # FFNs are `ratio` times as wide as the stage, and no block's may become wider.
             for ratio in range(1, narrowest_ffn // width + 1):
                 if all(self._fits(*entry) for entry in stage_widths(i, stage, width, ratio)):
                     fitting.append((width, ratio))
@@ -177,6 +191,7 @@ class Space:
 
     def widths(self, choice: Choice) -> dict[str, int]:
         """Returns the width of every free group, per part, in the groups' order."""
+        # Widths of everything first. Only groups that are free are returned.
         chosen = {HEAD: choice.decoder_dim}
         for i, (stage, (width, ratio)) in enumerate(zip(self.spec.stages, choice.stages, strict=True)):
             chosen |= {name: new for name, new, _ in stage_widths(i, stage, width, ratio)}
@@ -185,6 +200,8 @@ class Space:
     def steps(self, choice: Choice) -> Iterator[Choice]:
         """Yields every choice that is narrower in one place, with nothing in between."""
         for i, now in enumerate(choice.stages):
+            # Options are ordered only in part: one is narrower if neither the stage nor its
+            # FFNs grow. A step goes to those with no other option in between.
             narrower = [option for option in self.stages[i] if option != now and _is_within(option, now)]
             for option in narrower:
                 between = (other for other in narrower if other != option and _is_within(option, other))
@@ -238,6 +255,8 @@ class Search:
         self._problem, self._space, self._losses, self._price = problem, space, losses, price
         self._costs = {unit: Costs(problem.rows, problem.groups, unit) for unit in self._units}
         self._whole = count(problem.whole, problem.input_shape)
+
+        # The way down meets the same choices again and again.
         self._unfolding = cache(self._cost_of_unfolding)
         self.removed = cache(self._removed)
         self._loss = cache(self._sum_of_losses)
@@ -247,12 +266,16 @@ class Search:
         spec, shape = self._problem.spec, self._problem.input_shape
         if not spec.folded:
             return Counts(0, 0, shape)
+
+        # Everything but the decode head is the same in both, and cancels.
         folded = count(replace(spec, decoder_dim=dim), shape)
         whole = count(with_unfolded_head(replace(spec, decoder_dim=dim)), shape)
         return Counts(whole.parameters - folded.parameters, whole.macs - folded.macs, shape)
 
     def _removed(self, choice: Choice) -> Mapping[Any, float]:
         widths = np.array(list(self._space.widths(choice).values()), dtype=np.int64)
+
+        # The cut network as it is, plus what unfolding its head adds.
         params, macs = (int(self._costs[unit].total(widths)) for unit in self._units)
         more = self._unfolding(choice.decoder_dim)
         pruned = Counts(params + more.parameters, macs + more.macs, more.input_shape)
@@ -262,6 +285,8 @@ class Search:
         widths = self._space.widths(choice)
         total = 0.0
         for name, losses in self._losses.items():
+            # Losses ascend, so the first ones are removed. Divided by
+            # the number of slots, groups of any size can be compared.
             removed = len(losses) - widths[name]
             total += float(losses[:removed].sum()) / len(losses)
         return total
@@ -298,6 +323,7 @@ class Search:
         return choice
 
     def _nearest(self, starts: Sequence[Choice], shortfall: Callable[[Choice], float]) -> Choice:
+        # Each start, and everything that differs from one of them in one place.
         around = list(starts)
         for start in starts:
             around += self._space.changed(start)

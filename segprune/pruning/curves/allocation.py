@@ -32,10 +32,12 @@ def allocate(
     `allowed` has the widths that each group may take, ascending; `charge` is what channels cost when groups are
     compared, as a share of the network.
     """
+    # Each curve becomes a table over the widths that its group may take.
     options = [np.array(widths, dtype=np.int64) for widths in allowed]
     losses = [np.array([curve.at(int(w)) for w in ws]) for curve, ws in zip(curves, options, strict=True)]
 
-    # Bisection on the logarithm of the price; the dearest that still leaves something to remove.
+    # Bisection on the logarithm of the price, for the
+    # highest one at which something is still to be removed.
     low, high = 1e-9, 1e3
     widths = np.array([ws[-1] for ws in options], dtype=np.int64)
     for _ in range(50):
@@ -45,6 +47,8 @@ def allocate(
             low, widths = price, trial
         else:
             high = price
+
+        # Close enough: single steps spend the rest.
         if high / low < 1.03:
             break
     return _spend_rest(limits, losses, options, charge, widths)
@@ -59,9 +63,14 @@ def _settle(price: float, losses: list[Floats], options: list[Widths], charge: C
     """Returns the widths at which loss + price · cost is least in each group, given those of the others."""
     widths = np.array([ws[-1] for ws in options], dtype=np.int64)
     dims = charge.dims(widths)
+
+    # Coordinate descent: each group in turn takes its best
+    # width, given those of the others, until none moves.
     for _ in range(MAX_SWEEPS):
         before = widths.copy()
         for g, (loss, ws) in enumerate(zip(losses, options, strict=True)):
+            # The slope, cost per slot, is that at the
+            # present widths of the layers beside it.
             width = ws[int(np.argmin(loss + price * charge.slope(dims, g) * ws))]
             if width != widths[g]:
                 widths[g] = width
@@ -84,9 +93,12 @@ def _spend_rest(
                 continue
             narrower = widths.copy()
             narrower[g] = ws[i - 1]
+
+            # Loss per cost of this step. 1e-15 is for a step that saves nothing.
             saved = max(charge.slope(dims, g) * float(ws[i] - ws[i - 1]), 1e-15)
             steps.append(((loss[i - 1] - loss[i]) / saved, g, narrower))
 
+        # Prefer the cheapest step that does not overshoot. Where all do, land nearest.
         in_order = [narrower for *_, narrower in sorted(steps, key=lambda step: step[:2])]
         gentle = next((narrower for narrower in in_order if missing(limits, narrower) >= -AIM), None)
         if gentle is None:

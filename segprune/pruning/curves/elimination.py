@@ -31,12 +31,17 @@ def eliminate(covariance: Tensor, weight: Tensor, metric: Tensor, widths: list[i
     error · metric · error, `metric` q q. `damping` is a share of the mean variance, as in moments.py.
     """
     size = len(covariance)
+
+    # Ridge: a share of the mean variance on the
+    # diagonal. `tiny` is for channels that are all zero.
     damped = covariance.clone()
     damped.diagonal().add_(damping * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     current = weight.clone()
     order: list[int] = []
     lost = {size: torch.zeros_like(weight)} if size in widths else {}
+
+    # Remove down to each width in turn, and record there what the reader lacks.
     stops = sorted((width for width in widths if width < size), reverse=True)
     for stop in stops:
         while size - len(order) > stop:
@@ -50,7 +55,14 @@ def eliminate(covariance: Tensor, weight: Tensor, metric: Tensor, widths: list[i
 def _remove_block(inverse: Tensor, current: Tensor, metric: Tensor, removed: list[int], count: int) -> list[int]:
     """Removes `count` channels; `inverse` and `current` are updated in place at the end, once."""
     size = len(inverse)
+
+    # Each removal is an update of rank one. A block of them is kept
+    # as columns (p t) and readers (q t): the matrices are then
+    # inverse − columns @ columnsᵀ and current − readers @ columnsᵀ.
     columns, readers = inverse.new_zeros(size, count), current.new_zeros(len(current), count)
+
+    # Removing channel j adds the error (wᵀ metric
+    # w) / inverse[j, j], w its column of weights.
     weighted = metric @ current  # q p
     norms = (current * weighted).sum(0)
     pivots = inverse.diagonal().clone()
@@ -64,7 +76,8 @@ def _remove_block(inverse: Tensor, current: Tensor, metric: Tensor, removed: lis
         chosen.append(j)
         is_removed[j] = True
 
-        # Its column of the inverse and its weights, as the removals of this block have left them.
+        # Its column of the inverse and its weights, as
+        # the removals of this block have left them.
         column = inverse[:, j] - columns[:, :t] @ columns[j, :t]
         reader = current[:, j] - readers[:, :t] @ columns[j, :t]
         root = column[j].sqrt()
@@ -75,8 +88,12 @@ def _remove_block(inverse: Tensor, current: Tensor, metric: Tensor, removed: lis
         norms = norms - 2.0 * column * products + column.square() * (reader @ metric @ reader)
         pivots = pivots - column.square()
         columns[:, t], readers[:, t] = column, reader
+
+    # The whole block at once: one product of matrices in place of `count` outer products.
     inverse -= columns @ columns.T
     current -= readers @ columns.T
+
+    # Removed channels become exactly zero, without rounding, and a 1 that divides safely.
     inverse[:, chosen] = 0.0
     inverse[chosen] = 0.0
     inverse[chosen, chosen] = 1.0

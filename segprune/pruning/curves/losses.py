@@ -43,6 +43,9 @@ class Statistics:
             attention = model.get_submodule(place.layer)
             assert isinstance(attention, Attention)
             assert item.keys is not None
+
+            # The image's tokens by head, h N d. Softmax
+            # does not see what all keys have in common.
             q, k = (x[0].double().unflatten(1, (attention.num_heads, -1)).transpose(0, 1) for x in (item.x, item.keys))
             k = k - k.mean(1, keepdim=True)
             self.queries = _plus(self.queries, q.mT @ q)
@@ -53,6 +56,8 @@ class Statistics:
         x = item.x[0]
         x = x[:: max(1, len(x) // ROWS) | 1]
         self.moments.add(x, x[:, :0])
+
+        # Second moment of the gradient, C C: which errors at this place the logits feel.
         g = gradient[0].double()
         self.gradient = _plus(self.gradient, g.T @ g)
 
@@ -82,6 +87,9 @@ def work_out_losses(
     kind, first = places[0].kind, statistics[0]
     if kind == "channels":
         assert first.gradient is not None
+
+        # Channels are eliminated one by one, with
+        # the gradient's second moment as the metric.
         weight = _columns(model, places[0])
         result = eliminate(first.moments.covariances[0], weight, first.gradient, list(widths), damping)
         lost = torch.stack([result.lost[width] for width in widths])
@@ -90,15 +98,19 @@ def work_out_losses(
     if kind == "products":
         assert first.queries is not None
         assert first.keys is not None
+
+        # Queries and keys are truncated to fewer dimensions per head.
         maps = [_unmatched(first.queries, first.keys, width) for width in widths]
         return Losses([torch.stack(maps).float()])
 
     if kind == "values":
+        # Values keep fewer directions per head, as the repair shortens them.
         weight, covariance = _columns(model, places[0]), first.moments.covariances[0]
         kept = [_short_values(weight, covariance, group.parts, width) for width in widths]
         return Losses([_unread(weight, covariance, kept, damping)])
 
-    # A stream has one basis for all of its readers. LayerNorm takes the mean, so one channel less counts.
+    # A stream has one basis for all of its readers.
+    # LayerNorm takes the mean, so one channel less counts.
     basis = leading_directions(torch.stack([item.moments.products for item in statistics]).sum(0)).T
     full = torch.eye(group.slots).to(basis)
     kept = [full if width == group.slots else basis[: width - 1] for width in widths]
@@ -106,6 +118,8 @@ def work_out_losses(
     for place, item in zip(places, statistics, strict=True):
         norm = model.get_submodule(place.layer)
         assert isinstance(norm, nn.LayerNorm)
+
+        # The map to come near to is the LayerNorm's own gain, a diagonal matrix (C C).
         gain = norm.weight.detach().double().diag()
         lost_here.append(_unread(gain, item.moments.covariances[0], kept, damping))
     return Losses(lost_here)
@@ -119,6 +133,7 @@ def _columns(model: SegFormer, place: Place) -> Tensor:
 
 def _unread(weight: Tensor, covariance: Tensor, kept: Sequence[Tensor], damping: float) -> Tensor:
     """For each of `kept` (k p), weight (q p) less what the best reader of kept @ x says of it."""
+    # Least squares of weight @ x on rows @ x by the normal equations (k k), damped.
     ridge = damping * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
     maps = []
     for rows in kept:
@@ -138,8 +153,12 @@ def _short_values(weight: Tensor, covariance: Tensor, heads: int, rank: int) -> 
     dim = len(covariance) // heads
     if rank == dim:
         return torch.eye(heads * dim).to(covariance)
+
+    # Heads are shortened one by one, so only the covariance within each of them counts.
     blocks = covariance.unflatten(0, (heads, dim)).unflatten(2, (heads, dim))  # h d h d
     blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # h d d
+
+    # wᵀ w (d d) says how much each direction of a head's values matters to what reads it.
     products = weight.unflatten(1, (heads, dim)).transpose(0, 1)  # h q d
     _, second = nearest_products(products.mT @ products, blocks, rank)
     return torch.block_diag(*second.mT)
@@ -150,5 +169,8 @@ def _unmatched(queries: Tensor, keys: Tensor, rank: int) -> Tensor:
     heads, dim = queries.shape[:2]
     if rank == dim:
         return torch.zeros(heads * dim, heads * dim).to(queries)
+
+    # Short products are qᵀ first secondᵀ k, so keys
+    # meet the query second firstᵀ q. The rest is lost.
     first, second = nearest_products(queries, keys, rank)
     return torch.eye(heads * dim).to(queries) - torch.block_diag(*(second @ first.mT))

@@ -66,6 +66,9 @@ def measure_curves(
     places = find_places(model, groups)
     generator = torch.Generator().manual_seed(seed)
     images = [_crop(image, generator) for batch in batches for image in batch.split(1)]
+
+    # One in `UNSEEN` images is for the second pass.
+    # Where there are fewer, all serve for both.
     fitted = [image for i, image in enumerate(images) if (i + 1) % UNSEEN] if len(images) >= UNSEEN else images
     unseen = images[UNSEEN - 1 :: UNSEEN] if len(images) >= UNSEEN else images
     total = len(fitted) + len(unseen)
@@ -76,6 +79,7 @@ def measure_curves(
 
     steps = [_some(allowed) for allowed in widths]
     with eval_mode(model), torch.enable_grad(), tf32_products(False):
+        # First pass: moments of what passes at each place, and of the gradient there.
         statistics = {place: Statistics() for place in places}
         with watch(model, places) as passing:
             for i, image in enumerate(fitted):
@@ -85,6 +89,7 @@ def measure_curves(
                     statistics[place].add(model, place, item, gradients[place])
                 step(i + 1)
 
+        # What least squares cannot give back: a linear map per place and width.
         losses = []
         for g, group in enumerate(groups):
             here = [place for place in places if place.group == g]
@@ -93,6 +98,8 @@ def measure_curves(
         means = {place: statistics[place].moments.means[0] for place in places if place.kind != "products"}
         lost = _by_place(places, losses)
 
+        # Second pass, over other images: how far the errors of
+        # each width move the logits, along random directions.
         samples: list[list[Tensor]] = [[] for _ in groups]
         with watch(model, places) as passing:
             for i, image in enumerate(unseen):
@@ -104,6 +111,9 @@ def measure_curves(
                         x = item.x[0]
                         if place in means:
                             x = x - means[place].to(x.dtype)  # biases are free
+
+                        # The sum over positions of gradient · (lost @ x) is lost ·
+                        # (gradientᵀ x), so one product serves all widths.
                         product = gradients[place][0].T @ x  # out in
                         changes[place.group] += (lost[place] * product).sum((1, 2)).double().cpu()
                     for g, change in enumerate(changes):
@@ -139,6 +149,9 @@ def _by_place(places: Sequence[Place], losses: Sequence[Losses]) -> dict[Place, 
 
 def _curve(widths: Sequence[int], changes: Tensor, order: tuple[int, ...] | None) -> Curve:
     """`changes` (samples × widths) are those of one direction of the logits; a narrower group never loses less."""
+    # The mean of (Σ gradient · error)² / 2 estimates the divergence, see `probe_logits`.
     losses = 0.5 * changes.square().mean(0).numpy()
+
+    # Samples scatter: from the full width downwards a curve may only rise.
     falling = np.maximum.accumulate(losses[::-1])[::-1]
     return Curve(tuple(widths), tuple(float(loss) for loss in falling), order)

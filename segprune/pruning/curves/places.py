@@ -39,15 +39,20 @@ def find_places(model: SegFormer, groups: Sequence[Group]) -> list[Place]:
     places: list[Place] = []
     for g, group in enumerate(groups):
         if group.kind in ("ffn", "decoder", "branch", "v"):
+            # One layer reads such a group. Its columns are
+            # put in the order of the group's channels.
             (member,) = [member for member in group.members if member.side == "in"]
             positions = tuple(int(p) for p in member.positions[np.argsort(member.channels)])
             kind: Kind = "values" if group.kind == "v" else "channels"
             places.append(Place(g, kind, member.layer, positions))
         elif group.kind == "qk":
+            # Queries and keys are felt through their products alone.
             places.append(Place(g, "products", group.name.removesuffix(".qk")))
         elif group.kind == "reduction":
+            # The reduced map is read behind its LayerNorm, by keys and by values.
             places.append(Place(g, "stream", group.name.removesuffix("reduction") + "norm"))
         elif group.kind == "stage":
+            # A stage's width is felt at every LayerNorm that reads its residual stream.
             prefix = group.name.removesuffix(".width")
             stage = model.get_submodule(prefix)
             assert isinstance(stage, Stage)
@@ -105,6 +110,8 @@ def watch(model: SegFormer, places: Sequence[Place]) -> Iterator[dict[Place, Pas
     try:
         for place in places:
             module = model.get_submodule(place.layer)
+
+            # Of an attention its queries and its keys are watched: two layers.
             if isinstance(module, Attention):
                 hooks.append(module.q.register_forward_hook(partial(keep_queries, place.layer)))
                 module = module.k
@@ -121,11 +128,13 @@ def probe_logits(logits: Tensor, passing: dict[Place, Passing], generator: torch
     For a small error e at a place, (Σ gradient · e)² / 2 is on average over directions the Kullback-Leibler divergence
     per pixel that it causes: directions have the covariance diag(p) − p pᵀ, the divergence's second derivative.
     """
+    # Per pixel √p · noise, less p times its sum, has the covariance diag(p) − p pᵀ.
     p = logits.detach().softmax(1)
     noise = torch.randn(p.shape, generator=generator).to(p)
     scaled = noise * p.sqrt()
     direction = scaled - p * scaled.sum(1, keepdim=True)
 
+    # Over the root of the number of pixels, so that the square is per pixel.
     area = logits.shape[2] * logits.shape[3]
     total = (direction * logits).sum() / area**0.5
     gradients = torch.autograd.grad(total, [item.y for item in passing.values()], retain_graph=True)

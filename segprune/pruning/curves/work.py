@@ -27,11 +27,15 @@ def time_costs(layers: Sequence[Layer], groups: Sequence[Group]) -> Costs:
     for i, layer in enumerate(layers):
         if layer.kind == "attention":
             continue
+
+        # Row 1 is the price of an input channel, row 2 that of an output channel.
         coefficients[:, i] = layer.coefficients("macs")
         if layer.kind == "product":
             coefficients[2, i] += WRITE * layer.positions
         elif layer.kind == "depthwise":
             coefficients[2, i] += HIDDEN * layer.positions
+
+        # The classifier's inputs are as many as the channels of the decode head's sum.
         if layer.name.endswith("classifier"):
             coefficients[1, i] += FUSED * layer.positions
     return Costs(layers, groups, "macs", coefficients=coefficients)

@@ -44,6 +44,8 @@ class LatencyCosts:
         input_shape: tuple[int, int],
         progress: Progress | None = None,
     ) -> None:
+        # Widths follow from the groups as in every other
+        # cost. Only the price of a width is measured.
         rows = layers(spec, input_shape)
         self._sides = Costs(rows, groups, "macs")
         self.groups, self.full = groups, self._sides.full
@@ -61,15 +63,19 @@ class LatencyCosts:
             if narrowest[1, i] < row.out_dim:
                 movable.add((row.name, 1))
 
+        # A width that cannot change needs a single measured point.
         axes = [_axes(step, movable) for step in all_steps]
         self._measure(all_steps, axes, progress)
 
     def total(self, widths: Widths) -> float:
         """Returns the predicted ms; 0 < widths <= full."""
+        # The 1 behind all widths and all groups is for steps without
+        # a second width or without heads, see `_find_widths`.
         dims = np.append(self._sides.dims(widths), 1.0)
         head_shares = np.append(widths / self.full, 1.0)[self._head_group]
 
-        # The wider one counts where a step has two widths for its first: queries and values of attention, per head.
+        # The wider one counts where a step has two widths for
+        # its first: queries and values of attention, per head.
         first = np.maximum(dims[self._first], dims[self._other]) / (self._num_heads * head_shares)
         times_ms = _interpolate(self._grid, self._times_ms, first, dims[self._second])
         return float((head_shares * times_ms).sum())
@@ -80,6 +86,7 @@ class LatencyCosts:
         `_second` points at that 1 where a step has one width alone. `_head_group` points at the group of whole heads
         of an attention, and at a 1 behind all groups for every other step.
         """
+        # Inputs of all layers first, then outputs, as `Costs.dims` (2 L) lies in memory.
         place: dict[Side, int] = {}
         for i, name in enumerate(names):
             place[name, 0] = i
@@ -89,6 +96,8 @@ class LatencyCosts:
         }
         one, no_group = 2 * len(names), len(self.groups)
 
+        # A row per step: first width, its alternative,
+        # second width, heads, group of the heads.
         columns = []
         for step in all_steps:
             first, last = place[step.sides[0]], place[step.sides[-1]]
@@ -105,6 +114,7 @@ class LatencyCosts:
 
     def _measure(self, all_steps: Sequence[Step], axes: Sequence[Axes], progress: Progress | None) -> None:
         """Sets `_grid` (S 2 P), the widths of every step at which it was measured, and `_times_ms` there (S P P)."""
+        # Ask for all shapes together, so that they are measured in turns.
         shapes = [_shapes_on_grid(step.shape, pair) for step, pair in zip(all_steps, axes, strict=True)]
         self.table.require(chain.from_iterable(shapes), progress)
 
@@ -119,6 +129,7 @@ class LatencyCosts:
             times_ms = np.maximum.accumulate(times_ms, axis=0)
             times_ms = np.maximum.accumulate(times_ms, axis=1)
 
+            # The last value is repeated up to P points, so that one array holds all steps.
             missing = [(0, NUM_POINTS - size) for size in times_ms.shape]
             self._times_ms[i] = np.pad(times_ms, missing, mode="edge")
 
@@ -164,6 +175,9 @@ def _padded(axis: tuple[int, ...]) -> list[int]:
 def _interpolate(grid: Floats, values: Floats, x: Floats, y: Floats) -> Floats:
     """Returns the value at (x, y) of each of S surfaces (grid S 2 P, values S P P); outside the grid its rim's."""
     every = np.arange(len(x))
+
+    # Bilinear: the cell that holds (x, y), and how
+    # far along each of its sides the point lies.
     i, x_share = _find_cell(grid[:, 0], x)
     j, y_share = _find_cell(grid[:, 1], y)
 

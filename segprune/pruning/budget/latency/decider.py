@@ -44,17 +44,25 @@ def by_latency(
         )
     assert isinstance(model, SegFormer)
 
+    # The latency of any widths is predicted from
+    # measured steps, without building a network.
     table = table or LatencyTable(next(model.parameters()).device)
     costs = LatencyCosts(model.spec, prepared.groups, table, prepared.input_shape, progress=progress)
     weights = loss_weights(prepared.rows, prepared.groups, next(iter(options.budgets)), options.group_price)
     if solver is None:
         solver = partial(solve, groups=prepared.groups, scores=scores, weights=weights, options=options)
+
+    # Each try leaves its plan here. The one that `meet` accepts is the last.
     plans: list[Plan] = []
 
     with eval_mode(dense):
+        # Predicted and measured ms differ, so the dense
+        # network is first put on the scale of predictions.
         dense_ms = dense_in_predicted_ms(dense, model, costs)
 
         def prune_for(target_ms: float) -> tuple[nn.Module, float]:
+            # Other budgets remain as they are. Only
+            # the latency is corrected from try to try.
             rates = options.budgets | {"latency": 1.0 - target_ms / dense_ms}
             limits = []
             for unit, rate in rates.items():

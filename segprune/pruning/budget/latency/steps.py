@@ -66,10 +66,15 @@ def steps(spec: Spec, input_shape: tuple[int, int], batch: int = 1) -> list[Step
     height, width = input_shape
     for i, stage in enumerate(spec.stages):
         prefix = stage_name(i)
+
+        # The patch embedding: from the map before to one that is smaller by the stride.
         sizes = (batch, height, width, stage.kernel_size, stage.stride)
         all_steps.append(_product(rows, "embed", sizes, f"{prefix}.patch_embed.proj"))
+
+        # The padding is half the kernel, so sizes are divided and rounded up.
         height, width = -(-height // stage.stride), -(-width // stage.stride)
 
+        # A branch that was removed has no rows, and takes no time.
         for j, block in enumerate(stage.blocks):
             name = block_name(i, j)
             if f"{name}.attn" in rows:
@@ -91,16 +96,19 @@ def _attention_steps(
     reduced = rows[attn].kernel  # the number of keys and values
     yield _plain(rows, "norm", (batch, area), f"{name}.norm1")
 
+    # Keys and values read a smaller map where the stage reduces it.
     if f"{attn}.sr" in rows:
         yield _product(rows, "reduction", (*size, stage.reduction_ratio), f"{attn}.sr")
     yield _product(rows, "linear", (batch, area), f"{attn}.q")
     yield _product(rows, "linear", (batch, reduced), f"{attn}.k")
     yield _product(rows, "linear", (batch, reduced), f"{attn}.v")
 
-    # The wider of queries and values decides: where torch has no kernel for both, the narrower one is filled up.
+    # The wider of queries and values decides: where torch
+    # has no kernel for both, the narrower one is filled up.
     head_dim = max(rows[attn].in_dim, rows[attn].out_dim) // num_heads
     yield Step(Shape("attention", (batch, num_heads, area, reduced), (head_dim,)), ((attn, 0), (attn, 1)))
 
+    # The output product, then the residual addition.
     yield _product(rows, "linear", (batch, area), f"{attn}.proj")
     yield _plain(rows, "add", (batch, area), f"{attn}.proj")
 
@@ -109,6 +117,8 @@ def _ffn_steps(rows: Mapping[str, Layer], name: str, size: tuple[int, int, int],
     flat = (size[0], size[1] * size[2])
     yield _plain(rows, "norm", flat, f"{name}.norm2")
     yield _product(rows, "linear", flat, f"{name}.mlp.fc1")
+
+    # The GELU is timed together with the convolution, which has the same width.
     yield _plain(rows, "depthwise", (*size, int(tanh)), f"{name}.mlp.dwconv")
     yield _product(rows, "linear", flat, f"{name}.mlp.fc2")
     yield _plain(rows, "add", flat, f"{name}.mlp.fc2")
@@ -118,7 +128,8 @@ def _head_steps(rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: t
     batch, height, width = whole[0], *maps[0]
     concatenated = "decode_head.fuse" in rows
 
-    # Each stage's branch at its own size, then upsampled to that of the first and added to the others.
+    # Each stage's branch at its own size, then upsampled
+    # to that of the first and added to the others.
     for i, (h, w) in enumerate(maps):
         last = f"decode_head.branches.{i}"
         yield _product(rows, "linear", (batch, h * w), last)
@@ -132,11 +143,13 @@ def _head_steps(rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: t
         if i > 0 and not concatenated:
             yield _plain(rows, "sum", (batch, height * width), last)
 
+    # As published: one product over the four maps side by side, at the first one's size.
     if concatenated:
         fuse = rows["decode_head.fuse"]
         yield Step(Shape("concat", (batch, height, width), (fuse.in_dim,)), ((fuse.name, 0),))
         yield _product(rows, "pointwise", (batch, height, width), fuse.name)
 
+    # BatchNorm with ReLU, the classifier, and the upsampling to the image's size.
     yield _plain(rows, "activation", (batch, height, width), "decode_head.norm")
     yield _product(rows, "pointwise", (batch, height, width), "decode_head.classifier")
     yield _plain(rows, "upsample", (batch, height, width, *whole[1:]), "decode_head.classifier")
@@ -171,6 +184,7 @@ class Place:
         return to_map(self.ones((batch, height * width), dim), height, width)
 
     def module(self, build: Callable[[], nn.Module]) -> nn.Module:
+        # Built without memory or random numbers, then filled with ones.
         with torch.device("meta"):
             module = build()
 
@@ -191,6 +205,8 @@ def build_step(shape: Shape, place: Place) -> Runner:
 def _embed(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
     batch, height, width, kernel, stride = sizes
     module = place.module(lambda: PatchEmbed(dims[0], StageSpec(dims[1], kernel, stride, 1, ()), 1e-5))
+
+    # Images lie as B 3 H W in memory, the maps between stages channels-last.
     x = place.ones((batch, 3, height), width) if dims[0] == 3 else place.map((batch, height, width), dims[0])
     return lambda: module(x)[0]
 
@@ -214,6 +230,8 @@ def _reduction(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> R
 def _attention(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
     batch, num_heads, area, reduced = sizes
     q, k, v = (place.ones((batch, n), num_heads * dims[0]) for n in (area, reduced, reduced))
+
+    # Any scale takes the same time.
     return lambda: attend(q, k, v, num_heads, 0.1)
 
 
@@ -230,6 +248,8 @@ def _add(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
 
 def _sum(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
     x, y = place.ones(sizes, dims[0]), place.ones(sizes, dims[0])
+
+    # In place, as the decode head adds its maps.
     return lambda: x.add_(y)
 
 
@@ -239,6 +259,7 @@ def _upsample(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Ru
 
 
 def _concat(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    # Only the total width is part of the shape, so the four maps take equal parts.
     maps = [place.map(sizes, max(1, dims[0] // 4)) for _ in range(4)]
     return lambda: torch.cat(maps, dim=1)
 

@@ -48,6 +48,8 @@ class LatencyTable:
         self._measure = measure_shapes if measure is None else measure
 
         on_gpu = self.place.device.type == "cuda"
+
+        # All that times depend on beside the shape. A file with another header is not used.
         self._header = {
             "format": FORMAT,
             "device": _device_name(self.place.device),
@@ -57,6 +59,7 @@ class LatencyTable:
             "torch": torch.__version__,
         }
 
+        # The same words name the file, so that several machines can share a folder.
         words = [str(value) for value in self._header.values() if value is not None]
         name = re.sub(r"[^\w.+]+", "-", "-".join(words))
         self.path = None if folder is None else Path(folder) / f"latency-{name}.json"
@@ -68,6 +71,7 @@ class LatencyTable:
         Raises OSError, before anything is measured, if it cannot be written. `progress` is given how many timings are
         done, and of how many.
         """
+        # Sorted, so that the order of measuring does not depend on hashes.
         missing = sorted({shape for shape in shapes if str(shape) not in self._times}, key=str)
         if not missing:
             return
@@ -117,6 +121,7 @@ def measure_shapes(shapes: Sequence[Shape], place: Place, progress: Progress | N
             progress=progress,
         )
 
+    # The first round only warms up.
     return [statistics.median(times_ms[1:]) for times_ms in rows]
 
 
@@ -133,6 +138,8 @@ def _device_name(device: torch.device) -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
+
+    # Linux names the processor in this file. Elsewhere the platform module has to do.
     line = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     name = line[1] if line else platform.processor() or platform.machine()
     return f"{device.type} {name}"
@@ -143,6 +150,8 @@ def _read(path: Path, header: dict[str, Any]) -> dict[str, float]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         times = data.pop("times_ms")
+
+        # A time that is no positive number would spoil every prediction made with it.
         good = all(type(ms) is float and math.isfinite(ms) and ms > 0 for ms in times.values())
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}

@@ -57,12 +57,15 @@ def meet(
             f"The latency asked for is {target_share:g} of the dense network's; give a share between 0 and 1."
         )
 
+    # The first try trusts the prediction. Later ones are corrected by what was measured.
     target_ms = target_share * dense_ms
     tried: list[Met] = []
     while len(tried) < MAX_TRIES:
         try:
             network, predicted_ms = prune(target_ms)
         except ValueError as error:
+            # Out of reach from the start: the solver says
+            # it best. Later, report what was reached.
             if not tried:
                 raise
             raise ValueError(_refusal(target_share, tried)) from error
