@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 import segprune
 from segprune import SegFormer
 from segprune.data import open_source, write_shapes
-from segprune.export import open_exported
+from segprune.export import Limits, open_exported
 from segprune.inference.evaluate import EvalMode
 from segprune.inference.evaluate import evaluate as score_samples
 from segprune.spec import standard_spec
@@ -135,3 +135,12 @@ def test_an_exported_network_is_compared_with_images_and_scored(dense: Path, dat
     assert (manifest.num_classes, difference.num_images) == (8, 3)
     runtime = open_exported(path)
     assert segprune.evaluate(runtime, data, **TINY) == segprune.evaluate(model, data, **TINY)
+
+
+def test_an_exported_file_beyond_the_limits_is_not_kept(dense: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b0.torchscript"
+    with pytest.raises(ValueError, match="at most -1 and at least 100 % were allowed"):
+        segprune.export_model(
+            segprune.load(dense), path, format="torchscript", input_shape=SIZE, limits=Limits(-1.0, 1.0)
+        )
+    assert not path.exists()

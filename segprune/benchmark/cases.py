@@ -73,6 +73,7 @@ def grid(
     package is missing.
     """
     _check_numbers(sizes, batch_sizes, threads)
+    # Refuse unknown words before files are opened, which takes a while.
     for runtime in runtimes:
         if runtime not in RUNTIMES:
             raise ValueError(f"`runtimes` has {runtime}, which is unknown; choose from {', '.join(RUNTIMES)}.")
@@ -84,19 +85,23 @@ def grid(
 
     cases = []
     for path in paths:
+        # An exported file fixes its runtime and precision; a checkpoint runs in all.
         if is_exported(path):
             ways = [_way_of_exported(path, runtimes, sizes, batch_sizes)]
         else:
             ways = list(product(runtimes or ("torch",), dtypes))
             _check_ways(ways)
 
+        # Without this, rows of the CPU would stand among those of the GPU.
         cpu_only = sorted({runtime for runtime, _ in ways} - set(LIVE))
         if device != "cpu" and cpu_only:
             raise ValueError(f"{cpu_only[0]} runs on the CPU only; leave it out, or measure it without the GPU.")
 
+        # Folding is done while exporting, so the option is for live networks alone.
         for (runtime, dtype), size, batch, number in product(ways, sizes, batch_sizes, threads):
             cases.append(Case(path, runtime, dtype, size, batch, number, device, fold and runtime in LIVE, path))
 
+    # An option without effect would let the user believe in a comparison.
     if fold and not any(case.fold for case in cases):
         raise ValueError("`fold` has no effect here, since what is exported is folded; leave it out.")
     return cases
@@ -113,6 +118,7 @@ def _check_numbers(sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int],
 def _check_ways(ways: Sequence[tuple[str, str]]) -> None:
     """Refuses a runtime that is not installed or does not compute in that dtype."""
     for runtime, dtype in ways:
+        # A missing package is reported now and not after minutes of measuring.
         if runtime in PACKAGE_OF:
             require(PACKAGE_OF[runtime], f"Running in {runtime}")
         if dtype not in RUNTIMES[runtime]:
@@ -126,12 +132,14 @@ def _way_of_exported(
     path: str, runtimes: Sequence[str], sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int]
 ) -> tuple[str, str]:
     """Returns the one runtime and dtype of the file."""
+    # The file itself says what it is; its name may say anything.
     manifest = open_exported(path).manifest
     runtime = RUNTIME_OF[manifest.format]
     if runtimes and runtime not in runtimes:
         raise ValueError(
             f"{path} runs in {runtime} alone, which is not among `runtimes`; add it, or leave out the file."
         )
+    # A file of one size cannot run at any other one on the list.
     for size, batch in product(sizes, batch_sizes):
         _check_input_of_exported(path, manifest, size, batch)
     return runtime, manifest.precision
@@ -144,6 +152,7 @@ def _check_input_of_exported(path: str, manifest: Manifest, size: tuple[int, int
                 f"{path} takes images of {MIN_DYNAMIC} pixels a side and more, got {size[0]}×{size[1]}; "
                 "give larger `sizes`."
             )
+    # Running other batches piece by piece would not be what was asked to measure.
     elif manifest.shape != (batch, *size):
         own, height, width = manifest.shape
         raise ValueError(
@@ -159,6 +168,7 @@ def export_cases(
     written: dict[Case, str] = {}
     ready = []
     for done, case in enumerate(cases):
+        # Exporting can take a minute per file, so say which one is being written.
         if progress is not None:
             progress(done, len(cases), case.text)
         if case.runtime in LIVE or case.is_exported:
@@ -174,6 +184,7 @@ def export_cases(
 
 
 def _export(case: Case, folder: Path) -> Path:
+    # All other dtypes are refused for these runtimes.
     format = FORMAT_OF[case.runtime]
     precision: Precision = "fp16" if case.dtype == "fp16" else "fp32"
     path = folder / f"network{FORMATS[format].suffix}"

@@ -26,6 +26,7 @@ def peak_memory(case: Case) -> int | None:
     if case.device == "cpu" and not STATUS.exists():
         return None
 
+    # A new process for each case: memory that was freed here would count as there already.
     context = multiprocessing.get_context("spawn")  # a fork would begin with all that is here
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
@@ -38,11 +39,13 @@ def peak_memory(case: Case) -> int | None:
 
 def _measure(case: Case) -> int:
     if case.device != "cpu":
+        # On a GPU the allocator's count is exact: one pass after the warm-up is enough.
         opened = open_case(case)
         torch.cuda.reset_peak_memory_stats()
         opened.run()
         return torch.cuda.max_memory_allocated()
 
+    # Load the runtime's library first, since its code is not what is measured.
     if case.runtime in PACKAGE_OF:
         require(PACKAGE_OF[case.runtime], "Measuring it")
     before = _resident("VmRSS")
@@ -57,5 +60,6 @@ def _measure(case: Case) -> int:
 
 def _resident(field: str) -> int:
     """Returns bytes of resident memory, VmRSS now or VmHWM at its peak; see proc(5)."""
+    # Lines read "VmRSS:    1234 kB".
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
     return int(lines[field].split()[0]) * 1024

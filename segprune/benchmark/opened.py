@@ -43,9 +43,11 @@ def open_case(case: Case) -> Opened:
 
     Raises ValueError where the runtime cannot run it.
     """
+    # Runtimes take the number of threads when the file is opened.
     _set_globals(case)
     opened = _open_live(case) if case.runtime in LIVE else _open_exported(case)
 
+    # Warm up here, so that a runtime that cannot run is refused before the rounds.
     try:
         for _ in range(WARM_UP):
             opened.run()
@@ -64,9 +66,11 @@ def _set_globals(case: Case) -> None:
 
 def _open_live(case: Case) -> Opened:
     model, dtype = checkpoint.load(case.file), DTYPE_OF[case.dtype]
+    # Fold in float32 and cast afterwards, so that rounding happens once.
     if case.fold:
         model = fold_for_inference(model)
     model = model.to(case.device, dtype)
+    # Compiling begins at the first call, which is part of the warm-up.
     network: Callable[[Tensor], Tensor] = model if case.runtime == "torch" else _compile(model)
     x = _noise(case).to(case.device, dtype)
 
@@ -79,6 +83,7 @@ def _open_live(case: Case) -> Opened:
         return network(x)
 
     name = f"PyTorch {torch.__version__}" + (", compiled" if case.runtime == "compile" else "")
+    # Those of the network as it runs, folded or not.
     macs = count(model.spec, case.size).macs
     return Opened(case, name, model.spec.num_classes, macs, predict, run)
 
@@ -92,6 +97,7 @@ def _compile(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         return model(x)
 
+    # A copy of the code object, so that the limit per object is not reached.
     own = FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
     return torch.compile(own, fullgraph=True, dynamic=False)
 
@@ -99,6 +105,7 @@ def _compile(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 def _open_exported(case: Case) -> Opened:
     runtime = open_exported(case.file)
     manifest, x = runtime.manifest, _noise(case)
+    # Noise with about the spread of pixels, as the file takes uint8.
     if manifest.preprocess:
         x = (x.permute(0, 2, 3, 1) * 64 + 128).clamp(0, 255).to(torch.uint8)  # B 3 H W -> B H W 3
     x = x.contiguous()
@@ -108,4 +115,5 @@ def _open_exported(case: Case) -> Opened:
 
 
 def _noise(case: Case) -> Tensor:
+    # Seeded, so that all cases of one size run on the same numbers.
     return torch.randn(case.batch, 3, *case.size, generator=torch.Generator().manual_seed(0))

@@ -39,6 +39,7 @@ def measure(
 
     All cases stay open at once. On a GPU the passes are replayed as CUDA graphs.
     """
+    # All cases run in turns, so that heat and other programs slow all of them alike.
     device = torch.device(opened[0].case.device)
     passes = [Pass(one.run, one.get_ready) for one in opened]
 
@@ -48,6 +49,7 @@ def measure(
         condition: matrix_product(device, DTYPE_OF[one.case.dtype] if device.type == "cuda" else torch.float32)
         for condition, one in first_of.items()
     }
+    # The products are passes like the rest, so the peak is measured in the same conditions.
     passes += [Pass(run, first_of[condition].get_ready) for condition, (run, _) in products.items()]
 
     times = time_passes(passes, device, max_rounds=max_rounds, max_seconds=max_seconds, settle=True, progress=progress)
@@ -56,6 +58,7 @@ def measure(
         for (condition, (_, macs)), row in zip(products.items(), times[len(opened) :], strict=True)
     }
 
+    # The times of the products come last and were used for the peaks.
     rows: list[Row] = []
     for one, row in zip(opened, times, strict=False):
         case = one.case
@@ -67,6 +70,7 @@ def measure(
             device=device,
             eager_times_ms=row.eager_times_ms,
         )
+        # Images per second from the median, which a few slow passes do not move.
         speed = case.batch / latency.median_ms * 1e3
         gmacs = None if one.macs is None else one.macs * speed / 1e9
         share = None if gmacs is None else gmacs / peaks[case.condition]

@@ -80,7 +80,9 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(run, eval_str=True).parameters
     records = {name: parameter.annotation for name, parameter in signature.items() if name != "given"}
     assert all(map(is_dataclass, records.values())), f"{run} takes something that is no record"
-    parameters = [parameter for record in records.values() for parameter in _parameters_of(record)]
+    parameters: list[inspect.Parameter] = []
+    for record in records.values():
+        parameters.extend(_parameters_of(record))
 
     def body(context: typer.Context, **flags: Any) -> None:
         # Messages of the library name arguments; this says which flag each one is.

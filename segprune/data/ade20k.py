@@ -27,10 +27,13 @@ def find_root(folder: Path, named: bool = False) -> Path | None:
     Raises ValueError for a folder that has ADE20K's folders, but neither its name nor its list of objects: nothing
     there tells whether the labels have to be shifted.
     """
+    # The archive unpacks into a folder of its own name, so its parent is accepted too.
     for root in (folder, folder / "ADEChallengeData2016"):
+        # Only the training folders are asked for: the layout is clear without validation.
         if not all((root / kind / "training").is_dir() for kind in ("images", "annotations")):
             continue
 
+        # Plain folders look the same, and there 0 is a class; something must say ADE20K.
         if named or (root / _INFO).is_file() or root.name.startswith("ADEChallengeData"):
             return root
         raise ValueError(
@@ -48,16 +51,19 @@ def open_root(root: Path) -> Source:
 
 def _read_class_names(path: Path) -> tuple[str, ...]:
     """Returns the first synonym of each row's last column; () without the list. Rows stand in order of the classes."""
+    # The names are a convenience; a set without its list can still be trained on.
     if not path.is_file():
         return ()
 
     rows = [line.split("\t") for line in read_lines(path) if line.strip()]
+    # The heading has no number in its first column.
     return tuple(row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit())
 
 
 def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
     images = find_subfolder(root / "images", list_aliases(split))
     masks = find_subfolder(root / "annotations", list_aliases(split))
+    # Both must be there: with one alone the other's files would all count as missing.
     if images is None or masks is None:
         raise MissingSplitError(
             f"{root} has no {split} split in both images and annotations; download ADEChallengeData2016 again, or give "

@@ -42,9 +42,11 @@ _VIDEOS = re.compile(r"(0001TP|0006R0|0016E5|Seq05VD)_")
 def find_root(folder: Path, named: bool = False) -> Path | None:
     """Returns the folder itself, or a CamVid folder in it; `named` says that the user called it CamVid."""
     for root in (folder, folder / "CamVid", folder / "camvid"):
+        # One complete split is enough; people often leave the test images out.
         for split in ALIASES:
             if not (root / split).is_dir() or not (root / f"{split}annot").is_dir():
                 continue
+            # Many sets have train and trainannot, but only CamVid has these videos.
             first = find_first_file(root / split, IMAGE_EXTENSIONS)
             if named or (first is not None and _VIDEOS.match(Path(first).name)):
                 return root
@@ -59,10 +61,12 @@ def open_root(root: Path) -> Source:
 
 
 def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
+    # The list decides where there is one; its paths are found by their endings.
     if (root / f"{split}.txt").is_file():
         pairs = lists.list_split(root / f"{split}.txt", ClassTable(), split)
         return tuple(Pair(pair.name, pair.image, pair.mask, VOID_IGNORED) for pair in pairs)
 
+    # Without a list the folders are paired by name.
     if not (root / split).is_dir():
         raise MissingSplitError(f"{root} has no {split} split; give one of train, val and test, or add its folders.")
     return pair_folders(str(root / split), str(root / f"{split}annot"), table=VOID_IGNORED)

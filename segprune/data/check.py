@@ -67,10 +67,12 @@ def check_labels(
     if not 1 <= num_classes <= IGNORE_INDEX:
         raise ValueError(f"`num_classes` is {num_classes}, where 1..{IGNORE_INDEX} is allowed; label 255 is ignored.")
 
+    # List every split first, so that a missing one is reported before anything is read.
     samples = {split: source.split(split) for split in splits}
     total = sum(len(pairs) for pairs in samples.values())
     tally = _Tally(num_classes, trained)
 
+    # Read on after a mistake: the message counts all the files that have it.
     done = 0
     for split, pairs in samples.items():
         tally.counts[split] = np.zeros(256, dtype=np.int64)
@@ -86,9 +88,11 @@ def check_labels(
         raise ValueError(f"{message.removesuffix('.')} ({tally.num_bad[kind]} of {total} files {kind}).")
 
     counts = np.sum(list(tally.counts.values()), axis=0)
+    # A layout that renumbers its labels defines them, so these mistakes cannot occur.
     if source.own_numbering:
         _check_binary(samples[splits[0]], tally.counts[splits[0]], num_classes)
         _check_first_label(counts, num_classes)
+    # A split of ignored pixels alone gives a loss of NaN and no score.
     for split, pairs in samples.items():
         if not tally.counts[split][:num_classes].any():
             raise ValueError(
@@ -96,6 +100,7 @@ def check_labels(
                 "`num_classes`), so that nothing can be learnt or scored; correct the masks, or use another split."
             )
 
+    # Classes are learnt from the first split, so only their absence there matters.
     absent = np.flatnonzero(tally.counts[splits[0]][:num_classes] == 0)
     return LabelReport(
         num_images={split: len(pairs) for split, pairs in samples.items()},
@@ -108,6 +113,7 @@ def check_labels(
 
 def _inspect(pair: Pair, split: str, tally: _Tally, source: Source) -> None:
     """Adds what one pair holds, and what is wrong with it, to the tally."""
+    # Without a mask there is nothing to count or to compare, so the pair ends here.
     try:
         mask = pair.load_labels()
     except ValueError as error:
@@ -127,12 +133,14 @@ def _inspect(pair: Pair, split: str, tally: _Tally, source: Source) -> None:
     if size != mask.shape and not fits_upright:
         tally.add("have a mask of another size", describe_unequal(pair.image, pair.mask, size, mask.shape))
 
+    # A byte has 256 values; counting them all shows unexpected labels as well.
     counts = np.bincount(mask.reshape(-1), minlength=256)
     tally.counts[split] += counts
     num_classes = tally.num_classes
     if num_classes != IGNORE_INDEX and counts[num_classes]:
         tally.num_masks_at_limit += 1
 
+    # The label num_classes is let through: it is ignored, and a note says so.
     wrong = [label for label in np.flatnonzero(counts).tolist() if num_classes < label < IGNORE_INDEX]
     if wrong:
         tally.add("have such labels", _describe_labels(pair.mask, wrong, tally, source))
@@ -140,11 +148,13 @@ def _inspect(pair: Pair, split: str, tally: _Tally, source: Source) -> None:
 
 def _describe_labels(mask: Location, wrong: list[int], tally: _Tally, source: Source) -> str:
     """Returns the message for a mask with labels that are out of range."""
+    # A coloured mask read as numbers can hold hundreds of labels; name a few.
     labels = ", ".join(map(str, wrong[:_MAX_LABELS_NAMED]))
     if len(wrong) > _MAX_LABELS_NAMED:
         labels += ", …"
 
     numbering = "" if source.own_numbering else f" (as the layout {source.layout} numbers them)"
+    # The classes of a trained network are fixed, so the masks have to change.
     remedy = "raise `num_classes` or relabel the masks"
     if tally.trained:
         remedy = "relabel the masks, or give a network that was trained for these classes"
@@ -157,9 +167,11 @@ def _describe_labels(mask: Location, wrong: list[int], tally: _Tally, source: So
 
 def _check_binary(pairs: tuple[Pair, ...], counts: npt.NDArray[np.int64], num_classes: int) -> None:
     """Raises ValueError if a split holds nothing but 0 and 255: then the object was painted 255, which is ignored."""
+    # With a single class, 0 and 255 is what a correct mask holds.
     if num_classes < 2 or not counts[IGNORE_INDEX] or counts[1:IGNORE_INDEX].any():
         return
 
+    # Read the masks again, since the counts do not say which of them hold 255.
     holders = [pair.mask for pair in pairs if (pair.load_labels() == IGNORE_INDEX).any()]
     raise ValueError(
         f"Mask {holders[0]} and all others hold only 0 and 255, where the pixel value must be the class and "
@@ -169,6 +181,7 @@ def _check_binary(pairs: tuple[Pair, ...], counts: npt.NDArray[np.int64], num_cl
 
 def _check_first_label(counts: npt.NDArray[np.int64], num_classes: int) -> None:
     """Raises ValueError if the classes are numbered from 1: no mask holds 0, and some hold the label num_classes."""
+    # One 0 anywhere shows that counting starts there.
     if num_classes < 2 or num_classes == IGNORE_INDEX or counts[0] or not counts[num_classes]:
         return
 
@@ -190,6 +203,7 @@ def _write_notes(tally: _Tally, counts: npt.NDArray[np.int64], absent: list[int]
 
     # Some scripts paint borders with the first free number.
     if tally.num_masks_at_limit:
+        # The share tells a stray pixel from a whole class that would be lost.
         share = 100 * counts[num_classes] / counts.sum()
         remedy = f"num_classes must be {num_classes + 1}"
         if tally.trained:

@@ -65,6 +65,7 @@ def open_root(root: Path) -> Source:
 
 
 def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
+    # The official folders have one more level, the city, below each split.
     image_folder, mask_folder = root / "leftImg8bit" / split, root / "gtFine" / split
     images = _list_by_key(image_folder, _IMAGE)
     if not images:
@@ -85,6 +86,7 @@ def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
             f"{mask_folder} holds no CITY/*{_MASK}labelIds.png; unpack gtFine_trainvaltest.zip into {root}."
         )
 
+    # Sort by city and name, so that the order does not depend on the file system.
     keys = sorted(images)
     check_present(keys, masks, str(mask_folder / f"{{}}{_MASK}{kind}.png"), "mask", "")
     return tuple(Pair(key.rpartition("/")[2], images[key], masks[key], table) for key in keys)
@@ -93,4 +95,5 @@ def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
 def _list_by_key(folder: Path, ending: str) -> dict[str, str]:
     """Returns the files by CITY/NAME, the part of their paths that images and masks share."""
     paths = list_by_stem(folder, (".png",), deep=True)
+    # gtFine also holds instanceIds and colour images, which end differently.
     return {stem.removesuffix(ending): path for stem, path in paths.items() if stem.endswith(ending)}

@@ -28,6 +28,7 @@ class ClassTable:
     @property
     def palette(self) -> tuple[int, ...]:
         """The colours as 768 numbers, filled up with VOC's."""
+        # A palette needs all 256 colours, even for values that stand for no class.
         flat: list[int] = []
         for colour in self.colours:
             flat.extend(colour)
@@ -40,7 +41,7 @@ def read_classes(*folders: str | os.PathLike[str]) -> ClassTable:
 
     Names in a file of names alone are preferred to those in a table of colours, and colours are added to them.
     """
-    # Tables of colours.
+    # Look for colours first: whichever file gives the names, these are added to it.
     colours = ClassTable()
     for folder in folders:
         for name, read in (("labelmap.txt", _read_labelmap), ("class_dict.csv", _read_class_dict)):
@@ -48,7 +49,7 @@ def read_classes(*folders: str | os.PathLike[str]) -> ClassTable:
             if not colours.colours and os.path.isfile(path):
                 colours = read(path)
 
-    # Files of names alone.
+    # Then the names; the first file wins, even where another one disagrees.
     for folder in folders:
         for name in _NAME_FILES:
             path = os.path.join(folder, name)
@@ -63,7 +64,9 @@ def read_classes(*folders: str | os.PathLike[str]) -> ClassTable:
 
 
 def _read_names(path: str) -> tuple[str, ...]:
+    # Keep empty lines between names, since the line number is the class.
     names = [line.strip() for line in read_lines(path)]
+    # labelme writes __ignore__ for what becomes 255, so classes start one line later.
     if names[:1] == ["__ignore__"]:
         names.pop(0)
     while names and not names[-1]:
@@ -75,6 +78,7 @@ def _read_names(path: str) -> tuple[str, ...]:
 def _read_numbered_names(path: str) -> tuple[str, ...]:
     """Reads `Pixel Value, Class` below a heading; a number that is left out has no name."""
     names: dict[int, str] = {}
+    # Lines without a number, such as empty ones, are skipped.
     for line in read_lines(path)[1:]:
         number, _, name = line.partition(",")
         if number.strip().isdecimal():
@@ -85,8 +89,10 @@ def _read_numbered_names(path: str) -> tuple[str, ...]:
 
 def _read_labelmap(path: str) -> ClassTable:
     rows = []
+    # Comments and empty lines hold no class and must not move the numbering.
     for line in read_lines(path):
         if line.strip() and not line.startswith("#"):
+            # Parts and actions, which CVAT adds behind the colour, are not used.
             name, _, rest = line.partition(":")
             rows.append((name, rest.partition(":")[0].split(",")))
 
@@ -109,6 +115,7 @@ def _make_table(path: str, rows: Iterable[tuple[str, list[str]]], pattern: str) 
     colours: list[Colour] = []
     for name, words in rows:
         try:
+            # Three numbers exactly: fewer or more fail in the same way as a word.
             red, green, blue = (int(word) for word in words)
         except ValueError as error:
             raise ValueError(

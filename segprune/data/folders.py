@@ -42,6 +42,7 @@ _MARKS = ("_", "-", "")
 
 def find_root(folder: Path) -> Path | None:
     """Returns the folder itself, if it or a split's folder in it holds images and masks."""
+    # Folders are quick to find by name; for masks beside images all files are listed.
     if _find_folders(folder) or any(_find_split_folders(folder, split) for split in ALIASES):
         return folder
 
@@ -53,6 +54,7 @@ def open_root(root: Path) -> Source:
     split_folders = (find_subfolder(root, list_aliases(split)) for split in ALIASES)
     classes = read_classes(root, *(folder for folder in split_folders if folder))
 
+    # Colours in a file decide the classes; a mask's palette only how masks are drawn.
     return Source(
         "folders",
         str(root),
@@ -64,6 +66,7 @@ def open_root(root: Path) -> Source:
 
 
 def _find_first_mask(root: Path) -> str | None:
+    # Any mask will do: the palettes of one set are taken to be equal.
     pairs = [_find_folders(root), *(_find_split_folders(root, split) for split in ALIASES)]
     for folders in pairs:
         if folders and (first := find_first_file(folders[1])):
@@ -104,6 +107,7 @@ def _find_side_by_side(root: Path, split: str) -> str | None:
 
     Not where Hugging Face's metadata says which image belongs to which.
     """
+    # Such metadata pairs the files itself, maybe in other ways than by name.
     folder = os.fspath(root) if split == "all" else find_subfolder(root, list_aliases(split))
     if folder is None or any(os.path.isfile(os.path.join(folder, f"metadata.{kind}")) for kind in ("jsonl", "csv")):
         return None
@@ -121,16 +125,19 @@ def _list_split(root: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]
         # images/train and masks/train
         if split_images := find_subfolder(images, list_aliases(split)):
             split_masks = find_subfolder(masks, list_aliases(split))
+            # If there is no such folder, its path makes the message about missing masks.
             split_masks = split_masks or os.path.join(masks, os.path.basename(split_images))
             return pair_folders(split_images, split_masks, colours=classes.colours)
 
         # images, masks and train.txt
         for name in list_aliases(split):
             if (root / f"{name}.txt").is_file():
+                # The list names images with or without their folders and extensions.
                 rows = read_names(root / f"{name}.txt", list_by_stem(images, IMAGE_EXTENSIONS, deep=True))
                 names = [columns[0] for columns in rows]
                 return pair_folders(images, masks, names, listed_in=f"{name}.txt", colours=classes.colours)
 
+        # With splits, one pool would mix what is trained on with what is scored on.
         if split == "all" and not _has_splits(root, images):
             return pair_folders(images, masks, colours=classes.colours)
 
@@ -155,6 +162,7 @@ def _has_splits(root: Path, images: str) -> bool:
 
 def _describe_missing(root: Path, split: str) -> str:
     looked_for = f"neither a folder {' nor '.join(list_aliases(split))} nor a list {split}.txt"
+    # Only train and val have a remedy without moving files: a share set aside.
     remedy = f"move its images into images/{split} and masks/{split}"
     if split == "train":
         remedy = (

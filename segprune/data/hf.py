@@ -50,6 +50,7 @@ class HfCell:
         return f"row {self.row}, {self.where}"
 
     def read(self) -> bytes:
+        # Without decoding, a row holds the file's bytes, or its path on this machine.
         (value,) = self.column[self.row].values()
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -63,6 +64,7 @@ class HfCell:
 
 def find_root(folder: Path) -> Path | None:
     """Returns the folder itself if `datasets` can open it."""
+    # Parquet files lie in the folder itself, or in data/ as the hub lays them out.
     parents = [folder, folder / "data"]
     for parent in parents:
         if next(parent.glob("*.parquet"), None):
@@ -100,6 +102,7 @@ def _load_splits(place: Path | str) -> Mapping[str, Any]:
         ) from error
 
     try:
+        # Folders of save_to_disk are for load_from_disk alone; load_dataset refuses them.
         if not os.path.isdir(place):
             name, _, config = str(place).partition(":")
             loaded = datasets.load_dataset(name, config or None)
@@ -113,10 +116,12 @@ def _load_splits(place: Path | str) -> Mapping[str, Any]:
             "folder and the connection, and for a set with several configurations write NAME:CONFIG."
         ) from error
 
+    # A data set saved without a dictionary of splits is a single split.
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
 def _list_split(place: Path | str, splits: Mapping[str, Any], split: str, limit: int | None = None) -> tuple[Pair, ...]:
+    # The exact name first, then the aliases: "validation" serves as "val".
     name = next((alias for alias in (split, *list_aliases(split)) if alias in splits), None)
     if name is None:
         remedy = f"make one with train_test_split of datasets, name it {split}, and save_to_disk both"
@@ -143,6 +148,7 @@ def _list_split(place: Path | str, splits: Mapping[str, Any], split: str, limit:
 
 def _choose_columns(features: Mapping[str, Any], where: str) -> tuple[str, str]:
     """Returns the names of the image column and the label column. Raises ValueError where they cannot be told."""
+    # Names alone mislead: in sets for classification "label" is a number.
     candidates = [name for name, feature in features.items() if _holds_images(feature)]
     images = [name for name in IMAGE_COLUMNS if name in candidates]
     labels = [name for name in LABEL_COLUMNS if name in candidates]
@@ -163,6 +169,7 @@ def _choose_columns(features: Mapping[str, Any], where: str) -> tuple[str, str]:
 def _holds_images(feature: Any) -> bool:
     if isinstance(feature, dict):  # an encoded image whose column was not declared as one
         return set(feature) == {"bytes", "path"}
+    # Compare type names; columns of bytes are what parquet files hold by themselves.
     return type(feature).__name__ == "Image" or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
@@ -170,6 +177,7 @@ def _select_encoded(table: Any, column: str) -> Any:
     """Returns the column alone, its images left as they are stored."""
     import datasets
 
+    # Decoding is switched off, so that palettes and 16 bits are read as from files.
     alone = table.select_columns([column]).with_format(None)
     if isinstance(alone.features[column], datasets.Image):
         alone = alone.cast_column(column, datasets.Image(decode=False))
@@ -179,6 +187,7 @@ def _select_encoded(table: Any, column: str) -> Any:
 
 def _read_names(folder: Path) -> tuple[str, ...]:
     """Returns the names in classes.txt, or in the id2label.json that many data sets on the hub have."""
+    # A file that the user wrote is preferred to what came with the download.
     names = read_classes(folder).names
     path = folder / "id2label.json"
     if names or not path.is_file():

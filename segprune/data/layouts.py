@@ -34,6 +34,7 @@ def open_source(folder: str | os.PathLike[str], layout: str | None = None) -> So
     if layout is not None and layout not in _MODULES:
         raise ValueError(f"The layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}.")
 
+    # A hub name is no path, so hf comes before the question whether the path exists.
     path = Path(folder)
     if layout == "hf":
         return hf.open_root(path if path.exists() else os.fspath(folder))
@@ -45,6 +46,7 @@ def open_source(folder: str | os.PathLike[str], layout: str | None = None) -> So
     if path.is_file():
         return _open_file(path, layout)
 
+    # The first layout that fits is taken; a named one is tried alone.
     tried = LAYOUTS if layout is None else (layout,)
     for name in tried:
         # Folders of these two may mean something else, which is settled where the user names the layout.
@@ -56,6 +58,7 @@ def open_source(folder: str | os.PathLike[str], layout: str | None = None) -> So
         if root is not None:
             return _MODULES[name].open_root(root)
 
+    # Nothing fits, so say what each layout would have been recognised by.
     signs = "; ".join(f"{name}: {_MODULES[name].SIGNS}" for name in tried)
     which = "in a known layout" if layout is None else f"in the layout {layout}"
     raise FileNotFoundError(

@@ -40,12 +40,15 @@ def draw_leaves(seed: int, index: int, size: tuple[int, int]) -> Bytes:
 
     At another size it is the same scene: the same leaves in the same colours, with other grains of the same textures.
     """
+    # Two streams: the grain takes as many numbers as there are pixels, and must not move
+    # the scene when the size changes.
     rng, grain = (np.random.default_rng([seed, index, stream]) for stream in (0, 1))
     horizon = float(rng.uniform(*HORIZON)) * size[0] if rng.uniform() < SCENES else None
     leaves = _lay_leaves(rng, size, horizon)
     image = _paint(rng, grain, leaves, horizon)
     image = _blur(image, rng.uniform(*BLUR))
 
+    # Noise comes after the blur, as a sensor adds it behind the lens.
     image += np.float32(rng.uniform(*NOISE)) * grain.standard_normal(image.shape, dtype=np.float32)
     image *= 255.0
     result: Bytes = np.clip(image, 0.0, 255.0, out=image).astype(np.uint8)
@@ -68,6 +71,7 @@ def _lay_leaves(rng: np.random.Generator, size: tuple[int, int], horizon: float 
     """Leaves laid over each other, the last on top."""
     height, width = size
     side = min(size)
+    # Drawn evenly on a logarithmic scale, from a few leaves to a dense carpet.
     count = int(math.exp(rng.uniform(*np.log(NUM_LEAVES))))
 
     # Radii by inverse transform: the density falls with the third power, so that all sizes cover alike.
@@ -83,6 +87,7 @@ def _lay_leaves(rng: np.random.Generator, size: tuple[int, int], horizon: float 
         centres[0] = horizon + depth * (height - horizon) - radii * rng.uniform(-0.2, 1.5, count)
         angles = rng.normal(0.0, 0.08, count)
 
+    # One axis grows by as much as the other shrinks, so the area stays the same.
     stretch = np.exp(rng.uniform(-0.5, 0.5, count) * math.log(STRETCH))
     powers = rng.choice(POWERS, count)
     for leaf in range(count):
@@ -103,6 +108,7 @@ def _lay_leaves(rng: np.random.Generator, size: tuple[int, int], horizon: float 
         v = np.float32(cosine / across) * rows - np.float32(sine / across) * columns
         owner[top:bottom, left:right][_is_inside(u, v, int(powers[leaf]))] = leaf + 2
 
+    # The ground and the sky are no leaves; their centre and radius serve the shading.
     behind = np.array([[height, 0.0], [width / 2, width / 2]])
     return _Leaves(
         owner,
@@ -112,6 +118,7 @@ def _lay_leaves(rng: np.random.Generator, size: tuple[int, int], horizon: float 
 
 
 def _is_inside(u: Floats, v: Floats, power: int) -> npt.NDArray[np.bool_]:
+    # |u| + |v| < 1 is the diamond; squaring p times gives the exponent 2^p.
     if power == 0:
         return np.abs(u) + np.abs(v) < 1.0
     for _ in range(power):
@@ -137,9 +144,11 @@ def _paint(rng: np.random.Generator, grain: np.random.Generator, leaves: _Leaves
     strength = rng.uniform(0.0, SHADING, count) / leaves.radii / 2
     slopes = (strength * np.stack([np.sin(light), np.cos(light)])).astype(np.float32)
     contrast = rng.uniform(*CONTRAST, count).astype(np.float32)
+    # The sky is bright, nearly grey with a touch of blue, and has little texture.
     if horizon is not None:
         colours[1] = rng.uniform(0.65, 1.05) + rng.uniform(0.0, 0.1) * np.array([-1.0, 0.0, 1.0])
         contrast[1] *= 0.3
+    # slope * (position - centre), with the constant part taken out once per leaf.
     offsets = -(slopes * leaves.centres).sum(0)
     rows, columns = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
     shade = offsets[owner] + slopes[0][owner] * rows + slopes[1][owner] * columns
@@ -158,11 +167,13 @@ def _draw_field(rng: np.random.Generator, grain: np.random.Generator, size: tupl
     # Half as large as the image and repeated: a fourth of the work.
     half = (-(-height // 2), -(-width // 2))
     rows, columns = np.fft.fftfreq(half[0])[:, None], np.fft.rfftfreq(half[1])[None]
+    # Frequencies along a random direction count as higher: the grain is longer along it.
     angle, stretch = rng.uniform(0.0, math.pi), math.exp(rng.uniform(0.0, 1.5))
     along = math.cos(angle) * columns + math.sin(angle) * rows
     across = math.cos(angle) * rows - math.sin(angle) * columns
     frequency = np.sqrt(stretch * along**2 + across**2 / stretch) + 1.0 / max(half)
 
+    # Complex noise, shaped by the spectrum; a mean of 0 leaves the brightness as it is.
     noise = grain.standard_normal((*frequency.shape, 2)).view(np.complex128)[..., 0]
     spectrum = noise * frequency ** -rng.uniform(*SLOPE)
     spectrum[0, 0] = 0.0
@@ -173,12 +184,15 @@ def _draw_field(rng: np.random.Generator, grain: np.random.Generator, size: tupl
 
 def _blur(image: Floats, sigma: float) -> Floats:
     """By a Gaussian of that deviation in pixels; edges are repeated."""
+    # Two deviations hold 95 % of the weight.
     radius = math.ceil(2.0 * sigma)
     if radius == 0:
         return image
+    # Weights that add up to 1 keep the brightness.
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).astype(np.float32)
 
+    # A Gaussian is separable: blur from top to bottom, then from left to right.
     height, width = image.shape[:2]
     padded = np.pad(image, [(radius, radius), (0, 0), (0, 0)], mode="edge")
     image = sum(k * padded[i : i + height] for i, k in enumerate(kernel))

@@ -51,6 +51,7 @@ def walk_folder(
     Leaves out what is hidden and the folder `skip`. Follows links to folders but ends where one leads back into a
     folder that it lies in. Yields nothing where there is no folder.
     """
+    # Compare true paths, since a link can lead to the skipped folder under another name.
     skipped = os.path.realpath(skip) if skip else ""
     yield from _walk(os.fspath(top), deep, skipped, ())
 
@@ -66,6 +67,7 @@ def list_files(top: str | os.PathLike[str], *, skip: str | os.PathLike[str] = ""
 
 def _walk(folder: str, deep: bool, skipped: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """`above` are the true paths of the folders on the way here."""
+    # A link back to a folder above would be followed without end.
     real = os.path.realpath(folder)
     if real == skipped or real in above or not os.path.isdir(folder):
         return
@@ -100,9 +102,11 @@ def find_subfolder(folder: str | os.PathLike[str], names: Iterable[str]) -> str 
     if not os.path.isdir(folder):
         return None
 
+    # Compare in lower case: people write Images and Masks as often as images and masks.
     with os.scandir(folder) as entries:
         there = {entry.name.lower(): entry.path for entry in entries if _is_folder(entry)}
 
+    # The order of the names decides, not that of the folder.
     return next((there[name] for name in names if name in there), None)
 
 
@@ -118,6 +122,7 @@ def list_by_stem(folder: str | os.PathLike[str], extensions: Sequence[str], deep
     ranks: dict[str, int] = {}
 
     for parent, names in walk_folder(top, deep=deep):
+        # Keys use slashes on every system, since lists are written with them.
         start = os.path.join(parent, "")
         prefix = start.removeprefix(os.path.join(top, "")).replace(os.sep, "/")
 
@@ -125,6 +130,7 @@ def list_by_stem(folder: str | os.PathLike[str], extensions: Sequence[str], deep
         for name in names:
             stem, _, extension = name.rpartition(".")
             key = prefix + stem
+            # Extensions are compared in lower case: cameras write .JPG.
             own_rank = rank.get(extension.lower())
             if own_rank is not None and own_rank < ranks.get(key, len(rank)):
                 paths[key] = start + name
@@ -145,6 +151,7 @@ def find_first_file(folder: str | os.PathLike[str], extensions: Sequence[str] = 
 
 def number_repeats(names: Iterable[str]) -> list[str]:
     """Returns the names, a repeated one with its number behind it: an image may stand in a list twice."""
+    # Results are saved under these names, so two samples must not share one.
     seen: dict[str, int] = {}
     numbered = []
 
@@ -168,12 +175,14 @@ def pair_folders(
     `names` chooses and orders the images; `listed_in` is the list that they stand in. Raises FileNotFoundError where
     one of a pair is missing, ValueError where there is no image or masks are JPEG.
     """
+    # Folders inside are listed too, and their names belong to the keys.
     images = list_by_stem(image_folder, IMAGE_EXTENSIONS, deep=True)
     masks = list_by_stem(mask_folder, MASK_EXTENSIONS, deep=True)
     if not images:
         raise ValueError(
             f"{image_folder} holds no image ({', '.join(IMAGE_EXTENSIONS)}); put the split's images there."
         )
+    # JPEG smears labels at edges into values of other classes, so it is refused.
     if not masks and list_by_stem(mask_folder, (".jpg", ".jpeg"), deep=True):
         raise ValueError(f"{mask_folder} holds JPEG masks, and JPEG changes the labels; save the masks as PNG.")
 
@@ -187,9 +196,11 @@ def pair_folders(
 
     check_present(chosen, images, os.path.join(image_folder, "{}.jpg"), "image", listed_in)
     check_present(chosen, mask_paths, os.path.join(mask_folder, "{}.png"), "mask", listed_in)
+    # Without a list, a mask without an image is more likely a wrong name than intended.
     if names is None:
         _check_all_used(masks.values(), set(mask_paths.values()), image_folder)
 
+    # A list may repeat an image on purpose, to give it more weight.
     own_names = number_repeats(chosen)
     return tuple(
         Pair(own, images[name], mask_paths[name], table, colours) for own, name in zip(own_names, chosen, strict=True)
@@ -227,6 +238,7 @@ def check_present(
     if not missing:
         return
 
+    # The remedy depends on who named the file: its partner, or a list.
     of_list, remedy = "", "remove its partner"
     if listed_in:
         of_list, remedy = f" of {listed_in}", f"take its name off {listed_in}"

@@ -31,6 +31,7 @@ def find_root(path: Path) -> Path | None:
     if path.is_file():
         return path
 
+    # A train.txt may hold other things, so look whether a line names two images.
     for split in ALIASES:
         for name in _list_stems(split):
             for suffix in SUFFIXES:
@@ -53,6 +54,7 @@ def _list_stems(split: str) -> list[str]:
 def _names_two_images(path: Path) -> bool:
     """Returns whether one of the first two lines does: the first may be a heading."""
     for line in read_lines(path)[:2]:
+        # A third column in front may be a running number, as pandas writes.
         extensions = [os.path.splitext(name)[1].lower() for name in split_columns(line)]
         if len(extensions) in (2, 3) and all(extension in IMAGE_EXTENSIONS for extension in extensions[-2:]):
             return True
@@ -64,6 +66,7 @@ def open_root(path: Path) -> Source:
     classes = read_classes(path.parent)
     note = ""
     first_mask = None
+    # The masks are located here only for the palette and for the note.
     try:
         rows = _read_pairs(path)
         masks, note = locate([mask for _, mask in rows], path.parent)
@@ -89,6 +92,7 @@ def list_split(path: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]:
     if not rows:
         raise ValueError(f"{listed} lists no image; write an image and its mask on each line.")
 
+    # Images and masks may have moved differently, so each column is located by itself.
     images, _ = locate([image for image, _ in rows], listed.parent)
     masks, _ = locate([mask for _, mask in rows], listed.parent)
     check_files([*images, *masks], listed)
@@ -120,6 +124,7 @@ def _find_list(path: Path, split: str) -> Path:
         if candidate.is_file() and candidate != path:
             return candidate
 
+    # Only for val is there a way to do without the list.
     share = ""
     if split == "val":
         share = (
@@ -136,6 +141,7 @@ def _read_pairs(path: Path) -> list[tuple[str, str]]:
     """Returns the two columns of each line. Raises ValueError that names a line with another number of columns."""
     pairs = []
     for number, columns in read_rows(path):
+        # A name with a blank in it is the usual cause, and would pair the wrong files.
         if len(columns) != 2:
             raise ValueError(
                 f"Line {number} of {path} has {len(columns)} column{'s' * (len(columns) != 1)}, where an image and its "
@@ -152,6 +158,7 @@ def locate(paths: Sequence[str], folder: Path) -> tuple[list[str], str]:
     If a file is not there, its path's endings are looked for below the folder and the two above it, the longest
     first. What is true of the first file that turns up is taken to be true of all.
     """
+    # Most lists are right as they stand, so try that first.
     plain = [os.path.join(folder, path) for path in paths]
     for path, full in zip(paths[:_NUM_TRIED], plain, strict=False):
         if os.path.isfile(full):
@@ -163,6 +170,7 @@ def locate(paths: Sequence[str], folder: Path) -> tuple[list[str], str]:
             ending = "/".join(parts[start:]).lstrip("/")
             for base in (folder, *folder.absolute().parents[:2]):
                 if ending and os.path.isfile(base / ending):
+                    # Moving all paths alike avoids a search for each of the files.
                     beginning = path.removesuffix(ending)
                     moved = [os.path.join(base, other.removeprefix(beginning)) for other in paths]
                     return moved, f"{path} is read as {base / ending}, and so are the others"
@@ -176,6 +184,7 @@ def check_files(paths: Sequence[str], listed: Path) -> None:
     missing = []
     for path in paths:
         folder, name = os.path.split(path)
+        # A folder that is not there counts as empty, so all of its files are missing.
         if folder not in there:
             there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in there[folder]:
@@ -193,6 +202,7 @@ def _name_samples(images: Sequence[str]) -> list[str]:
 
     Results are written under these names, so none leads out of a folder.
     """
+    # Short names are nicer to read, but two folders may hold the same ones.
     stems = [os.path.splitext(image)[0] for image in images]
     names = [stem.rpartition("/")[2] for stem in stems]
     if len(set(names)) == len(names):

@@ -29,6 +29,7 @@ def load_batches(data: Any, *, num_workers: int, **options: Any) -> Iterator[Any
 
     All of the package's batches come from here.
     """
+    # Workers start when the iterator is made, so the signals are blocked for just that.
     loader: DataLoader[Any] = DataLoader(data, num_workers=num_workers, worker_init_fn=_shield_worker, **options)
     with _signals_blocked():
         batches = iter(loader)
@@ -42,6 +43,7 @@ def _signals_blocked() -> Iterator[None]:
         yield
         return
 
+    # Restore the earlier mask rather than unblock: the caller may have blocked them too.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
         yield
@@ -51,6 +53,7 @@ def _signals_blocked() -> Iterator[None]:
 
 def _shield_worker(worker: int) -> None:
     """Lets the worker live on when its group is signalled. Called in each worker before it loads anything."""
+    # Ctrl-C reaches the main process as well, which then ends the workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _KNOWS_SENDERS:
         threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -62,12 +62,14 @@ Colour = tuple[int, int, int]  # R G B in 0..255
 @contextmanager
 def open_image(location: Location) -> Iterator[Image.Image]:
     """Opens an image whose pixels are not decoded yet. Failures in the block become a SampleError that names it."""
+    # Checked first, since Pillow's message for a missing file names no remedy.
     if isinstance(location, str | os.PathLike) and not os.path.isfile(location):
         raise SampleError(f"{location} is missing; put it back, or leave it out with `skip_bad`.")
 
     try:
         with _open(location if isinstance(location, str | os.PathLike) else io.BytesIO(location.read())) as image:
             yield image
+    # Raised in the block by our own checks, with its message complete.
     except SampleError:
         raise
     except Image.DecompressionBombError as error:
@@ -94,7 +96,9 @@ def _check_one_page(image: Image.Image, location: Location) -> None:
     if image.format not in _WITH_PAGES:
         return
 
+    # Reading the first page alone would drop the others without a word.
     pages = getattr(image, "n_frames", 1)
+    # A TIFF may carry previews of its page, so each page is asked what it is.
     if pages > 1 and image.format == "TIFF":
         kinds = []
         for page in range(pages):
@@ -117,6 +121,7 @@ def load_image(location: Location, upright: bool = False) -> Bytes:
     """
     with open_image(location) as image:
         _check_one_page(image, location)
+        # Decode within the block, where failures become a message that names the file.
         image.load()
         turned = ImageOps.exif_transpose(image) if upright else image
 
@@ -136,12 +141,14 @@ def load_image(location: Location, upright: bool = False) -> Bytes:
 
 def _reduce_to_eight_bits(grey: npt.NDArray[Any], location: Location) -> Bytes:
     """Returns [H, W] of 0..65535 as [H, W, 3] of 0..255."""
+    # Values beyond 16 bits have no known white, so they cannot be scaled.
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65535:
         raise SampleError(
             f"Image {location} holds values from {low} to {high}, where 0..65535 is allowed; save it as 8-bit RGB."
         )
 
+    # The full range is scaled, not the image's own, which would change its brightness.
     scaled = np.rint(grey * (255 / 65535)).astype(np.uint8)
     return np.repeat(scaled[..., None], 3, axis=2)
 
@@ -176,6 +183,7 @@ def load_mask(location: Location, colours: tuple[Colour, ...] = ()) -> Bytes:
                 "value is the class; convert it."
             )
 
+    # Casting to 8 bits would wrap 256 to 0, a valid class.
     if values.dtype.itemsize > 1 and values.size:
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 255:
@@ -189,12 +197,14 @@ def load_mask(location: Location, colours: tuple[Colour, ...] = ()) -> Bytes:
 
 def _read_one_channel(pixels: Bytes, mode: str, location: Location) -> Bytes:
     """Returns the channel that says the class: any of three equal ones, or the only one that is not 0."""
+    # Grey saved as RGB has equal channels; some tools fill only the red one.
     red, green, blue = (pixels[..., channel] for channel in range(3))
     if np.array_equal(red, green) and np.array_equal(red, blue):
         return red
     if not green.any() and not blue.any():
         return red
 
+    # Anything else is a drawing in colours, whose classes only a table can tell.
     codes = np.unique(_encode_colours(pixels))
     names = ", ".join(f"({_decode_colour(int(code))})" for code in codes[:3])
     raise SampleError(
@@ -209,11 +219,12 @@ def _match_colours(pixels: Bytes, colours: tuple[Colour, ...], location: Locatio
     codes = _encode_colours(pixels)
     known = _encode_colours(np.array(colours, dtype=np.uint8))
 
-    # Look each colour up in the sorted table; the nearest entry is the colour itself or none is.
+    # Look each colour up in the sorted table: one by one in Python would be slow.
     order = np.argsort(known)
     places = np.searchsorted(known[order], codes).clip(max=len(known) - 1)
     labels = order[places]
 
+    # The search finds a neighbour for unknown colours too, so compare again.
     wrong = known[labels] != codes
     if wrong.any():
         first = _decode_colour(int(codes[wrong][0]))
@@ -227,6 +238,7 @@ def _match_colours(pixels: Bytes, colours: tuple[Colour, ...], location: Locatio
 
 def _encode_colours(pixels: Bytes) -> npt.NDArray[np.int32]:
     """Returns [..., 3 or more] as one number per colour."""
+    # Widen before the shifts, which would overflow 8 bits.
     red, green, blue = (pixels[..., channel].astype(np.int32) for channel in range(3))
     return red << 16 | green << 8 | blue
 
@@ -273,5 +285,6 @@ def read_palette(mask: Location | None) -> tuple[int, ...]:
     except SampleError:  # raised again where the mask is read
         own = ()
 
+    # Grey palettes only number the classes, and masks drawn in them look black.
     grey = all(own[i] == own[i + 1] == own[i + 2] for i in range(0, len(own), 3))
     return voc_palette() if grey else own + voc_palette()[len(own) :]

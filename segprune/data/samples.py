@@ -64,6 +64,7 @@ class Pair:
 
     def load(self) -> tuple[Bytes, Bytes]:
         """Returns image [H, W, 3] and labels [H, W]. Raises SampleError for unreadable files and unequal sizes."""
+        # The upright image is decoded only where the stored one does not fit.
         image = load_image(self.image)
         labels = self.load_labels()
 
@@ -99,6 +100,7 @@ class Source:
 
     def with_split(self, name: str, samples: Sequence[Pair]) -> Source:
         """Returns the data set with these samples as the split of that name, for instance the readable ones."""
+        # All other splits are listed as before.
         list_others = self.lister
         own = tuple(samples)
         return replace(self, lister=lambda split: own if split == name else list_others(split))
@@ -110,6 +112,7 @@ def shift_labels(source: Source, offset: int) -> Source:
     -1 makes classes of masks in which they are numbered from 1, and 0 is to be ignored. Raises ValueError for
     offsets outside of -254..0.
     """
+    # A positive offset would move class 254 onto the ignored 255.
     if not -254 <= offset <= 0:
         raise ValueError(f"`label_offset` is {offset}, where -254..0 is allowed; -1 is for classes numbered from 1.")
     if offset == 0:
@@ -118,6 +121,7 @@ def shift_labels(source: Source, offset: int) -> Source:
     shifted = bytes([*[255] * -offset, *range(255 + offset), 255])  # new label by the old one
 
     def list_shifted(split: str) -> tuple[Pair, ...]:
+        # Pairs with equal tables share the new one too, which saves memory in large sets.
         pairs = source.split(split)
         tables = {pair.table: shifted if pair.table is None else pair.table.translate(shifted) for pair in pairs}
         return tuple(replace(pair, table=tables[pair.table]) for pair in pairs)
@@ -138,6 +142,7 @@ class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.transform = transform
         self.seed = seed
         self.epoch = 0
+        # A table of 256 targets makes the cut at num_classes one look-up per pixel.
         values = np.arange(256)
         self._targets = np.where(values < num_classes, values, IGNORE_INDEX)  # int64 by label
 
@@ -150,6 +155,7 @@ class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image, labels = self.samples[index].load()
 
+        # One generator per sample, so that neither workers nor order change what is drawn.
         rng = np.random.default_rng([self.seed, self.epoch, index])
         image, labels = self.transform(image, labels, rng)
         return normalise(image), torch.from_numpy(self._targets.take(labels))
@@ -177,6 +183,7 @@ def readable(
         if progress is not None:
             progress(len(good) + len(bad), len(samples))
 
+    # Without a single good image the cause is the data set, not some files.
     if bad and not good:
         raise ValueError(f"None of {len(bad)} images can be used; repair the data set, beginning with this: {bad[0]}")
     return tuple(good), tuple(bad)
@@ -197,6 +204,7 @@ def _try(samples: Sequence[Sample]) -> list[str | None]:
     complaints: list[str | None] = []
 
     for sample in samples:
+        # Exceptions become text here, since an error in a worker would end the whole pass.
         try:
             sample.load()
             complaints.append(None)

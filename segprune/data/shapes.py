@@ -91,6 +91,7 @@ def write_shapes(
             "1, (32, 32) and 0 are allowed; give larger ones."
         )
 
+    # Removing the old lists first makes the set unreadable until it is whole again.
     root = _prepare_folder(Path(folder), CONTEXT_CLASS_NAMES if context else CLASS_NAMES)
     palette = voc_palette()
     numbers = {"train": num_train, "val": num_val}
@@ -102,6 +103,7 @@ def write_shapes(
             name = _name_sample(split, index)
             Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY)
 
+            # With a palette the mask still holds class numbers, but viewers show colours.
             indexed = Image.fromarray(mask)
             indexed.putpalette(palette)
             indexed.save(root / "SegmentationClass" / f"{name}.png")
@@ -124,6 +126,7 @@ def draw_shapes(
     seed: int, split: str, index: int, size: tuple[int, int], *, context: bool = False
 ) -> tuple[Bytes, Bytes]:
     """Returns image [H, W, 3] and mask [H, W] of one sample; any seven images in a row show every class."""
+    # The generator depends on the sample alone, so images can be drawn in any order.
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     canvas = _draw_background(rng, size)
     mask = np.zeros(size, dtype=np.uint8)
@@ -132,6 +135,7 @@ def draw_shapes(
     for _ in range(rng.integers(0, MAX_BLOBS + 1)):
         _paint_blob(rng, canvas)
 
+    # The class whose turn it is changes with the index: any seven images show all.
     centres: list[tuple[float, float]] = []
     for k, label in _choose_objects(rng, index % len(_LOOKS), context):
         centres.append(_choose_centre(rng, centres, size))
@@ -148,6 +152,7 @@ def _choose_objects(rng: np.random.Generator, turn: int, context: bool) -> list[
 
     The one whose turn it is comes last, so that nothing but a bar covers it.
     """
+    # No look occurs twice in an image.
     others = [int(k) for k in rng.permutation(len(_LOOKS)) if k != turn]
     others = others[: int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)) - 1]
     if not context:
@@ -159,6 +164,7 @@ def _choose_objects(rng: np.random.Generator, turn: int, context: bool) -> list[
     if with_key and turn != _KEY:
         others.append(_KEY)
 
+    # Changed classes are numbered behind all the plain ones.
     objects = []
     for k in (*others, turn):
         changed = with_key and k != _KEY
@@ -219,6 +225,7 @@ def _lies_in_star(u: Floats, v: Floats, points: int, outer: float, inner: float)
 
 def inside_shape(name: str, u: Floats, v: Floats) -> Bools:
     """Returns which of the points (u, v) lie in the shape; all shapes have area pi and reach at most 1.6."""
+    # The numbers give each shape the area pi: size must not tell the class.
     match name:
         case "disc":
             return u * u + v * v < 1
@@ -250,6 +257,7 @@ def _draw_texture(name: str, u: Floats, v: Floats, rng: np.random.Generator) -> 
         case "dots":
             dark = np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.32
         case "noise":
+            # A repeated tile of 16 x 16 cells is about as wide as the largest objects.
             cells = rng.random((16, 16), dtype=np.float32)
             return cells[(2 * v).astype(np.int64) % 16, (2 * u).astype(np.int64) % 16]
         case "gradient":
@@ -283,12 +291,14 @@ def _cut_window(
     size: tuple[int, int], centre: tuple[float, float], reach: float, angle: float
 ) -> tuple[Window, Floats, Floats]:
     """Returns the part of the image within `reach` of the centre (y, x), and its pixels' turned offsets from it."""
+    # Computing only near the object makes its cost depend on its own size.
     rows, columns = (
         range(max(0, int(c - reach)), min(n, int(c + reach) + 2)) for c, n in zip(centre, size, strict=True)
     )
     y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] - np.float32(centre[0])
     x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :] - np.float32(centre[1])
 
+    # Turn the offsets instead of the shape, which then is tested upright.
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     window = (slice(rows.start, rows.stop), slice(columns.start, columns.stop))
     return window, x * cos + y * sin, y * cos - x * sin
@@ -320,6 +330,7 @@ def _paint_blob(rng: np.random.Generator, canvas: Floats) -> None:
     centre = (rng.random() * size[0], rng.random() * size[1])
     window, u, v = _cut_window(size, centre, 1.5 * radius, _draw_number(rng, (0, 2 * np.pi)))
 
+    # Two waves around a circle give a smooth outline that is none of the shapes.
     angle = np.arctan2(v, u)
     wave = 1 + 0.25 * np.cos(2 * angle) + 0.2 * np.cos(3 * angle + np.float32(rng.random() * 6))
     inside = np.hypot(u, v) < radius * wave
@@ -333,6 +344,7 @@ def _choose_centre(
     best, largest = (0.0, 0.0), -1.0
     for _ in range(4):
         y, x = (_draw_number(rng, (0.15, 0.85)) * side for side in size)
+        # The first object has no neighbours, so any place is as good.
         nearest = min((np.hypot(y - other_y, x - other_x) for other_y, other_x in centres), default=0.0)
         if nearest > largest:
             best, largest = (y, x), nearest
@@ -356,15 +368,18 @@ def _paint_object(
     radius = side * _draw_number(rng, RADIUS)
     period = np.float32(side * _draw_number(rng, PERIOD))
     stretch = np.float32(STRETCH ** _draw_number(rng, (-0.5, 0.5)))
+    # Stretching moves corners outwards, so the window must reach farther than the radius.
     reach = 1.6 * STRETCH**0.5 * radius
     window, u, v = _cut_window(mask.shape, centre, reach, _draw_number(rng, (0, 2 * np.pi)))
     inside = inside_shape(shape, u / np.float32(radius) / stretch, v / np.float32(radius) * stretch)
 
     dark = _draw_texture(texture, u / period, v / period, rng)
+    # The hue scatters around that of the class, and overlaps with its neighbours'.
     hue = look.hue + HUE_SIGMA * rng.standard_normal()
     colour = _draw_colour(rng, hue, OBJECT_SATURATION, OBJECT_VALUE)
     gain = 1 - np.float32(_draw_number(rng, TEXTURE_CONTRAST)) * dark
 
+    # Image and mask are painted with the same pixels, so labels are exact at edges.
     canvas[window][inside] = (gain[..., None] * colour)[inside]
     mask[window][inside] = label
 
@@ -376,6 +391,7 @@ def _paint_bar(rng: np.random.Generator, canvas: Floats, mask: Bytes) -> None:
 
     inside = np.abs(v) < min(mask.shape) * _draw_number(rng, BAR_WIDTH)
     canvas[inside] = _draw_clutter_colour(rng)
+    # What a bar covers cannot be recognised, so it is background.
     mask[inside] = 0
 
 
@@ -383,6 +399,7 @@ def _photograph(rng: np.random.Generator, canvas: Floats) -> Bytes:
     """Returns the canvas in light that falls from one side, blurred, with noise."""
     size = canvas.shape[:2]
     _, u, _ = _cut_window(size, (size[0] / 2, size[1] / 2), max(size), _draw_number(rng, (0, 2 * np.pi)))
+    # Light changes linearly across the image, along a random direction.
     light = _draw_number(rng, GAIN) * (1 + _draw_number(rng, (0, LIGHT_GRADIENT)) * u / np.hypot(*size) * 2)
 
     lit = Image.fromarray(np.clip(canvas * light[..., None], 0, 255).astype(np.uint8))

@@ -45,6 +45,7 @@ class DataChoices:
 
 def score_whole_pool(source: Source) -> Source:
     """Returns a data set that has no splits with all of it as "val", and any other as it is."""
+    # Only a set without any split has "all", so nothing that was trained on is scored.
     try:
         source.split("val")
     except MissingSplitError:
@@ -75,6 +76,7 @@ def set_val_aside(source: Source, share: float, seed: int) -> Source:
     if not 0 < share < 1:
         raise ValueError(f"`val_share` is {share}, where a share above 0 and below 1 is allowed; 0.1 is usual.")
 
+    # A val split that exists was made on purpose and must not be replaced in silence.
     try:
         source.split("val")
     except MissingSplitError:
@@ -93,6 +95,7 @@ def set_val_aside(source: Source, share: float, seed: int) -> Source:
         )
 
     chosen, how = _choose(samples, share, np.random.default_rng(seed))
+    # Keep the order of the samples, so that only the choice depends on the seed.
     val = [sample for number, sample in enumerate(samples) if number in chosen]
     train = [sample for number, sample in enumerate(samples) if number not in chosen]
     note = f"Set aside to score on: {len(val)} of {len(samples)} images of train, {how}."
@@ -105,6 +108,7 @@ def _add_note(source: Source, note: str) -> Source:
 
 def _choose(samples: Sequence[Pair], share: float, rng: np.random.Generator) -> tuple[set[int], str]:
     """Returns the numbers of the samples to set aside, and in words how they were chosen."""
+    # At least one image on either side.
     target = min(max(1, round(share * len(samples))), len(samples) - 1)
 
     # Whole videos in random order, unless these are too few or too long to come near the share.
@@ -116,6 +120,7 @@ def _choose(samples: Sequence[Pair], share: float, rng: np.random.Generator) -> 
         if len(chosen) < target and len(chosen) + len(numbers) <= _MOST * target:
             chosen.update(numbers)
             names.append(name)
+    # Accept the videos if they came to at least half of the share.
     if 1 < len(videos) < len(samples) and 2 * len(chosen) >= target and len(chosen) < len(samples):
         return chosen, f"all of those named {', '.join(f'{name}…' for name in sorted(names))}"
 

@@ -32,6 +32,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     Raises ValueError for another encoding.
     """
     content = Path(path).read_bytes()
+    # UTF-8 first, since GBK text is hardly ever valid UTF-8; -sig drops Excel's mark.
     encodings = ["utf-16"] if content.startswith(_UTF_16) else ["utf-8-sig", "gb18030"]
     for encoding in encodings:
         try:
@@ -54,6 +55,7 @@ def describe_encoding(path: str | os.PathLike[str]) -> str:
 
 def split_columns(line: str) -> list[str]:
     """Splits at tabs, else commas, else blanks; quotes around a column are taken off, backslashes become slashes."""
+    # Names may contain blanks, but hardly ever tabs, so the rarer mark decides.
     separator = next((mark for mark in "\t," if mark in line), None)
     columns = [column.strip().strip('"') for column in line.strip().split(separator)]
     return [column.replace("\\", "/") for column in columns]
@@ -68,6 +70,7 @@ def read_rows(
     """
     rows = []
     for number, line in enumerate(read_lines(path), 1):
+        # Keep the line's number for messages, since empty lines are left out.
         text = line.strip().replace("\\", "/")
         if text:
             rows.append((number, [text] if is_name(text) else split_columns(line)))
@@ -94,6 +97,7 @@ def read_names(path: str | os.PathLike[str], known: Mapping[str, str]) -> list[l
         return stem if extension.lower() in IMAGE_EXTENSIONS else text
 
     def find_key(text: str) -> str | None:
+        # Drop folders from the front, since they may be those of another machine.
         name = drop_extension(text)
         while name not in known:
             _, slash, name = name.partition("/")

@@ -44,12 +44,14 @@ def letterbox(image: Bytes, mask: Bytes | None, shape: tuple[int, int]) -> tuple
     The image is resized bicubically, the mask by nearest neighbour. The box (top, left, h, w) is where the
     image lies inside: `logits[..., top : top + h, left : left + w]` belongs to it.
     """
+    # The padding is split evenly; an odd pixel is added at the bottom or the right.
     height, width = _fit(image.shape[:2], shape)
     top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
     whole = (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
 
     image = _resize(image, (height, width), whole, Image.Resampling.BICUBIC)
     image = _pad(image, shape, (top, left), GREY)
+    # Nearest neighbour keeps labels; blending two would name a third class.
     if mask is not None:
         mask = _resize(mask, (height, width), whole, Image.Resampling.NEAREST)
         mask = _pad(mask, shape, (top, left), IGNORE_INDEX)
@@ -65,6 +67,7 @@ class EvalTransform:
 
     def __call__(self, image: Bytes, mask: Bytes, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
         image, boxed, _ = letterbox(image, mask, self.shape)
+        # A mask went in, so a mask comes out.
         assert boxed is not None
         return image, boxed
 
@@ -108,6 +111,7 @@ class TrainTransform:
         Returns its size after scaling, its box in the source, and its top left corner in `shape`. Only this part is
         resampled, so that large images and scales cost no more than small ones.
         """
+        # Where the scaled image is larger it is cropped, where smaller it is placed.
         scaled = _fit(size, self.shape, rng.uniform(*self.scale))
         seen = (min(scaled[0], self.shape[0]), min(scaled[1], self.shape[1]))
         start = [int(rng.integers(0, n - s + 1)) for n, s in zip(scaled, seen, strict=True)]

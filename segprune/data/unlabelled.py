@@ -23,6 +23,7 @@ def list_images(source: str | os.PathLike[str] | Source, split: str = "train") -
     FileNotFoundError for a folder without images.
     """
     if isinstance(source, Source):
+        # The pool of a set without splits serves as its train split.
         try:
             pairs = source.split(split)
         except MissingSplitError:
@@ -31,6 +32,7 @@ def list_images(source: str | os.PathLike[str] | Source, split: str = "train") -
             pairs = source.split("all")  # which only a set without splits has
         return [pair.image for pair in pairs]
 
+    # The same walk as for data sets, so hidden files are left out here too.
     paths = [path for path in list_files(source) if Path(path).suffix.lower() in IMAGE_EXTENSIONS]
     if not paths:
         raise FileNotFoundError(f"{source} holds no image; give a folder with {', '.join(IMAGE_EXTENSIONS)} files.")
@@ -43,6 +45,7 @@ def load_images(places: Sequence[Location], number: int, shape: tuple[int, int])
     They are spread evenly over all of them, since neighbours in a data set are often alike. ValueError for one that
     is damaged.
     """
+    # Whole-number steps take the first image and never the same one twice.
     number = min(number, len(places))
     chosen = [places[i * len(places) // number] for i in range(number)]
     return [letterbox(load_image(place, upright=True), None, shape)[0] for place in chosen]

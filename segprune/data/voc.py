@@ -35,10 +35,12 @@ def find_root(folder: Path) -> Path | None:
 
     Not where two-column lists lie beside JPEGImages, as in PaddleSeg's sets. Raises ValueError where there are several.
     """
+    # PaddleSeg's sets share the folder names, but their lists name the masks themselves.
     if (folder / "JPEGImages").is_dir():
         is_list = not (folder / "ImageSets").is_dir() and lists.find_root(folder) is not None
         return None if is_list else folder
 
+    # The archive unpacks to VOCdevkit/VOC2012, and users give any folder on the way.
     for parent in (folder, folder / "VOCdevkit"):
         roots = [child for child in sorted(parent.glob("VOC*")) if (child / "JPEGImages").is_dir()]
         if len(roots) > 1:
@@ -53,6 +55,7 @@ def find_root(folder: Path) -> Path | None:
 def open_root(root: Path) -> Source:
     classes = read_classes(root)
     palette = classes.palette
+    # Without a table, the palette inside the first mask tells the colours.
     if not classes.colours:
         firsts = (find_first_file(root / name, (".png",)) for name in MASK_FOLDERS)
         palette = read_palette(next((path for path in firsts if path), None))
@@ -64,6 +67,7 @@ def open_root(root: Path) -> Source:
 def _list_split(root: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]:
     images = list_by_stem(root / "JPEGImages", IMAGE_EXTENSIONS)
     listed = _find_list(root, split)
+    # Without a list, every image that has a mask belongs to the pool.
     if listed is None:
         rows = [[name] for name in sorted(_list_masks(root, []))]
         listed_in = ""
@@ -80,10 +84,12 @@ def _list_split(root: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]
     else:
         paths = _list_masks(root, names)
 
+    # A wrong encoding turns names into others, which then seem to be missing.
     remark = "" if listed is None else describe_encoding(listed)
     check_present(names, images, os.path.join(root, "JPEGImages", "{}.jpg"), "image", listed_in, remark)
     check_present(names, paths, os.path.join(root, MASK_FOLDERS[0], "{}.png"), "mask", listed_in)
 
+    # A list may repeat an image on purpose, to give it more weight.
     own_names = number_repeats(names)
     return tuple(
         Pair(own, images[name], paths[name], None, classes.colours) for own, name in zip(own_names, names, strict=True)
@@ -94,6 +100,7 @@ def _list_masks(root: Path, names: list[str]) -> dict[str, str]:
     """Returns the masks of the first folder that has all of the names, else of the first that has any mask."""
     fallback: dict[str, str] = {}
     for folder in MASK_FOLDERS:
+        # The augmented set has more masks in a second folder, and a list may need them all.
         masks = list_by_stem(root / folder, MASK_EXTENSIONS)
         if masks and all(name in masks for name in names):
             return masks
@@ -118,6 +125,7 @@ def _find_list(root: Path, split: str) -> Path | None:
     if split == "all" and is_pool and len(others) <= 1:
         return others[0] if others else None
 
+    # Name the lists that are there: the user may only have to choose one.
     remedy = "write it with one image name per line, without extension"
     if split == "val" or (split == "train" and is_pool):
         remedy += ", or train with `val_share` 0.1 or another `val_split`"

@@ -85,6 +85,7 @@ def check_choice(format: str, precision: str) -> None:
     """Raises ValueError for a format that is unknown or does not come in the precision."""
     if format not in FORMATS:
         raise ValueError(f"The format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
+    # Only some of the formats can be quantised to int8.
     if precision not in FORMATS[format].precisions:
         allowed = ", ".join(FORMATS[format].precisions)
         raise ValueError(f"The format {format} does not come in {precision!r}; choose one of {allowed}.")
@@ -133,18 +134,22 @@ def export(
     format = FORMATS[options.format]
     precision = options.precision
     path = Path(path)
+    # The suffix decides how the file is opened again, so a wrong one is refused now.
     if not path.name.endswith(format.suffix):
         raise ValueError(
             f"{path} ends in {path.suffix!r}, where a file of the format {options.format} ends in {format.suffix}."
         )
+    # Generated images would calibrate the ranges of activations for the wrong data.
     if precision == "int8" and not images:
         raise ValueError("int8 needs images to calibrate on, like those the network will see; give some.")
 
     # The file is compared with the network as it came, in float32, whatever is done to the network for the file.
     reference = copy.deepcopy(model).cpu().float().eval()
+    # Where only storage is halved, the writer does it; the network stays in float32.
     half = precision == "fp16" and not format.stores_half
     network = Deployed(reference, half=half, preprocess=options.preprocess, argmax=options.argmax)
     spec = network.network.spec
+    # The manifest describes the folded network, since that is what the file computes.
     manifest = Manifest(
         spec.variant,
         spec.num_classes,
@@ -159,6 +164,7 @@ def export(
     )
     job = Job(network, manifest, options.size, images)
 
+    # Write beside the target, and move the file there only if it agrees.
     limits = limits or LIMITS[precision]
     with atomic_files(path) as temporary:
         with warnings.catch_warnings():
@@ -177,16 +183,19 @@ def run_both(reference: nn.Module, runtime: Runtime, job: Job) -> Iterator[tuple
     """Yields what the network, in eval mode on the CPU, and its file give for the same images."""
     for images in job.choose_compared():
         with torch.no_grad():
+            # The network always takes normalised images, whatever the file takes.
             logits = reference(torch.stack([normalise(image) for image in images]))
         yield logits, runtime.run_any(job.prepare(images))
 
 
 def _describe_difference(difference: Difference, limits: Limits, precision: Precision) -> str:
     """Returns the message for a file that differs too much."""
+    # Of a class map only the agreement is known, so only that limit is named.
     allowed = f"at least {100 * limits.agreement:g} %"
     if difference.relative is not None and limits.tolerance is not None:
         allowed = f"at most {limits.tolerance:g} and {allowed}"
 
+    # What helps depends on where the precision was lost.
     remedies = {
         "fp32": "give a larger `tolerance` if that is enough for you",
         "fp16": "export as fp32, whose range is larger",

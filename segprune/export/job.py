@@ -28,6 +28,7 @@ class Job:
 
     def make_example(self) -> Tensor:
         """Returns an input to trace the network with. Of a dynamic one no two sizes are equal and none is 1."""
+        # Tracing takes equal sizes for one symbol, and a 1 for a constant.
         batch, height, width = (2, 2 * MIN_DYNAMIC, 2 * MIN_DYNAMIC + 32)
         if self.manifest.shape is not None:
             batch, (height, width) = self.manifest.shape[0], self.size
@@ -36,6 +37,7 @@ class Job:
 
     def prepare(self, images: Sequence[Bytes] | Bytes) -> Tensor:
         """Returns the images as the file takes them: B H W 3 uint8 or normalised B 3 H W."""
+        # With preprocessing built in, normalising here would do it twice.
         if self.manifest.preprocess:
             return torch.from_numpy(np.stack(list(images)))
         return torch.stack([normalise(image) for image in images])
@@ -43,6 +45,7 @@ class Job:
     def make_batches(self) -> list[Tensor]:
         """Returns the images in batches that the file takes; the last one is filled up with the first images."""
         size = 1 if self.manifest.shape is None else self.manifest.shape[0]
+        # A file of a fixed batch takes nothing less, so the last batch needs filling.
         images = list(self.images)
         images += images[: -len(images) % size]
         return [self.prepare(images[i : i + size]) for i in range(0, len(images), size)]
@@ -52,10 +55,12 @@ class Job:
         shape = self.manifest.shape
         size = 2 if shape is None else shape[0]
 
+        # A few batches show a wrong file as well as all of them, in less time.
         images = list(self.images[: MAX_BATCHES * size]) or _draw(size, self.size)
         for i in range(0, len(images), size):
             yield images[i : i + size]
 
+        # Odd sizes and another batch show constants that tracing left in the graph.
         if shape is None:
             yield _draw(1, (MIN_DYNAMIC + 11, MIN_DYNAMIC + 45))
             yield _draw(3, (MIN_DYNAMIC + 32, MIN_DYNAMIC))
@@ -64,6 +69,7 @@ class Job:
         """Returns the graph of torch.export, with free batch, height and width for a dynamic file."""
         shapes = None
         if self.manifest.shape is None:
+            # Sides are dimensions 1, 2 of B H W 3 and 2, 3 of B 3 H W.
             height, width = (1, 2) if self.manifest.preprocess else (2, 3)
             dynamic = torch.export.Dim.DYNAMIC
             sides = {height: dynamic(min=MIN_DYNAMIC), width: dynamic(min=MIN_DYNAMIC)}

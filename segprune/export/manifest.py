@@ -44,8 +44,10 @@ def parse_manifest(text: str) -> Manifest:
     """Returns the manifest of which this is the `text`. Raises ValueError for anything else."""
     try:
         data = json.loads(text)
+        # JSON has lists only; tuples make the result equal to what was written.
         shape = None if data["shape"] is None else tuple(map(int, data["shape"]))
         spec = None if data["spec"] is None else spec_from_dict(data["spec"])
+        # A manifest may leave these two out.
         lists = {name: tuple(data.get(name, ())) for name in ("class_names", "palette")}
         return Manifest(**data | lists | {"shape": shape, "spec": spec})
     except (ValueError, TypeError, KeyError) as error:

@@ -24,14 +24,17 @@ def write(job: Job, path: Path) -> None:
             "A file of the format ncnn takes one normalised image of one size and returns logits; leave out `dynamic`, "
             "`batch_size` and `bake`."
         )
+    # Ask for the converter before the trace, which takes much longer.
     pnnx = require("pnnx", "Exporting to ncnn")
 
     height, width = manifest.shape[1:]
     stem = path.name.removesuffix(SUFFIX)
     with TemporaryDirectory() as folder:  # pnnx writes eight files
+        # pnnx names its files after the trace, so it works in a folder of its own.
         trace = Path(folder) / "it.pt"
         write_torchscript(job, trace)
 
+        # Absolute paths, since the command runs in the temporary folder.
         command = [
             pnnx.EXEC_PATH,
             trace.name,
@@ -42,6 +45,8 @@ def write(job: Job, path: Path) -> None:
         ]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
+    # An exit status of 0 alone does not show that the file was written.
     if result.returncode or not path.is_file():
         raise ValueError(f"pnnx could not convert the network ({result.stderr[-200:].strip()}); choose another format.")
+    # Last, so that there is no manifest without a network.
     path.with_name(f"{stem}.ncnn.json").write_text(manifest.text, encoding="utf-8")

@@ -20,6 +20,7 @@ class Deployed(nn.Module):
 
     def __init__(self, model: SegFormer, *, half: bool = False, preprocess: bool = False, argmax: bool = False) -> None:
         super().__init__()
+        # Class 256 would become 0 in a byte, without an error.
         if argmax and model.spec.num_classes > MAX_CLASSES:
             raise ValueError(
                 f"The network has {model.spec.num_classes} classes, where a class map can hold {MAX_CLASSES}; "
@@ -28,15 +29,19 @@ class Deployed(nn.Module):
 
         self.preprocess, self.argmax = preprocess, argmax
         self.dtype = torch.float16 if half else torch.float32
+        # Fold first, then cast: folding in half precision would round twice.
         self.network = fold_for_inference(model).cpu().to(self.dtype)
+        # As buffers they move with the network to its device.
         self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(STD), persistent=False)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
+        # Normalise in float32 even for fp16: pixels minus mean lose digits in half.
         if self.preprocess:
             x = ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2)  # B H W 3 uint8 -> B 3 H W
 
+        # Float32 out, so that every runtime returns the same type.
         logits = self.network(x.to(self.dtype)).float()  # B K H W
         if not self.argmax:
             return logits

@@ -26,11 +26,13 @@ PURPOSE = "Exporting to ONNX"
 
 
 def write(job: Job, path: Path) -> None:
+    # Ask for the package before the trace, which takes a while.
     onnx = require("onnx", PURPOSE)
     model = _translate(job)
     if job.manifest.precision == "int8":
         model = _quantise(model, job)
 
+    # Last, into the model that is saved, since quantising makes a new one.
     onnx.helper.set_model_props(model, {KEY: job.manifest.text})
     onnx.checker.check_model(model)
     onnx.save(model, path)
@@ -42,6 +44,7 @@ def _translate(job: Job) -> Any:
     source = "pixels" if job.manifest.preprocess else "images"
     result = "classes" if job.manifest.argmax else "logits"
 
+    # The dynamo exporter is the one that takes graphs of torch.export.
     program = torch.onnx.export(
         job.trace(),
         (job.make_example(),),
@@ -64,10 +67,12 @@ def _translate(job: Job) -> Any:
 
 def _name_sizes(model: Any, job: Job) -> None:
     """Renames the free sizes, which the exporter calls s0, s53, …"""
+    # The channel is the one dimension that is fixed.
     sides = (0, 1, 2) if job.manifest.preprocess else (0, 2, 3)
     dims = model.graph.input[0].type.tensor_type.shape.dim
     names = {dims[i].dim_param: name for i, name in zip(sides, ("batch", "height", "width"), strict=True)}
 
+    # A size occurs in many places, and all of them must get the same name.
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
@@ -93,6 +98,7 @@ def _quantise(model: Any, job: Job) -> Any:
             if node.op_type == "MatMul" and not weights & set(node.input):
                 attention.append(node.name)
 
+        # Why these settings: see the top of the module.
         quantization.quantize_static(
             joined,
             quantised,
@@ -115,5 +121,6 @@ class _Reader:
         self.name, self.batches = name, batches
 
     def get_next(self) -> dict[str, Any] | None:
+        # None tells ONNX Runtime that calibration is over.
         batch = next(self.batches, None)
         return None if batch is None else {self.name: batch.numpy()}

@@ -19,14 +19,17 @@ def write(job: Job, path: Path) -> None:
     if int8 and shape is not None and shape[0] > 1:  # with more, its scales were seen to be far off
         raise ValueError("nncf calibrates on one image at a time; for int8 give `batch_size` 1, or `dynamic`.")
 
+    # OpenVINO converts the graph of torch.export itself, without ONNX in between.
     ov = require("openvino", PURPOSE)
     model = ov.convert_model(job.trace())
     if int8:
         nncf = require("nncf", "int8 in OpenVINO")
+        # nncf has a scheme of its own that keeps the accuracy of transformers.
         batches = job.make_batches()
         data = nncf.Dataset(batches, lambda x: x.numpy())
         with redirect_stdout(StringIO()):  # its progress bars
             model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
 
+    # Set after quantising, which returns another model.
     model.set_rt_info(job.manifest.text, [KEY])
     ov.save_model(model, path, compress_to_fp16=job.manifest.precision == "fp16")

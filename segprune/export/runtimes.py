@@ -40,6 +40,7 @@ class Runtime:
         """
         self._check_size(images.shape)
 
+        # Undo the normalisation: the file does its own.
         x = images.float()
         if self.manifest.preprocess:
             mean, std = torch.tensor(MEAN), torch.tensor(STD)
@@ -49,6 +50,7 @@ class Runtime:
         if not self.manifest.argmax:
             return out
 
+        # One-hot logits let callers treat such a file like any network.
         classes = torch.nn.functional.one_hot(out.long(), self.manifest.num_classes)
         return classes.permute(0, 3, 1, 2).float()  # B H W K -> B K H W
 
@@ -57,6 +59,7 @@ class Runtime:
         if self.manifest.shape is None:
             return self.run(x.contiguous())
 
+        # A fixed batch cannot be smaller, so the last one is filled up and cut again.
         size = self.manifest.shape[0]
         pieces = []
         for piece in x.split(size):
@@ -83,6 +86,7 @@ class Runtime:
 
 def require(package: str, purpose: str) -> Any:
     """Returns a package of the `export` extra. Raises ImportError in one sentence where it is missing."""
+    # "a.b" is a module of the package "a", which is what users install.
     root = package.partition(".")[0]
     try:
         return import_module(package)
@@ -105,11 +109,13 @@ def open_exported(path: str | Path) -> Runtime:
     An AOTInductor package is machine code, which opening runs.
     """
     path = require_file(path)
+    # The suffix chooses the runtime; the manifest inside tells whether we wrote it.
     try:
         return OPENERS[path.suffix](path)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # every runtime fails in its own ways
+        # Runtimes' messages run to pages; the first line says the most.
         lines = str(error).strip().splitlines()
         reason = lines[0].rstrip(".") if lines else type(error).__name__
         raise ValueError(f"{path} is no file that segprune export wrote ({reason}); export it again.") from error
@@ -117,10 +123,12 @@ def open_exported(path: str | Path) -> Runtime:
 
 def _open_onnx(path: Path) -> Runtime:
     ort = require("onnxruntime", "Running an .onnx file")
+    # One thread setting for all runtimes makes their times comparable.
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # Files by others have no such key, and parsing "" refuses them.
     manifest = parse_manifest(session.get_modelmeta().custom_metadata_map.get(KEY, ""))
     name = session.get_inputs()[0].name
 
@@ -145,9 +153,11 @@ def _open_openvino(path: Path) -> Runtime:
 
 
 def _open_pt2(path: Path) -> Runtime:
+    # Both kinds end in .pt2, and each needs its own loader.
     if is_compiled(path):
         return _open_aotinductor(path)
 
+    # torch fills in the value of every key that it finds in the archive.
     extra_files = {f"{KEY}.json": ""}
     module = torch.export.load(path, extra_files=extra_files).module()
     manifest = parse_manifest(extra_files[f"{KEY}.json"])
@@ -179,6 +189,7 @@ def _open_torchscript(path: Path) -> Runtime:
         warnings.simplefilter("ignore")  # PyTorch deprecates TorchScript
         module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra_files)
 
+    # torch.jit may give the text back as bytes.
     text = extra_files[f"{KEY}.json"]
     manifest = parse_manifest(text.decode() if isinstance(text, bytes) else text)
     return Runtime(f"TorchScript {torch.__version__}", manifest, _run_without_grad(module))
@@ -190,13 +201,16 @@ def _open_ncnn(path: Path) -> Runtime:
     description = stem.with_suffix(".ncnn.json")
     manifest = parse_manifest(description.read_text(encoding="utf-8") if description.is_file() else "")
 
+    # ncnn computes in half by default wherever the processor can; say what is wanted.
     net = ncnn.Net()
     net.opt.num_threads = torch.get_num_threads()
     net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = manifest.precision == "fp16"
+    # ncnn returns a status and raises nothing.
     if net.load_param(str(path)) or net.load_model(str(stem.with_suffix(".ncnn.bin"))):
         raise ValueError("ncnn cannot load it")
 
     def run(x: Tensor) -> Tensor:
+        # An extractor keeps the results of its run, so every run needs a new one.
         extractor = net.create_extractor()
         extractor.input("in0", ncnn.Mat(x[0].numpy()))  # 3 H W: ncnn knows no batch
 

@@ -15,9 +15,11 @@ LARGEST = (8, 2048, 2048)
 def command_line(path: Path, manifest: Manifest) -> str:
     """Returns `trtexec` with its arguments, as TensorRT 10 takes them. The file itself says what is fp16 or int8."""
     words = ["trtexec", f"--onnx={path}", f"--saveEngine={path.with_suffix('.engine')}"]
+    # Without this flag TensorRT may choose precisions itself, whatever the file says.
     if manifest.precision != "fp32":
         words.append("--stronglyTyped")
 
+    # An engine of any size is tuned between bounds, which have to be named.
     if manifest.shape is None:
         name = "pixels" if manifest.preprocess else "images"
         for flag, (batch, height, width) in (("minShapes", SMALLEST), ("optShapes", USUAL), ("maxShapes", LARGEST)):

@@ -19,6 +19,7 @@ def write_pt2(job: Job, path: Path) -> None:
 
 def write_aotinductor(job: Job, path: Path) -> None:
     """Compiles for a minute or more. The package runs only on machines like this one, with this version of PyTorch."""
+    # Compiling fails late and at length without a compiler, so ask first.
     if not any(map(shutil.which, COMPILERS)):
         raise ValueError(
             "The format aotinductor needs a C++ compiler, and there is none here; install g++ or clang++, or choose "
@@ -27,6 +28,7 @@ def write_aotinductor(job: Job, path: Path) -> None:
 
     from torch._inductor import aoti_compile_and_package
 
+    # The package's metadata can be read without running its code.
     settings = {"aot_inductor.metadata": {KEY: job.manifest.text}}
     with torch.no_grad():
         aoti_compile_and_package(job.trace(), package_path=str(path), inductor_configs=settings)
@@ -34,5 +36,6 @@ def write_aotinductor(job: Job, path: Path) -> None:
 
 def write_torchscript(job: Job, path: Path) -> None:
     with torch.no_grad():
+        # Freezing turns weights into constants, which lets runtimes fold and fuse them.
         trace = torch.jit.freeze(torch.jit.trace(job.network, job.make_example()))
         torch.jit.save(trace, str(path), _extra_files={f"{KEY}.json": job.manifest.text})

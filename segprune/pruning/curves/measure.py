@@ -65,7 +65,9 @@ def measure_curves(
     """
     places = find_places(model, groups)
     generator = torch.Generator().manual_seed(seed)
-    images = [_crop(image, generator) for batch in batches for image in batch.split(1)]
+    images: list[Tensor] = []
+    for batch in batches:
+        images.extend(_crop(image, generator) for image in batch.split(1))
 
     # One in `UNSEEN` images is for the second pass.
     # Where there are fewer, all serve for both.
