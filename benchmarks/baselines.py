@@ -23,7 +23,11 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 def prune_channels(
-    model: SegFormer, ratio: float, example_inputs: Tensor, baseline: Baseline = "global L1", batches: Batches = ()
+    model: SegFormer,
+    ratio: float,
+    example_inputs: Tensor,
+    baseline: Baseline = "global L1",
+    batches: Batches = (),
 ) -> nn.Module:
     """A copy of `model` without the share `ratio` of its channels; `batches` of images and labels are for Taylor."""
     model = copy.deepcopy(model)
@@ -65,7 +69,9 @@ def prune_to(
     tolerance: float = 0.005,
 ) -> nn.Module:
     """What removes the share `rate` of `whole` (default: the model's), as near as steps of channels allow."""
-    size: Callable[[nn.Module], float] = num_parameters if of == "params" else lambda m: num_macs(m, example_inputs)
+    size: Callable[[nn.Module], float] = (
+        num_parameters if of == "params" else lambda m: num_macs(m, example_inputs)
+    )
     whole = size(model) if whole is None else whole
     low, high, best = 0.0, 1.0, None
     for _ in range(14):

@@ -31,12 +31,16 @@ TARGETS = {"in PyTorch eager": 12.0, "in the same runtime": 4.0}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variant", default="b2")
     parser.add_argument("--rate", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=300.0, help="no new round after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="no new round after so long"
+    )
     flags = parser.parse_args()
     keep_freed_memory()  # as the commands do
     with TemporaryDirectory() as folder:
@@ -96,13 +100,21 @@ def _show(rows: list[Row]) -> None:
             f"| {Path(row.case.path).stem} | {row.runtime} | {row.latency.median_ms:.0f} ({row.latency.p90_ms:.0f}) "
             f"| {row.macs / 1e9:.2f} | {row.gmacs_per_second:.1f} | {row.peak_share:.0%} | {row.faster:.2f} |"
         )
-    pruned = [row for row in rows if Path(row.case.path).stem == "pruned" and row.case.runtime in RUNTIMES]
+    pruned = [
+        row
+        for row in rows
+        if Path(row.case.path).stem == "pruned" and row.case.runtime in RUNTIMES
+    ]
     best = min(pruned, key=lambda row: row.latency.median_ms)
-    same = next(row for row in rows if row.case.runtime == best.case.runtime)  # the original's come first
+    same = next(
+        row for row in rows if row.case.runtime == best.case.runtime
+    )  # the original's come first
     print("\n| pruned in its best runtime against the dense original | × faster | target |")
     print("|---|---|---|")
     for (where, target), other in zip(TARGETS.items(), (rows[0], same), strict=True):
-        print(f"| {where} | {other.latency.median_ms / best.latency.median_ms:.1f} | {target:g} |")
+        print(
+            f"| {where} | {other.latency.median_ms / best.latency.median_ms:.1f} | {target:g} |"
+        )
 
 
 if __name__ == "__main__":

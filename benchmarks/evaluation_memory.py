@@ -39,13 +39,17 @@ class Drawn:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--num_workers", type=int, default=0)
     flags = parser.parse_args()
     torch.manual_seed(11)
     k = len(CLASS_NAMES)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, k, 3, padding=1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, k, 3, padding=1)
+    )
     start, shown = time.perf_counter(), 0
 
     def progress(done: int, total: int) -> None:

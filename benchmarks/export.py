@@ -29,11 +29,15 @@ ANY = Limits(None, 0.0)  # everything is kept and shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True)
     parser.add_argument("--size", type=int, nargs=2, default=(128, 128))
-    parser.add_argument("--score_size", type=int, nargs=2, default=(64, 64), help="of the pictures in --data")
+    parser.add_argument(
+        "--score_size", type=int, nargs=2, default=(64, 64), help="of the pictures in --data"
+    )
     parser.add_argument("--skip", nargs="*", default=(), help="formats to leave out")
     flags = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -45,7 +49,9 @@ def main() -> None:
     _int8(networks, flags)
     networks |= {"b2 dense": b2, "b2 pruned": L1Pruner(b2, 0.5).prune(example)}
     print(f"\ntorch {torch.__version__}, {flags.size[0]}×{flags.size[1]}, batch 1")
-    print("| network | format | precision | off by | equal class (%) | MB | seconds to export |")
+    print(
+        "| network | format | precision | off by | equal class (%) | MB | seconds to export |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, network in networks.items():
         for format in FORMATS:
@@ -54,10 +60,14 @@ def main() -> None:
                     _row(name, network, format, precision, tuple(flags.size))
 
 
-def _row(name: str, network: SegFormer, format: str, precision: Any, size: tuple[int, int]) -> None:
+def _row(
+    name: str, network: SegFormer, format: str, precision: Any, size: tuple[int, int]
+) -> None:
     with TemporaryDirectory() as folder:
         path, start = Path(folder) / f"it{FORMATS[format].suffix}", perf_counter()
-        _, difference = export(network, path, format=format, precision=precision, size=size, limits=ANY)
+        _, difference = export(
+            network, path, format=format, precision=precision, size=size, limits=ANY
+        )
         megabytes = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e6
         print(
             f"| {name} | {format} | {precision} | {difference.relative:.1e} | {100 * difference.agreement:.3f} "
@@ -71,7 +81,9 @@ def _int8(networks: dict[str, SegFormer], flags: argparse.Namespace) -> None:
     samples = source.split("train")[:100]
     pictures = [letterbox(sample.load()[0], None, size)[0] for sample in samples]
     val, how = source.split("val"), EvalMode(input_shape=size)
-    print(f"int8, {size[0]}×{size[1]}, calibrated on {len(pictures)} pictures, scored on {len(val)}")
+    print(
+        f"int8, {size[0]}×{size[1]}, calibrated on {len(pictures)} pictures, scored on {len(val)}"
+    )
     print("| network | format | mIoU fp32 | mIoU int8 | equal class (%) | MB |")
     print("|---|---|---|---|---|---|")
     for name, network in networks.items():
@@ -79,7 +91,12 @@ def _int8(networks: dict[str, SegFormer], flags: argparse.Namespace) -> None:
         for format in (format for format in FORMATS if "int8" in FORMATS[format].precisions):
             with TemporaryDirectory() as folder:
                 path = Path(folder) / f"it{FORMATS[format].suffix}"
-                options: dict[str, Any] = {"precision": "int8", "size": size, "pictures": pictures, "limits": ANY}
+                options: dict[str, Any] = {
+                    "precision": "int8",
+                    "size": size,
+                    "pictures": pictures,
+                    "limits": ANY,
+                }
                 _, difference = export(network, path, format=format, **options)
                 after = evaluate(open_exported(path), val, network.spec.num_classes, how).miou
                 megabytes = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e6

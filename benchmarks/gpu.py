@@ -32,11 +32,15 @@ CPU_PRECISIONS: tuple[Precision, ...] = ("fp32",)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variants", nargs="+", default=["b0", "b2"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--shape", nargs=2, type=int, default=[512, 512])
-    parser.add_argument("--seconds", type=float, default=2.5, help="at most, for one precision of one batch")
+    parser.add_argument(
+        "--seconds", type=float, default=2.5, help="at most, for one precision of one batch"
+    )
     parser.add_argument("--out", default="", help="a JSON file with every number")
     parser.add_argument("--cpu", action="store_true")
     flags = parser.parse_args()
@@ -44,10 +48,17 @@ def main() -> None:
     start = time.perf_counter()
     device = torch.device("cpu" if flags.cpu else "cuda")
     if flags.cpu:
-        flags.variants, flags.batches, flags.shape, flags.seconds = ["b0"], [1, 2], [64, 64], 0.0
+        flags.variants, flags.batches, flags.shape, flags.seconds = (
+            ["b0"],
+            [1, 2],
+            [64, 64],
+            0.0,
+        )
     height, width = flags.shape
     name = "CPU" if flags.cpu else torch.cuda.get_device_name(device)
-    print(f"{name}, torch {torch.__version__}, {height}×{width}, {NUM_CLASSES} classes, milliseconds a batch\n")
+    print(
+        f"{name}, torch {torch.__version__}, {height}×{width}, {NUM_CLASSES} classes, milliseconds a batch\n"
+    )
 
     records: list[dict[str, Any]] = []
     for variant in flags.variants:
@@ -74,7 +85,11 @@ def _networks(variant: str, shape: tuple[int, int]) -> dict[str, SegFormer]:
 
 
 def _measure(
-    variant: str, networks: dict[str, SegFormer], batch: int, device: torch.device, flags: argparse.Namespace
+    variant: str,
+    networks: dict[str, SegFormer],
+    batch: int,
+    device: torch.device,
+    flags: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """A record of each network at this batch, with its latency in every precision."""
     shape = (flags.shape[0], flags.shape[1])
@@ -101,7 +116,10 @@ def _measure(
                 "batch": batch,
                 "parameters": counts.parameters,
                 "macs": counts.macs,
-                "latency": {precision: asdict(latencies[i]) for precision, latencies in by_precision.items()},
+                "latency": {
+                    precision: asdict(latencies[i])
+                    for precision, latencies in by_precision.items()
+                },
             }
         )
     return records
@@ -116,7 +134,9 @@ def _show(records: list[dict[str, Any]]) -> None:
 
     for record in records:
         dense = next(
-            other for other in records if (other["variant"], other["batch"]) == (record["variant"], record["batch"])
+            other
+            for other in records
+            if (other["variant"], other["batch"]) == (record["variant"], record["batch"])
         )
         cells = []
         for precision, latency in record["latency"].items():

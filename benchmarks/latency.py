@@ -36,15 +36,21 @@ class Transformers(nn.Module):
         self.network = SegformerForSemanticSegmentation(hf_config(variant, NUM_CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(self.network(x).logits, size=x.shape[2:], mode="bilinear", align_corners=False)
+        return F.interpolate(
+            self.network(x).logits, size=x.shape[2:], mode="bilinear", align_corners=False
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variants", nargs="+", default=["b0", "b2"])
     parser.add_argument("--rate", type=float, default=0.5)
     parser.add_argument("--rate_of", default="params", choices=["params", "macs"])
-    parser.add_argument("--keep_decoder", action="store_true", help="prune the decode head as published")
+    parser.add_argument(
+        "--keep_decoder", action="store_true", help="prune the decode head as published"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, per variant")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
@@ -53,7 +59,9 @@ def main() -> None:
 
     keep_freed_memory()  # as the commands do
     where = "on the GPU" if flags.cuda else f"{torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {where}, {flags.precision}, {SHAPE[0]}×{SHAPE[1]}, batch {flags.batch}")
+    print(
+        f"torch {torch.__version__}, {where}, {flags.precision}, {SHAPE[0]}×{SHAPE[1]}, batch {flags.batch}"
+    )
     print(
         "| network | params (M) | MACs (G) | latency (ms), quartiles | × faster than dense | per MAC | logits off by |"
     )
@@ -68,7 +76,9 @@ def _show_variant(variant: str, flags: argparse.Namespace) -> None:
     assert isinstance(dense, SegFormer)
     folded = fold_decoder(dense)
     x = torch.randn(1, 3, *SHAPE)
-    pruned = L1Pruner(dense, flags.rate, rate_of=flags.rate_of, keep_decoder=flags.keep_decoder).prune(x)
+    pruned = L1Pruner(
+        dense, flags.rate, rate_of=flags.rate_of, keep_decoder=flags.keep_decoder
+    ).prune(x)
     with torch.inference_mode():
         off = float((folded(x) - dense(x)).abs().max() / dense(x).abs().max())
 
@@ -92,7 +102,9 @@ def _show_variant(variant: str, flags: argparse.Namespace) -> None:
     digits = 2 if flags.cuda else 0
     for (name, network), latency in zip(networks.items(), latencies, strict=True):
         counts = count(network.spec if isinstance(network, SegFormer) else dense.spec, SHAPE)
-        low, median, high = (f"{ms:.{digits}f}" for ms in (latency.low_ms, latency.median_ms, latency.high_ms))
+        low, median, high = (
+            f"{ms:.{digits}f}" for ms in (latency.low_ms, latency.median_ms, latency.high_ms)
+        )
         error = f"{off:.1e}" if network is folded else ""
         faster = latencies[1].median_ms / latency.median_ms
         print(

@@ -36,7 +36,9 @@ PROTECTED = {"encoder.stages.0.patch_embed.proj", "decode_head.classifier"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variants", nargs="+", default=["b0"])
     parser.add_argument("--shape", nargs=2, type=int, default=[256, 256])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.3, 0.5])
@@ -46,13 +48,18 @@ def main() -> None:
     flags = parser.parse_args()
 
     keep_freed_memory()  # as the commands do
-    print(f"torch {torch.__version__}, {flags.precision}, {flags.shape[0]}×{flags.shape[1]}, batch 1")
+    print(
+        f"torch {torch.__version__}, {flags.precision}, {flags.shape[0]}×{flags.shape[1]}, batch 1"
+    )
     for variant in flags.variants:
         _show_variant(variant, flags)
 
 
 def _show_variant(variant: str, flags: argparse.Namespace) -> None:
-    device, shape = torch.device("cuda" if flags.cuda else "cpu"), (flags.shape[0], flags.shape[1])
+    device, shape = (
+        torch.device("cuda" if flags.cuda else "cpu"),
+        (flags.shape[0], flags.shape[1]),
+    )
     torch.manual_seed(0)
     dense = SegFormer(standard_spec(variant, NUM_CLASSES))
     fill(dense)
@@ -60,21 +67,30 @@ def _show_variant(variant: str, flags: argparse.Namespace) -> None:
 
     def measure(*networks: nn.Module) -> list[Latency]:
         return measure_latency(
-            networks, shape, device=device, precision=flags.precision, max_runs=100, max_seconds=flags.seconds
+            networks,
+            shape,
+            device=device,
+            precision=flags.precision,
+            max_runs=100,
+            max_seconds=flags.seconds,
         )
 
     # How well the sum of steps predicts whole networks.
     groups = find_groups(folded, torch.zeros(1, 3, 64, 64, device=device), PROTECTED).groups
     start = time.perf_counter()
     costs = LatencyCosts(folded.spec, groups, LatencyTable(device, flags.precision), shape)
-    print(f"{variant}: {time.perf_counter() - start:.0f} s for the table, on {measure(folded)[0].device}")
+    print(
+        f"{variant}: {time.perf_counter() - start:.0f} s for the table, on {measure(folded)[0].device}"
+    )
 
     predicted = [LatencyCosts(dense.spec, (), costs.table, shape), costs]
     measured = measure(dense, folded)
     for name, sums, latency in zip(("dense", "folded"), predicted, measured, strict=True):
         ms = sums.total(sums.full)
         off = ms / latency.median_ms - 1
-        print(f"{name}: predicted {ms:.2f} ms, measured {latency.median_ms:.2f}, off by {off:+.1%}")
+        print(
+            f"{name}: predicted {ms:.2f} ms, measured {latency.median_ms:.2f}, off by {off:+.1%}"
+        )
 
     # How near a plan comes, from the table alone and corrected by measuring.
     dense_ms = costs.total(costs.full) * measured[0].median_ms / measured[1].median_ms
@@ -89,18 +105,30 @@ def _show_variant(variant: str, flags: argparse.Namespace) -> None:
         network.spec = read_spec(network)
         return network, (1.0 - plan.removed["latency"]) * dense_ms
 
-    print("| network | rate | first plan: rate measured | off by | met: rate measured | off by | tries |")
+    print(
+        "| network | rate | first plan: rate measured | off by | met: rate measured | off by | tries |"
+    )
     print("|---|---|---|---|---|---|---|")
     for rate in flags.rates:
         try:
             network, _ = prune((1.0 - rate) * dense_ms)
             before, after = measure(dense, network)
             first = after.median_ms / before.median_ms
-            met = meet(1.0 - rate, dense, dense_ms, prune, shape, costs.table.place, max_seconds=flags.seconds)
+            met = meet(
+                1.0 - rate,
+                dense,
+                dense_ms,
+                prune,
+                shape,
+                costs.table.place,
+                max_seconds=flags.seconds,
+            )
         except ValueError as error:
             print(f"| {variant} | {rate:g} | {error} |", flush=True)
             continue
-        cells = [f"{1 - share:.3f} | {share / (1 - rate) - 1:+.1%}" for share in (first, met.share)]
+        cells = [
+            f"{1 - share:.3f} | {share / (1 - rate) - 1:+.1%}" for share in (first, met.share)
+        ]
         print(f"| {variant} | {rate:g} | {' | '.join(cells)} | {met.tries} |", flush=True)
 
 

@@ -27,11 +27,20 @@ from segprune.training.loop import train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--with_context", action="store_true", help="on pictures that need their context")
+    parser.add_argument(
+        "--with_context", action="store_true", help="on pictures that need their context"
+    )
     parser.add_argument("--epochs", type=int, default=2, help="of the eight, for fine-tuning")
-    parser.add_argument("--lr", type=float, default=1.0, help="of fine-tuning, as a share of the dense network's")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=1.0,
+        help="of fine-tuning, as a share of the dense network's",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flags = parser.parse_args()
     keep_freed_memory()  # as the commands do
@@ -40,7 +49,10 @@ def main() -> None:
     for seed in flags.seeds:
         bench = Bench(flags.folder / str(seed), seed, accelerator, context=flags.with_context)
         rows.append((bench.dense_miou, *_pruned_down(bench, flags.epochs, flags.lr)))
-        print(f"seed {seed}: native b0 {rows[-1][0]:.4f}, dense b1, cut, fine-tuned {rows[-1][1:]}", flush=True)
+        print(
+            f"seed {seed}: native b0 {rows[-1][0]:.4f}, dense b1, cut, fine-tuned {rows[-1][1:]}",
+            flush=True,
+        )
     print("\n| | mIoU, mean (lowest and highest) |\n|---|---|")
     names = ("b0, native", "b1, dense", "b1 cut to b0's size and repaired", "fine-tuned")
     for name, column in zip(names, zip(*rows, strict=True), strict=True):
@@ -57,11 +69,18 @@ def _pruned_down(bench: Bench, epochs: int, lr: float) -> list[float]:
         segprune.save(model, path)
     dense = segprune.load(path)
     small, large = (count(spec, SIZE) for spec in (fold_decoder(bench.dense).spec, dense.spec))
-    budgets = {"params": 1 - small.parameters / large.parameters, "macs": 1 - small.macs / large.macs}
-    pruned = Pruner(dense, budgets, images=training_images(bench)).prune(torch.empty(1, 3, *SIZE))
+    budgets = {
+        "params": 1 - small.parameters / large.parameters,
+        "macs": 1 - small.macs / large.macs,
+    }
+    pruned = Pruner(dense, budgets, images=training_images(bench)).prune(
+        torch.empty(1, 3, *SIZE)
+    )
     found = [bench.score(dense), bench.score(pruned)]
     config = bench.config(epochs, lr)
-    train(pruned, config, bench.splits, accelerator=bench.accelerator, teacher=fold_decoder(dense))
+    train(
+        pruned, config, bench.splits, accelerator=bench.accelerator, teacher=fold_decoder(dense)
+    )
     return [*found, bench.score(pruned)]
 
 

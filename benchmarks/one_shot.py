@@ -36,7 +36,11 @@ from segprune.training.loop import train
 from segprune.training.rates import MUCH_LOST
 from segprune.training.state import Splits
 
-NUM_IMAGES, EPOCHS, LR = 64, 4, 1.0  # epochs over a part of the pictures; the rate as a share of the dense one's
+NUM_IMAGES, EPOCHS, LR = (
+    64,
+    4,
+    1.0,
+)  # epochs over a part of the pictures; the rate as a share of the dense one's
 BUDGETS = ("params=0.3", "params=0.5", "params=0.7", "macs=0.9")
 THEIRS = ("global L1", "isomorphic L1", "Taylor")
 OURS: dict[str, dict[str, Any]] = {
@@ -49,13 +53,19 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--with_context", action="store_true", help="on pictures that need their context")
+    parser.add_argument(
+        "--with_context", action="store_true", help="on pictures that need their context"
+    )
     parser.add_argument("--teacher", action="store_true", help="fine-tune as the commands do")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
-    parser.add_argument("--methods", nargs="+", default=[*THEIRS, *OURS], help="as the table names them")
+    parser.add_argument(
+        "--methods", nargs="+", default=[*THEIRS, *OURS], help="as the table names them"
+    )
     flags = parser.parse_args()
     keep_freed_memory()  # as the commands do
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -67,11 +77,18 @@ def main() -> None:
                 if name.partition(" ")[2] not in flags.methods:
                     continue
                 key = f"one-shot {budget} {name}" + (" with a teacher" if flags.teacher else "")
-                found = bench.cached(key, partial(_measured, bench, prune, taught=flags.teacher))
+                found = bench.cached(
+                    key, partial(_measured, bench, prune, taught=flags.teacher)
+                )
                 shares = [miou / bench.dense_miou for miou in found[:2]]
                 rows.setdefault((budget, name), []).append((*shares, *found[2:]))
-                print(f"seed {seed}, {budget}, {name}: dense {bench.dense_miou:.4f}, {found}", flush=True)
-    print(f"\nShare of the dense mIoU (%), means over seeds {flags.seeds} (lowest and highest):\n")
+                print(
+                    f"seed {seed}, {budget}, {name}: dense {bench.dense_miou:.4f}, {found}",
+                    flush=True,
+                )
+    print(
+        f"\nShare of the dense mIoU (%), means over seeds {flags.seeds} (lowest and highest):\n"
+    )
     print("| budget | network | pruned | fine-tuned | params removed | MACs removed |")
     print("|---|---|---|---|---|---|")
     for (budget, name), values in rows.items():
@@ -90,12 +107,17 @@ def methods(bench: Bench, budget: str) -> dict[str, Callable[[], nn.Module]]:
     start = dense if unit == "params" else fold_decoder(dense)
     whole = num_parameters(dense) if unit == "params" else num_macs(dense, x)
     found: dict[str, Callable[[], nn.Module]] = {
-        f"torch-pruning {name}": partial(prune_to, start, rate, x, of=unit, whole=whole, baseline=name, batches=batches)
+        f"torch-pruning {name}": partial(
+            prune_to, start, rate, x, of=unit, whole=whole, baseline=name, batches=batches
+        )
         for name in THEIRS
     }
     for name, options in OURS.items():
         found[f"segprune {name}"] = partial(
-            lambda options: Pruner(dense, rate, rate_of=unit, images=images, **options).prune(x), options
+            lambda options: Pruner(dense, rate, rate_of=unit, images=images, **options).prune(
+                x
+            ),
+            options,
         )
     return found
 
@@ -137,7 +159,9 @@ def _tell_widths(model: nn.Module) -> None:
     """torch-pruning knows no spec, which distillation reads the stages' widths off."""
     assert isinstance(model, SegFormer)
     stages = zip(model.spec.stages, model.encoder.stages, strict=True)
-    widths = tuple(replace(spec, width=stage.norm.normalized_shape[0]) for spec, stage in stages)
+    widths = tuple(
+        replace(spec, width=stage.norm.normalized_shape[0]) for spec, stage in stages
+    )
     model.spec = replace(model.spec, stages=widths)
 
 

@@ -43,7 +43,9 @@ COLUMNS = tuple(dict.fromkeys(KINDS.values()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variants", nargs="+", default=["b0", "b2", "b5"])
     parser.add_argument("--rate", type=float, default=0.5)
     parser.add_argument("--shape", type=int, nargs=2, default=[512, 512])
@@ -51,15 +53,23 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true")
     flags = parser.parse_args()
     keep_freed_memory()  # as the commands do
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {flags.shape[0]}×{flags.shape[1]}, batch 1\n")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {flags.shape[0]}×{flags.shape[1]}, batch 1\n"
+    )
     print(f"| network | MACs (G) | ms | {' | '.join(COLUMNS)} |")
     print("|---|---|---|" + "---|" * len(COLUMNS))
     for variant in flags.variants:
         torch.manual_seed(0)
         dense = fill(SegFormer(standard_spec(variant, NUM_CLASSES))).eval()
         assert isinstance(dense, SegFormer)
-        pruned = L1Pruner(dense, flags.rate).prune(torch.empty(1, 3, *flags.shape, device="meta"))
-        networks = {"dense": dense, "folded": fold_decoder(dense), f"pruned {flags.rate:g}": pruned}
+        pruned = L1Pruner(dense, flags.rate).prune(
+            torch.empty(1, 3, *flags.shape, device="meta")
+        )
+        networks = {
+            "dense": dense,
+            "folded": fold_decoder(dense),
+            f"pruned {flags.rate:g}": pruned,
+        }
         for name, network in networks.items():
             assert isinstance(network, SegFormer)
             spent = _spent(network, flags)

@@ -44,13 +44,24 @@ from segprune.training.distill import Distillation
 from segprune.training.loop import train
 from segprune.training.state import Splits
 
-BUDGETS = ("params=0.3", "params=0.5", "params=0.7", "params=0.85", "macs=0.8", "macs=0.9", "macs=0.95")
+BUDGETS = (
+    "params=0.3",
+    "params=0.5",
+    "params=0.7",
+    "params=0.85",
+    "macs=0.8",
+    "macs=0.9",
+    "macs=0.95",
+)
 NUM_IMAGES = 64
 EPOCHS, LR, HEAD_LR = 40, 2e-4, 5.0  # of the dense network, batches of 8
 TUNED_SHARE = 0.1  # of the dense network's epochs, for fine-tuning
 RATES = (0.1, 0.5)  # of fine-tuning, as shares of LR; the better one on val counts
 
-THEIRS = {"torch-pruning global L1": "global L1", "torch-pruning isomorphic L1": "isomorphic L1"}
+THEIRS = {
+    "torch-pruning global L1": "global L1",
+    "torch-pruning isomorphic L1": "isomorphic L1",
+}
 THEIRS_LABELS = {"torch-pruning Taylor": "Taylor"}
 OURS: dict[str, tuple[str, int, dict[str, Any]]] = {  # images, how many, options
     "l1, no repair": ("none", 0, {"repair": False}),
@@ -73,18 +84,27 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--backbone", default="", help="an encoder's weights; from scratch without")
+    parser.add_argument(
+        "--backbone", default="", help="an encoder's weights; from scratch without"
+    )
     parser.add_argument("--input_shape", type=int, nargs=2, default=(360, 480))
     parser.add_argument("--num_classes", type=int, default=11)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
     parser.add_argument(
-        "--methods", nargs="+", default=[*THEIRS, *THEIRS_LABELS, *OURS], help="as the table names them"
+        "--methods",
+        nargs="+",
+        default=[*THEIRS, *THEIRS_LABELS, *OURS],
+        help="as the table names them",
     )
-    parser.add_argument("--finetune", action="store_true", help="fine-tune every network as well")
+    parser.add_argument(
+        "--finetune", action="store_true", help="fine-tune every network as well"
+    )
     parser.add_argument("--cuda", action="store_true")
     flags = parser.parse_args()
     keep_freed_memory()  # as the commands do
@@ -95,17 +115,29 @@ def main() -> None:
         dense = bench.known("dense", partial(bench.measure, bench.dense, 0.0))
         print(f"seed {seed}, dense: {dense}", flush=True)
         for stage in (2, 3):
-            silent = bench.known(f"without stage {stage + 1}", partial(bench.measure_silenced, stage))
-            table.setdefault(("control", f"dense without stage {stage + 1}"), []).append((dense, silent))
+            silent = bench.known(
+                f"without stage {stage + 1}", partial(bench.measure_silenced, stage)
+            )
+            table.setdefault(("control", f"dense without stage {stage + 1}"), []).append(
+                (dense, silent)
+            )
         for budget in flags.budgets:
             for method in flags.methods:
                 row, tuned = bench.measure_method(method, budget, finetune=flags.finetune)
                 table.setdefault((budget, method), []).append((dense, row))
                 if tuned is not None:
-                    table.setdefault((budget, f"{method}, fine-tuned"), []).append((dense, tuned))
-                print(f"seed {seed}, {budget}, {method}: {row}", *([] if tuned is None else [tuned]), flush=True)
+                    table.setdefault((budget, f"{method}, fine-tuned"), []).append(
+                        (dense, tuned)
+                    )
+                print(
+                    f"seed {seed}, {budget}, {method}: {row}",
+                    *([] if tuned is None else [tuned]),
+                    flush=True,
+                )
 
-    print(f"\nShare of the dense mIoU (%), means over seeds {flags.seeds} (lowest and highest):\n")
+    print(
+        f"\nShare of the dense mIoU (%), means over seeds {flags.seeds} (lowest and highest):\n"
+    )
     print("| budget | network | val | test | params removed | MACs removed | seconds |")
     print("|---|---|---|---|---|---|---|")
     for (budget, method), pairs in table.items():
@@ -116,7 +148,9 @@ def main() -> None:
             [100 * row.macs for _, row in pairs],
             [row.seconds for _, row in pairs],
         ]
-        print(f"| {budget} | {method} | {' | '.join(spread(column, '.1f') for column in columns)} |")
+        print(
+            f"| {budget} | {method} | {' | '.join(spread(column, '.1f') for column in columns)} |"
+        )
 
 
 class Bench:
@@ -140,7 +174,9 @@ class Bench:
         """Returns what is kept under this name, computed and kept if it is new."""
         path = self.flags.out / "results.json"
         key = f"seed {self.seed}, {self.shape[0]}x{self.shape[1]}: {name}"
-        results: dict[str, Mapping[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+        results: dict[str, Mapping[str, float]] = (
+            json.loads(path.read_text()) if path.is_file() else {}
+        )
         if key not in results:
             results[key] = vars(compute())
             path.write_text(json.dumps(results, indent=1))
@@ -165,7 +201,9 @@ class Bench:
         spec = standard_spec("b0", self.flags.num_classes)
         model = SegFormer(replace(spec, numerics=replace(spec.numerics, drop_path=0.1)))
         if self.flags.backbone:
-            opened = checkpoint.read(self.flags.backbone, variant="b0", num_classes=self.flags.num_classes)
+            opened = checkpoint.read(
+                self.flags.backbone, variant="b0", num_classes=self.flags.num_classes
+            )
             model.load_state_dict(model.state_dict() | opened.state_dict)
         train(model, self.config, self.split_train(), accelerator=self.accelerator)
         return model
@@ -199,7 +237,9 @@ class Bench:
             tensor.detach().zero_()
         return self.measure(model, 0.0)
 
-    def measure_method(self, method: str, budget: str, *, finetune: bool) -> tuple[Row, Row | None]:
+    def measure_method(
+        self, method: str, budget: str, *, finetune: bool
+    ) -> tuple[Row, Row | None]:
         path = self.flags.out / f"{method}, {budget}, {self.seed}.pt".replace(" ", "_")
 
         def pruned() -> nn.Module:
@@ -232,7 +272,9 @@ class Bench:
         """Trains with the dense network as the teacher, the same steps for all."""
         epochs = max(1, round(TUNED_SHARE * EPOCHS))
         config = replace(self.config, epochs=epochs, lr=rate * LR, eval_every=epochs)
-        config = replace(config, distillation=Distillation(feature=0.0))  # torch-pruning's widths are in no spec
+        config = replace(
+            config, distillation=Distillation(feature=0.0)
+        )  # torch-pruning's widths are in no spec
         teacher = fold_decoder(self.dense)
         train(model, config, self.split_train(), accelerator=self.accelerator, teacher=teacher)
         return model
@@ -243,14 +285,18 @@ class Bench:
         if method in OURS:
             origin, count, options = OURS[method]
             images = self.images(origin, count)
-            pruner = Pruner(self.dense, rate, rate_of=unit, images=images, input_shape=self.shape, **options)
+            pruner = Pruner(
+                self.dense, rate, rate_of=unit, images=images, input_shape=self.shape, **options
+            )
             return pruner.prune(x)
 
         start = self.dense if unit == "params" else fold_decoder(self.dense)
         whole = num_parameters(self.dense) if unit == "params" else num_macs(self.dense, x)
         baseline = (THEIRS | THEIRS_LABELS)[method]
         batches = self.labelled() if method in THEIRS_LABELS else ()
-        return prune_to(start, rate, x, of=unit, whole=whole, baseline=baseline, batches=batches)
+        return prune_to(
+            start, rate, x, of=unit, whole=whole, baseline=baseline, batches=batches
+        )
 
     def images(self, origin: str, count: int) -> list[Tensor]:
         if origin == "none":
@@ -265,7 +311,10 @@ class Bench:
         samples = self.splits["train"]
         chosen = [samples[i * len(samples) // NUM_IMAGES] for i in range(NUM_IMAGES)]
         data = SegmentationData(chosen, self.flags.num_classes, EvalTransform(self.shape))
-        images, labels = (torch.stack(column) for column in zip(*[data[i] for i in range(NUM_IMAGES)], strict=True))
+        images, labels = (
+            torch.stack(column)
+            for column in zip(*[data[i] for i in range(NUM_IMAGES)], strict=True)
+        )
         pairs = zip(images.split(8), labels.split(8), strict=True)
         return [(x.to(self.device), y.to(self.device)) for x, y in pairs]
 

@@ -19,7 +19,9 @@ from segprune.inference.evaluate import EvalMode, evaluate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file")
     parser.add_argument("--data", required=True)
     parser.add_argument("--input_shape", type=int, nargs=2, default=(128, 128))
@@ -34,7 +36,9 @@ def main() -> None:
     def row(name: str, model: nn.Module) -> None:
         left = sum(p.numel() for p in model.parameters())
         miou = evaluate(model, samples, dense.spec.num_classes, how).miou
-        print(f"| {name} | {left / 1e6:.3f} | {1 - left / whole:.1%} | {miou:.4f} |", flush=True)
+        print(
+            f"| {name} | {left / 1e6:.3f} | {1 - left / whole:.1%} | {miou:.4f} |", flush=True
+        )
 
     print("| network | params (M) | removed | mIoU, not fine-tuned |")
     print("|---|---|---|---|")

@@ -70,10 +70,15 @@ def weights_of(distillation: Distillation | None) -> dict[str, float]:
     """Returns the weights as options of training."""
     if distillation is None:
         return {}
-    return {f"distill_{name}": getattr(distillation, name) for name in ("pixel", "channel", "feature")}
+    return {
+        f"distill_{name}": getattr(distillation, name)
+        for name in ("pixel", "channel", "feature")
+    }
 
 
-HARD = Setting("", rate=0.9, rate_of="macs")  # on these pictures a rate of the parameters takes what does nothing
+HARD = Setting(
+    "", rate=0.9, rate_of="macs"
+)  # on these pictures a rate of the parameters takes what does nothing
 HARD_TAUGHT = replace(HARD, distillation=TAUGHT)
 STUDIES: dict[str, tuple[Setting, ...]] = {
     "teacher": (
@@ -88,7 +93,10 @@ STUDIES: dict[str, tuple[Setting, ...]] = {
         replace(HARD, name="labels alone, 90 % of MACs, 25 % of steps", share=0.25),
         replace(HARD_TAUGHT, name="with the teacher, 90 % of MACs, 25 % of steps", share=0.25),
     ),
-    "rate": tuple(replace(HARD_TAUGHT, name=f"learning rate × {lr:g}", lr=lr) for lr in (0.1, 0.25, 0.5, 1.0, 2.0)),
+    "rate": tuple(
+        replace(HARD_TAUGHT, name=f"learning rate × {lr:g}", lr=lr)
+        for lr in (0.1, 0.25, 0.5, 1.0, 2.0)
+    ),
     "parts": (
         replace(HARD, name="pixels alone", distillation=Distillation(channel=0, feature=0)),
         replace(HARD, name="channels alone", distillation=Distillation(pixel=0, feature=0)),
@@ -115,13 +123,19 @@ STUDIES: dict[str, tuple[Setting, ...]] = {
     ),
     "freeze": (
         replace(HARD_TAUGHT, name="trained all at once"),
-        replace(HARD_TAUGHT, name="encoder frozen in the first of four epochs", changes=(("freeze_epochs", 1),)),
+        replace(
+            HARD_TAUGHT,
+            name="encoder frozen in the first of four epochs",
+            changes=(("freeze_epochs", 1),),
+        ),
     ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--studies", nargs="*", default=list(STUDIES), choices=list(STUDIES))
@@ -134,7 +148,9 @@ def main() -> None:
         for study in flags.studies:
             for setting in STUDIES[study]:
                 before, after = bench.recovered(setting)
-                rows.setdefault((study, setting.name), []).append((bench.dense_miou, before, after))
+                rows.setdefault((study, setting.name), []).append(
+                    (bench.dense_miou, before, after)
+                )
                 print(
                     f"seed {seed}, {setting.name}: dense {bench.dense_miou:.4f}, {before:.4f} -> {after:.4f}",
                     flush=True,
@@ -145,7 +161,9 @@ def main() -> None:
     for (study, name), values in rows.items():
         dense, before, after = zip(*values, strict=True)
         shares = [100 * a / d for d, _, a in values]
-        cells = [spread(column, ".3f") for column in (dense, before, after)] + [spread(shares, ".1f") + " %"]
+        cells = [spread(column, ".3f") for column in (dense, before, after)] + [
+            spread(shares, ".1f") + " %"
+        ]
         print(f"| {study} | {name} | {' | '.join(cells)} |")
 
 
@@ -156,7 +174,9 @@ def spread(values: Any, form: str) -> str:
 class Bench:
     """One seed's data, dense network and results."""
 
-    def __init__(self, folder: Path, seed: int, accelerator: Accelerator, *, context: bool = False) -> None:
+    def __init__(
+        self, folder: Path, seed: int, accelerator: Accelerator, *, context: bool = False
+    ) -> None:
         self.folder, self.seed, self.accelerator = folder, seed, accelerator
         self.num_classes = len(CONTEXT_CLASS_NAMES if context else CLASS_NAMES)
         if not (folder / "shapes").is_dir():
@@ -185,7 +205,9 @@ class Bench:
         model.to(self.accelerator.device)
         how = EvalMode(input_shape=SIZE)
         device = self.accelerator.device
-        return evaluate(model, self.splits.val, self.num_classes, how, device=device, batch_size=20).miou
+        return evaluate(
+            model, self.splits.val, self.num_classes, how, device=device, batch_size=20
+        ).miou
 
     def cached(self, name: str, compute: Any) -> list[float]:
         path = self.folder / "results.json"
@@ -201,14 +223,20 @@ class Bench:
 
     def recovered(self, setting: Setting) -> tuple[float, float]:
         """mIoU after pruning and after fine-tuning."""
-        before, after = self.cached(repr(replace(setting, name="")), lambda: list(self._fine_tuned(setting)))
+        before, after = self.cached(
+            repr(replace(setting, name="")), lambda: list(self._fine_tuned(setting))
+        )
         return before, after
 
     def _fine_tuned(self, setting: Setting) -> Iterator[float]:
-        pruner = L1Pruner(self.dense, setting.rate, rate_of=setting.rate_of, keep_decoder=setting.keep_decoder)
+        pruner = L1Pruner(
+            self.dense, setting.rate, rate_of=setting.rate_of, keep_decoder=setting.keep_decoder
+        )
         model = pruner.prune(torch.empty(1, 3, *SIZE, device="meta"))
         yield self.score(model)
-        epochs = 4  # of a part of the pictures, so that an encoder can be frozen for one of them
+        epochs = (
+            4  # of a part of the pictures, so that an encoder can be frozen for one of them
+        )
         steps = round(setting.share * DENSE.epochs * (NUM_TRAIN // DENSE.batch_size) / epochs)
         part = Splits(self.splits.train[: steps * DENSE.batch_size], self.splits.val)
         config = replace(self.config(epochs, setting.lr), **weights_of(setting.distillation))

@@ -53,7 +53,9 @@ class Drawn:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variants", nargs="+", default=["b0", "b2"])
     parser.add_argument("--rate", type=float, default=0.5)
     parser.add_argument("--size", type=int, nargs=2, default=[128, 128])
@@ -78,9 +80,13 @@ def _variant(variant: str, batch: int, flags: argparse.Namespace) -> None:
     torch.manual_seed(0)
     dense = fill(SegFormer(standard_spec(variant, NUM_CLASSES)))
     assert isinstance(dense, SegFormer)
-    pruned = L1Pruner(deepcopy(dense), flags.rate).prune(torch.empty(1, 3, *flags.size, device="meta"))
+    pruned = L1Pruner(deepcopy(dense), flags.rate).prune(
+        torch.empty(1, 3, *flags.size, device="meta")
+    )
     number = (flags.warmup + flags.steps) * batch
-    pictures = [Drawn(f"{i}", *draw_shapes(11, "train", i, tuple(flags.size))) for i in range(number)]
+    pictures = [
+        Drawn(f"{i}", *draw_shapes(11, "train", i, tuple(flags.size))) for i in range(number)
+    ]
     config = TrainOptions(
         NUM_CLASSES,
         tuple(flags.size),
@@ -108,24 +114,50 @@ def _variant(variant: str, batch: int, flags: argparse.Namespace) -> None:
         ("dense", "dense", "ours", "ours : bare", "bare"),
         ("pruned", f"pruned {flags.rate:g}", "ours", "pruned : dense", "dense"),
     ):
-        ratios = [a / b for a, b in zip(speeds[name], speeds[other], strict=True)] if other else []
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else ""
-        cells = f"{variant} {network}, {batch}", loop, f"{statistics.median(speeds[name]):.2f}", what, spread
+        ratios = (
+            [a / b for a, b in zip(speeds[name], speeds[other], strict=True)] if other else []
+        )
+        spread = (
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+            if ratios
+            else ""
+        )
+        cells = (
+            f"{variant} {network}, {batch}",
+            loop,
+            f"{statistics.median(speeds[name]):.2f}",
+            what,
+            spread,
+        )
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def _batches(pictures: list[Drawn], config: TrainOptions, device: torch.device) -> Batches:
     """What our loop sees in the first epoch but for the order, made beforehand."""
-    data = SegmentationData(pictures, NUM_CLASSES, TrainTransform(config.input_shape, scale=config.scale), config.seed)
+    data = SegmentationData(
+        pictures,
+        NUM_CLASSES,
+        TrainTransform(config.input_shape, scale=config.scale),
+        config.seed,
+    )
     starts = range(0, len(pictures), config.batch_size)
     items = [[data[i] for i in range(start, start + config.batch_size)] for start in starts]
     return [
-        (torch.stack([x for x, _ in item]).to(device), torch.stack([y for _, y in item]).to(device)) for item in items
+        (
+            torch.stack([x for x, _ in item]).to(device),
+            torch.stack([y for _, y in item]).to(device),
+        )
+        for item in items
     ]
 
 
 def _ours(
-    model: nn.Module, config: TrainOptions, pictures: list[Drawn], accelerator: Accelerator, warmup: int, clock: Clock
+    model: nn.Module,
+    config: TrainOptions,
+    pictures: list[Drawn],
+    accelerator: Accelerator,
+    warmup: int,
+    clock: Clock,
 ) -> float:
     """Seconds of the steps after the warm-up; the loop reads every step's loss, so the device is done by then."""
     ends: list[float] = []

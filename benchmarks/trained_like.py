@@ -13,9 +13,13 @@ def fill(model: nn.Module) -> nn.Module:
             if name.endswith("running_var"):
                 tensor.uniform_(0.5, 2.0)
             elif tensor.dim() > 1:
-                strength = torch.randn(tensor.shape[0]).mul_(0.5).exp_()  # log-normal over the outputs
+                strength = (
+                    torch.randn(tensor.shape[0]).mul_(0.5).exp_()
+                )  # log-normal over the outputs
                 tensor.normal_(std=tensor[0].numel() ** -0.5)
                 tensor.mul_(strength.view(-1, *[1] * (tensor.dim() - 1)))
             elif tensor.dim() == 1:
-                tensor.uniform_(0.5, 1.5) if name.endswith("weight") else tensor.normal_(std=0.3)
+                tensor.uniform_(0.5, 1.5) if name.endswith("weight") else tensor.normal_(
+                    std=0.3
+                )
     return model

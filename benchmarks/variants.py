@@ -26,7 +26,9 @@ SHAPE = (512, 512)
 
 
 def main(variants: list[str]) -> None:
-    print("| variant | file | rate | parameters removed | MACs removed | off by (points) | seconds |")
+    print(
+        "| variant | file | rate | parameters removed | MACs removed | off by (points) | seconds |"
+    )
     print("|---|---|---|---|---|---|---|")
     worst = 0.0
     for variant in variants:
@@ -66,7 +68,10 @@ def _row(path: Path, source: str, variant: str, rate: float, folder: Path) -> fl
     assert after.parameters == sum(p.numel() for p in loaded.parameters())
     removed, macs = 1 - after.parameters / before.parameters, 1 - after.macs / before.macs
     off = 100 * (removed - rate)
-    print(f"| {variant} | {source} | {rate} | {removed:.2%} | {macs:.2%} | {off:+.3f} | {seconds:.1f} |", flush=True)
+    print(
+        f"| {variant} | {source} | {rate} | {removed:.2%} | {macs:.2%} | {off:+.3f} | {seconds:.1f} |",
+        flush=True,
+    )
     return abs(off)
 
 

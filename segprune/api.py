@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from segprune.checkpoint import load
 from segprune.compare import Difference
-from segprune.data import LabelReport, Location, Sample, Source, check_labels, open_source, readable, unlabelled
+from segprune.data import (
+    LabelReport,
+    Location,
+    Sample,
+    Source,
+    check_labels,
+    open_source,
+    readable,
+    unlabelled,
+)
 from segprune.export import Manifest, export
 from segprune.fold import fold_decoder
 from segprune.inference.evaluate import Score
@@ -51,12 +60,16 @@ class FineTuned:
     path: Path | None
 
 
-def load_images(data: Data, number: int = 64, input_shape: tuple[int, int] = (512, 512)) -> list[Tensor]:
+def load_images(
+    data: Data, number: int = 64, input_shape: tuple[int, int] = (512, 512)
+) -> list[Tensor]:
     """Returns batches B 3 H W of `number` images, normalised, from a data set's train part or a folder of images.
 
     They are what `segprune.prune` takes as `images`. Labels are not read.
     """
-    return unlabelled.batch_images(unlabelled.load_images(_find_images(data), number, input_shape))
+    return unlabelled.batch_images(
+        unlabelled.load_images(_find_images(data), number, input_shape)
+    )
 
 
 def evaluate(
@@ -133,8 +146,12 @@ def finetune(
     chosen, _ = choose_rates(chosen, extra)
     chosen, _ = fit_to_machine(chosen, device)
     assert chosen.num_workers is not None
-    source, labels = _open(data, model.spec.num_classes, ("train", "val"), False, chosen.num_workers)
-    chosen = replace(chosen, class_weights=compute_class_weights(chosen.class_weights, labels.pixels))
+    source, labels = _open(
+        data, model.spec.num_classes, ("train", "val"), False, chosen.num_workers
+    )
+    chosen = replace(
+        chosen, class_weights=compute_class_weights(chosen.class_weights, labels.pixels)
+    )
 
     # A copy, since training works in place. A folded teacher gives the same for less.
     network = copy.deepcopy(model).train()
@@ -151,7 +168,14 @@ def finetune(
         # No command started this run, so there is none that could resume it.
         saving = Saving(Path(save_dir), asdict(chosen), extra, resumable=False)
         run = fit(
-            network, chosen, source, saving, device=device, teacher=taught_by, on_step=on_step, on_result=on_epoch
+            network,
+            chosen,
+            source,
+            saving,
+            device=device,
+            teacher=taught_by,
+            on_step=on_step,
+            on_result=on_epoch,
         )
         return FineTuned(load(run.path, device=device), run.score, run.epoch, run.path)
 
@@ -162,7 +186,9 @@ def finetune(
     def keep_best(result: EpochResult, state: TrainState) -> None:
         # Training goes on with these tensors, so the best ones must be copied now.
         if result.best:
-            weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+            weights = {
+                name: tensor.detach().clone() for name, tensor in network.state_dict().items()
+            }
             best.update(weights=weights, result=result)
         if on_epoch is not None:
             on_epoch(result)
@@ -214,7 +240,9 @@ def export_model(
 def _find_images(data: Data) -> Sequence[Location]:
     """Returns where the images lie: those of the train part if `data` is a data set, else all below the folder."""
     if not isinstance(data, Source) and Path(data).exists():
-        with suppress(FileNotFoundError):  # raised for a folder in no known layout, which holds images alone
+        with suppress(
+            FileNotFoundError
+        ):  # raised for a folder in no known layout, which holds images alone
             data = open_source(data)
     return unlabelled.list_images(data)
 
@@ -236,7 +264,9 @@ def _count_classes(model: Predict) -> int:
     """Returns the number of classes of a SegFormer or of an exported file."""
     described = getattr(model, "spec", None) or getattr(model, "manifest", None)
     if described is None:
-        raise ValueError(f"A {type(model).__name__} does not say how many classes it has; give `num_classes`.")
+        raise ValueError(
+            f"A {type(model).__name__} does not say how many classes it has; give `num_classes`."
+        )
     return int(described.num_classes)
 
 

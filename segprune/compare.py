@@ -23,18 +23,28 @@ class Limits:
 class Difference:
     """How far two runs are apart, over all images that were compared."""
 
-    relative: float | None  # the largest difference of two logits over the largest logit; None where classes came out
+    relative: (
+        float | None
+    )  # the largest difference of two logits over the largest logit; None where classes came out
     agreement: float  # share of pixels with the same class
     num_images: int
 
     @property
     def text(self) -> str:
-        logits = "" if self.relative is None else f"largest difference of logits {self.relative:.1e} relative, "
+        logits = (
+            ""
+            if self.relative is None
+            else f"largest difference of logits {self.relative:.1e} relative, "
+        )
         return f"{logits}equal class on {100 * self.agreement:.3f} % of pixels"
 
     def within(self, limits: Limits) -> bool:
         """Tells whether both limits are met; NaN meets none."""
-        close = self.relative is None or limits.tolerance is None or self.relative <= limits.tolerance
+        close = (
+            self.relative is None
+            or limits.tolerance is None
+            or self.relative <= limits.tolerance
+        )
         return close and self.agreement >= limits.agreement
 
 
@@ -60,7 +70,9 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
             off = None
         elif off is not None:
             # NaN becomes infinity first, since `max` would pass over it.
-            off = max(off, float((out - logits).abs().nan_to_num(torch.inf, posinf=torch.inf).max()))
+            off = max(
+                off, float((out - logits).abs().nan_to_num(torch.inf, posinf=torch.inf).max())
+            )
 
     relative = None if off is None else off / max(largest, torch.finfo(torch.float32).tiny)
     return Difference(relative, equal / pixels, images)

@@ -90,7 +90,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Does the same for a folder that does not exist yet or is empty; raises ValueError if something is in it."""
     path = Path(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"{path} is there already, and would be written over; give another place, or remove it first.")
+        raise ValueError(
+            f"{path} is there already, and would be written over; give another place, or remove it first."
+        )
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -102,7 +104,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        inside = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of a file in the folder
+        inside = (
+            error.__cause__ if isinstance(error.__cause__, OSError) else error
+        )  # of a file in the folder
         raise _write_error(path, inside) from error
 
 
@@ -114,10 +118,14 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     try:
         # The folder may not exist yet, so the nearest one above it is tried.
-        nearest = next(path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
+        nearest = next(
+            path for path in (folder, *folder.parents) if path.is_symlink() or path.exists()
+        )
         with atomic_path(nearest / ".writable") as temporary:
             temporary.touch()
-        (nearest / ".writable").unlink(missing_ok=True)  # of several processes another may have been first
+        (nearest / ".writable").unlink(
+            missing_ok=True
+        )  # of several processes another may have been first
     except OSError as error:
         inside = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise _write_error(folder / ".writable", inside) from error
@@ -147,11 +155,15 @@ def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = require_file(path)
     record = _unpickle(path)
     if not isinstance(record, dict):
-        raise ValueError(f"{path} holds a {type(record).__name__}, not a saved record; give the file of another run.")
+        raise ValueError(
+            f"{path} holds a {type(record).__name__}, not a saved record; give the file of another run."
+        )
     return record
 
 
-def save_tensors(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+def save_tensors(
+    state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
+) -> None:
     """Writes a .safetensors file."""
     _write(safetensors_bytes(dict(state_dict), metadata=dict(metadata)), path)
 
@@ -173,7 +185,11 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
         return _read_safetensors(path)
 
     # An exported network is easily given by mistake: say what reads it.
-    elsewhere = "; exported files are read by segprune eval and segprune benchmark" if path.suffix in EXPORTED else ""
+    elsewhere = (
+        "; exported files are read by segprune eval and segprune benchmark"
+        if path.suffix in EXPORTED
+        else ""
+    )
     raise ValueError(
         f"{path} ends in {path.suffix or 'nothing'!r}; a checkpoint ends in {', '.join(PICKLES)} or .safetensors, "
         f"or is a Hugging Face folder{elsewhere}."
@@ -201,7 +217,9 @@ def require_file(path: str | os.PathLike[str]) -> Path:
         # Whether it may be read shows only when it is opened.
         path.open("rb").close()
     except OSError as error:
-        raise OSError(f"{path} could not be opened ({error.strerror}); see to it that you may read it.") from error
+        raise OSError(
+            f"{path} could not be opened ({error.strerror}); see to it that you may read it."
+        ) from error
     return path
 
 

@@ -114,12 +114,20 @@ def _with_head(model: SegFormer, spec: Spec, state: dict[str, Tensor]) -> SegFor
 def _folded_state(head: DecodeHead) -> dict[str, Tensor]:
     """Returns a folded head's weights: each branch times its slice of the fuse convolution."""
     whole = head.state_dict()
-    state = {name: tensor for name, tensor in whole.items() if not name.startswith(("branches.", "fuse."))}
+    state = {
+        name: tensor
+        for name, tensor in whole.items()
+        if not name.startswith(("branches.", "fuse."))
+    }
 
     # The fuse convolution reads c4, c3, c2, c1.
-    weights = [whole[f"branches.{i}.weight"].double() for i in range(len(head.branches))]  # each E C
+    weights = [
+        whole[f"branches.{i}.weight"].double() for i in range(len(head.branches))
+    ]  # each E C
     sizes = [len(weight) for weight in reversed(weights)]
-    slices = whole["fuse.weight"].double().flatten(1).split(sizes, dim=1)[::-1]  # c1 … c4, each D E
+    slices = (
+        whole["fuse.weight"].double().flatten(1).split(sizes, dim=1)[::-1]
+    )  # c1 … c4, each D E
 
     # What the branches' biases add to the sum, the BatchNorm's mean takes away again.
     mean = whole["norm.running_mean"].double()

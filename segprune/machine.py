@@ -28,7 +28,9 @@ def has_bf16(device: torch.device) -> bool:
     """Returns whether the device multiplies bf16 numbers itself."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def has_tf32(device: torch.device) -> bool:
@@ -101,7 +103,9 @@ def fit_to_machine(config: C, device: torch.device) -> tuple[C, tuple[str, ...]]
 
     notes = []
     if words:
-        notes.append(f"Chosen for {name_of(device)} and {num_cores()} cores: {', '.join(words)}.")
+        notes.append(
+            f"Chosen for {name_of(device)} and {num_cores()} cores: {', '.join(words)}."
+        )
     # The user's own choice is kept, but the cost would come as a surprise.
     if amp == "bf16" and device.type == "cpu" and not has_bf16(device):
         notes.append(

@@ -55,7 +55,9 @@ class PatchEmbed(nn.Module):
 
         # Windows overlap: they are wider than the stride, and padded by half of themselves.
         kernel = stage.kernel_size
-        self.proj = nn.Conv2d(in_channels, stage.width, kernel, stride=stage.stride, padding=kernel // 2)
+        self.proj = nn.Conv2d(
+            in_channels, stage.width, kernel, stride=stage.stride, padding=kernel // 2
+        )
         self.norm = nn.LayerNorm(stage.width, eps=eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
@@ -66,7 +68,9 @@ class PatchEmbed(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
     """Takes queries B N h·d, keys B M h·d and values B M h·e to B N h·e."""
-    q, k, v = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # B N h·d -> B h N d
+    q, k, v = (
+        t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (q, k, v)
+    )  # B N h·d -> B h N d
 
     # Torch's fused kernel for CPUs takes d = e only, and what runs
     # otherwise is three to six times slower; so there the narrower
@@ -104,7 +108,9 @@ class Attention(nn.Module):
         if block.reduction_dim is None:
             self.sr, self.norm = None, None
         else:
-            self.sr = nn.Conv2d(width, block.reduction_dim, reduction_ratio, stride=reduction_ratio)
+            self.sr = nn.Conv2d(
+                width, block.reduction_dim, reduction_ratio, stride=reduction_ratio
+            )
             self.norm = nn.LayerNorm(block.reduction_dim, eps=eps)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -113,7 +119,9 @@ class Attention(nn.Module):
         source = x
         if self.sr is not None and self.norm is not None:
             source = self.norm(to_tokens(self.sr(to_map(x, height, width))))  # B N C -> B M C
-        return self.proj(attend(self.q(x), self.k(source), self.v(source), self.num_heads, self.qk_scale))
+        return self.proj(
+            attend(self.q(x), self.k(source), self.v(source), self.num_heads, self.qk_scale)
+        )
 
 
 class Mlp(nn.Module):
@@ -140,20 +148,26 @@ class Block(nn.Module):
     norm2: nn.LayerNorm | None
     mlp: Mlp | None
 
-    def __init__(self, stage: StageSpec, block: BlockSpec, numerics: Numerics, drop_path: float) -> None:
+    def __init__(
+        self, stage: StageSpec, block: BlockSpec, numerics: Numerics, drop_path: float
+    ) -> None:
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = None, None, None, None
 
         # A branch that was removed leaves no module and no parameter.
         if block.has_attention:
             self.norm1 = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
-            self.attn = Attention(stage.width, block, stage.reduction_ratio, numerics.embed_norm_eps)
+            self.attn = Attention(
+                stage.width, block, stage.reduction_ratio, numerics.embed_norm_eps
+            )
         if block.has_ffn:
             self.norm2 = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
             self.mlp = Mlp(stage.width, block.ffn_dim, numerics.gelu)
         self.drop_path = DropPath(drop_path)
 
-    def list_branches(self) -> list[tuple[Literal["attn", "mlp"], nn.LayerNorm, Attention | Mlp]]:
+    def list_branches(
+        self,
+    ) -> list[tuple[Literal["attn", "mlp"], nn.LayerNorm, Attention | Mlp]]:
         """Returns the branches that are there, in the order in which they run, each with the LayerNorm before it."""
         branches: list[tuple[Literal["attn", "mlp"], nn.LayerNorm, Attention | Mlp]] = []
         if self.norm1 is not None and self.attn is not None:
@@ -171,11 +185,14 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, in_channels: int, stage: StageSpec, numerics: Numerics, drop_paths: list[float]) -> None:
+    def __init__(
+        self, in_channels: int, stage: StageSpec, numerics: Numerics, drop_paths: list[float]
+    ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(in_channels, stage, numerics.embed_norm_eps)
         self.blocks = nn.ModuleList(
-            Block(stage, block, numerics, rate) for block, rate in zip(stage.blocks, drop_paths, strict=True)
+            Block(stage, block, numerics, rate)
+            for block, rate in zip(stage.blocks, drop_paths, strict=True)
         )
         self.norm = nn.LayerNorm(stage.width, eps=numerics.norm_eps)
 
@@ -215,7 +232,9 @@ class Encoder(nn.Module):
         # Rates rise over all blocks of the network, so
         # every stage takes its part of one sequence.
         for stage in spec.stages:
-            self.stages.append(Stage(in_channels, stage, spec.numerics, [next(rates) for _ in stage.blocks]))
+            self.stages.append(
+                Stage(in_channels, stage, spec.numerics, [next(rates) for _ in stage.blocks])
+            )
             in_channels = stage.width
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -322,9 +341,13 @@ class SegFormer(nn.Module):
         self.spec = spec
         self.encoder = Encoder(spec)
         self.decode_head = DecodeHead(spec)
-        if not self.decode_head.classifier.weight.is_meta:  # there, random numbers cost a second and come to nothing
+        if (
+            not self.decode_head.classifier.weight.is_meta
+        ):  # there, random numbers cost a second and come to nothing
             self.apply(_init_weights)
-            nn.init.normal_(self.decode_head.classifier.weight, std=0.01)  # so that training starts from even odds
+            nn.init.normal_(
+                self.decode_head.classifier.weight, std=0.01
+            )  # so that training starts from even odds
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resize(self.parts(x)[1], x.shape[2:])
@@ -340,7 +363,9 @@ class SegFormer(nn.Module):
 
     def resize(self, logits: Tensor, size: torch.Size) -> Tensor:
         """Upsamples logits to the input's (H, W), by the rule that the weights were trained with."""
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.spec.numerics.align_corners)
+        return F.interpolate(
+            logits, size=size, mode="bilinear", align_corners=self.spec.numerics.align_corners
+        )
 
 
 MIN_SIZE = 32

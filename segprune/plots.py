@@ -46,7 +46,14 @@ def bars(values: Sequence[float | None], names: Sequence[str], title: str, path:
     # An absent class is named as such: its empty bar would read as a score of 0.
     for k, value in enumerate(values):
         text = "absent" if value is None else f"{value:.3f}"
-        axes.text((value or 0.0) + 0.01, k, text, va="center", fontsize=8, color=GREY if value is None else "black")
+        axes.text(
+            (value or 0.0) + 0.01,
+            k,
+            text,
+            va="center",
+            fontsize=8,
+            color=GREY if value is None else "black",
+        )
 
     axes.set_title(title)
     axes.set_xlim(0, 1.1)
@@ -81,7 +88,9 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path)
                 # Leave out what rounds to 0.00, and write in white on dark cells.
                 if share >= 0.005:
                     colour = "white" if share > 0.55 else "black"
-                    axes.text(j, i, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
+                    axes.text(
+                        j, i, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour
+                    )
 
     axes.set_title("Share of each class's labelled pixels")
     axes.set_xlabel("predicted")
@@ -94,14 +103,22 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path)
     _save(figure, path)
 
 
-def grid(rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str, path: Path) -> None:
+def grid(
+    rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str, path: Path
+) -> None:
     """Draws numbers by row and column, the larger the darker; rows in the order given, the first on top."""
     values = list(rows.values())
     figure = Figure(figsize=(2.6 + 0.9 * len(columns), 1.3 + 0.3 * len(values)))
     axes = figure.subplots()
     highest = max(max(row) for row in values)
     # Colours start at 0, so that a small number looks small, or below it for negative ones.
-    axes.imshow(values, cmap="Oranges", vmin=min(0.0, min(min(row) for row in values)), vmax=highest, aspect="auto")
+    axes.imshow(
+        values,
+        cmap="Oranges",
+        vmin=min(0.0, min(min(row) for row in values)),
+        vmax=highest,
+        aspect="auto",
+    )
 
     for i, row in enumerate(values):
         for j, value in enumerate(row):
@@ -125,7 +142,9 @@ def curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     # The rate is drawn only if every epoch has one: a curve with gaps would mislead.
     with_lr = all("lr" in row for row in history)
     figure = Figure(figsize=(7.5, 5.6 if with_lr else 4.2))
-    panels = figure.subplots(1 + with_lr, sharex=True, squeeze=False, height_ratios=(3, 1)[: 1 + with_lr])[:, 0]
+    panels = figure.subplots(
+        1 + with_lr, sharex=True, squeeze=False, height_ratios=(3, 1)[: 1 + with_lr]
+    )[:, 0]
     _curve(panels[0], epochs, [row["loss"] for row in history], "training loss", BLUE)
     if with_lr:
         _curve(panels[1], epochs, [row["lr"] for row in history], "learning rate", GREY)
@@ -138,25 +157,44 @@ def curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     if scored:
         figure = Figure(figsize=(7.5, 4.2))
         axes = figure.subplots()
-        _curve(axes, [row["epoch"] for row in scored], [row["miou"] for row in scored], "validation mIoU", ORANGE)
+        _curve(
+            axes,
+            [row["epoch"] for row in scored],
+            [row["miou"] for row in scored],
+            "validation mIoU",
+            ORANGE,
+        )
         best = max(scored, key=lambda row: row["miou"])
         axes.set_title(f"best {best['miou']:.4f} in epoch {best['epoch']}", fontsize=10)
-        axes.plot(best["epoch"], best["miou"], "o", markersize=9, markerfacecolor="none", color="black")
+        axes.plot(
+            best["epoch"],
+            best["miou"],
+            "o",
+            markersize=9,
+            markerfacecolor="none",
+            color="black",
+        )
         axes.set_xlabel("epoch")
         written.append(folder / "epoch_miou.png")
         _save(figure, written[1])
     return written
 
 
-def trade_off(points: Mapping[str, Sequence[tuple[float, float]]], y_name: str, path: Path) -> None:
+def trade_off(
+    points: Mapping[str, Sequence[tuple[float, float]]], y_name: str, path: Path
+) -> None:
     """Draws what each file takes, in ms, against what it gives; a colour for each file."""
     figure = Figure(figsize=(7.5, 4.8))
     axes = figure.subplots()
     for name, own in points.items():
         # The end of a path tells files apart better than its beginning.
-        label = (name if len(name) <= LONGEST_PATH else "…" + name[1 - LONGEST_PATH :]).replace("$", r"\$")
+        label = (name if len(name) <= LONGEST_PATH else "…" + name[1 - LONGEST_PATH :]).replace(
+            "$", r"\$"
+        )
         x, y = [point[0] for point in own], [point[1] for point in own]
-        axes.plot(x, y, "o", markersize=7, alpha=0.8, label=" " + label)  # a leading _ would hide it
+        axes.plot(
+            x, y, "o", markersize=7, alpha=0.8, label=" " + label
+        )  # a leading _ would hide it
 
     # On a log axis, twice as fast is the same distance everywhere.
     axes.set_xscale("log")
@@ -188,11 +226,17 @@ def _labels(names: Sequence[str], number: int) -> tuple[list[str], FontPropertie
     """Returns the text beside each class, and the font to write it in."""
     known = [" ".join(name.split()) for name in names[:number]]
     known += [""] * (number - len(known))
-    short = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in known]
+    short = [
+        name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in known
+    ]
     # One font for all names; those with a letter it lacks are shown as numbers.
     font, characters = _font_for(frozenset("".join(short)))
-    labels = [name if name and characters.issuperset(name) else str(k) for k, name in enumerate(short)]
-    escaped = [label.replace("$", r"\$") for label in labels]  # matplotlib takes $…$ for a formula
+    labels = [
+        name if name and characters.issuperset(name) else str(k) for k, name in enumerate(short)
+    ]
+    escaped = [
+        label.replace("$", r"\$") for label in labels
+    ]  # matplotlib takes $…$ for a formula
     return escaped, FontProperties(fname=font, size=9)
 
 

@@ -17,7 +17,9 @@ HeadDropout = Literal["2d", "plain"]
 Head = Literal["mlp", "conv"]  # as it is published; "mlp" can be folded
 
 # By variant: channels, and then numbers of blocks, of the four stages.
-WIDTHS = {"b0": (32, 64, 160, 256)} | dict.fromkeys(("b1", "b2", "b3", "b4", "b5"), (64, 128, 320, 512))
+WIDTHS = {"b0": (32, 64, 160, 256)} | dict.fromkeys(
+    ("b1", "b2", "b3", "b4", "b5"), (64, 128, 320, 512)
+)
 DEPTHS = {
     "b0": (2, 2, 2, 2),
     "b1": (2, 2, 2, 2),
@@ -42,13 +44,17 @@ class Numerics:
     """What makes the same weights give other logits, or train otherwise, in another code base."""
 
     norm_eps: float = 1e-6  # LayerNorms inside blocks and at the stages' ends
-    embed_norm_eps: float = 1e-5  # LayerNorms of patch embeddings and of the attention's reductions
+    embed_norm_eps: float = (
+        1e-5  # LayerNorms of patch embeddings and of the attention's reductions
+    )
     gelu: Gelu = "none"
     bn_eps: float = 1e-5
     bn_momentum: float = 0.1
     head_dropout: float = 0.1
     head_dropout_kind: HeadDropout = "2d"
-    align_corners: bool = False  # of the last upsampling, from a quarter of the input's size to all of it
+    align_corners: bool = (
+        False  # of the last upsampling, from a quarter of the input's size to all of it
+    )
     drop_path: float = 0.1  # stochastic depth of the last block while training; the first has 0
 
 
@@ -64,7 +70,9 @@ class BlockSpec:
     qk_dim: int
     v_dim: int
     ffn_dim: int
-    reduction_dim: int | None  # channels of the reduced keys' and values' source; None: no reduction
+    reduction_dim: (
+        int | None
+    )  # channels of the reduced keys' and values' source; None: no reduction
     qk_scale: float  # what q·k is multiplied with; kept when channels are cut, never recomputed
 
     @property
@@ -104,7 +112,9 @@ class HeadForm:
     name: str
     branch_bias: bool
     branch_norm: bool  # each branch ends in a BatchNorm and a ReLU
-    fuse: Literal["concatenated", "per_stage", "none"]  # the second product: one of all branches, one of each, or none
+    fuse: Literal[
+        "concatenated", "per_stage", "none"
+    ]  # the second product: one of all branches, one of each, or none
     branches: str  # in words
 
     @property
@@ -115,7 +125,9 @@ class HeadForm:
 
 HEAD_FORMS = {
     "mlp": HeadForm("mlp", True, False, "concatenated", "linear branches"),
-    "folded": HeadForm("folded", False, False, "none", "linear branches folded into the fuse convolution"),
+    "folded": HeadForm(
+        "folded", False, False, "none", "linear branches folded into the fuse convolution"
+    ),
     "conv": HeadForm("conv", False, True, "per_stage", "a BatchNorm and a ReLU in each branch"),
 }
 
@@ -147,7 +159,11 @@ class Spec:
     @property
     def branch_widths(self) -> tuple[int, ...]:
         """What each branch writes; a folded head's branches write the sum itself."""
-        return (self.decoder_dim,) * len(self.stages) if self.branch_dims is None else self.branch_dims
+        return (
+            (self.decoder_dim,) * len(self.stages)
+            if self.branch_dims is None
+            else self.branch_dims
+        )
 
 
 def check_variant(variant: str) -> None:
@@ -156,7 +172,11 @@ def check_variant(variant: str) -> None:
 
 
 def standard_spec(
-    variant: str, num_classes: int, *, numerics: Numerics | None = None, decoder_dim: int | None = None
+    variant: str,
+    num_classes: int,
+    *,
+    numerics: Numerics | None = None,
+    decoder_dim: int | None = None,
 ) -> Spec:
     """Returns the dense network of that name.
 
@@ -168,17 +188,23 @@ def standard_spec(
 
     # With a single class every pixel would have the same answer.
     if num_classes < 2:
-        raise ValueError(f"`num_classes` is {num_classes}; segmentation needs at least 2, background included.")
+        raise ValueError(
+            f"`num_classes` is {num_classes}; segmentation needs at least 2, background included."
+        )
 
     stages = []
     for i, (width, depth) in enumerate(zip(WIDTHS[variant], DEPTHS[variant], strict=True)):
         # A dense stage repeats one block: heads share
         # the width, FFNs are four times as wide.
         block = _uniform_block(width, NUM_HEADS[i], FFN_RATIO * width, REDUCTION_RATIOS[i])
-        stages.append(StageSpec(width, KERNEL_SIZES[i], STRIDES[i], REDUCTION_RATIOS[i], (block,) * depth))
+        stages.append(
+            StageSpec(width, KERNEL_SIZES[i], STRIDES[i], REDUCTION_RATIOS[i], (block,) * depth)
+        )
 
     dim = DECODER_DIMS[variant] if decoder_dim is None else decoder_dim
-    return Spec(variant, num_classes, tuple(stages), (dim,) * len(stages), dim, numerics or Numerics())
+    return Spec(
+        variant, num_classes, tuple(stages), (dim,) * len(stages), dim, numerics or Numerics()
+    )
 
 
 def _uniform_block(width: int, num_heads: int, ffn_dim: int, reduction_ratio: int) -> BlockSpec:
@@ -214,7 +240,9 @@ def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     try:
         spec = _to_record(Spec, {"head": "mlp"} | dict(data) | _parse_fields(data))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"This is not a segprune spec ({error}); write the file again with segprune.save.") from error
+        raise ValueError(
+            f"This is not a segprune spec ({error}); write the file again with segprune.save."
+        ) from error
 
     # The keys are right. Now the values, since a damaged file must not load.
     _check_head(spec)
@@ -246,11 +274,15 @@ def _to_record(kind: type[T], data: Mapping[str, Any]) -> T:
 
 def _check_head(spec: Spec) -> None:
     if spec.head not in get_args(Head):
-        raise ValueError(f"This segprune spec has head {spec.head!r}, which must be mlp or conv; the file is damaged.")
+        raise ValueError(
+            f"This segprune spec has head {spec.head!r}, which must be mlp or conv; the file is damaged."
+        )
 
     # Branches that end in a ReLU are not linear, so they have no folded form.
     if spec.folded and not HEAD_FORMS[spec.head].linear:
-        raise ValueError(f"This segprune spec has a {spec.head} head without branches; the file is damaged.")
+        raise ValueError(
+            f"This segprune spec has a {spec.head} head without branches; the file is damaged."
+        )
 
 
 def _check_widths(spec: Spec) -> None:
@@ -268,10 +300,14 @@ def _check_widths(spec: Spec) -> None:
 
     # `type`, since True and False are integers to isinstance.
     if not all(type(width) is int and width >= 1 for width in widths):
-        raise ValueError("This segprune spec has a width that is not a whole number from 1 up; the file is damaged.")
+        raise ValueError(
+            "This segprune spec has a width that is not a whole number from 1 up; the file is damaged."
+        )
 
     for stage in spec.stages:
-        if not stage.blocks or not all(block.has_attention or block.has_ffn for block in stage.blocks):
+        if not stage.blocks or not all(
+            block.has_attention or block.has_ffn for block in stage.blocks
+        ):
             raise ValueError(
                 "This segprune spec has a block without attention and FFN, or a stage without blocks; "
                 "the file is damaged."
@@ -293,7 +329,9 @@ def _check_numerics(numerics: Numerics) -> None:
         else:  # momentum and the two dropout rates
             right, allowed = number and 0 <= value < 1, "a number from 0 to below 1"
         if not right:
-            raise ValueError(f"This segprune spec has {name} {value!r}, which must be {allowed}; the file is damaged.")
+            raise ValueError(
+                f"This segprune spec has {name} {value!r}, which must be {allowed}; the file is damaged."
+            )
 
 
 def with_folded_head(spec: Spec) -> Spec:

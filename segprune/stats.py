@@ -81,7 +81,11 @@ def count(spec: Spec, input_shape: tuple[int, int]) -> Counts:
     8.4
     """
     rows = layers(spec, input_shape)
-    return Counts(sum(row.cost("params") for row in rows), sum(row.cost("macs") for row in rows), input_shape)
+    return Counts(
+        sum(row.cost("params") for row in rows),
+        sum(row.cost("macs") for row in rows),
+        input_shape,
+    )
 
 
 def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
@@ -98,7 +102,11 @@ def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
         positions.append(area)
 
         prefix, kernel = stage_name(i), stage.kernel_size**2
-        rows.append(Layer(f"{prefix}.patch_embed.proj", "product", in_channels, stage.width, area, kernel))
+        rows.append(
+            Layer(
+                f"{prefix}.patch_embed.proj", "product", in_channels, stage.width, area, kernel
+            )
+        )
         rows.append(_norm(f"{prefix}.patch_embed.norm", stage.width))
 
         # Keys and values come from a map that is reduced
@@ -116,7 +124,9 @@ def _norm(name: str, dim: int) -> Layer:
     return Layer(name, "norm", dim, dim, 0)
 
 
-def _block_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int) -> Iterator[Layer]:
+def _block_layers(
+    prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int
+) -> Iterator[Layer]:
     width = stage.width
     if block.has_attention:
         yield _norm(f"{prefix}.norm1", width)
@@ -130,7 +140,9 @@ def _block_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int, re
         yield Layer(f"{prefix}.mlp.fc2", "product", block.ffn_dim, width, area)
 
 
-def _attention_layers(prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int) -> Iterator[Layer]:
+def _attention_layers(
+    prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int
+) -> Iterator[Layer]:
     width, qk, v = stage.width, block.num_heads * block.qk_dim, block.num_heads * block.v_dim
 
     source = width  # channels of what keys and values read
@@ -152,11 +164,15 @@ def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
     form, dim, widths = spec.head_form, spec.decoder_dim, spec.branch_widths
     for i, (stage, branch) in enumerate(zip(spec.stages, widths, strict=True)):
         bias = form.branch_bias
-        yield Layer(f"decode_head.branches.{i}", "product", stage.width, branch, positions[i], bias=bias)
+        yield Layer(
+            f"decode_head.branches.{i}", "product", stage.width, branch, positions[i], bias=bias
+        )
         if form.branch_norm:
             yield _norm(f"decode_head.branch_norms.{i}", branch)
         if form.fuse == "per_stage":
-            yield Layer(f"decode_head.fuses.{i}", "product", branch, dim, positions[i], bias=False)
+            yield Layer(
+                f"decode_head.fuses.{i}", "product", branch, dim, positions[i], bias=False
+            )
 
     # Taken at the largest map's size, which makes it expensive.
     if form.fuse == "concatenated":
@@ -168,4 +184,7 @@ def _head_layers(spec: Spec, positions: list[int]) -> Iterator[Layer]:
 
 def removed_shares(before: Counts, after: Counts) -> Mapping[Any, float]:
     """Returns the shares of "params" and of "macs" that the second network lacks, below 0 where it has more."""
-    return {"params": 1.0 - after.parameters / before.parameters, "macs": 1.0 - after.macs / before.macs}
+    return {
+        "params": 1.0 - after.parameters / before.parameters,
+        "macs": 1.0 - after.macs / before.macs,
+    }

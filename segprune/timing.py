@@ -41,7 +41,10 @@ CPU = torch.device("cpu")
 MIN_ROUNDS = 3  # so that a median is none of the extremes
 WARM_UP = 3  # passes before a graph is recorded: libraries choose their kernels and allocate in the first ones
 REPLAYS = 10  # of a graph in one turn: while one runs, the next is launched
-CPU_SIDE, GPU_SIDE = 2048, 8192  # of the square matrices whose product shows what the machine can do
+CPU_SIDE, GPU_SIDE = (
+    2048,
+    8192,
+)  # of the square matrices whose product shows what the machine can do
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ def measure_latency(
     """
     device, dtype = torch.device(device), DTYPE_OF[precision]
     if precision == "tf32" and device.type != "cuda":
-        raise ValueError(f"The precision is tf32 on {device.type}, and only GPUs have it; give fp32, bf16 or fp16.")
+        raise ValueError(
+            f"The precision is tf32 on {device.type}, and only GPUs have it; give fp32, bf16 or fp16."
+        )
 
     # Times depend on shapes and types, not on what is in the images.
     images = torch.randn(batch, 3, *input_shape).to(device, dtype)
@@ -128,7 +133,9 @@ def measure_latency(
         passes.append(Pass(partial(network, images)))
 
     with tf32_products(precision == "tf32"), torch.inference_mode():
-        times = time_passes(passes, device, max_rounds=max_runs, max_seconds=max_seconds, progress=progress)
+        times = time_passes(
+            passes, device, max_rounds=max_runs, max_seconds=max_seconds, progress=progress
+        )
 
     return [
         summarise(
@@ -190,7 +197,11 @@ def time_passes(
     # Graphs take turns with calls from Python, so
     # that both see the machine in the same state.
     rows = time_in_turns(
-        [*replays, *calls], max_rounds=max_rounds, max_seconds=max_seconds, settle=settle, progress=progress
+        [*replays, *calls],
+        max_rounds=max_rounds,
+        max_seconds=max_seconds,
+        settle=settle,
+        progress=progress,
     )
 
     # Rows are in the order of the turns: on a GPU first all replays, then all calls.
@@ -298,7 +309,9 @@ class GraphRecorder:
             try:
                 _repeat(call, times)
             except BaseException:
-                with suppress(RuntimeError):  # of a recording that is broken; why it broke is told by the first error
+                with suppress(
+                    RuntimeError
+                ):  # of a recording that is broken; why it broke is told by the first error
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -341,11 +354,15 @@ def set_tf32(products: bool, convolutions: bool) -> None:
 def _no_advice_on_tf32() -> Iterator[None]:
     """Silences what PyTorch 2.9 and later say where the old switches are read or set."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Please use the new API settings", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message="Please use the new API settings", category=UserWarning
+        )
         yield
 
 
-def matrix_product(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Call, int]:
+def matrix_product(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Call, int]:
     """Returns a large product of square matrices, which no network outruns by much, and its MACs."""
     side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
     a, b = torch.randn(2, side, side, device=device).to(dtype)

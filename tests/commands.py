@@ -49,7 +49,9 @@ def refused(*flags: object) -> str:
     return sentence[1]
 
 
-def interrupted(step: int, *flags: object, by: signal.Signals = signal.SIGINT) -> tuple[int, str]:
+def interrupted(
+    step: int, *flags: object, by: signal.Signals = signal.SIGINT
+) -> tuple[int, str]:
     """Exit status and stderr of a command in which Ctrl-C comes in that step of training."""
     step_done = Journal.step_done
 
@@ -101,8 +103,13 @@ def results_in(out: Path) -> dict[str, Any]:
 
 def rows_in(out: Path) -> list[dict[str, Any]]:
     """What is known of every epoch, without its speed, which no two runs share."""
-    return [{name: row[name] for name in row if name != "images_per_second"} for row in results_in(out)["epochs"]]
+    return [
+        {name: row[name] for name in row if name != "images_per_second"}
+        for row in results_in(out)["epochs"]
+    ]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name], other[name]) for name in one
+    )

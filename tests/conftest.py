@@ -22,12 +22,18 @@ def _one_thread_and_seed() -> None:
 def small_spec() -> Spec:
     """Every feature of a SegFormer in 170 thousand parameters; few widths are equal that need not be."""
     stages = [
-        StageSpec(16, 7, 4, 8, (BlockSpec(1, 16, 12, 40, 16, 0.25), BlockSpec(1, 12, 16, 48, 14, 0.3))),
+        StageSpec(
+            16, 7, 4, 8, (BlockSpec(1, 16, 12, 40, 16, 0.25), BlockSpec(1, 12, 16, 48, 14, 0.3))
+        ),
         StageSpec(24, 3, 2, 4, (BlockSpec(2, 12, 10, 64, 20, 0.2),)),
-        StageSpec(40, 3, 2, 2, (BlockSpec(4, 10, 8, 96, 36, 0.35), BlockSpec(4, 8, 10, 80, 40, 0.3))),
+        StageSpec(
+            40, 3, 2, 2, (BlockSpec(4, 10, 8, 96, 36, 0.35), BlockSpec(4, 8, 10, 80, 40, 0.3))
+        ),
         StageSpec(48, 3, 2, 1, (BlockSpec(4, 12, 14, 128, None, 0.3),)),
     ]
-    return Spec("b0", 5, tuple(stages), (32, 28, 36, 30), 44, Numerics(drop_path=0.0, head_dropout=0.0))
+    return Spec(
+        "b0", 5, tuple(stages), (32, 28, 36, 30), 44, Numerics(drop_path=0.0, head_dropout=0.0)
+    )
 
 
 @pytest.fixture

@@ -20,7 +20,12 @@ from torch.utils._pytree import tree_leaves
 OTHER = torch.device("cuda", 0)
 
 # May read from one device and write to the other, and what modules ask before they do.
-_COPIES = {Tensor.copy_, Tensor.data.__set__, Tensor.grad.__set__, torch._has_compatible_shallow_copy_type}
+_COPIES = {
+    Tensor.copy_,
+    Tensor.data.__set__,
+    Tensor.grad.__set__,
+    torch._has_compatible_shallow_copy_type,
+}
 _TO_NUMPY = {Tensor.numpy, Tensor.__array__}
 # Take no single number from another device.
 _STRICT = {torch.cat, torch.stack, torch.where, torch.vstack, torch.hstack}
@@ -40,7 +45,9 @@ class OtherDevice(TorchFunctionMode):
         # `module.to(tensor)` reads the tensor's device where no mode sees it.
         def parse_to(*args: Any, **kwargs: Any) -> Any:
             device, *rest = self._parse_to(*args, **kwargs)
-            on_other = any(isinstance(value, Tensor) and self.lies_there(value) for value in args)
+            on_other = any(
+                isinstance(value, Tensor) and self.lies_there(value) for value in args
+            )
             return OTHER if on_other else device, *rest
 
         torch._C._nn._parse_to = parse_to
@@ -57,7 +64,9 @@ class OtherDevice(TorchFunctionMode):
             reference = self._there.get(x.untyped_storage().data_ptr())
             return reference is not None and not reference.expired()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         there = [x for x in tensors if self.lies_there(x)]
@@ -89,7 +98,11 @@ class OtherDevice(TorchFunctionMode):
         """`x.to(…)` and `x.cpu()`: a copy where the device changes."""
         x, *rest = args
         target: torch.device | None = torch.device("cpu") if func == Tensor.cpu else None
-        wanted = rest.pop(0) if rest and not isinstance(rest[0], torch.dtype) else kwargs.pop("device", None)
+        wanted = (
+            rest.pop(0)
+            if rest and not isinstance(rest[0], torch.dtype)
+            else kwargs.pop("device", None)
+        )
         if isinstance(wanted, Tensor):
             target = OTHER if self.lies_there(wanted) else wanted.device
             rest.insert(0, wanted.dtype)
@@ -100,7 +113,10 @@ class OtherDevice(TorchFunctionMode):
         if target is not None and target.type == "meta":
             return x.to(target, *rest, **kwargs)
         result: Tensor = x.to("cpu", *rest, **kwargs)
-        if to_other != on_other and result.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        if (
+            to_other != on_other
+            and result.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        ):
             result = result.clone()
         if to_other:
             self._note(result, inputs=[])
@@ -119,6 +135,10 @@ class OtherDevice(TorchFunctionMode):
 
     def _note(self, result: Any, inputs: list[Tensor]) -> None:
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not any(leaf is x for x in inputs) and leaf.device.type != "meta":
+            if (
+                isinstance(leaf, Tensor)
+                and not any(leaf is x for x in inputs)
+                and leaf.device.type != "meta"
+            ):
                 storage = leaf.untyped_storage()
                 self._there[storage.data_ptr()] = StorageWeakRef(storage)

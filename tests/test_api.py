@@ -30,7 +30,9 @@ def _fresh_accelerator() -> Any:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shapes(tmp_path_factory.mktemp("shapes"), num_train=8, num_val=3, size=SIZE, seed=5)
+    return write_shapes(
+        tmp_path_factory.mktemp("shapes"), num_train=8, num_val=3, size=SIZE, seed=5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_ten_lines_do_what_prune_train_does(dense: Path, data: Path, tmp_path: Path, capfd: Any) -> None:
+def test_ten_lines_do_what_prune_train_does(
+    dense: Path, data: Path, tmp_path: Path, capfd: Any
+) -> None:
     steps: list[tuple[int, int]] = []
 
     model = segprune.load(dense)
@@ -50,7 +54,13 @@ def test_ten_lines_do_what_prune_train_does(dense: Path, data: Path, tmp_path: P
     pruned = segprune.prune(model, 0.5, images=images, input_shape=SIZE)
     cut = segprune.evaluate(pruned.network, data, **TINY)
     tuned = segprune.finetune(
-        pruned.network, data, teacher=model, epochs=2, lr=1e-3, progress=lambda *done: steps.append(done), **TINY
+        pruned.network,
+        data,
+        teacher=model,
+        epochs=2,
+        lr=1e-3,
+        progress=lambda *done: steps.append(done),
+        **TINY,
     )
     segprune.save(tuned.network, tmp_path / "pruned.pth")
     after = segprune.evaluate(segprune.load(tmp_path / "pruned.pth"), data, **TINY)
@@ -73,7 +83,9 @@ def test_images_are_a_data_set_s_train_part_or_all_of_a_folder(data: Path) -> No
         segprune.load_images(data / "nowhere", 8, SIZE)
 
 
-def test_a_score_is_the_same_of_a_folder_an_open_data_set_and_its_samples(dense: Path, data: Path) -> None:
+def test_a_score_is_the_same_of_a_folder_an_open_data_set_and_its_samples(
+    dense: Path, data: Path
+) -> None:
     model, source = segprune.load(dense), open_source(data)
     expected = score_samples(model, source.split("val"), 8, EvalMode(input_shape=SIZE))
     for given in (data, str(data), source, source.split("val")):
@@ -86,7 +98,9 @@ def test_what_does_not_say_its_classes_needs_their_number(data: Path) -> None:
     def predict(pixels: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(pixels), 8, 4, 4)
 
-    with pytest.raises(ValueError, match="A function does not say how many classes it has; give `num_classes`"):
+    with pytest.raises(
+        ValueError, match="A function does not say how many classes it has; give `num_classes`"
+    ):
         segprune.evaluate(predict, data, **TINY)
     assert segprune.evaluate(predict, data, num_classes=8, **TINY).num_images == 3
 
@@ -103,18 +117,28 @@ def test_fine_tuning_leaves_the_network_as_it_was_and_keeps_a_folder_if_asked(
 ) -> None:
     model = segprune.load(dense)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tuned = segprune.finetune(model, data, epochs=1, save_dir=tmp_path, extra={"lr": 1e-2}, seed=4, **TINY)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    tuned = segprune.finetune(
+        model, data, epochs=1, save_dir=tmp_path, extra={"lr": 1e-2}, seed=4, **TINY
+    )
+    assert all(
+        torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items()
+    )
     assert not model.training
 
     assert tuned.path == tmp_path / "best_epoch_weights.pth"
     saved = segprune.load(tuned.path).state_dict()
-    assert all(torch.equal(saved[name], tensor) for name, tensor in tuned.network.state_dict().items())
+    assert all(
+        torch.equal(saved[name], tensor) for name, tensor in tuned.network.state_dict().items()
+    )
 
-    again = segprune.finetune(model, data, epochs=1, lr=1e-3, seed=4, **TINY)  # a tenth of what extra says
+    again = segprune.finetune(
+        model, data, epochs=1, lr=1e-3, seed=4, **TINY
+    )  # a tenth of what extra says
     assert replace(again.score, confusion=()) == tuned.score  # files keep the ratios alone
     assert not again.network.training
-    assert all(torch.equal(saved[name], tensor) for name, tensor in again.network.state_dict().items())
+    assert all(
+        torch.equal(saved[name], tensor) for name, tensor in again.network.state_dict().items()
+    )
 
 
 def test_options_are_refused_by_the_argument_s_name(dense: Path, data: Path) -> None:
@@ -127,10 +151,17 @@ def test_options_are_refused_by_the_argument_s_name(dense: Path, data: Path) -> 
         segprune.evaluate(model, data, stride=(8, 8), **TINY)
 
 
-def test_an_exported_network_is_compared_with_images_and_scored(dense: Path, data: Path, tmp_path: Path) -> None:
+def test_an_exported_network_is_compared_with_images_and_scored(
+    dense: Path, data: Path, tmp_path: Path
+) -> None:
     model, path = segprune.load(dense), tmp_path / "b0.torchscript"
     manifest, difference = segprune.export_model(
-        model, path, format="torchscript", input_shape=SIZE, images=open_source(data), num_images=3
+        model,
+        path,
+        format="torchscript",
+        input_shape=SIZE,
+        images=open_source(data),
+        num_images=3,
     )
     assert (manifest.num_classes, difference.num_images) == (8, 3)
     runtime = open_exported(path)
@@ -141,6 +172,10 @@ def test_an_exported_file_beyond_the_limits_is_not_kept(dense: Path, tmp_path: P
     path = tmp_path / "b0.torchscript"
     with pytest.raises(ValueError, match="at most -1 and at least 100 % were allowed"):
         segprune.export_model(
-            segprune.load(dense), path, format="torchscript", input_shape=SIZE, limits=Limits(-1.0, 1.0)
+            segprune.load(dense),
+            path,
+            format="torchscript",
+            input_shape=SIZE,
+            limits=Limits(-1.0, 1.0),
         )
     assert not path.exists()

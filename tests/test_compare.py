@@ -17,7 +17,9 @@ from segprune.model import SegFormer
 MANIFEST = Manifest("b0", 5, "onnx", "fp32", (2, 32, 64), preprocess=False, argmax=False)
 
 
-def job_of(network: SegFormer, manifest: Manifest = MANIFEST, images: tuple[Bytes, ...] = ()) -> Job:
+def job_of(
+    network: SegFormer, manifest: Manifest = MANIFEST, images: tuple[Bytes, ...] = ()
+) -> Job:
     return Job(Deployed(network, argmax=manifest.argmax), manifest, (32, 64), images)
 
 
@@ -89,5 +91,7 @@ def test_a_batch_for_calibration_is_filled_up_with_the_first_images(network: Seg
         (None, 0.95, Limits(1e-4, 0.9), True),
     ],
 )
-def test_both_limits_count(relative: float | None, agreement: float, limits: Limits, passes: bool) -> None:
+def test_both_limits_count(
+    relative: float | None, agreement: float, limits: Limits, passes: bool
+) -> None:
     assert Difference(relative, agreement, 1).within(limits) == passes

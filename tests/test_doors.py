@@ -24,7 +24,11 @@ def run(clone: Path, *command: object) -> subprocess.CompletedProcess[str]:
     """`python …` in the copy, where a warning is a failure."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, "-W", "error", *map(str, command)], cwd=clone, env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "error", *map(str, command)],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -39,7 +43,9 @@ def with_settings(clone: Path, door: str, settings: str) -> Path:
     empty = "SETTINGS: dict[str, object] = {}\n"
     assert source.count(empty) == 1
     path = clone / f"my_{door}"
-    path.write_text(source.replace(empty, f"SETTINGS: dict[str, object] = {settings}\n"), encoding="utf-8")
+    path.write_text(
+        source.replace(empty, f"SETTINGS: dict[str, object] = {settings}\n"), encoding="utf-8"
+    )
     return path
 
 
@@ -47,7 +53,9 @@ def with_settings(clone: Path, door: str, settings: str) -> Path:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package, the doors and a small data set; nothing else of the repository."""
     folder = tmp_path_factory.mktemp("clone")
-    shutil.copytree(ROOT / "segprune", folder / "segprune", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "segprune", folder / "segprune", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for door in ("prune_train.py", "train.py", "pruning.py"):
         shutil.copy(ROOT / door, folder)
     write_shapes(folder / "shapes", num_train=4, num_val=2, size=(32, 32), seed=5)
@@ -58,14 +66,18 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pruned(clone: Path) -> Path:
     """What prune_train.py writes: settings in the script for rate, variant and place, a flag for the rate."""
     script = with_settings(
-        clone, "prune_train.py", '{"phi": "b0", "pruning_rate": 0.3, "save_dir": "mine", "input_shape": (32, 32)}'
+        clone,
+        "prune_train.py",
+        '{"phi": "b0", "pruning_rate": 0.3, "save_dir": "mine", "input_shape": (32, 32)}',
     )
     out = succeeded(run(clone, script.name, "--pruning_rate", 0.5))
     assert "THE WEIGHTS ARE RANDOM" in out
     return clone / "mine/l1/b0/b0_pruned_0.5.pth"
 
 
-def test_prune_train_takes_settings_over_defaults_and_flags_over_settings(clone: Path, pruned: Path) -> None:
+def test_prune_train_takes_settings_over_defaults_and_flags_over_settings(
+    clone: Path, pruned: Path
+) -> None:
     assert not (clone / "logs_pruning").exists()
     record = json.loads((pruned.parent / "pruning_results.json").read_text(encoding="utf-8"))
     assert record["pruning_config"]["pruning_rate"] == 0.5
@@ -75,7 +87,20 @@ def test_prune_train_takes_settings_over_defaults_and_flags_over_settings(clone:
 
 
 def test_train_fine_tunes_the_pruned_file(clone: Path, pruned: Path) -> None:
-    flags = ("--model_path", pruned, "--phi", "b0", "--num_classes", 8, *SIZE, *HERE, "--data", "shapes", "--epochs", 1)
+    flags = (
+        "--model_path",
+        pruned,
+        "--phi",
+        "b0",
+        "--num_classes",
+        8,
+        *SIZE,
+        *HERE,
+        "--data",
+        "shapes",
+        "--epochs",
+        1,
+    )
     assert "Best epoch 1 on val" in succeeded(run(clone, "train.py", *flags))
     assert segprune.load(clone / "logs" / BEST).spec == segprune.load(pruned).spec
 
@@ -163,7 +188,9 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def without_torch_pruning(clone: Path, pruned: Path) -> dict[str, Any]:
     """A process in which torch_pruning cannot be imported: each command's status and output."""
-    return json.loads(succeeded(run(clone, "-c", WITHOUT_TORCH_PRUNING, pruned, clone / "logits.pt")))
+    return json.loads(
+        succeeded(run(clone, "-c", WITHOUT_TORCH_PRUNING, pruned, clone / "logits.pt"))
+    )
 
 
 def test_a_pruned_file_gives_the_same_logits_without_torch_pruning(
@@ -176,13 +203,19 @@ def test_a_pruned_file_gives_the_same_logits_without_torch_pruning(
 
 
 @pytest.mark.parametrize("name", ["info", "eval", "train", "rate 0"])
-def test_the_other_commands_work_without_torch_pruning(name: str, without_torch_pruning: dict[str, Any]) -> None:
+def test_the_other_commands_work_without_torch_pruning(
+    name: str, without_torch_pruning: dict[str, Any]
+) -> None:
     status, out, errors = without_torch_pruning[name]
     assert (status, errors) == (0, "")
-    assert {"info": '"parameters"', "eval": "mIoU", "train": BEST, "rate 0": "b0_pruned_0.pth"}[name] in out
+    assert {"info": '"parameters"', "eval": "mIoU", "train": BEST, "rate 0": "b0_pruned_0.pth"}[
+        name
+    ] in out
 
 
-def test_pruning_without_torch_pruning_is_refused_with_the_pip_command(without_torch_pruning: dict[str, Any]) -> None:
+def test_pruning_without_torch_pruning_is_refused_with_the_pip_command(
+    without_torch_pruning: dict[str, Any],
+) -> None:
     status, _, errors = without_torch_pruning["prune"]
     assert status == 1
     assert errors == (

@@ -45,7 +45,9 @@ class Attack:
         return (os.mkdir, (str(self.marker),))
 
 
-def test_what_is_written_takes_the_place_of_the_old_file_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_what_is_written_takes_the_place_of_the_old_file_and_nothing_else_is_left(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "new" / "a.json"
     write_json({"é": 1}, path)
     write_json({"é": [1.5, None]}, path)
@@ -53,7 +55,9 @@ def test_what_is_written_takes_the_place_of_the_old_file_and_nothing_else_is_lef
     assert os.listdir(path.parent) == ["a.json"]
 
 
-def test_a_failure_while_writing_keeps_the_old_file_and_removes_the_new_one(tmp_path: Path) -> None:
+def test_a_failure_while_writing_keeps_the_old_file_and_removes_the_new_one(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -89,28 +93,32 @@ def test_files_that_belong_together_come_together_or_not_at_all(
         pytest.raises(OSError, match=r"a.xml could not be written \(No space left on device\)"),
     ):
         write("full")
-    assert {name: (path.parent / name).read_text() for name in os.listdir(path.parent)} == dict.fromkeys(
-        ("a.xml", "a.bin"), "one"
-    )
+    assert {
+        name: (path.parent / name).read_text() for name in os.listdir(path.parent)
+    } == dict.fromkeys(("a.xml", "a.bin"), "one")
 
 
-def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_and_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.pth"
     save_record({"x": torch.ones(3)}, path)
-    message = (
-        rf"^{path} could not be written \(No space left on device\); give another place, or see to it that {tmp_path}"
-    )
+    message = rf"^{path} could not be written \(No space left on device\); give another place, or see to it that {tmp_path}"
     with disk_full(monkeypatch), pytest.raises(OSError, match=message):
         save_record({"x": torch.zeros(3)}, path)
     assert torch.equal(load_record(path)["x"], torch.ones(3))
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="Linux has a device that is always full"
+)
 def test_the_error_of_a_full_disk_comes_through_torch_too(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.with_name(f".a.pth.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"could not be written \(No space left on device\); give another place"):
+    with pytest.raises(
+        OSError, match=r"could not be written \(No space left on device\); give another place"
+    ):
         save_record({"x": torch.zeros(100_000)}, path)
     assert os.listdir(tmp_path) == []
 
@@ -133,9 +141,13 @@ def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match=r"could not be written \(Permission denied\); give another place"):
+    with pytest.raises(
+        OSError, match=r"could not be written \(Permission denied\); give another place"
+    ):
         write_json({}, tmp_path / "a.json")
-    with pytest.raises(OSError, match=r"could not be written \(Permission denied\); give another place"):
+    with pytest.raises(
+        OSError, match=r"could not be written \(Permission denied\); give another place"
+    ):
         check_writable(tmp_path)
 
 
@@ -154,12 +166,19 @@ def test_of_a_check_whether_a_folder_can_be_written_nothing_is_left(
 def test_a_folder_that_could_not_be_made_is_refused_by_its_own_name(tmp_path: Path) -> None:
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     for name in ("lost/b", "b" * 300):
-        with pytest.raises(OSError, match=re.escape(f"{tmp_path / name}/.writable could not be written (")):
+        with pytest.raises(
+            OSError, match=re.escape(f"{tmp_path / name}/.writable could not be written (")
+        ):
             check_writable(tmp_path / name)
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
-    record = {"step": 3, "state": {0: {"exp_avg": torch.randn(2, 3)}}, "losses": [0.5, 0.25], "scaler": None}
+    record = {
+        "step": 3,
+        "state": {0: {"exp_avg": torch.randn(2, 3)}},
+        "losses": [0.5, 0.25],
+        "scaler": None,
+    }
     save_record(record, tmp_path / "resume.pth")
     found = load_record(tmp_path / "resume.pth")
     assert torch.equal(found["state"][0].pop("exp_avg"), record["state"][0].pop("exp_avg"))  # type: ignore[index]
@@ -168,17 +187,33 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"a\.pth holds a list, not a saved record; give the file of another run"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.pth holds a list, not a saved record; give the file of another run",
+    ):
         load_record(tmp_path / "a.pth")
-    with pytest.raises(FileNotFoundError, match=r"b\.pth does not exist; give the path of a checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match=r"b\.pth does not exist; give the path of a checkpoint"
+    ):
         load_record(tmp_path / "b.pth")
 
 
 @pytest.mark.parametrize("new_zip", [True, False])
-def test_numpy_numbers_in_a_wrapper_are_read_as_plain_ones(new_zip: bool, tmp_path: Path) -> None:
-    numbers = [np.float64(0.1), np.float32(0.5), np.int64(-3), np.uint8(7), np.bool_(True), np.float64(2).astype(">f8")]
+def test_numpy_numbers_in_a_wrapper_are_read_as_plain_ones(
+    new_zip: bool, tmp_path: Path
+) -> None:
+    numbers = [
+        np.float64(0.1),
+        np.float32(0.5),
+        np.int64(-3),
+        np.uint8(7),
+        np.bool_(True),
+        np.float64(2).astype(">f8"),
+    ]
     path = tmp_path / "a.pth"
-    torch.save({"meta": numbers, "x": torch.ones(2)}, path, _use_new_zipfile_serialization=new_zip)
+    torch.save(
+        {"meta": numbers, "x": torch.ones(2)}, path, _use_new_zipfile_serialization=new_zip
+    )
     found = read_file(path)[0]["meta"]
     assert found == [0.1, 0.5, -3, 7, True, 2.0]
     assert [type(number) for number in found] == [float, float, int, int, bool, float]
@@ -187,7 +222,9 @@ def test_numpy_numbers_in_a_wrapper_are_read_as_plain_ones(new_zip: bool, tmp_pa
 def test_the_old_name_of_numpys_constructor_is_known_too(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save({"miou": np.float64(0.75)}, path, _use_new_zipfile_serialization=False)
-    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    path.write_bytes(
+        path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    )
     assert read_file(path)[0] == {"miou": 0.75}
 
 
@@ -202,8 +239,15 @@ def test_the_logs_that_mmengine_leaves_beside_the_weights_are_passed_over(
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     monkeypatch.setitem(sys.modules, name, module)
     losses = module.HistoryBuffer()
-    losses.max_length, losses._log_history, losses._count_history = 10, np.array([0.5, 0.25]), np.array([1, 1])
-    record = {"state_dict": {"x": torch.ones(2)}, "message_hub": {"log_scalars": {"train/loss": losses}}}
+    losses.max_length, losses._log_history, losses._count_history = (
+        10,
+        np.array([0.5, 0.25]),
+        np.array([1, 1]),
+    )
+    record = {
+        "state_dict": {"x": torch.ones(2)},
+        "message_hub": {"log_scalars": {"train/loss": losses}},
+    }
     torch.save(record, tmp_path / "iter_10.pth", _use_new_zipfile_serialization=new_zip)
     for part in ("mmengine", "mmengine.logging", name):
         monkeypatch.delitem(sys.modules, part)
@@ -212,10 +256,14 @@ def test_the_logs_that_mmengine_leaves_beside_the_weights_are_passed_over(
     assert vars(found["message_hub"]["log_scalars"]["train/loss"]) == {}
 
 
-@pytest.mark.parametrize("number", [np.datetime64("2026-01-01"), np.str_("a"), np.longdouble(1)])
+@pytest.mark.parametrize(
+    "number", [np.datetime64("2026-01-01"), np.str_("a"), np.longdouble(1)]
+)
 def test_other_numpy_values_are_refused(number: Any, tmp_path: Path) -> None:
     torch.save({"meta": number}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"a\.pth (is not a PyTorch checkpoint|asks for numpy)"):
+    with pytest.raises(
+        ValueError, match=r"a\.pth (is not a PyTorch checkpoint|asks for numpy)"
+    ):
         read_file(tmp_path / "a.pth")
 
 
@@ -252,11 +300,18 @@ NOT_TENSORS = {
 
 
 @pytest.mark.parametrize("content", NOT_TENSORS.values(), ids=NOT_TENSORS)
-@pytest.mark.parametrize(("suffix", "kind"), [(".pth", "PyTorch checkpoint"), (".safetensors", "safetensors file")])
-def test_a_file_of_another_kind_is_refused(content: bytes, suffix: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(".pth", "PyTorch checkpoint"), (".safetensors", "safetensors file")]
+)
+def test_a_file_of_another_kind_is_refused(
+    content: bytes, suffix: str, kind: str, tmp_path: Path
+) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{path} is not a {kind}, or only a part of one; copy or download it again"):
+    with pytest.raises(
+        ValueError,
+        match=f"^{path} is not a {kind}, or only a part of one; copy or download it again",
+    ):
         read_file(path)
 
 
@@ -265,11 +320,16 @@ def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save({"x": torch.randn(1000)}, path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match="is not a PyTorch checkpoint, or only a part of one; copy or download it a"):
+    with pytest.raises(
+        ValueError,
+        match="is not a PyTorch checkpoint, or only a part of one; copy or download it a",
+    ):
         read_file(path)
 
 
-def test_an_empty_file_a_missing_one_a_folder_and_an_unknown_ending_are_refused(tmp_path: Path) -> None:
+def test_an_empty_file_a_missing_one_a_folder_and_an_unknown_ending_are_refused(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "empty.pth").touch()
     (tmp_path / "picture.jpg").write_text("x")
     for name, kind, message in (
@@ -290,11 +350,16 @@ def test_an_empty_file_a_missing_one_a_folder_and_an_unknown_ending_are_refused(
 def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "a.pth")
     (tmp_path / "a.pth").chmod(0)
-    with pytest.raises(OSError, match=r"could not be opened \(Permission denied\); see to it that you may read it"):
+    with pytest.raises(
+        OSError,
+        match=r"could not be opened \(Permission denied\); see to it that you may read it",
+    ):
         read_file(tmp_path / "a.pth")
 
 
-def test_paths_are_the_same_where_links_lead_to_one_place_and_a_link_to_itself_is_none(tmp_path: Path) -> None:
+def test_paths_are_the_same_where_links_lead_to_one_place_and_a_link_to_itself_is_none(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "a").write_text("")
     (tmp_path / "link").symlink_to("a")
     (tmp_path / "loop").symlink_to("loop")

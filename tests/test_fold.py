@@ -18,7 +18,9 @@ def test_folding_keeps_the_logits_in_float64(small_model: SegFormer) -> None:
 
 
 @pytest.mark.parametrize("variant", ["b0", "b2"])
-def test_folding_keeps_the_logits_of_a_standard_variant_in_float32(variant: str, trained_like) -> None:
+def test_folding_keeps_the_logits_of_a_standard_variant_in_float32(
+    variant: str, trained_like
+) -> None:
     model = trained_like(SegFormer(standard_spec(variant, 150)).eval())
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -42,7 +44,9 @@ def test_a_folded_network_trains_as_the_unfolded_one(small_model: SegFormer) -> 
     dense_logits.square().sum().backward()
     folded_logits.square().sum().backward()
     dense_grad = small_model.encoder.stages[0].patch_embed.proj.weight.grad
-    torch.testing.assert_close(folded.encoder.stages[0].patch_embed.proj.weight.grad, dense_grad)
+    torch.testing.assert_close(
+        folded.encoder.stages[0].patch_embed.proj.weight.grad, dense_grad
+    )
 
 
 def test_unfolding_gives_the_logits_back(small_model: SegFormer) -> None:
@@ -58,10 +62,15 @@ def test_doing_it_twice_changes_nothing_more(small_model: SegFormer, change) -> 
     twice = change(once)
     assert twice is not once
     assert twice.spec == once.spec
-    assert all(torch.equal(a, b) for a, b in zip(once.state_dict().values(), twice.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(once.state_dict().values(), twice.state_dict().values(), strict=True)
+    )
 
 
-@pytest.mark.parametrize("change", [fold_decoder, lambda model: unfold_decoder(fold_decoder(model))])
+@pytest.mark.parametrize(
+    "change", [fold_decoder, lambda model: unfold_decoder(fold_decoder(model))]
+)
 def test_the_given_network_is_left_as_it_was(small_model: SegFormer, change) -> None:
     before, spec = copy.deepcopy(small_model.state_dict()), small_model.spec
     new = change(small_model)
@@ -69,14 +78,22 @@ def test_the_given_network_is_left_as_it_was(small_model: SegFormer, change) -> 
         for parameter in new.parameters():
             parameter.zero_()
     assert small_model.spec == spec
-    assert all(torch.equal(before[name], tensor) for name, tensor in small_model.state_dict().items())
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in small_model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_mode_dtype_and_spec_follow_into_the_new_network(small_model: SegFormer, training: bool) -> None:
+def test_mode_dtype_and_spec_follow_into_the_new_network(
+    small_model: SegFormer, training: bool
+) -> None:
     folded = fold_decoder(small_model.train(training))
     assert all(module.training == training for module in folded.modules())
-    assert all(tensor.dtype == torch.float64 for tensor in folded.state_dict().values() if tensor.is_floating_point())
+    assert all(
+        tensor.dtype == torch.float64
+        for tensor in folded.state_dict().values()
+        if tensor.is_floating_point()
+    )
     assert folded.spec == replace(small_model.spec, branch_dims=None)
     SegFormer(folded.spec).double().load_state_dict(folded.state_dict())
 
@@ -92,11 +109,16 @@ def test_a_conv_head_is_copied_as_it_is(conv_model: SegFormer) -> None:
         new = change(conv_model)
         assert new is not conv_model
         assert new.spec == conv_model.spec
-        assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in conv_model.state_dict().items())
+        assert all(
+            torch.equal(tensor, new.state_dict()[name])
+            for name, tensor in conv_model.state_dict().items()
+        )
 
 
 def test_fusing_before_upsampling_takes_a_third_of_the_products() -> None:
     """Of b0 with mmsegmentation's head: what its classes compute for the fuse convolution, and what is counted here."""
     spec = replace(standard_spec("b0", 150), head="conv")
     rows = [row for row in layers(spec, (512, 512)) if ".fuses." in row.name]
-    assert sum(row.cost("macs") for row in rows) == pytest.approx(256 * 1024 * 128 * 128 / 3, rel=0.01)
+    assert sum(row.cost("macs") for row in rows) == pytest.approx(
+        256 * 1024 * 128 * 128 / 3, rel=0.01
+    )

@@ -43,18 +43,28 @@ NEVER = {  # though they point down: what a room must work without
     ("checkpoint", "training"): "a network loads without its training",
 }
 SPARED = {
-    ("segprune.pruning.budget.latency.table", "segprune.files"),  # a table of times is no network
+    (
+        "segprune.pruning.budget.latency.table",
+        "segprune.files",
+    ),  # a table of times is no network
     ("segprune.pruning.plan", "segprune.files"),  # neither is a plan
     (
         "segprune.pruning.budget.uniform",
         "segprune.checkpoint.published",
     ),  # widths that others can hold
     ("segprune.pruning.synthetic", "segprune.data"),  # what draws images reads no data set
-    ("segprune.checkpoint.hf_out", "segprune.data"),  # mean and deviation stand in a Hugging Face folder
+    (
+        "segprune.checkpoint.hf_out",
+        "segprune.data",
+    ),  # mean and deviation stand in a Hugging Face folder
     ("segprune.checkpoint.write", "segprune.data"),  # an image to compare with
 }
 MODULES = {
-    path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__").replace("/", "."): path
+    path.relative_to(ROOT)
+    .with_suffix("")
+    .as_posix()
+    .removesuffix("/__init__")
+    .replace("/", "."): path
     for path in [*ROOT.glob("segprune/**/*.py"), *(ROOT / f"{door}.py" for door in DOORS)]
 }
 
@@ -88,9 +98,13 @@ def wrong_imports(module: str, source: str) -> list[str]:
     wrong = []
     for target in imports_of(source):
         room = room_of(target)
-        if room in (None, mine) or (target not in MODULES and target.rpartition(".")[0] in MODULES):
+        if room in (None, mine) or (
+            target not in MODULES and target.rpartition(".")[0] in MODULES
+        ):
             continue  # not ours, inside the room, or a name in a module that is yielded itself
-        spared = any(module == here and f"{target}.".startswith(f"{there}.") for here, there in SPARED)
+        spared = any(
+            module == here and f"{target}.".startswith(f"{there}.") for here, there in SPARED
+        )
         if ROW[str(room)] >= ROW[mine] or ((mine, room) in NEVER and not spared):
             wrong.append(target)
     return wrong
@@ -107,20 +121,46 @@ def test_a_module_imports_only_from_rows_below(module: str) -> None:
         ("segprune.spec", "from segprune.model import SegFormer", ["segprune.model"]),
         ("segprune.stats", "def f():\n    import segprune.fold", ["segprune.fold"]),
         ("segprune.checkpoint", "from segprune import benchmark", ["segprune.benchmark"]),
-        ("segprune.pruning.plan", "from segprune.data.samples import Sample", ["segprune.data.samples"]),
+        (
+            "segprune.pruning.plan",
+            "from segprune.data.samples import Sample",
+            ["segprune.data.samples"],
+        ),
         ("segprune.checkpoint", "from segprune.data import MEAN", ["segprune.data"]),
         ("segprune.checkpoint.write", "from segprune.data import MEAN", []),
-        ("segprune.pruning.plan", "from segprune.checkpoint import load", ["segprune.checkpoint"]),
-        ("segprune.pruning.pruner", "from segprune.checkpoint import load", ["segprune.checkpoint"]),
-        ("segprune.pruning.groups", "from segprune.files import write_json", ["segprune.files"]),
+        (
+            "segprune.pruning.plan",
+            "from segprune.checkpoint import load",
+            ["segprune.checkpoint"],
+        ),
+        (
+            "segprune.pruning.pruner",
+            "from segprune.checkpoint import load",
+            ["segprune.checkpoint"],
+        ),
+        (
+            "segprune.pruning.groups",
+            "from segprune.files import write_json",
+            ["segprune.files"],
+        ),
         ("segprune.pruning.budget.latency.table", "from segprune.files import write_json", []),
-        ("segprune.data.voc", "from segprune.training import loop", ["segprune.training", "segprune.training.loop"]),
+        (
+            "segprune.data.voc",
+            "from segprune.training import loop",
+            ["segprune.training", "segprune.training.loop"],
+        ),
         ("segprune.training.loop", "from segprune.data.samples import Sample", []),
-        ("segprune.pruning.plan", "from segprune.pruning.groups import Group\nimport torch", []),
+        (
+            "segprune.pruning.plan",
+            "from segprune.pruning.groups import Group\nimport torch",
+            [],
+        ),
         ("pruning", "from segprune import L1Pruner", []),
     ],
 )
-def test_the_check_finds_what_points_up_or_sideways(module: str, source: str, wrong: list[str]) -> None:
+def test_the_check_finds_what_points_up_or_sideways(
+    module: str, source: str, wrong: list[str]
+) -> None:
     assert wrong_imports(module, source) == wrong
 
 
@@ -131,13 +171,26 @@ def test_every_room_in_the_rows_is_there_and_files_and_spec_stand_alone() -> Non
         assert not [target for target in imported if target.startswith("segprune")]
 
 
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if room_of(name) not in ("cli", "doors")))
+@pytest.mark.parametrize(
+    "module", sorted(name for name in MODULES if room_of(name) not in ("cli", "doors"))
+)
 def test_the_library_neither_prints_nor_parses_nor_chooses_a_device(module: str) -> None:
     source = MODULES[module].read_text(encoding="utf-8")
     tools = {"rich", "typer", "click", "argparse", "logging", "tqdm"}
     assert not {target.split(".")[0] for target in imports_of(source)} & tools
-    forbidden = {"print", "sys.stdout", "sys.stderr", "sys.argv", "sys.exit", "torch.cuda.is_available"}
-    used = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name | ast.Attribute)}
+    forbidden = {
+        "print",
+        "sys.stdout",
+        "sys.stderr",
+        "sys.argv",
+        "sys.exit",
+        "torch.cuda.is_available",
+    }
+    used = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Name | ast.Attribute)
+    }
     assert not used & forbidden
 
 

@@ -22,7 +22,9 @@ PUBLISHED = {  # parameters at 21 classes
 
 
 @pytest.mark.parametrize(("variant", "parameters"), PUBLISHED.items())
-def test_a_variant_has_the_published_number_of_parameters(variant: str, parameters: int) -> None:
+def test_a_variant_has_the_published_number_of_parameters(
+    variant: str, parameters: int
+) -> None:
     with torch.device("meta"):
         model = SegFormer(standard_spec(variant, 21))
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -41,18 +43,24 @@ HEADS = ({}, {"branch_dims": None}, {"head": "conv"})
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (65, 97), (33, 130)])
-def test_logits_have_the_input_s_size(small_spec: Spec, size: tuple[int, int], head: dict[str, Any]) -> None:
+def test_logits_have_the_input_s_size(
+    small_spec: Spec, size: tuple[int, int], head: dict[str, Any]
+) -> None:
     model = SegFormer(replace(small_spec, **head))
     assert model(torch.randn(2, 3, *size)).shape == (2, small_spec.num_classes, *size)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("shallow", [False, True])
-def test_every_parameter_receives_a_gradient(small_spec: Spec, head: dict[str, Any], shallow: bool) -> None:
+def test_every_parameter_receives_a_gradient(
+    small_spec: Spec, head: dict[str, Any], shallow: bool
+) -> None:
     spec = replace(small_spec, **head)
     model = SegFormer(without_branches(spec) if shallow else spec)
     model(torch.randn(2, 3, 64, 96)).square().mean().backward()
-    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    without = [
+        n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ]
     assert without == []
     # biases before a BatchNorm and of keys cancel out; all else must matter
     dead = [n for n, p in model.named_parameters() if not p.grad.any()]
@@ -60,10 +68,13 @@ def test_every_parameter_receives_a_gradient(small_spec: Spec, head: dict[str, A
 
 
 @pytest.mark.parametrize("size", [(64, 64), (71, 50)])
-def test_the_last_map_is_a_32nd_of_the_input(small_model: SegFormer, size: tuple[int, int]) -> None:
+def test_the_last_map_is_a_32nd_of_the_input(
+    small_model: SegFormer, size: tuple[int, int]
+) -> None:
     maps = small_model.encoder(torch.randn(1, 3, *size).double())
     assert [m.shape[1:] for m in maps] == [
-        (stage.width, *(-(-side // (4 * 2**i)) for side in size)) for i, stage in enumerate(small_model.spec.stages)
+        (stage.width, *(-(-side // (4 * 2**i)) for side in size))
+        for i, stage in enumerate(small_model.spec.stages)
     ]
 
 
@@ -74,16 +85,22 @@ def test_images_of_a_batch_do_not_see_each_other(small_model: SegFormer) -> None
 
 @pytest.mark.parametrize(("qk_dim", "v_dim"), [(4, 6), (6, 4), (5, 5)])
 def test_attention_equals_the_textbook_formula(qk_dim: int, v_dim: int) -> None:
-    block = BlockSpec(num_heads=3, qk_dim=qk_dim, v_dim=v_dim, ffn_dim=1, reduction_dim=None, qk_scale=0.7)
+    block = BlockSpec(
+        num_heads=3, qk_dim=qk_dim, v_dim=v_dim, ffn_dim=1, reduction_dim=None, qk_scale=0.7
+    )
     attention = Attention(10, block, 1, 1e-5).double()
     x = torch.randn(2, 12, 10).double()
     q, k, v = (layer(x).chunk(3, dim=-1) for layer in (attention.q, attention.k, attention.v))
     heads = [(0.7 * q[h] @ k[h].mT).softmax(-1) @ v[h] for h in range(3)]
-    torch.testing.assert_close(attention(x, 3, 4), attention.proj(torch.cat(heads, -1)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        attention(x, 3, 4), attention.proj(torch.cat(heads, -1)), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("qk_dim", "v_dim"), [(4, 6), (6, 4), (5, 5)])
-def test_attention_of_unequal_widths_runs_in_the_fused_kernel_too(qk_dim: int, v_dim: int) -> None:
+def test_attention_of_unequal_widths_runs_in_the_fused_kernel_too(
+    qk_dim: int, v_dim: int
+) -> None:
     called = []
 
     class Watch(TorchDispatchMode):
@@ -109,7 +126,9 @@ def test_the_numerics_of_the_spec_reach_the_layers(small_spec: Spec) -> None:
     assert {m.approximate for m in modules.values() if isinstance(m, nn.GELU)} == {"tanh"}
     assert (model.decode_head.norm.eps, model.decode_head.norm.momentum) == (1e-4, 0.2)
     conv = SegFormer(replace(small_spec, numerics=numerics, head="conv")).decode_head
-    assert {(norm.eps, norm.momentum) for norm in (*conv.branch_norms, conv.norm)} == {(1e-4, 0.2)}
+    assert {(norm.eps, norm.momentum) for norm in (*conv.branch_norms, conv.norm)} == {
+        (1e-4, 0.2)
+    }
     assert type(model.decode_head.dropout) is nn.Dropout
     assert model.decode_head.dropout.p == 0.3
     rates = [m.rate for m in modules.values() if isinstance(m, DropPath)]
@@ -122,7 +141,10 @@ def test_a_conv_head_computes_what_one_convolution_of_the_upsampled_branches_doe
 ) -> None:
     """As it is published: concatenated c1, c2, c3, c4 at quarter size; statistics and gradients are the same too."""
     head = conv_model.decode_head.train(training)
-    maps = [m.detach().requires_grad_() for m in conv_model.encoder(torch.randn(2, 3, 64, 96).double())]
+    maps = [
+        m.detach().requires_grad_()
+        for m in conv_model.encoder(torch.randn(2, 3, 64, 96).double())
+    ]
     other, whole = copy.deepcopy(head), []
     for branch, norm, x in zip(other.branches, other.branch_norms, maps, strict=True):
         x = norm(F.conv2d(x, branch.weight[:, :, None, None])).relu()
@@ -132,7 +154,9 @@ def test_a_conv_head_computes_what_one_convolution_of_the_upsampled_branches_doe
     wanted = torch.autograd.grad(expected.square().sum(), maps, retain_graph=True)
     found = head(maps)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    for mine, theirs in zip(torch.autograd.grad(found.square().sum(), maps), wanted, strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(found.square().sum(), maps), wanted, strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
     for mine, theirs in zip(head.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
@@ -141,8 +165,12 @@ def test_a_conv_head_computes_what_one_convolution_of_the_upsampled_branches_doe
 def test_align_corners_decides_how_the_logits_are_upsampled(small_model: SegFormer) -> None:
     x = torch.randn(1, 3, 64, 64).double()
     small = small_model.decode_head(small_model.encoder(x))
-    small_model.spec = replace(small_model.spec, numerics=replace(small_model.spec.numerics, align_corners=True))
-    assert torch.equal(small_model(x)[..., ::63, ::63], small[..., ::15, ::15])  # aligned: the corners are kept
+    small_model.spec = replace(
+        small_model.spec, numerics=replace(small_model.spec.numerics, align_corners=True)
+    )
+    assert torch.equal(
+        small_model(x)[..., ::63, ::63], small[..., ::15, ::15]
+    )  # aligned: the corners are kept
 
 
 def test_drop_path_keeps_or_drops_whole_samples_and_the_mean() -> None:
@@ -177,12 +205,16 @@ def test_fresh_weights_are_drawn_as_published() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64), (2, 1, 64, 64), (64, 64)])
 def test_what_is_not_a_batch_of_images_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"takes images as B 3 H W, got shape \(" + f"{shape[0]}, "):
+    with pytest.raises(
+        ValueError, match=r"takes images as B 3 H W, got shape \(" + f"{shape[0]}, "
+    ):
         check_input(shape)
 
 
 @pytest.mark.parametrize("size", [(31, 64), (64, 8), (0, 0)])
-def test_an_image_below_32_pixels_is_refused(small_model: SegFormer, size: tuple[int, int]) -> None:
+def test_an_image_below_32_pixels_is_refused(
+    small_model: SegFormer, size: tuple[int, int]
+) -> None:
     message = f"The input is {size[0]}×{size[1]} pixels; both sides must be at least 32, since the last stage works"
     with pytest.raises(ValueError, match=message):
         small_model(torch.zeros(1, 3, *size).double())

@@ -77,28 +77,42 @@ def places(model: nn.Module) -> set[str]:
 def assert_equal(model: nn.Module, other: nn.Module) -> None:
     state = other.state_dict()
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor.cpu(), state[name].cpu(), rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            tensor.cpu(), state[name].cpu(), rtol=1e-5, atol=1e-6, msg=name
+        )
 
 
 @pytest.fixture
 def dense_of(small_model: SegFormer, conv_model: SegFormer) -> Callable[[str], SegFormer]:
-    return {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}.__getitem__
+    return {
+        "mlp": small_model,
+        "folded": fold_decoder(small_model),
+        "conv": conv_model,
+    }.__getitem__
 
 
-def test_networks_are_saved_loaded_and_folded(device: OtherDevice, small_model: SegFormer, tmp_path: Path) -> None:
+def test_networks_are_saved_loaded_and_folded(
+    device: OtherDevice, small_model: SegFormer, tmp_path: Path
+) -> None:
     segprune.save(moved(small_model.float()), tmp_path / "small.pth")
     loaded = segprune.load(tmp_path / "small.pth", device=OTHER).eval()
     assert places(loaded) == {"cuda"}
     assert_equal(loaded, small_model)
 
     x = torch.randn(1, 3, 64, 64, device=OTHER)
-    for network in (fold_decoder(loaded), unfold_decoder(fold_decoder(loaded)), fold_for_inference(loaded)):
+    for network in (
+        fold_decoder(loaded),
+        unfold_decoder(fold_decoder(loaded)),
+        fold_for_inference(loaded),
+    ):
         assert places(network) == {"cuda"}
         torch.testing.assert_close(network(x).cpu(), small_model(x.cpu()), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_channels_are_scored_and_cut(device: OtherDevice, small_model: SegFormer, method: str) -> None:
+def test_channels_are_scored_and_cut(
+    device: OtherDevice, small_model: SegFormer, method: str
+) -> None:
     model = moved(small_model)
     x = torch.randn(2, 3, 64, 64).double()
     groups = find_groups(model, x[:1].to(OTHER), {STEM}, heads=True).groups
@@ -108,26 +122,38 @@ def test_channels_are_scored_and_cut(device: OtherDevice, small_model: SegFormer
     for name, values in expected.items():
         np.testing.assert_allclose(ranks[name], values)
 
-    plan = keep_best(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
+    plan = keep_best(
+        groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups])
+    )
     pruned = cut_copy(model, list(groups), plan)
     assert places(pruned) == {"cuda"}
     assert pruned(x.to(OTHER)).device == OTHER
 
 
 @pytest.mark.parametrize("head", ["mlp", "folded", "conv"])
-def test_cut_networks_are_repaired(device: OtherDevice, dense_of: Callable[[str], SegFormer], head: str) -> None:
+def test_cut_networks_are_repaired(
+    device: OtherDevice, dense_of: Callable[[str], SegFormer], head: str
+) -> None:
     dense = dense_of(head)
     batches = list(torch.randn(3, 3, 64, 64).double().split(2))
     groups = find_groups(dense, batches[0][:1], {STEM}, heads=True).groups
-    plan = keep_best(groups, score_channels(dense, groups), np.array([max(1, 2 * g.slots // 3) for g in groups]))
+    plan = keep_best(
+        groups,
+        score_channels(dense, groups),
+        np.array([max(1, 2 * g.slots // 3) for g in groups]),
+    )
     pruned = cut_copy(dense, list(groups), plan)
 
-    repaired = repair(moved(pruned), moved(dense), groups, plan, batches)  # the images are moved by it
+    repaired = repair(
+        moved(pruned), moved(dense), groups, plan, batches
+    )  # the images are moved by it
     assert places(repaired) == {"cuda"}
     assert_equal(repaired, repair(pruned, dense, groups, plan, batches))
 
 
-def test_curves_are_measured_on_images_that_stand_in(device: OtherDevice, small_model: SegFormer) -> None:
+def test_curves_are_measured_on_images_that_stand_in(
+    device: OtherDevice, small_model: SegFormer
+) -> None:
     dense = fold_decoder(small_model)
     model = moved(dense)
     batches = synthetic_images(model, (64, 64), count=3)
@@ -136,14 +162,20 @@ def test_curves_are_measured_on_images_that_stand_in(device: OtherDevice, small_
     groups = find_groups(model, batches[0][:1], {STEM}).groups
     widths = [(group.slots // 2, group.slots) for group in groups]
     on_cpu = measure_curves(dense, groups, [x.cpu() for x in batches], widths)
-    for curve, expected in zip(measure_curves(model, groups, batches, widths), on_cpu, strict=True):
+    for curve, expected in zip(
+        measure_curves(model, groups, batches, widths), on_cpu, strict=True
+    ):
         assert curve.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 def test_the_pruner_prunes(device: OtherDevice, small_model: SegFormer) -> None:
-    pruned = L1Pruner(moved(small_model.float()), pruning_rate=0.4).prune(torch.zeros(1, 3, 64, 64, device=OTHER))
+    pruned = L1Pruner(moved(small_model.float()), pruning_rate=0.4).prune(
+        torch.zeros(1, 3, 64, 64, device=OTHER)
+    )
     assert places(pruned) == {"cuda"}
-    assert_equal(pruned, L1Pruner(small_model, pruning_rate=0.4).prune(torch.zeros(1, 3, 64, 64)))
+    assert_equal(
+        pruned, L1Pruner(small_model, pruning_rate=0.4).prune(torch.zeros(1, 3, 64, 64))
+    )
 
 
 def test_branches_are_scored_and_removed(device: OtherDevice, small_model: SegFormer) -> None:
@@ -170,16 +202,24 @@ def data(tmp_path: Path) -> Path:
     ],
     ids=lambda how: how.mode,
 )
-def test_networks_are_evaluated(device: OtherDevice, small_model: SegFormer, data: Path, how: EvalMode) -> None:
+def test_networks_are_evaluated(
+    device: OtherDevice, small_model: SegFormer, data: Path, how: EvalMode
+) -> None:
     samples, model = open_source(data).split("val"), small_model.float()
     score = evaluate(moved(model), samples, 5, how, device=OTHER, batch_size=2)
     assert score == evaluate(model, samples, 5, how, batch_size=2)
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # there is no GPU to pin memory for
+@pytest.mark.filterwarnings(
+    "ignore:.*pin_memory.*:UserWarning"
+)  # there is no GPU to pin memory for
 def test_networks_are_trained_and_training_is_resumed(device: OtherDevice, data: Path) -> None:
     """With all that takes part in a step: teacher, projections, average, clipping, class weights."""
-    loss = {"loss": "ce+dice+lovasz+focal+ohem", "class_weights": (1.0,) * 8, "label_smoothing": 0.1}
+    loss = {
+        "loss": "ce+dice+lovasz+focal+ohem",
+        "class_weights": (1.0,) * 8,
+        "label_smoothing": 0.1,
+    }
     config, splits = config_of(data, **loss, epochs=1, clip_norm=1.0, ema=0.9)
     teacher, model = tiny_model(seed=1), moved(tiny_model())
 
@@ -187,7 +227,9 @@ def test_networks_are_trained_and_training_is_resumed(device: OtherDevice, data:
         accelerator = Accelerator(cpu=True)
         accelerator.state.device = OTHER
         try:
-            return train(network, config, splits, accelerator=accelerator, teacher=teacher, **options)
+            return train(
+                network, config, splits, accelerator=accelerator, teacher=teacher, **options
+            )
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
 

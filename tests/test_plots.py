@@ -22,7 +22,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved, so that their parts can be asked for."""
     figures: list[Figure] = []
     save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    monkeypatch.setattr(
+        plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path))
+    )
     return figures
 
 
@@ -43,7 +45,9 @@ def tick_labels(figure: Figure) -> list[str]:
     return [label.get_text() for label in figure.axes[0].get_yticklabels()]
 
 
-def test_bars_are_as_long_as_their_values_and_an_absent_class_says_so(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_bars_are_as_long_as_their_values_and_an_absent_class_says_so(
+    tmp_path: Path, drawn: list[Figure]
+) -> None:
     plots.bars([0.25, None, 1.0], ["sky", "sea"], "mIoU 0.6250", tmp_path / "mIoU.png")
     axes = drawn[0].axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.25, 0.0, 1.0]
@@ -57,13 +61,23 @@ def test_bars_are_as_long_as_their_values_and_an_absent_class_says_so(tmp_path: 
 def test_the_matrix_shows_shares_of_each_row(tmp_path: Path, drawn: list[Figure]) -> None:
     plots.confusion([[3, 1, 0], [0, 0, 0], [1, 1, 998]], [], tmp_path / "confusion_matrix.png")
     axes = drawn[0].axes[0]
-    assert axes.images[0].get_array().tolist() == [[0.75, 0.25, 0], [0, 0, 0], [0.001, 0.001, 0.998]]
-    assert [text.get_text() for text in axes.texts] == ["0.75", "0.25", "1.00"]  # nothing where it would be 0.00
+    assert axes.images[0].get_array().tolist() == [
+        [0.75, 0.25, 0],
+        [0, 0, 0],
+        [0.001, 0.001, 0.998],
+    ]
+    assert [text.get_text() for text in axes.texts] == [
+        "0.75",
+        "0.25",
+        "1.00",
+    ]  # nothing where it would be 0.00
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("labelled", "predicted")
     assert tick_labels(drawn[0]) == ["0", "1", "2"]
 
 
-def test_a_matrix_of_many_classes_has_no_numbers_in_it(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_a_matrix_of_many_classes_has_no_numbers_in_it(
+    tmp_path: Path, drawn: list[Figure]
+) -> None:
     plots.confusion(np.eye(40, dtype=int).tolist(), [], tmp_path / "confusion_matrix.png")
     assert len(drawn[0].axes[0].texts) == 0
 
@@ -76,11 +90,16 @@ def test_nothing_is_cut_off_at_the_edges(number: int, tmp_path: Path) -> None:
     for name in ("matrix.png", "bars.png"):
         picture = pixels(tmp_path / name)
         assert picture.min() < 100
-        assert all((edge == 255).all() for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]))
+        assert all(
+            (edge == 255).all()
+            for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1])
+        )
 
 
 def test_names_are_shortened_and_are_no_formulas(tmp_path: Path, drawn: list[Figure]) -> None:
-    plots.bars([0.5, 0.5], ["crt screen, and a lot of other things", "$x$"], "", tmp_path / "bars.png")
+    plots.bars(
+        [0.5, 0.5], ["crt screen, and a lot of other things", "$x$"], "", tmp_path / "bars.png"
+    )
     assert tick_labels(drawn[0]) == ["crt screen, and a lot o…", r"\$x\$"]
 
 
@@ -89,31 +108,56 @@ def test_names_that_no_font_has_become_numbers_without_a_warning(
 ) -> None:
     broken = tmp_path / "broken.ttf"
     broken.write_bytes(b"no font")
-    fonts([findfont(FontProperties(family="DejaVu Serif")), str(broken), str(tmp_path / "gone.ttf")])
+    fonts(
+        [
+            findfont(FontProperties(family="DejaVu Serif")),
+            str(broken),
+            str(tmp_path / "gone.ttf"),
+        ]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.bars([0.5] * 4, [*CHINESE, "bird"], "", tmp_path / "bars.png")
-        plots.confusion(np.eye(4, dtype=int).tolist(), [*CHINESE, "bird"], tmp_path / "matrix.png")
+        plots.confusion(
+            np.eye(4, dtype=int).tolist(), [*CHINESE, "bird"], tmp_path / "matrix.png"
+        )
     assert [tick_labels(figure) for figure in drawn] == [["0", "1", "2", "bird"]] * 2
 
 
 def test_a_font_of_the_system_is_taken_that_has_all_characters(
-    tmp_path: Path, drawn: list[Figure], fonts: Callable[[list[str]], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    drawn: list[Figure],
+    fonts: Callable[[list[str]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     latin, chinese = tmp_path / "latin.ttf", tmp_path / "wqy-any.ttf"
-    for path in (latin, chinese):  # which font it is does not matter, what is asked of it is answered below
+    for path in (
+        latin,
+        chinese,
+    ):  # which font it is does not matter, what is asked of it is answered below
         path.write_bytes(Path(findfont(FontProperties(family="DejaVu Sans"))).read_bytes())
     had = plots._had
-    monkeypatch.setattr(plots, "_had", lambda path, wanted: wanted if path == str(chinese) else had(path, wanted))
+    monkeypatch.setattr(
+        plots,
+        "_had",
+        lambda path, wanted: wanted if path == str(chinese) else had(path, wanted),
+    )
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
     fonts([str(latin), str(chinese)])
     plots.bars([0.5] * 3, CHINESE, "", tmp_path / "bars.png")
     assert tick_labels(drawn[0]) == list(CHINESE)
-    assert {label.get_fontproperties().get_file() for label in drawn[0].axes[0].get_yticklabels()} == {str(chinese)}
+    assert {
+        label.get_fontproperties().get_file() for label in drawn[0].axes[0].get_yticklabels()
+    } == {str(chinese)}
 
 
 def test_known_fonts_come_before_others_and_regular_ones_before_bold() -> None:
-    paths = ["/f/Arial-Bold.ttf", "/f/Other-Regular.otf", "/f/wqy-microhei.ttc", "/f/NotoSansCJK-Regular.ttc"]
+    paths = [
+        "/f/Arial-Bold.ttf",
+        "/f/Other-Regular.otf",
+        "/f/wqy-microhei.ttc",
+        "/f/NotoSansCJK-Regular.ttc",
+    ]
     assert sorted(paths, key=plots._rank) == [paths[3], paths[2], paths[1], paths[0]]
 
 
@@ -126,9 +170,14 @@ def history(number: int, *, lr: bool, every: int = 2) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("lr", [False, True])
-def test_curves_show_every_epochs_loss_and_the_scores_there_are(lr: bool, tmp_path: Path, drawn: list[Figure]) -> None:
+def test_curves_show_every_epochs_loss_and_the_scores_there_are(
+    lr: bool, tmp_path: Path, drawn: list[Figure]
+) -> None:
     rows = history(7, lr=lr)
-    assert plots.curves(rows, tmp_path) == [tmp_path / "epoch_loss.png", tmp_path / "epoch_miou.png"]
+    assert plots.curves(rows, tmp_path) == [
+        tmp_path / "epoch_loss.png",
+        tmp_path / "epoch_miou.png",
+    ]
     loss, *others = drawn[0].axes
     assert loss.lines[0].get_xydata().tolist() == [[row["epoch"], row["loss"]] for row in rows]
     assert [axes.get_ylabel() for axes in others] == ["learning rate"] * lr
@@ -143,7 +192,9 @@ def test_without_a_score_there_is_no_curve_of_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["epoch_loss.png"]
 
 
-def test_a_plot_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "new" / "bars.png"
     plots.bars([0.5], [], "", path)
     before = path.read_bytes()
@@ -154,7 +205,8 @@ def test_a_plot_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
 
     monkeypatch.setattr(Figure, "savefig", half)
     with pytest.raises(
-        OSError, match=r"bars\.png could not be written \(No space left on device\); give another place"
+        OSError,
+        match=r"bars\.png could not be written \(No space left on device\); give another place",
     ):
         plots.bars([0.7], [], "", path)
     assert [file.read_bytes() for file in path.parent.iterdir()] == [before]

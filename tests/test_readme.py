@@ -52,7 +52,11 @@ def blocks(text: str) -> list[str]:
 
 def commands(text: str) -> list[str]:
     """All code blocks but the tree, without comments."""
-    return [re.sub(r"(?m)[ \t]*#.*$", "", block) for block in blocks(text) if not block.startswith(TREE)]
+    return [
+        re.sub(r"(?m)[ \t]*#.*$", "", block)
+        for block in blocks(text)
+        if not block.startswith(TREE)
+    ]
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -77,29 +81,45 @@ def shown_default(field: Field[Any]) -> str | None:
     value = field.default
     if value in (None, "") or isinstance(value, bool):
         return None
-    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in (value if type(value) is tuple else (value,)))
+    return " ".join(
+        f"{v:g}" if isinstance(v, float) else str(v)
+        for v in (value if type(value) is tuple else (value,))
+    )
 
 
 @pytest.mark.parametrize(
-    ("english", "chinese"), [(ENGLISH, CHINESE), (MANUAL, CHINESE_MANUAL)], ids=["readme", "training"]
+    ("english", "chinese"),
+    [(ENGLISH, CHINESE), (MANUAL, CHINESE_MANUAL)],
+    ids=["readme", "training"],
 )
 def test_both_languages_have_the_same_sections_and_blocks(english: str, chinese: str) -> None:
-    levels = [re.findall(r"^#+", re.sub(r"(?ms)^```.*?^```", "", text), flags=re.M) for text in (english, chinese)]
+    levels = [
+        re.findall(r"^#+", re.sub(r"(?ms)^```.*?^```", "", text), flags=re.M)
+        for text in (english, chinese)
+    ]
     assert levels[0] == levels[1]
     assert len(levels[0]) > 7
     assert commands(english) == commands(chinese)
     assert len(commands(english)) > 4
-    assert [len(table) for table in tables(english)] == [len(table) for table in tables(chinese)]
+    assert [len(table) for table in tables(english)] == [
+        len(table) for table in tables(chinese)
+    ]
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_command_that_is_shown_is_one_that_its_parser_takes(name: str) -> None:
     for command, *arguments in command_lines((ROOT / name).read_text(encoding="utf-8")):
-        COMMANDS[command].make_context(command, arguments)  # raises for unknown flags and for values of a wrong kind
+        COMMANDS[command].make_context(
+            command, arguments
+        )  # raises for unknown flags and for values of a wrong kind
 
 
 def test_there_are_commands_to_check() -> None:
-    shown = [line for name in PAGES for line in command_lines((ROOT / name).read_text(encoding="utf-8"))]
+    shown = [
+        line
+        for name in PAGES
+        for line in command_lines((ROOT / name).read_text(encoding="utf-8"))
+    ]
     assert {line[0] for line in shown} == set(COMMANDS)
     assert sum("--teacher" in line for line in shown) > 4
 
@@ -108,14 +128,20 @@ def test_there_are_commands_to_check() -> None:
 def test_every_flag_that_is_named_exists(name: str) -> None:
     known = set(OTHERS)
     for command in COMMANDS.values():
-        known |= {option.lstrip("-") for parameter in command.params for option in parameter.opts}
-    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", (ROOT / name).read_text(encoding="utf-8")))
+        known |= {
+            option.lstrip("-") for parameter in command.params for option in parameter.opts
+        }
+    named = set(
+        re.findall(r"(?<![\w-])--([a-z][\w-]*)", (ROOT / name).read_text(encoding="utf-8"))
+    )
     assert sorted(named - known) == []
 
 
 @pytest.mark.parametrize("text", [MANUAL, CHINESE_MANUAL], ids=MANUALS)
 def test_the_manual_s_table_names_all_flags_of_train_py_with_their_defaults(text: str) -> None:
-    listed = {row[0].strip().strip("`").split()[0]: row[1].strip() for row in tables(text)[-1][2:]}
+    listed = {
+        row[0].strip().strip("`").split()[0]: row[1].strip() for row in tables(text)[-1][2:]
+    }
     flags = [*fields(StartFlags), *fields(TrainOptions), *fields(RunFlags)]
     assert list(listed) == [f"--{field.name}" for field in flags]
     for field in flags:
@@ -126,7 +152,10 @@ def test_the_manual_s_table_names_all_flags_of_train_py_with_their_defaults(text
 
 def test_both_languages_show_the_same_results() -> None:
     numbers = [
-        re.findall(r"\d+\.\d+", text.partition("<!-- results -->")[2].partition("<!-- end of results -->")[0])
+        re.findall(
+            r"\d+\.\d+",
+            text.partition("<!-- results -->")[2].partition("<!-- end of results -->")[0],
+        )
         for text in (ENGLISH, CHINESE)
     ]
     assert numbers[0] == numbers[1]
@@ -139,15 +168,27 @@ def test_the_page_of_flags_is_what_the_commands_have_now() -> None:
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == made
     for command, parts in COMMANDS.items():
         assert f"## segprune {command}\n" in made
-        assert all(f"| `{p.opts[0]}` |" in made for p in parts.params if p.param_type_name == "option")
+        assert all(
+            f"| `{p.opts[0]}` |" in made for p in parts.params if p.param_type_name == "option"
+        )
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=READMES)
 def test_the_tree_names_what_is_there_and_every_folder(text: str) -> None:
     (tree,) = [block for block in blocks(text) if block.startswith(TREE)]
-    listed = {name for line in tree.splitlines() for name in re.split(r",?\s+", re.split(r"\s{2,}", line)[0])}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    folders = {f"{path.split('/')[0]}/" for path in tracked.splitlines() if "/" in path and not path.startswith(".")}
+    listed = {
+        name
+        for line in tree.splitlines()
+        for name in re.split(r",?\s+", re.split(r"\s{2,}", line)[0])
+    }
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    folders = {
+        f"{path.split('/')[0]}/"
+        for path in tracked.splitlines()
+        if "/" in path and not path.startswith(".")
+    }
     assert [name for name in listed if not (ROOT / name).exists()] == []
     assert folders <= listed
 
@@ -164,7 +205,11 @@ def test_the_first_screen_has_an_image_and_then_a_command(text: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)]+)\)", text) if not t.startswith("http")]
+    targets = [
+        t.partition("#")[0]
+        for t in re.findall(r"\]\(([^)]+)\)", text)
+        if not t.startswith("http")
+    ]
     assert not [target for target in targets if not ((ROOT / name).parent / target).exists()]
 
 
@@ -173,7 +218,9 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from segprune.spec import standard_spec
 
     (tmp_path / "logs").mkdir()
-    segprune.save(segprune.SegFormer(standard_spec("b0", 3)), tmp_path / "logs" / "your_model.pth")
+    segprune.save(
+        segprune.SegFormer(standard_spec("b0", 3)), tmp_path / "logs" / "your_model.pth"
+    )
     monkeypatch.chdir(tmp_path)
     (code,) = [block for block in blocks(ENGLISH) if block.startswith("import torch")]
     shown: dict[str, object] = {"print": lambda value: None}
@@ -185,8 +232,14 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_readme_s_make_targets_run_the_doors_and_the_tests() -> None:
     targets = set(re.findall(r"`make (\w+)", ENGLISH))
     plans = {
-        t: subprocess.run(["make", "-n", t], cwd=ROOT, check=True, capture_output=True, text=True) for t in targets
+        t: subprocess.run(
+            ["make", "-n", t], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+        for t in targets
     }
     assert set(plans) == {"demo", "test"}
-    assert [door in plans["demo"].stdout for door in (" train.py ", " prune_train.py ")] == [True, True]
+    assert [door in plans["demo"].stdout for door in (" train.py ", " prune_train.py ")] == [
+        True,
+        True,
+    ]
     assert "-m pytest" in plans["test"].stdout

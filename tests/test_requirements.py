@@ -14,7 +14,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def requirements_in(name: str) -> list[Requirement]:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
+    lines = (
+        line.partition("#")[0].strip()
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    )
     return [Requirement(line) for line in lines if line and not line.startswith("-")]
 
 
@@ -54,7 +57,9 @@ def test_the_exact_version_lies_in_the_range(name: str) -> None:
 
 @pytest.mark.parametrize("name", RANGES)
 def test_a_range_starts_at_a_version_and_not_above_the_exact_one(name: str) -> None:
-    floors = [specifier.version for specifier in RANGES[name].specifier if specifier.operator == ">="]
+    floors = [
+        specifier.version for specifier in RANGES[name].specifier if specifier.operator == ">="
+    ]
     assert len(floors) == 1
     assert pin(PINS[name]) in Requirement(f"x>={floors[0]}").specifier
 
@@ -72,12 +77,17 @@ def test_the_serving_example_is_tested_in_its_ranges_and_needs_nothing_heavy() -
 
 
 def test_the_tests_run_on_what_a_clone_runs_on() -> None:
-    assert "-r requirements_pruning.txt" in (ROOT / "requirements_dev.txt").read_text(encoding="utf-8").splitlines()
+    assert (
+        "-r requirements_pruning.txt"
+        in (ROOT / "requirements_dev.txt").read_text(encoding="utf-8").splitlines()
+    )
     assert not DEV.keys() & PINS.keys()
 
 
 def test_torchvision_is_named_nowhere() -> None:
-    assert "torchvision" not in RANGES.keys() | PINS.keys() | DEV.keys()  # beside a CPU torch it breaks transformers
+    assert (
+        "torchvision" not in RANGES.keys() | PINS.keys() | DEV.keys()
+    )  # beside a CPU torch it breaks transformers
 
 
 def test_the_manuals_floors_are_kept() -> None:
@@ -98,9 +108,13 @@ def test_an_uninstalled_clone_has_the_projects_version() -> None:
 
 def test_the_pip_command_for_torch_pruning_names_the_exact_version() -> None:
     source = (ROOT / "segprune/pruning/groups.py").read_text(encoding="utf-8")
-    assert re.findall(r"pip install torch-pruning==([\d.]+\d)", source) == [pin(PINS["torch-pruning"])]
+    assert re.findall(r"pip install torch-pruning==([\d.]+\d)", source) == [
+        pin(PINS["torch-pruning"])
+    ]
 
 
 def test_the_pip_command_for_opencv_names_the_version_that_is_tested() -> None:
     source = (ROOT / "segprune/inference/video.py").read_text(encoding="utf-8")
-    assert re.findall(r"pip install opencv-python-headless==([\d.]+\d)", source) == [pin(DEV["opencv-python-headless"])]
+    assert re.findall(r"pip install opencv-python-headless==([\d.]+\d)", source) == [
+        pin(DEV["opencv-python-headless"])
+    ]

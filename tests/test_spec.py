@@ -29,7 +29,9 @@ def test_a_standard_variant_has_the_published_shape(variant: str) -> None:
     for stage, num_heads in zip(spec.stages, NUM_HEADS, strict=True):
         for block in stage.blocks:
             assert block.num_heads == num_heads
-            assert block.num_heads * block.qk_dim == block.num_heads * block.v_dim == stage.width
+            assert (
+                block.num_heads * block.qk_dim == block.num_heads * block.v_dim == stage.width
+            )
             assert block.ffn_dim == 4 * stage.width
             assert block.qk_scale == pytest.approx(block.qk_dim**-0.5)
             assert (block.reduction_dim is None) == (stage.reduction_ratio == 1)
@@ -53,11 +55,18 @@ def test_a_spec_from_before_heads_had_kinds_has_the_published_one(small_spec: Sp
     assert spec_from_dict(old) == small_spec
 
 
-def test_a_head_of_another_kind_and_a_conv_head_without_branches_are_refused(conv_spec: Spec) -> None:
+def test_a_head_of_another_kind_and_a_conv_head_without_branches_are_refused(
+    conv_spec: Spec,
+) -> None:
     data = spec_to_dict(conv_spec)
-    with pytest.raises(ValueError, match=r"has head 'uper', which must be mlp or conv; the file is damaged\.$"):
+    with pytest.raises(
+        ValueError, match=r"has head 'uper', which must be mlp or conv; the file is damaged\.$"
+    ):
         spec_from_dict(_changed(data, ("head",), "uper"))
-    with pytest.raises(ValueError, match=r"^This segprune spec has a conv head without branches; the file is damaged"):
+    with pytest.raises(
+        ValueError,
+        match=r"^This segprune spec has a conv head without branches; the file is damaged",
+    ):
         spec_from_dict(_changed(data, ("branch_dims",), None))
 
 
@@ -66,9 +75,15 @@ def test_only_the_published_head_folds(small_spec: Spec, conv_spec: Spec) -> Non
     assert with_folded_head(conv_spec) == conv_spec
 
 
-def test_a_head_is_of_one_form_and_unfolding_gives_it_branches_again(small_spec: Spec, conv_spec: Spec) -> None:
+def test_a_head_is_of_one_form_and_unfolding_gives_it_branches_again(
+    small_spec: Spec, conv_spec: Spec
+) -> None:
     folded = with_folded_head(small_spec)
-    assert [spec.head_form.name for spec in (small_spec, folded, conv_spec)] == ["mlp", "folded", "conv"]
+    assert [spec.head_form.name for spec in (small_spec, folded, conv_spec)] == [
+        "mlp",
+        "folded",
+        "conv",
+    ]
     assert folded.branch_widths == (folded.decoder_dim,) * 4
     assert with_unfolded_head(folded).head_form == small_spec.head_form
     assert with_unfolded_head(folded).branch_dims == folded.branch_widths
@@ -76,14 +91,19 @@ def test_a_head_is_of_one_form_and_unfolding_gives_it_branches_again(small_spec:
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"Unknown variant 'b6'; choose one of b0, b1, b2, b3, b4, b5\."):
+    with pytest.raises(
+        ValueError, match=r"Unknown variant 'b6'; choose one of b0, b1, b2, b3, b4, b5\."
+    ):
         check_variant("b6")
     with pytest.raises(ValueError, match="Unknown variant 'B0'"):
         standard_spec("B0", 8)
 
 
 def test_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="`num_classes` is 1; segmentation needs at least 2, background included"):
+    with pytest.raises(
+        ValueError,
+        match="`num_classes` is 1; segmentation needs at least 2, background included",
+    ):
         standard_spec("b0", 1)
 
 
@@ -101,8 +121,13 @@ def test_one_class_is_refused() -> None:
         (("branch_dims",), ...),
     ],
 )
-def test_a_missing_or_unknown_key_is_refused(small_spec: Spec, path: tuple, value: object) -> None:
-    with pytest.raises(ValueError, match=r"This is not a segprune spec .*; write the file again with segprune\.save\."):
+def test_a_missing_or_unknown_key_is_refused(
+    small_spec: Spec, path: tuple, value: object
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"This is not a segprune spec .*; write the file again with segprune\.save\.",
+    ):
         spec_from_dict(_changed(spec_to_dict(small_spec), path, value))
 
 
@@ -118,18 +143,31 @@ def test_a_missing_or_unknown_key_is_refused(small_spec: Spec, path: tuple, valu
         ("stages", 1, "blocks", 0, "reduction_dim"),
     ],
 )
-def test_a_width_that_is_no_whole_number_from_1_up_is_refused(small_spec: Spec, path: tuple, value: object) -> None:
-    with pytest.raises(ValueError, match="has a width that is not a whole number from 1 up; the file is damaged"):
+def test_a_width_that_is_no_whole_number_from_1_up_is_refused(
+    small_spec: Spec, path: tuple, value: object
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match="has a width that is not a whole number from 1 up; the file is damaged",
+    ):
         spec_from_dict(_changed(spec_to_dict(small_spec), path, value))
 
 
 @pytest.mark.parametrize("missing", ["attention", "ffn"])
-def test_a_block_may_lack_one_branch_and_its_widths_are_then_0(small_spec: Spec, missing: str) -> None:
+def test_a_block_may_lack_one_branch_and_its_widths_are_then_0(
+    small_spec: Spec, missing: str
+) -> None:
     block = small_spec.stages[2].blocks[0]
     bare = block.without_attention() if missing == "attention" else block.without_ffn()
     assert (bare.has_attention, bare.has_ffn) == (missing != "attention", missing != "ffn")
     if missing == "attention":
-        assert (bare.num_heads, bare.qk_dim, bare.v_dim, bare.reduction_dim, bare.qk_scale) == (0, 0, 0, None, 0.0)
+        assert (bare.num_heads, bare.qk_dim, bare.v_dim, bare.reduction_dim, bare.qk_scale) == (
+            0,
+            0,
+            0,
+            None,
+            0.0,
+        )
         assert bare.ffn_dim == block.ffn_dim
     else:
         assert bare == replace(block, ffn_dim=0)
@@ -142,15 +180,18 @@ def test_a_block_may_lack_one_branch_and_its_widths_are_then_0(small_spec: Spec,
 @pytest.mark.parametrize("name", ["num_heads", "qk_dim", "v_dim"])
 def test_half_an_attention_is_refused(small_spec: Spec, name: str) -> None:
     data = _changed(spec_to_dict(small_spec), ("stages", 2, "blocks", 0, name), 0)
-    with pytest.raises(ValueError, match="has a width that is not a whole number from 1 up; the file is damaged"):
+    with pytest.raises(
+        ValueError,
+        match="has a width that is not a whole number from 1 up; the file is damaged",
+    ):
         spec_from_dict(data)
 
 
-def test_a_block_without_branches_and_a_stage_without_blocks_are_refused(small_spec: Spec) -> None:
+def test_a_block_without_branches_and_a_stage_without_blocks_are_refused(
+    small_spec: Spec,
+) -> None:
     empty = asdict(small_spec.stages[1].blocks[0].without_attention().without_ffn())
-    message = (
-        r"^This segprune spec has a block without attention and FFN, or a stage without blocks; the file is damaged\.$"
-    )
+    message = r"^This segprune spec has a block without attention and FFN, or a stage without blocks; the file is damaged\.$"
     for path, value in ((("stages", 1, "blocks", 0), empty), (("stages", 1, "blocks"), [])):
         with pytest.raises(ValueError, match=message):
             spec_from_dict(_changed(spec_to_dict(small_spec), path, value))
@@ -177,7 +218,9 @@ def test_a_block_without_branches_and_a_stage_without_blocks_are_refused(small_s
         ("drop_path", None, "a number from 0 to below 1"),
     ],
 )
-def test_numerics_that_no_network_has_are_refused(small_spec: Spec, name: str, value: object, allowed: str) -> None:
+def test_numerics_that_no_network_has_are_refused(
+    small_spec: Spec, name: str, value: object, allowed: str
+) -> None:
     message = f"This segprune spec has {name} {value!r}, which must be {allowed}; the file is damaged."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         spec_from_dict(_changed(spec_to_dict(small_spec), ("numerics", name), value))

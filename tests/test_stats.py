@@ -6,7 +6,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from segprune.model import SegFormer
-from segprune.spec import HEAD_FORMS, BlockSpec, HeadForm, Spec, StageSpec, standard_spec, with_folded_head
+from segprune.spec import (
+    HEAD_FORMS,
+    BlockSpec,
+    HeadForm,
+    Spec,
+    StageSpec,
+    standard_spec,
+    with_folded_head,
+)
 from segprune.stats import Counts, count, layers, removed_shares
 
 
@@ -24,11 +32,21 @@ def narrowed(spec: Spec) -> Spec:
         )
 
     def stage(old: StageSpec) -> StageSpec:
-        return replace(old, width=old.width - 6, blocks=tuple(block(b, i) for i, b in enumerate(old.blocks)))
+        return replace(
+            old,
+            width=old.width - 6,
+            blocks=tuple(block(b, i) for i, b in enumerate(old.blocks)),
+        )
 
     stages = (spec.stages[0], *(stage(s) for s in spec.stages[1:]))
-    branch_dims = None if spec.branch_dims is None else tuple(dim - 5 * i for i, dim in enumerate(spec.branch_dims))
-    return replace(spec, stages=stages, decoder_dim=spec.decoder_dim - 7, branch_dims=branch_dims)
+    branch_dims = (
+        None
+        if spec.branch_dims is None
+        else tuple(dim - 5 * i for i, dim in enumerate(spec.branch_dims))
+    )
+    return replace(
+        spec, stages=stages, decoder_dim=spec.decoder_dim - 7, branch_dims=branch_dims
+    )
 
 
 def shallower(spec: Spec) -> Spec:
@@ -36,7 +54,9 @@ def shallower(spec: Spec) -> Spec:
 
     def stage(old: StageSpec) -> StageSpec:
         first, *_, last = old.blocks
-        return replace(old, blocks=(first.without_attention(), *old.blocks[1:-1], last.without_ffn()))
+        return replace(
+            old, blocks=(first.without_attention(), *old.blocks[1:-1], last.without_ffn())
+        )
 
     return replace(spec, stages=tuple(stage(s) for s in spec.stages))
 
@@ -64,7 +84,9 @@ CHANGES = {
 @pytest.mark.parametrize("input_shape", [(512, 512), (353, 419)])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("variant", ["b0", "b2", "b5"])
-def test_macs_equal_those_that_torch_counts(variant: str, change, input_shape: tuple[int, int]) -> None:
+def test_macs_equal_those_that_torch_counts(
+    variant: str, change, input_shape: tuple[int, int]
+) -> None:
     spec = change(standard_spec(variant, 150))
     with torch.device("meta"):  # where fused attention is counted too
         model, x = SegFormer(spec).eval(), torch.empty(1, 3, *input_shape)
@@ -78,10 +100,14 @@ def test_macs_equal_those_that_torch_counts(variant: str, change, input_shape: t
 
 @pytest.mark.parametrize(("variant", "giga_macs"), [("b0", 8.4), ("b2", 62.4)])
 def test_macs_agree_with_the_paper(variant: str, giga_macs: float) -> None:
-    assert count(standard_spec(variant, 150), (512, 512)).macs / 1e9 == pytest.approx(giga_macs, abs=0.1)
+    assert count(standard_spec(variant, 150), (512, 512)).macs / 1e9 == pytest.approx(
+        giga_macs, abs=0.1
+    )
 
 
-@pytest.mark.parametrize("change", [lambda spec: spec, shallower, conv], ids=["dense", "without branches", "conv"])
+@pytest.mark.parametrize(
+    "change", [lambda spec: spec, shallower, conv], ids=["dense", "without branches", "conv"]
+)
 def test_every_layer_is_named_and_costs_as_its_module(change) -> None:
     spec = change(standard_spec("b0", 8))
     model = SegFormer(spec)
@@ -96,20 +122,31 @@ def test_every_layer_is_named_and_costs_as_its_module(change) -> None:
 
 @pytest.mark.parametrize("fuse", ["concatenated", "per_stage"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_further_form_of_decode_head_is_one_more_row(fuse: Any, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(HEAD_FORMS, "mlp", HeadForm("new", bias, True, fuse, "branches of another kind"))
+def test_a_further_form_of_decode_head_is_one_more_row(
+    fuse: Any, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        HEAD_FORMS, "mlp", HeadForm("new", bias, True, fuse, "branches of another kind")
+    )
     spec = narrowed(standard_spec("b0", 8))
     with torch.device("meta"):
         model, x = SegFormer(spec).eval(), torch.empty(1, 3, 64, 96)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
     counts = count(spec, (64, 96))
-    assert (counts.flops, counts.parameters) == (counter.get_total_flops(), sum(p.numel() for p in model.parameters()))
-    assert with_folded_head(spec) == spec  # a BatchNorm and a ReLU in each branch are not linear
+    assert (counts.flops, counts.parameters) == (
+        counter.get_total_flops(),
+        sum(p.numel() for p in model.parameters()),
+    )
+    assert (
+        with_folded_head(spec) == spec
+    )  # a BatchNorm and a ReLU in each branch are not linear
 
 
 def test_an_image_below_32_pixels_is_refused(small_spec: Spec) -> None:
-    with pytest.raises(ValueError, match="The input is 16×64 pixels; both sides must be at least 32"):
+    with pytest.raises(
+        ValueError, match="The input is 16×64 pixels; both sides must be at least 32"
+    ):
         count(small_spec, (16, 64))
 
 

@@ -55,7 +55,12 @@ def test_settling_puts_a_call_before_each_that_counts() -> None:
 def test_no_new_round_begins_once_time_is_up_but_the_least_number_is_run(least: int) -> None:
     told: list[tuple[int, int]] = []
     times = run_turns(
-        2, [], min_rounds=least, max_rounds=50, max_seconds=0.0, progress=lambda done, most: told.append((done, most))
+        2,
+        [],
+        min_rounds=least,
+        max_rounds=50,
+        max_seconds=0.0,
+        progress=lambda done, most: told.append((done, most)),
     )
     assert [len(row) for row in times] == [least, least]
     assert told == [*((i, 100) for i in range(1, 2 * least + 1)), (100, 100)]
@@ -63,7 +68,9 @@ def test_no_new_round_begins_once_time_is_up_but_the_least_number_is_run(least: 
 
 def test_a_turn_of_several_passes_is_told_by_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr("segprune.timing.time.perf_counter", lambda: float(next(clock)))  # a second later each time
+    monkeypatch.setattr(
+        "segprune.timing.time.perf_counter", lambda: float(next(clock))
+    )  # a second later each time
     turn = Turn(lambda: list, passes=4)
     assert time_in_turns([turn], max_rounds=3, max_seconds=60.0) == [[250.0] * 3]
 
@@ -76,7 +83,9 @@ def test_a_pass_gets_ready_before_each_turn_and_warms_up_once() -> None:
     assert (len(times.times_ms), times.eager_times_ms) == (3, [])
 
 
-def test_on_a_gpu_graphs_are_replayed_in_turns_with_calls_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_graphs_are_replayed_in_turns_with_calls_from_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With a stand-in for the recorder and the clock: what is recorded and what is counted."""
     seen: list[str] = []
 
@@ -105,7 +114,13 @@ def test_on_a_gpu_graphs_are_replayed_in_turns_with_calls_from_python(monkeypatc
 def test_percentiles_are_numpys(number: int) -> None:
     times = np.random.default_rng(number).lognormal(size=number)
     latency = summarise(times.tolist(), batch=1, precision="fp32", threads=1)
-    measured = [latency.low_ms, latency.median_ms, latency.high_ms, latency.p90_ms, latency.p99_ms]
+    measured = [
+        latency.low_ms,
+        latency.median_ms,
+        latency.high_ms,
+        latency.p90_ms,
+        latency.p99_ms,
+    ]
     assert measured == pytest.approx(np.percentile(times, [25, 50, 75, 90, 99]).tolist())
     assert latency.runs == number
 
@@ -118,17 +133,29 @@ def test_the_product_is_one_of_square_matrices(monkeypatch: pytest.MonkeyPatch) 
     assert (result.shape, macs) == ((8, 8), 512)
 
 
-def test_latency_names_what_it_was_measured_on_and_leaves_the_networks(small_model: SegFormer) -> None:
+def test_latency_names_what_it_was_measured_on_and_leaves_the_networks(
+    small_model: SegFormer,
+) -> None:
     model = small_model.float().train()
     other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     seen: list[tuple[int, int]] = []
     rows = measure_latency(
-        [model, other], (64, 96), batch=2, max_runs=7, progress=lambda done, most: seen.append((done, most))
+        [model, other],
+        (64, 96),
+        batch=2,
+        max_runs=7,
+        progress=lambda done, most: seen.append((done, most)),
     )
     assert len(rows) == 2
     for row in rows:
         assert 0 < row.low_ms <= row.median_ms <= row.high_ms <= row.p90_ms <= row.p99_ms
-        assert (row.runs, row.batch, row.precision, row.device, row.threads) == (7, 2, "fp32", "cpu", 1)
+        assert (row.runs, row.batch, row.precision, row.device, row.threads) == (
+            7,
+            2,
+            "fp32",
+            "cpu",
+            1,
+        )
         assert (row.method, row.eager_ms) == ("eager", None)
     assert seen[-1] == (14, 14)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

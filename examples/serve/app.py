@@ -56,7 +56,9 @@ class Refused(HTTPException):
 
 
 def create_app(segmenter: Segmenter, settings: Settings) -> FastAPI:
-    app = FastAPI(title="segprune", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
+    app = FastAPI(
+        title="segprune", docs_url=None, redoc_url=None
+    )  # those pages load scripts from elsewhere
     app.add_middleware(LimitedBody, max_bytes=(settings.max_megabytes << 20) + WRAPPING)
     slots = anyio.CapacityLimiter(settings.parallel)
     inside = 0  # images that are worked on or wait
@@ -70,7 +72,11 @@ def create_app(segmenter: Segmenter, settings: Settings) -> FastAPI:
         # Take a place, or refuse: requests beyond those that may wait would only pile up.
         nonlocal inside
         if inside == settings.parallel + settings.waiting:
-            raise Refused(503, "Too many images are being worked on; send it again later.", {"Retry-After": "1"})
+            raise Refused(
+                503,
+                "Too many images are being worked on; send it again later.",
+                {"Retry-After": "1"},
+            )
 
         work = partial(_answer, segmenter, data, kind, settings.max_megapixels * 1_000_000)
         inside += 1
@@ -81,13 +87,18 @@ def create_app(segmenter: Segmenter, settings: Settings) -> FastAPI:
 
     @app.get("/")
     async def page() -> Response:
-        return FileResponse(Path(__file__).with_name("page.html"), headers={"Content-Security-Policy": SAFE})
+        return FileResponse(
+            Path(__file__).with_name("page.html"), headers={"Content-Security-Policy": SAFE}
+        )
 
     @app.get("/classes")
     async def classes() -> list[dict[str, Any]]:
         colours = np.asarray(segmenter.palette, dtype=np.uint8).reshape(256, 3)
         named = enumerate(segmenter.class_names)
-        return [{"class": k, "name": name, "colour": f"#{colours[k].tobytes().hex()}"} for k, name in named]
+        return [
+            {"class": k, "name": name, "colour": f"#{colours[k].tobytes().hex()}"}
+            for k, name in named
+        ]
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -117,7 +128,9 @@ def _measure_shares(labels: Bytes, names: tuple[str, ...]) -> dict[str, Any]:
     percent = 100 * np.bincount(labels.ravel(), minlength=len(names)) / labels.size
 
     order = [k for k in np.argsort(-percent, kind="stable").tolist() if percent[k] > 0]
-    rows = [{"class": k, "name": names[k], "percent": round(float(percent[k]), 4)} for k in order]
+    rows = [
+        {"class": k, "name": names[k], "percent": round(float(percent[k]), 4)} for k in order
+    ]
     return {"size": labels.shape, "classes": rows}
 
 
@@ -129,7 +142,9 @@ class LimitedBody:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope.get("headers", ()))
-        announced = int(headers.get(b"content-length", b"0"))  # the server has checked that it is a number
+        announced = int(
+            headers.get(b"content-length", b"0")
+        )  # the server has checked that it is a number
         seen = 0
 
         async def receive_some() -> Message:
@@ -137,13 +152,18 @@ class LimitedBody:
             message = await receive() if announced <= self.max_bytes else {}
             seen += len(message.get("body", b""))
             if max(seen, announced) > self.max_bytes:
-                raise Refused(413, f"The upload has more than {self.max_bytes >> 20} MB; send a smaller file.")
+                raise Refused(
+                    413,
+                    f"The upload has more than {self.max_bytes >> 20} MB; send a smaller file.",
+                )
             return message
 
         await self.app(scope, receive_some, send)
 
 
-def _error(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def _error(
+    status: int, sentence: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     return JSONResponse({"error": sentence}, status, headers)
 
 
@@ -161,14 +181,19 @@ async def _refused(request: Request, error: Exception) -> Response:
         404: f"There is nothing at {request.url.path}; there are /, /predict, /classes and /health.",
         405: f"{request.method} is not allowed at {request.url.path}; images are sent to /predict with POST.",
     }
-    return _error(error.status_code, sentence.get(error.status_code, error.detail), error.headers)
+    return _error(
+        error.status_code, sentence.get(error.status_code, error.detail), error.headers
+    )
 
 
 async def _bad_request(request: Request, error: Exception) -> Response:
     """What FastAPI finds wrong before an image is looked at."""
     assert isinstance(error, RequestValidationError)
     if any(wrong["loc"][0] == "query" for wrong in error.errors()):
-        return _error(422, f"kind is {request.query_params['kind']!r}; choose one of mask, overlay, shares.")
+        return _error(
+            422,
+            f"kind is {request.query_params['kind']!r}; choose one of mask, overlay, shares.",
+        )
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         return _error(415, f"The image does not come in a form; {HOW}.")
     return _error(422, f"The form has no file in the field image; {HOW}.")
@@ -184,7 +209,11 @@ def create_app_from(environment: Mapping[str, str]) -> FastAPI:
 
     Raises ValueError or FileNotFoundError that says in one sentence what is wrong.
     """
-    values = {name: value for name, value in environment.items() if name.startswith("SEGPRUNE_") and value}
+    values = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith("SEGPRUNE_") and value
+    }
     model, shape = values.pop("SEGPRUNE_MODEL", None), values.pop("SEGPRUNE_INPUT_SHAPE", None)
     if model is None:
         raise ValueError(
@@ -195,7 +224,10 @@ def create_app_from(environment: Mapping[str, str]) -> FastAPI:
     for name, value in values.items():
         field = name.removeprefix("SEGPRUNE_").lower()
         if field not in Settings.__dataclass_fields__:
-            known = ", ".join(f"SEGPRUNE_{field.upper()}" for field in ("model", "input_shape", *Settings().__dict__))
+            known = ", ".join(
+                f"SEGPRUNE_{field.upper()}"
+                for field in ("model", "input_shape", *Settings().__dict__)
+            )
             raise ValueError(f"{name} is no setting; there are {known}.")
         least = 0 if field in ("waiting", "threads") else 1
         if not value.isdecimal() or int(value) < least:
@@ -211,7 +243,9 @@ def _parse_shape(text: str | None) -> tuple[int, int] | None:
         return None
     words = text.split()
     if len(words) != 2 or not all(map(str.isdecimal, words)):
-        raise ValueError(f"The input shape is {text!r}; give height and width in pixels, as in: 512 512.")
+        raise ValueError(
+            f"The input shape is {text!r}; give height and width in pixels, as in: 512 512."
+        )
     return int(words[0]), int(words[1])
 
 
@@ -231,16 +265,24 @@ def _create_or_exit(environment: Mapping[str, str]) -> FastAPI:
 
 def _parse_port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a whole number from 0 to 65535.")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no port; give a whole number from 0 to 65535."
+        )
     return int(text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve an .onnx file that segprune export wrote.")
+    parser = argparse.ArgumentParser(
+        description="Serve an .onnx file that segprune export wrote."
+    )
     parser.add_argument("model", nargs="?", help="the file; SEGPRUNE_MODEL if not given")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all who can reach this machine")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for all who can reach this machine"
+    )
     parser.add_argument("--port", type=_parse_port, default=8000, help="0: any that is free")
-    parser.add_argument("--input_shape", nargs=2, metavar=("H", "W"), help="for a file of any size; 512 512")
+    parser.add_argument(
+        "--input_shape", nargs=2, metavar=("H", "W"), help="for a file of any size; 512 512"
+    )
     given = parser.parse_args()
 
     # Flags overrule the environment.

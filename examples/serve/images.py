@@ -42,26 +42,37 @@ def read_image(data: bytes, max_pixels: int) -> Bytes:
             return _convert_to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # Pillow's own limit came first
         raise _refuse_size(max_pixels) from error
     except UnidentifiedImageError as error:
-        raise BadImage(415, f"The upload is no image that is read here; send one of {', '.join(KINDS)}.") from error
+        raise BadImage(
+            415, f"The upload is no image that is read here; send one of {', '.join(KINDS)}."
+        ) from error
     except Exception as error:  # damaged files fail in every way there is
         raise BadImage(400, "The image is damaged or cut off; send the whole file.") from error
 
 
 def _refuse_size(max_pixels: int) -> BadImage:
-    return BadImage(413, f"The image has more than the {max_pixels:,} pixels allowed; send a smaller one.")
+    return BadImage(
+        413, f"The image has more than the {max_pixels:,} pixels allowed; send a smaller one."
+    )
 
 
 def _convert_to_rgb(image: Image.Image) -> Bytes:
     if image.mode in SIXTEEN_BITS:  # Pillow reads many a 16-bit file as I, which has 32
         grey: npt.NDArray[Any] = np.asarray(image)
         if grey.min() >= 0 and grey.max() <= 65535:
-            return np.repeat(np.rint(grey * (255 / 65535)).astype(np.uint8)[..., None], 3, axis=2)
+            return np.repeat(
+                np.rint(grey * (255 / 65535)).astype(np.uint8)[..., None], 3, axis=2
+            )
 
     if image.mode not in EIGHT_BITS:
-        raise BadImage(415, "The image has more than 16 bits per channel; send it as 8-bit RGB.")
+        raise BadImage(
+            415, "The image has more than 16 bits per channel; send it as 8-bit RGB."
+        )
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # a transparent colour of a palette stays that colour
     return np.asarray(image.convert("RGB"))

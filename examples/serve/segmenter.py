@@ -22,7 +22,9 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 KEY = "segprune"  # the name of the metadata that describe the file
-MEAN = np.array((123.675, 116.28, 103.53), dtype=np.float32)  # of red, green and blue in 0..255, as it was trained with
+MEAN = np.array(
+    (123.675, 116.28, 103.53), dtype=np.float32
+)  # of red, green and blue in 0..255, as it was trained with
 STD = np.array((58.395, 57.12, 57.375), dtype=np.float32)
 GREY = 128  # around an image of another shape than the file's
 USUAL = (512, 512)  # H W that a file of any size is used at
@@ -62,21 +64,31 @@ class Segmenter:
         # Classes are resized as if each had the logit 1 where it is and 0 elsewhere; absent ones never win.
         if self.argmax:
             present = np.unique(out)
-            classes: Bytes = present[find_highest((out == present[:, None, None]).astype(np.float32), image.shape[:2])]
+            classes: Bytes = present[
+                find_highest(
+                    (out == present[:, None, None]).astype(np.float32), image.shape[:2]
+                )
+            ]
             return classes
 
         if not np.isfinite(out).all():
-            raise ArithmeticError(f"{self.name} gives logits that are NaN or infinite; export another checkpoint.")
+            raise ArithmeticError(
+                f"{self.name} gives logits that are NaN or infinite; export another checkpoint."
+            )
         return find_highest(out, image.shape[:2])
 
 
-def open_segmenter(path: str, input_shape: tuple[int, int] | None = None, threads: int = 0) -> Segmenter:
+def open_segmenter(
+    path: str, input_shape: tuple[int, int] | None = None, threads: int = 0
+) -> Segmenter:
     """Opens a file and runs it once. `input_shape` (H W) is for files of any size; ONNX Runtime chooses for 0 threads.
 
     Raises FileNotFoundError or ValueError that says in one sentence why a file cannot be used.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; give an .onnx file that segprune export wrote.")
+        raise FileNotFoundError(
+            f"{path} does not exist; give an .onnx file that segprune export wrote."
+        )
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -87,9 +99,13 @@ def open_segmenter(path: str, input_shape: tuple[int, int] | None = None, thread
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         description = json.loads(session.get_modelmeta().custom_metadata_map.get(KEY, "{}"))
     except Exception as error:  # ONNX Runtime has exceptions of its own
-        raise ValueError(f"{path} is no ONNX file, or only a part of one; copy it again, or give another.") from error
+        raise ValueError(
+            f"{path} is no ONNX file, or only a part of one; copy it again, or give another."
+        ) from error
     if not description:
-        raise ValueError(f"{path} says nothing of what it takes and returns; give a file that segprune export wrote.")
+        raise ValueError(
+            f"{path} says nothing of what it takes and returns; give a file that segprune export wrote."
+        )
 
     input_name = session.get_inputs()[0].name
     segmenter = Segmenter(
@@ -112,22 +128,32 @@ def _read_names(path: str, description: dict[str, Any]) -> tuple[str, ...]:
     """Returns the classes' names, or their numbers where the file has no names."""
     names, number = tuple(description["class_names"]), description["num_classes"]
     if number > MAX_CLASSES:
-        raise ValueError(f"{path} has {number} classes, where masks can hold {MAX_CLASSES}; give another file.")
+        raise ValueError(
+            f"{path} has {number} classes, where masks can hold {MAX_CLASSES}; give another file."
+        )
     if names and len(names) != number:
-        raise ValueError(f"{path} has {number} classes and names for {len(names)}; export a checkpoint that names all.")
+        raise ValueError(
+            f"{path} has {number} classes and names for {len(names)}; export a checkpoint that names all."
+        )
     return names or tuple(map(str, range(number)))
 
 
-def _choose_shape(path: str, own: list[int] | None, input_shape: tuple[int, int] | None) -> tuple[int, int]:
+def _choose_shape(
+    path: str, own: list[int] | None, input_shape: tuple[int, int] | None
+) -> tuple[int, int]:
     """Returns the H W to use; `own` is the batch, height and width of a file of one size."""
     if own is not None:
         if input_shape not in (None, (own[1], own[2])):
-            raise ValueError(f"{path} takes images of {own[1]}×{own[2]} alone; leave the input shape out.")
+            raise ValueError(
+                f"{path} takes images of {own[1]}×{own[2]} alone; leave the input shape out."
+            )
         return own[1], own[2]
 
     shape = input_shape or USUAL
     if min(shape) < MIN_SIDE:
-        raise ValueError(f"{path} takes sides of {MIN_SIDE} pixels and more; give a larger input shape.")
+        raise ValueError(
+            f"{path} takes sides of {MIN_SIDE} pixels and more; give a larger input shape."
+        )
     return shape
 
 
@@ -155,13 +181,17 @@ def find_highest(planes: Floats, size: tuple[int, ...]) -> Bytes:
     step = max(1, STRIP_NUMBERS // (num_planes * max(size[1], small[1])))
     for top in range(0, size[0], step):
         rows = slice(top, top + step)
-        strip = _interpolate(planes[:, above[rows]], planes[:, below[rows]], down[rows, None])  # K r w
+        strip = _interpolate(
+            planes[:, above[rows]], planes[:, below[rows]], down[rows, None]
+        )  # K r w
         out[rows] = _interpolate(strip[..., left], strip[..., right], across).argmax(0)  # K r W
 
     return out
 
 
-def _find_neighbours(small: int, large: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Floats]:
+def _find_neighbours(
+    small: int, large: int
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Floats]:
     """Returns for each of `large` places along a side the two of `small` beside it, and how near the second is."""
     place = ((np.arange(large) + 0.5) * (small / large) - 0.5).clip(min=0)
     first = place.astype(np.intp)

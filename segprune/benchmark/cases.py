@@ -16,14 +16,22 @@ from segprune.timing import PRECISIONS
 
 DTYPES: tuple[str, ...] = PRECISIONS
 LIVE = ("torch", "compile")  # run checkpoints themselves, on a GPU as well
-COMPUTE_IN_HALF = ("onnx", "pt2", "aotinductor", "torchscript")  # others keep weights in fp16 and compute in float32
+COMPUTE_IN_HALF = (
+    "onnx",
+    "pt2",
+    "aotinductor",
+    "torchscript",
+)  # others keep weights in fp16 and compute in float32
 FORMAT_OF = {"onnxruntime" if format == "onnx" else format: format for format in FORMATS}
 RUNTIME_OF = {format: name for name, format in FORMAT_OF.items()}
 PACKAGE_OF = {name: name for name in ("onnxruntime", "openvino", "ncnn")}
 
 # The dtypes in which each runtime computes checkpoints.
 RUNTIMES: dict[str, tuple[str, ...]] = dict.fromkeys(LIVE, DTYPES)
-RUNTIMES |= {name: ("fp32", "fp16") if format in COMPUTE_IN_HALF else ("fp32",) for name, format in FORMAT_OF.items()}
+RUNTIMES |= {
+    name: ("fp32", "fp16") if format in COMPUTE_IN_HALF else ("fp32",)
+    for name, format in FORMAT_OF.items()
+}
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,18 @@ def grid(
     # Refuse unknown words before files are opened, which takes a while.
     for runtime in runtimes:
         if runtime not in RUNTIMES:
-            raise ValueError(f"`runtimes` has {runtime}, which is unknown; choose from {', '.join(RUNTIMES)}.")
+            raise ValueError(
+                f"`runtimes` has {runtime}, which is unknown; choose from {', '.join(RUNTIMES)}."
+            )
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise ValueError(f"`dtypes` has {dtype}, which is unknown; choose from {', '.join(DTYPES)}.")
+            raise ValueError(
+                f"`dtypes` has {dtype}, which is unknown; choose from {', '.join(DTYPES)}."
+            )
     if device == "cpu" and "tf32" in dtypes:
-        raise ValueError("`dtypes` has tf32, in which only GPUs compute; leave it out, or run on a GPU.")
+        raise ValueError(
+            "`dtypes` has tf32, in which only GPUs compute; leave it out, or run on a GPU."
+        )
 
     cases = []
     for path in paths:
@@ -95,24 +109,44 @@ def grid(
         # Without this, rows of the CPU would stand among those of the GPU.
         cpu_only = sorted({runtime for runtime, _ in ways} - set(LIVE))
         if device != "cpu" and cpu_only:
-            raise ValueError(f"{cpu_only[0]} runs on the CPU only; leave it out, or measure it without the GPU.")
+            raise ValueError(
+                f"{cpu_only[0]} runs on the CPU only; leave it out, or measure it without the GPU."
+            )
 
         # Folding is done while exporting, so the option is for live networks alone.
         for (runtime, dtype), size, batch, number in product(ways, sizes, batch_sizes, threads):
-            cases.append(Case(path, runtime, dtype, size, batch, number, device, fold and runtime in LIVE, path))
+            cases.append(
+                Case(
+                    path,
+                    runtime,
+                    dtype,
+                    size,
+                    batch,
+                    number,
+                    device,
+                    fold and runtime in LIVE,
+                    path,
+                )
+            )
 
     # An option without effect would let the user believe in a comparison.
     if fold and not any(case.fold for case in cases):
-        raise ValueError("`fold` has no effect here, since what is exported is folded; leave it out.")
+        raise ValueError(
+            "`fold` has no effect here, since what is exported is folded; leave it out."
+        )
     return cases
 
 
-def _check_numbers(sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int], threads: Sequence[int]) -> None:
+def _check_numbers(
+    sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int], threads: Sequence[int]
+) -> None:
     for size in sizes:
         check_input((1, 3, *size))
     for name, numbers in (("batch_sizes", batch_sizes), ("threads", threads)):
         if numbers and min(numbers) < 1:
-            raise ValueError(f"`{name}` has {min(numbers)}, where 1 and more is allowed; give a larger number.")
+            raise ValueError(
+                f"`{name}` has {min(numbers)}, where 1 and more is allowed; give a larger number."
+            )
 
 
 def _check_ways(ways: Sequence[tuple[str, str]]) -> None:
@@ -129,7 +163,10 @@ def _check_ways(ways: Sequence[tuple[str, str]]) -> None:
 
 
 def _way_of_exported(
-    path: str, runtimes: Sequence[str], sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int]
+    path: str,
+    runtimes: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    batch_sizes: Sequence[int],
 ) -> tuple[str, str]:
     """Returns the one runtime and dtype of the file."""
     # The file itself says what it is; its name may say anything.
@@ -145,7 +182,9 @@ def _way_of_exported(
     return runtime, manifest.precision
 
 
-def _check_input_of_exported(path: str, manifest: Manifest, size: tuple[int, int], batch: int) -> None:
+def _check_input_of_exported(
+    path: str, manifest: Manifest, size: tuple[int, int], batch: int
+) -> None:
     if manifest.shape is None:
         if min(size) < MIN_DYNAMIC:
             raise ValueError(
@@ -162,7 +201,10 @@ def _check_input_of_exported(path: str, manifest: Manifest, size: tuple[int, int
 
 
 def export_cases(
-    cases: Sequence[Case], folder: Path, *, progress: Callable[[int, int, str], None] | None = None
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Case]:
     """Returns the cases with every checkpoint exported into `folder` whose runtime needs it."""
     written: dict[Case, str] = {}

@@ -98,7 +98,9 @@ def _compile(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
         return model(x)
 
     # A copy of the code object, so that the limit per object is not reached.
-    own = FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
+    own = FunctionType(
+        forward.__code__.replace(), forward.__globals__, closure=forward.__closure__
+    )
     return torch.compile(own, fullgraph=True, dynamic=False)
 
 
@@ -107,11 +109,15 @@ def _open_exported(case: Case) -> Opened:
     manifest, x = runtime.manifest, _noise(case)
     # Noise with about the spread of pixels, as the file takes uint8.
     if manifest.preprocess:
-        x = (x.permute(0, 2, 3, 1) * 64 + 128).clamp(0, 255).to(torch.uint8)  # B 3 H W -> B H W 3
+        x = (
+            (x.permute(0, 2, 3, 1) * 64 + 128).clamp(0, 255).to(torch.uint8)
+        )  # B 3 H W -> B H W 3
     x = x.contiguous()
 
     macs = None if manifest.spec is None else count(manifest.spec, case.size).macs
-    return Opened(case, runtime.name, manifest.num_classes, macs, runtime, lambda: runtime.run(x))
+    return Opened(
+        case, runtime.name, manifest.num_classes, macs, runtime, lambda: runtime.run(x)
+    )
 
 
 def _noise(case: Case) -> Tensor:

@@ -10,7 +10,15 @@ import torch
 
 from segprune.benchmark.cases import Case
 from segprune.benchmark.opened import Opened
-from segprune.timing import DTYPE_OF, Latency, Pass, Progress, matrix_product, summarise, time_passes
+from segprune.timing import (
+    DTYPE_OF,
+    Latency,
+    Pass,
+    Progress,
+    matrix_product,
+    summarise,
+    time_passes,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,11 @@ class Row:
 
 
 def measure(
-    opened: Sequence[Opened], *, max_rounds: int, max_seconds: float, progress: Progress | None = None
+    opened: Sequence[Opened],
+    *,
+    max_rounds: int,
+    max_seconds: float,
+    progress: Progress | None = None,
 ) -> tuple[list[Row], dict[int | str, float]]:
     """Returns a row for each, in order, and the machine's peaks in GMAC/s by `Case.condition`.
 
@@ -46,16 +58,29 @@ def measure(
     # What the machine can do, once for each number of threads or, on a GPU, for each precision.
     first_of = {one.case.condition: one for one in reversed(opened)}
     products = {
-        condition: matrix_product(device, DTYPE_OF[one.case.dtype] if device.type == "cuda" else torch.float32)
+        condition: matrix_product(
+            device, DTYPE_OF[one.case.dtype] if device.type == "cuda" else torch.float32
+        )
         for condition, one in first_of.items()
     }
     # The products are passes like the rest, so the peak is measured in the same conditions.
-    passes += [Pass(run, first_of[condition].get_ready) for condition, (run, _) in products.items()]
+    passes += [
+        Pass(run, first_of[condition].get_ready) for condition, (run, _) in products.items()
+    ]
 
-    times = time_passes(passes, device, max_rounds=max_rounds, max_seconds=max_seconds, settle=True, progress=progress)
+    times = time_passes(
+        passes,
+        device,
+        max_rounds=max_rounds,
+        max_seconds=max_seconds,
+        settle=True,
+        progress=progress,
+    )
     peaks = {
         condition: macs / median(row.times_ms) / 1e6  # per ms -> G per s
-        for (condition, (_, macs)), row in zip(products.items(), times[len(opened) :], strict=True)
+        for (condition, (_, macs)), row in zip(
+            products.items(), times[len(opened) :], strict=True
+        )
     }
 
     # The times of the products come last and were used for the peaks.

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from segprune.checkpoint.foreign import read_foreign
-from segprune.checkpoint.hf_in import apply_config, download, is_hub_name, read_folder, record_from_folder
+from segprune.checkpoint.hf_in import (
+    apply_config,
+    download,
+    is_hub_name,
+    read_folder,
+    record_from_folder,
+)
 from segprune.checkpoint.ours import FORMAT, Checkpoint, read_record, record_from_metadata, save
 from segprune.checkpoint.stated import read_classes, read_heads
 from segprune.files import read_file
@@ -26,7 +32,16 @@ from segprune.spec import check_variant
 if TYPE_CHECKING:
     from segprune.checkpoint.write import Written
 
-__all__ = ["FORMATS", "Checkpoint", "build", "convert", "from_state_dict", "load", "read", "save"]
+__all__ = [
+    "FORMATS",
+    "Checkpoint",
+    "build",
+    "convert",
+    "from_state_dict",
+    "load",
+    "read",
+    "save",
+]
 
 FORMATS = ("hf", "nvlabs", "bubbliiiing", "mmseg")  # what `convert` writes
 
@@ -40,7 +55,9 @@ def load(
     num_classes: int | None = None,
 ) -> SegFormer:
     """Returns the network in a file, in eval mode. The arguments and errors are those of `read`; notes are dropped."""
-    return build(read(path, dialect=dialect, variant=variant, num_classes=num_classes)).to(device)
+    return build(read(path, dialect=dialect, variant=variant, num_classes=num_classes)).to(
+        device
+    )
 
 
 def read(
@@ -75,12 +92,16 @@ def read(
 
         # Weights do not show how many heads there are, so config.json is asked.
         heads = read_heads(config)
-        checkpoint = from_state_dict(data, dialect=dialect, variant=variant, num_classes=num_classes, heads=heads)
+        checkpoint = from_state_dict(
+            data, dialect=dialect, variant=variant, num_classes=num_classes, heads=heads
+        )
         if not config:
             return checkpoint
 
         # config.json must agree with the weights, and adds the rates of dropout.
-        spec, notes = apply_config(checkpoint.spec, config, backbone_only=checkpoint.backbone_only)
+        spec, notes = apply_config(
+            checkpoint.spec, config, backbone_only=checkpoint.backbone_only
+        )
         extra = {} if checkpoint.backbone_only else read_classes(config, spec.num_classes)
         return replace(checkpoint, spec=spec, notes=checkpoint.notes + notes, extra=extra)
 
@@ -148,7 +169,9 @@ def build(checkpoint: Checkpoint) -> SegFormer:
     # The new head needs random weights, so this network is initialised as a whole.
     if checkpoint.backbone_only:
         model = SegFormer(checkpoint.spec)
-        model.encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in state.items()})
+        model.encoder.load_state_dict(
+            {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
+        )
     else:
         with torch.device("meta"):  # b5's random weights take seconds, only to be overwritten
             model = SegFormer(checkpoint.spec)

@@ -17,7 +17,9 @@ NUMERICS = {
     "nvlabs": Numerics(),
     "bubbliiiing": Numerics(gelu="tanh", bn_eps=1e-3, bn_momentum=0.03, align_corners=True),
     "hf": Numerics(norm_eps=1e-5, head_dropout_kind="plain"),
-    "smp": Numerics(head_dropout=0.0, align_corners=True),  # no dropout, and its head ends in nn.UpsamplingBilinear2d
+    "smp": Numerics(
+        head_dropout=0.0, align_corners=True
+    ),  # no dropout, and its head ends in nn.UpsamplingBilinear2d
     "mmseg": Numerics(embed_norm_eps=1e-6),
 }
 HEADS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
@@ -51,12 +53,32 @@ _BLOCK_PARTS = {
     "attn.kv": ("attn.kv", "", "", ""),
     "attn.k": ("", "attention.self.key", "attention.k_proj", ""),
     "attn.v": ("", "attention.self.value", "attention.v_proj", ""),
-    "attn.proj": ("attn.proj", "attention.output.dense", "attention.o_proj", "attn.attn.out_proj"),
-    "attn.sr": ("attn.sr", "attention.self.sr", "attention.sequence_reduction.sequence_reduction", "attn.sr"),
-    "attn.norm": ("attn.norm", "attention.self.layer_norm", "attention.sequence_reduction.layer_norm", "attn.norm"),
+    "attn.proj": (
+        "attn.proj",
+        "attention.output.dense",
+        "attention.o_proj",
+        "attn.attn.out_proj",
+    ),
+    "attn.sr": (
+        "attn.sr",
+        "attention.self.sr",
+        "attention.sequence_reduction.sequence_reduction",
+        "attn.sr",
+    ),
+    "attn.norm": (
+        "attn.norm",
+        "attention.self.layer_norm",
+        "attention.sequence_reduction.layer_norm",
+        "attn.norm",
+    ),
     "norm2": ("norm2", "layer_norm_2", "layernorm_after", "norm2"),
     "mlp.fc1": ("mlp.fc1", "mlp.dense1", "mlp.fc1", "ffn.layers.0"),
-    "mlp.dwconv": ("mlp.dwconv.dwconv", "mlp.dwconv.dwconv", "mlp.dwconv.dwconv", "ffn.layers.1"),
+    "mlp.dwconv": (
+        "mlp.dwconv.dwconv",
+        "mlp.dwconv.dwconv",
+        "mlp.dwconv.dwconv",
+        "ffn.layers.1",
+    ),
     "mlp.fc2": ("mlp.fc2", "mlp.dense2", "mlp.fc2", "ffn.layers.4"),
 }
 _REDUCTION = ("attn.sr", "attn.norm")  # the last stage has none
@@ -72,14 +94,25 @@ JOINED = {
 def _head(branch: str, *rest: str) -> dict[str, str]:
     """Returns their name of each of our layers: the branches, then in `rest` fuse, norm and classifier."""
     # Code bases count stages from 0 (i), from 1 (s), or backwards (r).
-    names = {f"decode_head.branches.{i}": branch.format(i=i, s=i + 1, r=3 - i) for i in range(NUM_STAGES)}
-    return names | dict(zip(("decode_head.fuse", "decode_head.norm", "decode_head.classifier"), rest, strict=True))
+    names = {
+        f"decode_head.branches.{i}": branch.format(i=i, s=i + 1, r=3 - i)
+        for i in range(NUM_STAGES)
+    }
+    return names | dict(
+        zip(
+            ("decode_head.fuse", "decode_head.norm", "decode_head.classifier"),
+            rest,
+            strict=True,
+        )
+    )
 
 
 def _mmseg_head() -> dict[str, str]:
     """Returns the names of mmsegmentation's kind of head, whose fuse convolution is one layer per stage here."""
     fusion = "decode_head.fusion_conv"
-    names = _head("decode_head.convs.{i}.conv", f"{fusion}.conv", f"{fusion}.bn", "decode_head.conv_seg")
+    names = _head(
+        "decode_head.convs.{i}.conv", f"{fusion}.conv", f"{fusion}.bn", "decode_head.conv_seg"
+    )
     names["decode_head.fuses"] = names.pop("decode_head.fuse")
 
     # Each branch has a BatchNorm in this head.
@@ -89,8 +122,15 @@ def _mmseg_head() -> dict[str, str]:
 
 
 _FUSE = "decode_head.linear_fuse"
-_NVLABS_HEAD = _head("decode_head.linear_c{s}.proj", f"{_FUSE}.conv", f"{_FUSE}.bn", "decode_head.linear_pred")
-_SMP_HEAD = _head("decoder.mlp_stage.{r}.linear", "decoder.fuse_stage.0", "decoder.fuse_stage.1", "segmentation_head.0")
+_NVLABS_HEAD = _head(
+    "decode_head.linear_c{s}.proj", f"{_FUSE}.conv", f"{_FUSE}.bn", "decode_head.linear_pred"
+)
+_SMP_HEAD = _head(
+    "decoder.mlp_stage.{r}.linear",
+    "decoder.fuse_stage.0",
+    "decoder.fuse_stage.1",
+    "segmentation_head.0",
+)
 _HF_REST = (_FUSE, "decode_head.batch_norm", "decode_head.classifier")
 
 # Our names of what is a linear layer here and a 1×1 convolution in mmsegmentation.
@@ -133,7 +173,9 @@ _IMAGE_CLASSIFIERS = ("head.", "classifier.")  # on a bare backbone: nvlabs, hf
 _TWINS = ("nvlabs", "bubbliiiing")  # they share every name
 
 
-def detect(keys: Collection[str], wrapper: Collection[str] = (), dialect: str | None = None) -> Naming:
+def detect(
+    keys: Collection[str], wrapper: Collection[str] = (), dialect: str | None = None
+) -> Naming:
     """Returns the naming of a foreign state dict, from its keys alone.
 
     `wrapper` are the keys around the state dict in its file. `dialect` overrules what had to be assumed. Raises
@@ -155,7 +197,9 @@ def detect(keys: Collection[str], wrapper: Collection[str] = (), dialect: str | 
     allowed = _TWINS if naming.dialect in _TWINS else (naming.dialect,)
     if dialect not in allowed:
         names = " or ".join(allowed)
-        raise ValueError(f"The names are of {names}, but `dialect` {dialect} was given; leave it out or give {names}.")
+        raise ValueError(
+            f"The names are of {names}, but `dialect` {dialect} was given; leave it out or give {names}."
+        )
     return replace(naming, dialect=dialect, note=None)
 
 
@@ -179,7 +223,9 @@ def _match_naming(keys: Collection[str]) -> Naming:
     return replace(naming, head={}, extras=_IMAGE_CLASSIFIERS)
 
 
-def _tell_twins_apart(naming: Naming, keys: Collection[str], wrapper: Collection[str]) -> Naming:
+def _tell_twins_apart(
+    naming: Naming, keys: Collection[str], wrapper: Collection[str]
+) -> Naming:
     """Decides between nvlabs and bubbliiiing by what only NVlabs' training leaves, or assumes one in a note."""
     if naming.dialect != "nvlabs":
         return naming
@@ -192,7 +238,9 @@ def _tell_twins_apart(naming: Naming, keys: Collection[str], wrapper: Collection
     wrapped = "meta" in wrapper or "state_dict" in wrapper
     if wrapped or any(key.startswith(naming.extras) for key in keys):
         return naming
-    note = "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (`dialect` overrules)."
+    note = (
+        "The names fit nvlabs and bubbliiiing; bubbliiiing was assumed (`dialect` overrules)."
+    )
     return replace(naming, dialect="bubbliiiing", note=note)
 
 
@@ -224,10 +272,16 @@ def list_layers(naming: Naming, depths: Sequence[int]) -> list[Layer]:
     for i, depth in enumerate(depths):
         stage = stage_name(i)
         for part, columns in _PARTS.items():
-            names[f"{stage}.{part}"] = naming.prefix + columns[naming.column].format(i=i, s=i + 1)
+            names[f"{stage}.{part}"] = naming.prefix + columns[naming.column].format(
+                i=i, s=i + 1
+            )
 
         # An empty cell: in this code base the part lies in another layer, or is split up.
-        parts = {part: columns[naming.column] for part, columns in _BLOCK_PARTS.items() if columns[naming.column]}
+        parts = {
+            part: columns[naming.column]
+            for part, columns in _BLOCK_PARTS.items()
+            if columns[naming.column]
+        }
         if i == NUM_STAGES - 1:
             parts = {part: theirs for part, theirs in parts.items() if part not in _REDUCTION}
         for j in range(depth):

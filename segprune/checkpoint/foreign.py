@@ -17,7 +17,9 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 
-def read_foreign(data: Any, dialect: str | None, num_classes: int | None, heads: Sequence[int] | None) -> Checkpoint:
+def read_foreign(
+    data: Any, dialect: str | None, num_classes: int | None, heads: Sequence[int] | None
+) -> Checkpoint:
     """Returns what a file's content holds; the arguments are those of `from_state_dict`."""
     state_dict, wrapper = unwrap(data)
 
@@ -38,7 +40,9 @@ def read_foreign(data: Any, dialect: str | None, num_classes: int | None, heads:
         extra = read_classes(meta, spec.num_classes)
         return Checkpoint(spec, state, naming.dialect, notes, backbone_only=False, extra=extra)
 
-    notes += (f"Only a backbone was found: the decode head for {spec.num_classes} classes is new and untrained.",)
+    notes += (
+        f"Only a backbone was found: the decode head for {spec.num_classes} classes is new and untrained.",
+    )
     return Checkpoint(spec, state, naming.dialect, notes, backbone_only=True, extra={})
 
 

@@ -41,9 +41,13 @@ def download(name: str) -> Path:
 
     # Safetensors are preferred, so that not both are downloaded.
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors*"]))
+        folder = Path(
+            snapshot_download(name, allow_patterns=["config.json", "model*.safetensors*"])
+        )
         if not any(folder.glob("model*.safetensors*")):
-            folder = Path(snapshot_download(name, allow_patterns=["config.json", "pytorch_model*.bin*"]))
+            folder = Path(
+                snapshot_download(name, allow_patterns=["config.json", "pytorch_model*.bin*"])
+            )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{name} is neither a file or folder here nor could it be downloaded from huggingface.co "
@@ -69,13 +73,17 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             return read_file(folder / name)[0], config
         if (folder / f"{name}.index.json").is_file():
             return _read_shards(folder / f"{name}.index.json"), config
-    raise FileNotFoundError(f"{folder} has config.json but no weights; put {' or '.join(WEIGHTS)} beside it.")
+    raise FileNotFoundError(
+        f"{folder} has config.json but no weights; put {' or '.join(WEIGHTS)} beside it."
+    )
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map that names its shards; copy or download it again.")
+        raise ValueError(
+            f"{index} has no weight_map that names its shards; copy or download it again."
+        )
 
     # Only names count: shards lie in this folder and nowhere else.
     state: dict[str, Any] = {}
@@ -97,7 +105,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def record_from_folder(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def record_from_folder(
+    state_dict: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns the content of a folder that `convert` wrote with our own code, in the form of our files."""
     return {
         # Weights lie in the attribute `network` of
@@ -105,12 +115,16 @@ def record_from_folder(state_dict: Mapping[str, Any], config: Mapping[str, Any])
         "format": FORMAT,
         "version": VERSION,
         "spec": config.get("spec"),
-        "state_dict": {name.removeprefix("network."): tensor for name, tensor in state_dict.items()},
+        "state_dict": {
+            name.removeprefix("network."): tensor for name, tensor in state_dict.items()
+        },
         "extra": read_classes(config, len(config.get("id2label") or ())),
     }
 
 
-def apply_config(spec: Spec, config: Mapping[str, Any], *, backbone_only: bool) -> tuple[Spec, tuple[str, ...]]:
+def apply_config(
+    spec: Spec, config: Mapping[str, Any], *, backbone_only: bool
+) -> tuple[Spec, tuple[str, ...]]:
     """Returns the spec with config.json's dropout rates, and notes on what is not taken over.
 
     Raises ValueError if it describes another network than the weights. Its layer_norm_eps is ignored, as transformers

@@ -51,7 +51,9 @@ def write_folder(
 
     # Transformers' own classes where they can hold the network, else ours with their code.
     problem = uniform_problem(model.spec)
-    config, state = _describe_with_code(model) if problem else _describe_stock(unfold_decoder(model))
+    config, state = (
+        _describe_with_code(model) if problem else _describe_stock(unfold_decoder(model))
+    )
 
     with atomic_folder(folder) as temporary:
         write_json(config | labels, temporary / "config.json")
@@ -86,7 +88,9 @@ def _write_notes(spec: Spec, problem: str | None) -> list[str]:
 
 
 def _number_labels(num_classes: int, names: Sequence[str] | None) -> dict[str, Any]:
-    if names is not None and (len(names) != num_classes or not all(isinstance(name, str) for name in names)):
+    if names is not None and (
+        len(names) != num_classes or not all(isinstance(name, str) for name in names)
+    ):
         raise ValueError(
             f"There are {len(names)} class names where the network has {num_classes} classes; give one for each."
         )
@@ -94,7 +98,10 @@ def _number_labels(num_classes: int, names: Sequence[str] | None) -> dict[str, A
     # Without names these are transformers' own placeholders.
     names = [f"LABEL_{k}" for k in range(num_classes)] if names is None else names
     numbers = {name: number for number, name in enumerate(names)}
-    return {"id2label": {str(number): name for number, name in enumerate(names)}, "label2id": numbers}
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": numbers,
+    }
 
 
 def _describe_stock(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -205,7 +212,9 @@ def _run_stock(folder: Path, x: Tensor) -> Tensor:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        loaded: Any = SegformerForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = SegformerForSemanticSegmentation.from_pretrained(
+            folder, output_loading_info=True
+        )
     finally:
         if bars:
             logging.enable_progress_bar()

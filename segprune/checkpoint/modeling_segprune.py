@@ -23,7 +23,10 @@ class SegpruneConfig(PretrainedConfig):
     model_type = "segprune"
 
     def __init__(
-        self, spec: dict[str, Any] | None = None, semantic_loss_ignore_index: int = 255, **others: Any
+        self,
+        spec: dict[str, Any] | None = None,
+        semantic_loss_ignore_index: int = 255,
+        **others: Any,
     ) -> None:
         self.spec = spec
         self.semantic_loss_ignore_index = semantic_loss_ignore_index
@@ -52,7 +55,11 @@ class SegpruneForSemanticSegmentation(PreTrainedModel):
         """Nothing: the network does that itself."""
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **_: Any
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
     ) -> SemanticSegmenterOutput | tuple[Tensor, ...]:
         """`labels` B H W: classes per pixel, for the loss at their size."""
         logits = self.network.parts(pixel_values)[1]
@@ -61,7 +68,9 @@ class SegpruneForSemanticSegmentation(PreTrainedModel):
             # The loss is taken at the labels' size, while the
             # logits returned are a quarter of the image's.
             whole = self.network.resize(logits, labels.shape[-2:])
-            loss = F.cross_entropy(whole, labels, ignore_index=self.config.semantic_loss_ignore_index)
+            loss = F.cross_entropy(
+                whole, labels, ignore_index=self.config.semantic_loss_ignore_index
+            )
 
         # Transformers' convention: a tuple, the loss first.
         if return_dict is False:

@@ -16,7 +16,9 @@ from torch import Tensor
 from segprune.spec import Numerics, Spec, StageSpec, block_name, stage_name
 
 
-def with_numerics(state_dict: Mapping[str, Tensor], spec: Spec, numerics: Numerics) -> tuple[dict[str, Tensor], Spec]:
+def with_numerics(
+    state_dict: Mapping[str, Tensor], spec: Spec, numerics: Numerics
+) -> tuple[dict[str, Tensor], Spec]:
     """Returns weights and spec that give the same logits with other eps and with attention scaled by its head's width.
 
     In our names, for a whole network whose blocks are whole. `numerics` replaces the spec's but for the rates of
@@ -47,7 +49,9 @@ def with_numerics(state_dict: Mapping[str, Tensor], spec: Spec, numerics: Numeri
 
     # Dropout only acts in training, so the network keeps its own rates.
     numerics = replace(numerics, drop_path=old.drop_path, head_dropout=old.head_dropout)
-    return state, replace(spec, stages=tuple(map(_with_standard_scales, spec.stages)), numerics=numerics)
+    return state, replace(
+        spec, stages=tuple(map(_with_standard_scales, spec.stages)), numerics=numerics
+    )
 
 
 def _layer_factors(spec: Spec, numerics: Numerics) -> dict[str, float]:
@@ -57,7 +61,9 @@ def _layer_factors(spec: Spec, numerics: Numerics) -> dict[str, float]:
     """
     old = spec.numerics
     stream = (numerics.norm_eps / old.norm_eps) ** 0.5  # the residual stream of a stage
-    embed = (numerics.embed_norm_eps / old.embed_norm_eps) ** 0.5  # what a patch embedding or a reduction normalises
+    embed = (
+        numerics.embed_norm_eps / old.embed_norm_eps
+    ) ** 0.5  # what a patch embedding or a reduction normalises
 
     factors = {}
     for i, stage in enumerate(spec.stages):
@@ -72,7 +78,9 @@ def _layer_factors(spec: Spec, numerics: Numerics) -> dict[str, float]:
             factors[f"{name}.attn.proj"] = stream
             factors[f"{name}.mlp.fc2"] = stream
             factors[f"{name}.attn.sr"] = embed
-            factors[f"{name}.attn.q"] = block.qk_scale * block.qk_dim**0.5  # theirs divide by the root of the width
+            factors[f"{name}.attn.q"] = (
+                block.qk_scale * block.qk_dim**0.5
+            )  # theirs divide by the root of the width
     return factors
 
 

@@ -40,14 +40,18 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
-def save(model: SegFormer, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: SegFormer, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None
+) -> None:
     """Writes weights and spec to a .pth, .pt or .safetensors file, whole or not at all; `load` reads it.
 
     `extra` is plain data as JSON has it, given back as `Checkpoint.extra`. Raises ValueError for anything else.
     """
     path = Path(path)
     if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise ValueError(f"{path} ends in {path.suffix!r}; a checkpoint is saved as .pth, .pt or .safetensors.")
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}; a checkpoint is saved as .pth, .pt or .safetensors."
+        )
     if not isinstance(model, SegFormer):
         raise ValueError(
             f"segprune.save takes a SegFormer, got {type(model).__name__}; unwrap it first (.module, ._orig_mod), "
@@ -55,13 +59,23 @@ def save(model: SegFormer, path: str | os.PathLike[str], *, extra: Mapping[str, 
         )
 
     # A network that was cut without its spec being changed would not load again.
-    state = {name: _copy_if_shared(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
+    state = {
+        name: _copy_if_shared(tensor.detach().cpu())
+        for name, tensor in model.state_dict().items()
+    }
     check_state(state, expected_state(model.spec), "its spec")
 
     # The metadata of a .safetensors file is text.
-    head = {"format": FORMAT, "version": VERSION, "spec": spec_to_dict(model.spec), "extra": _to_plain(extra or {})}
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "spec": spec_to_dict(model.spec),
+        "extra": _to_plain(extra or {}),
+    }
     if path.suffix == ".safetensors":
-        metadata = {key: value if key == "format" else json.dumps(value) for key, value in head.items()}
+        metadata = {
+            key: value if key == "format" else json.dumps(value) for key, value in head.items()
+        }
         save_tensors(state, metadata, path)
     else:
         save_record(head | {"state_dict": state}, path)
@@ -79,13 +93,17 @@ def _to_plain(extra: Mapping[str, Any]) -> Any:
         # There and back, so that tuples are lists at once, and not only after loading.
         return json.loads(json.dumps(dict(extra)))
     except TypeError as error:
-        raise ValueError(f"`extra` is not plain data ({error}); give numbers, strings, lists and dicts.") from error
+        raise ValueError(
+            f"`extra` is not plain data ({error}); give numbers, strings, lists and dicts."
+        ) from error
 
 
 def read_record(data: Mapping[str, Any], dialect: str | None) -> Checkpoint:
     """Returns what a file's content holds; `dialect` may only say that it is ours."""
     if dialect not in (None, "segprune"):
-        raise ValueError(f"The file is segprune's own, but `dialect` {dialect} was given; leave `dialect` out.")
+        raise ValueError(
+            f"The file is segprune's own, but `dialect` {dialect} was given; leave `dialect` out."
+        )
 
     # A newer file may mean other things by the same keys.
     version = data.get("version")
@@ -94,17 +112,23 @@ def read_record(data: Mapping[str, Any], dialect: str | None) -> Checkpoint:
             f"It was written by a newer segprune (file version {version}, this one reads {VERSION}); "
             "upgrade with pip install --upgrade segprune."
         )
-    if version != VERSION or not all(isinstance(data.get(key), Mapping) for key in ("spec", "state_dict", "extra")):
+    if version != VERSION or not all(
+        isinstance(data.get(key), Mapping) for key in ("spec", "state_dict", "extra")
+    ):
         raise ValueError(NOT_WHOLE)
 
     # The spec is checked by itself, then the weights against it.
     spec = spec_from_dict(data["spec"])
     state, notes = to_float32(data["state_dict"])
     check_state(state, expected_state(spec), "its spec")
-    return Checkpoint(spec, state, "segprune", notes, backbone_only=False, extra=dict(data["extra"]))
+    return Checkpoint(
+        spec, state, "segprune", notes, backbone_only=False, extra=dict(data["extra"])
+    )
 
 
-def record_from_metadata(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+def record_from_metadata(
+    tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> dict[str, Any]:
     """Returns a .safetensors file's content in the form of the others."""
     try:
         head = {key: json.loads(metadata[key]) for key in ("version", "spec", "extra")}
@@ -118,7 +142,9 @@ def to_float32(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[
     state, dtypes = {}, set()
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}, not a tensor; give a plain state dict.")
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, not a tensor; give a plain state dict."
+            )
 
         # The only whole numbers in a SegFormer count
         # batches; others are those of a quantised network.
@@ -141,7 +167,11 @@ def expected_state(spec: Spec, *, encoder_only: bool = False) -> dict[str, Tenso
     """Returns the state dict of `SegFormer(spec)` on the meta device: names and shapes without weights."""
     with torch.device("meta"):
         state = SegFormer(spec).state_dict()
-    return {key: tensor for key, tensor in state.items() if not encoder_only or key.startswith("encoder.")}
+    return {
+        key: tensor
+        for key, tensor in state.items()
+        if not encoder_only or key.startswith("encoder.")
+    }
 
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
@@ -150,13 +180,18 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], nam
     `name` says in the message whose shapes are expected.
     """
     # Names before shapes: with a name missing there is no shape to compare.
-    check_keys([key for key in expected if key not in state], [key for key in state if key not in expected])
+    check_keys(
+        [key for key in expected if key not in state],
+        [key for key in state if key not in expected],
+    )
 
     wrong = [key for key in expected if state[key].shape != expected[key].shape]
     if wrong:
         shapes = f"{spell_row(state[wrong[0]].shape)} where {name} has {spell_row(expected[wrong[0]].shape)}"
         more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
-        raise ValueError(f"{wrong[0]} has the shape {shapes}{more}; give a checkpoint of an unchanged network.")
+        raise ValueError(
+            f"{wrong[0]} has the shape {shapes}{more}; give a checkpoint of an unchanged network."
+        )
 
 
 def check_keys(missing: Sequence[str], unknown: Sequence[str]) -> None:
@@ -166,7 +201,9 @@ def check_keys(missing: Sequence[str], unknown: Sequence[str]) -> None:
     if unknown:
         problems.append(f"has the unknown {name_some(unknown)}")
     if problems:
-        raise ValueError(f"The file {' and '.join(problems)}; give a whole state dict of an unchanged SegFormer.")
+        raise ValueError(
+            f"The file {' and '.join(problems)}; give a whole state dict of an unchanged SegFormer."
+        )
 
 
 def spell_row(numbers: Iterable[int]) -> str:

@@ -23,7 +23,16 @@ from segprune.checkpoint.dialects import (
     split_key,
 )
 from segprune.checkpoint.ours import check_keys, check_state, expected_state, spell_row
-from segprune.spec import DEPTHS, NUM_HEADS, VARIANTS, WIDTHS, Spec, stage_name, standard_spec, with_widths
+from segprune.spec import (
+    DEPTHS,
+    NUM_HEADS,
+    VARIANTS,
+    WIDTHS,
+    Spec,
+    stage_name,
+    standard_spec,
+    with_widths,
+)
 
 
 def translate(
@@ -43,7 +52,9 @@ def translate(
 
     # Tensors are compared under our names. The message then gives those in the file.
     expected = expected_state(spec, encoder_only=not naming.head)
-    wrong = [key for key in expected if key not in ours or ours[key].shape != expected[key].shape]
+    wrong = [
+        key for key in expected if key not in ours or ours[key].shape != expected[key].shape
+    ]
     wrong += [key for key in ours if key not in expected]
     if wrong:
         _raise_in_their_names(wrong, state_dict, expected, naming, spec)
@@ -51,7 +62,11 @@ def translate(
 
 
 def _raise_in_their_names(
-    wrong: Iterable[str], state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], naming: Naming, spec: Spec
+    wrong: Iterable[str],
+    state_dict: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    naming: Naming,
+    spec: Spec,
 ) -> None:
     """Raises `check_state`'s ValueError for the layers that hold our `wrong` keys, renamed as in the file."""
     layers = _layers_by_our_name(naming, spec)
@@ -78,7 +93,9 @@ def to_ours(state_dict: Mapping[str, Tensor], naming: Naming) -> dict[str, Tenso
     Raises ValueError that names any other unknown key, and a layer without weight.
     """
     # Depths are counted in the file, before it is known which variant it is.
-    layers = {layer.theirs: layer for layer in list_layers(naming, count_depths(naming, state_dict))}
+    layers = {
+        layer.theirs: layer for layer in list_layers(naming, count_depths(naming, state_dict))
+    }
 
     ours: dict[str, Tensor] = {}
     unknown = []
@@ -116,11 +133,15 @@ def from_ours(state_dict: Mapping[str, Tensor], spec: Spec, dialect: str) -> dic
 def _check_nameable(spec: Spec, dialect: str) -> None:
     """Raises ValueError for what the dialect has no names for."""
     if dialect not in NUMERICS:
-        raise ValueError(f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}.")
+        raise ValueError(
+            f"Cannot write the names of {dialect!r}; choose one of {', '.join(NUMERICS)}."
+        )
 
     # Each code base has one kind of decode head, and none has a folded one.
     if spec.folded:
-        raise ValueError(f"The decode head is folded, which {dialect} cannot name; unfold it with segprune.fold first.")
+        raise ValueError(
+            f"The decode head is folded, which {dialect} cannot name; unfold it with segprune.fold first."
+        )
     if spec.head != HEADS[dialect]:
         others = ", ".join(name for name, head in HEADS.items() if head == spec.head)
         raise ValueError(
@@ -178,7 +199,11 @@ def _layers_by_our_name(naming: Naming, spec: Spec) -> dict[str, Layer]:
 
 
 def infer_spec(
-    ours: Mapping[str, Tensor], naming: Naming, *, num_classes: int | None = None, heads: Sequence[int] | None = None
+    ours: Mapping[str, Tensor],
+    naming: Naming,
+    *,
+    num_classes: int | None = None,
+    heads: Sequence[int] | None = None,
 ) -> Spec:
     """Returns the standard network that the shapes are of; heads are 1 2 5 8, which no shape shows.
 
@@ -201,7 +226,9 @@ def infer_spec(
             "This is a backbone without decode head, so its classes are unknown; give `num_classes` to train it, "
             "or a whole network."
         )
-    spec = standard_spec(variant, num_classes, numerics=NUMERICS[naming.dialect], decoder_dim=dim)
+    spec = standard_spec(
+        variant, num_classes, numerics=NUMERICS[naming.dialect], decoder_dim=dim
+    )
     spec = replace(spec, head=HEADS[naming.dialect])
     if heads is None:
         return spec
@@ -225,7 +252,9 @@ def _find_variant(widths: tuple[int, ...], depths: tuple[int, ...], *, narrowed:
         if narrowed and (widths[0], depths) == (WIDTHS[variant][0], DEPTHS[variant]):
             return variant
 
-    known = [f"{name}: {spell_row(WIDTHS[name])}, {spell_row(DEPTHS[name])}" for name in VARIANTS]
+    known = [
+        f"{name}: {spell_row(WIDTHS[name])}, {spell_row(DEPTHS[name])}" for name in VARIANTS
+    ]
     raise ValueError(
         f"Its stage widths {spell_row(widths)} and depths {spell_row(depths)} are those of no variant "
         f"({'; '.join(known)}); give the network as it was before another tool changed it, since weights alone do not "

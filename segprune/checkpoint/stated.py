@@ -17,7 +17,11 @@ NUM_HEADS_KEY = "num_attention_heads"
 def read_heads(stated: Mapping[str, Any]) -> list[int] | None:
     """Returns the number of heads of each stage, or None where they are not stated or do not divide the widths."""
     heads, widths = stated.get(NUM_HEADS_KEY), stated.get("hidden_sizes")
-    if not isinstance(heads, list) or not isinstance(widths, list) or not len(heads) == len(widths) == NUM_STAGES:
+    if (
+        not isinstance(heads, list)
+        or not isinstance(widths, list)
+        or not len(heads) == len(widths) == NUM_STAGES
+    ):
         return None
 
     if not all(type(number) is int and number > 0 for number in (*heads, *widths)):
@@ -39,8 +43,16 @@ def read_classes(stated: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
 
     # Hugging Face lists names by number, the others in order.
     labels = entries.get("id2label")
-    names = _names_in_order(labels) if isinstance(labels, Mapping) else _as_list(entries.get("classes"))
-    if not names or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+    names = (
+        _names_in_order(labels)
+        if isinstance(labels, Mapping)
+        else _as_list(entries.get("classes"))
+    )
+    if (
+        not names
+        or len(names) != num_classes
+        or not all(isinstance(name, str) for name in names)
+    ):
         return {}
     classes: dict[str, Any] = {"class_names": [name.strip() for name in names]}
 
@@ -52,7 +64,9 @@ def read_classes(stated: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
 
 def _names_in_order(labels: Mapping[Any, Any]) -> list[Any]:
     """Returns the names by number; none where they are the LABEL_0 and so on that transformers puts in for them."""
-    by_number = {str(number): name for number, name in labels.items()}  # a file may list them in another order
+    by_number = {
+        str(number): name for number, name in labels.items()
+    }  # a file may list them in another order
     names = [by_number.get(str(k)) for k in range(len(labels))]
     return [] if names == [f"LABEL_{k}" for k in range(len(names))] else names
 

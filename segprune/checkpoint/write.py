@@ -31,7 +31,9 @@ from segprune.spec import VARIANTS, Spec, standard_spec
 
 SIZE = (96, 128)  # of the image that is compared
 
-Logits = Callable[[Tensor], Tensor]  # normalised images B 3 H W -> logits B K H/4 W/4, before the last upsampling
+Logits = Callable[
+    [Tensor], Tensor
+]  # normalised images B 3 H W -> logits B K H/4 W/4, before the last upsampling
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Written:
     difference: float
 
 
-def check_written(model: SegFormer, readers: Mapping[str, Logits], notes: tuple[str, ...]) -> Written:
+def check_written(
+    model: SegFormer, readers: Mapping[str, Logits], notes: tuple[str, ...]
+) -> Written:
     """Compares the readers' logits of a generated image with the network's.
 
     Raises ValueError if one of them is further off than `TOLERANCE`.
@@ -82,12 +86,17 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
     problem = mmseg_problem(model.spec) if dialect == "mmseg" else uniform_problem(model.spec)
     if problem is not None:
         remedy = _name_remedy(model.spec, dialect)
-        raise ValueError(f"{dialect}'s classes cannot hold this network, since {problem}; {remedy}.")
+        raise ValueError(
+            f"{dialect}'s classes cannot hold this network, since {problem}; {remedy}."
+        )
 
     # Our names and numerics to theirs.
     whole = unfold_decoder(model)
     state, spec = with_numerics(whole.state_dict(), whole.spec, NUMERICS[dialect])
-    named = {name: tensor.detach().cpu().clone() for name, tensor in from_ours(state, spec, dialect).items()}
+    named = {
+        name: tensor.detach().cpu().clone()
+        for name, tensor in from_ours(state, spec, dialect).items()
+    }
 
     # What their training writes around the weights.
     meta = {}
@@ -103,7 +112,9 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
         # only standard widths tell how many there are.
         readable = dialect == "nvlabs" or _has_standard_stages(spec)
         reader = _open_again(temporary, dialect, None if readable else spec)
-        return check_written(model, {"segprune": reader}, tuple(_write_notes(whole.spec, dialect, readable)))
+        return check_written(
+            model, {"segprune": reader}, tuple(_write_notes(whole.spec, dialect, readable))
+        )
 
 
 def _open_again(path: Path, dialect: str, spec: Spec | None) -> Logits:
@@ -121,10 +132,16 @@ def _open_again(path: Path, dialect: str, spec: Spec | None) -> Logits:
 
 def _name_remedy(spec: Spec, dialect: str) -> str:
     if spec.head != HEADS[dialect]:
-        others = [name for name in ("nvlabs", "bubbliiiing", "mmseg") if HEADS[name] == spec.head]
+        others = [
+            name for name in ("nvlabs", "bubbliiiing", "mmseg") if HEADS[name] == spec.head
+        ]
         return f"write {', '.join(others)} or hf instead"
     elsewhere = "write hf instead, which needs no uniform widths"
-    return elsewhere if not spec.head_form.linear else f"prune with `uniform` for them, or {elsewhere}"
+    return (
+        elsewhere
+        if not spec.head_form.linear
+        else f"prune with `uniform` for them, or {elsewhere}"
+    )
 
 
 def _write_notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
@@ -142,7 +159,9 @@ def _write_notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
         arguments = _call_of_mmseg(spec) if dialect == "mmseg" else _call_of_nvlabs(spec)
         notes.append(f"Build it with their base classes, not with a variant's: {arguments}.")
     if not readable:
-        notes.append("segprune itself cannot load the file, which does not say its heads; keep the checkpoint as well.")
+        notes.append(
+            "segprune itself cannot load the file, which does not say its heads; keep the checkpoint as well."
+        )
     return notes
 
 
@@ -185,7 +204,9 @@ def _call_of_mmseg(spec: Spec) -> str:
         num_layers=[len(stage.blocks) for stage in spec.stages],
         mlp_ratio=first.blocks[0].ffn_dim // first.width,
     )
-    head = _spell_arguments(in_channels=[stage.width for stage in spec.stages], channels=spec.decoder_dim)
+    head = _spell_arguments(
+        in_channels=[stage.width for stage in spec.stages], channels=spec.decoder_dim
+    )
     return f"MixVisionTransformer({encoder}), SegformerHead({head})"
 
 

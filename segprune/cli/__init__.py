@@ -38,7 +38,11 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # with an example
-    ("prune", prune.run, "--model_path logs/your_model.pth --pruning_rate 0.5 --data VOCdevkit --epochs 50"),
+    (
+        "prune",
+        prune.run,
+        "--model_path logs/your_model.pth --pruning_rate 0.5 --data VOCdevkit --epochs 50",
+    ),
     (
         "train",
         train.run,
@@ -47,7 +51,11 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # with an examp
     ("eval", eval.run, "logs/your_model.pth --data VOCdevkit --mode slide --flip"),
     ("predict", predict.run, "logs/your_model.pth --input photos --kind all"),
     ("export", export.run, "b2_pruned_0.5.pth --format onnx --bake preprocess,argmax"),
-    ("benchmark", benchmark.run, "logs/your_model.pth b2_pruned_0.5.pth --runtimes torch,onnxruntime"),
+    (
+        "benchmark",
+        benchmark.run,
+        "logs/your_model.pth b2_pruned_0.5.pth --runtimes torch,onnxruntime",
+    ),
     ("convert", convert.run, "b2_pruned_0.5.pth my_folder --to hf"),
     ("scan", scan.run, "logs/your_model.pth --images photos"),
     ("info", info.run, "logs/your_model.pth"),
@@ -70,7 +78,9 @@ def door(name: str, script: str, settings: Mapping[str, Any]) -> None:
     known = {parameter.name for parameter in commands[name].params}
     unknown = sorted(set(settings) - known)
     if unknown:
-        sys.exit(f"Error: {script} has a setting {unknown[0]!r}, which is no flag of it; see {script} --help.")
+        sys.exit(
+            f"Error: {script} has a setting {unknown[0]!r}, which is no flag of it; see {script} --help."
+        )
     keep_freed_memory()
     # Settings are defaults here, so flags on the script's command line still win.
     commands[name].main(prog_name=script, default_map=dict(settings))

@@ -72,38 +72,75 @@ COLUMNS = {  # of the table, from the record's keys
     "miou": "mIoU",
 }
 MEASURED = tuple(COLUMNS)[6:]
-SPARE = ("p99_ms", "gmacs_per_second", "p90_ms", "images_per_second", "peak_share", "macs_G")  # where there is no room
+SPARE = (
+    "p99_ms",
+    "gmacs_per_second",
+    "p90_ms",
+    "images_per_second",
+    "peak_share",
+    "macs_G",
+)  # where there is no room
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     model_paths: Annotated[
         list[str],
-        Argument(metavar="FILE...", help="Checkpoints of any dialect, and files that segprune export wrote."),
+        Argument(
+            metavar="FILE...",
+            help="Checkpoints of any dialect, and files that segprune export wrote.",
+        ),
     ]
     runtimes: Annotated[
-        str, Option("--runtimes", help=f"Of {', '.join(RUNTIMES)}, as a,b; if not given, torch for checkpoints.")
+        str,
+        Option(
+            "--runtimes",
+            help=f"Of {', '.join(RUNTIMES)}, as a,b; if not given, torch for checkpoints.",
+        ),
     ] = ""
-    dtypes: Annotated[str, Option("--dtypes", help=f"Of {', '.join(DTYPES)}, in which checkpoints compute.")] = "fp32"
-    sizes: Annotated[str, Option("--sizes", metavar="HxW,…", help="Heights and widths, as 512x512,1024x512.")] = (
-        "512x512"
-    )
-    batch_sizes: Annotated[str, Option("--batch_sizes", metavar="B,…", help="Images in a pass, as 1,8.")] = "1"
+    dtypes: Annotated[
+        str, Option("--dtypes", help=f"Of {', '.join(DTYPES)}, in which checkpoints compute.")
+    ] = "fp32"
+    sizes: Annotated[
+        str, Option("--sizes", metavar="HxW,…", help="Heights and widths, as 512x512,1024x512.")
+    ] = "512x512"
+    batch_sizes: Annotated[
+        str, Option("--batch_sizes", metavar="B,…", help="Images in a pass, as 1,8.")
+    ] = "1"
     threads: Annotated[
-        str, Option("--threads", metavar="T,…", help="Threads, as 1,2; if not given, as many as PyTorch takes.")
+        str,
+        Option(
+            "--threads",
+            metavar="T,…",
+            help="Threads, as 1,2; if not given, as many as PyTorch takes.",
+        ),
     ] = ""
     cuda: Annotated[bool, switch("--cuda", "Use the GPU, for torch and compile.")] = False
     fold: Annotated[
-        bool, switch("--fold", "Fold checkpoints for torch and compile first, as exported ones always are.")
+        bool,
+        switch(
+            "--fold",
+            "Fold checkpoints for torch and compile first, as exported ones always are.",
+        ),
     ] = False
-    rounds: Annotated[int, Option("--rounds", min=3, help="At most this many rounds, of one timed pass each.")] = 100
-    seconds: Annotated[float, Option("--seconds", min=0.0, help="Begin no new round after this time.")] = 60.0
-    no_memory: Annotated[bool, switch("--no_memory", "Leave out peak memory, which takes a process for each.")] = False
-    data: Annotated[str, Option("--data", help="Data set on which every file is scored in every runtime.")] = ""
+    rounds: Annotated[
+        int, Option("--rounds", min=3, help="At most this many rounds, of one timed pass each.")
+    ] = 100
+    seconds: Annotated[
+        float, Option("--seconds", min=0.0, help="Begin no new round after this time.")
+    ] = 60.0
+    no_memory: Annotated[
+        bool, switch("--no_memory", "Leave out peak memory, which takes a process for each.")
+    ] = False
+    data: Annotated[
+        str, Option("--data", help="Data set on which every file is scored in every runtime.")
+    ] = ""
     layout: Layout = None
     split: Annotated[str, Option("--split", help="The part of --data to score.")] = "val"
     num_workers: LoaderProcesses = None
-    save_dir: Annotated[str, Option("--save_dir", help="Save the rows as JSON and CSV there, and the plot.")] = ""
+    save_dir: Annotated[
+        str, Option("--save_dir", help="Save the rows as JSON and CSV there, and the plot.")
+    ] = ""
     verbose: Verbose = False
 
 
@@ -113,7 +150,9 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
         if flag in given and not config.data:
             raise ValueError(f"--{flag} has no effect without --data; leave it out.")
     if "threads" in given and config.cuda:
-        raise ValueError("--threads has no effect with --cuda, where the GPU is measured; leave it out.")
+        raise ValueError(
+            "--threads has no effect with --cuda, where the GPU is measured; leave it out."
+        )
 
     # All that can be refused is refused before anything runs.
     device = choose_device(config.cuda)
@@ -126,7 +165,11 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
         check_writable(config.save_dir)
     # Files may differ in their classes; the data is opened once for each number of them.
     classes = {path: _read_num_classes(path) for path in dict.fromkeys(config.model_paths)}
-    samples = {number: _open_samples(config, number) for number in set(classes.values())} if config.data else {}
+    samples = (
+        {number: _open_samples(config, number) for number in set(classes.values())}
+        if config.data
+        else {}
+    )
 
     # Cases set PyTorch's threads and TF32 as they need them.
     threads = torch.get_num_threads()
@@ -141,20 +184,28 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
         _save(config, records, peaks, Path(config.save_dir))
 
 
-def _list_cases(config: BenchmarkConfig, given: frozenset[str], device: torch.device) -> list[Case]:
+def _list_cases(
+    config: BenchmarkConfig, given: frozenset[str], device: torch.device
+) -> list[Case]:
     # Every combination of the lists that were given is a case.
     cases = grid(
         config.model_paths,
-        runtimes=_parse("runtimes", config.runtimes, str, "torch,onnxruntime") if config.runtimes else (),
+        runtimes=_parse("runtimes", config.runtimes, str, "torch,onnxruntime")
+        if config.runtimes
+        else (),
         dtypes=_parse("dtypes", config.dtypes, str, "fp32,bf16"),
         sizes=_parse("sizes", config.sizes, _parse_size, "512x512,1024x512"),
         batch_sizes=_parse("batch_sizes", config.batch_sizes, int, "1,8"),
-        threads=_parse("threads", config.threads, int, "1,2") if config.threads else (torch.get_num_threads(),),
+        threads=_parse("threads", config.threads, int, "1,2")
+        if config.threads
+        else (torch.get_num_threads(),),
         device=device.type,
         fold=config.fold,
     )
     if "dtypes" in given and all(case.is_exported for case in cases):
-        raise ValueError("--dtypes has no effect on exported files, which have one of their own; leave it out.")
+        raise ValueError(
+            "--dtypes has no effect on exported files, which have one of their own; leave it out."
+        )
     return cases
 
 
@@ -169,7 +220,9 @@ def _read_num_classes(path: str) -> int:
 
 def _open_samples(config: BenchmarkConfig, num_classes: int) -> Sequence[Sample]:
     assert config.num_workers is not None
-    source, _ = open_data(config.data, config.layout, num_classes, (config.split,), num_workers=config.num_workers)
+    source, _ = open_data(
+        config.data, config.layout, num_classes, (config.split,), num_workers=config.num_workers
+    )
     return source.split(config.split)
 
 
@@ -192,7 +245,10 @@ def _parse_size(word: str) -> tuple[int, int]:
 
 
 def _measure(
-    config: BenchmarkConfig, cases: Sequence[Case], samples: Mapping[int, Sequence[Sample]], folder: Path
+    config: BenchmarkConfig,
+    cases: Sequence[Case],
+    samples: Mapping[int, Sequence[Sample]],
+    folder: Path,
 ) -> tuple[list[dict[str, Any]], Peaks]:
     """Returns the record of every row, and the machine's peaks."""
     # Other runtimes need files, written here into a folder that is removed at the end.
@@ -209,7 +265,9 @@ def _measure(
 
     scores = _score(config, opened, samples) if config.data else {}
     with progress_bar("rounds") as advance:
-        rows, peaks = measure(opened, max_rounds=config.rounds, max_seconds=config.seconds, progress=advance)
+        rows, peaks = measure(
+            opened, max_rounds=config.rounds, max_seconds=config.seconds, progress=advance
+        )
 
     records = []
     # Memory and score are the same for any number of threads, so rows share them.
@@ -269,27 +327,44 @@ def _show(records: Sequence[dict[str, Any]], peaks: Peaks) -> None:
     stated = [key for key in COLUMNS if any(row.get(key) is not None for row in records)]
     same = []
     for key in stated:
-        if key not in MEASURED and key != "file" and len({str(row[key]) for row in records}) == 1:
+        if (
+            key not in MEASURED
+            and key != "file"
+            and len({str(row[key]) for row in records}) == 1
+        ):
             same.append(key)
     shown = [key for key in stated if key not in same]
 
     title = f"Median of {records[0]['runs']} rounds"
     if same:
-        title += "; " + ", ".join(f"{COLUMNS[key]} {_text(key, records[0][key])}" for key in same)
+        title += "; " + ", ".join(
+            f"{COLUMNS[key]} {_text(key, records[0][key])}" for key in same
+        )
     # On a narrow terminal these columns are left out first.
     spare = [COLUMNS[key] for key in SPARE if key in shown]
     rows = [[_text(key, row.get(key)) for key in shown] for row in records]
     left_out = show_table(title, [COLUMNS[key] for key in shown], rows, spare)
     if left_out:
-        show_notes((f"The terminal is too narrow for {', '.join(left_out)}; --save_dir saves them all.",))
+        show_notes(
+            (
+                f"The terminal is too narrow for {', '.join(left_out)}; --save_dir saves them all.",
+            )
+        )
 
     on_gpu = records[0]["method"] == "cuda graph"
     what = "large matrices" if on_gpu else "large float32 matrices"
     # The peak is what this machine reaches at best, to hold the rows against.
     speeds = []
     for condition, peak in peaks.items():
-        speeds.append(f"{peak:.0f} in {condition}" if on_gpu else f"{peak:.0f} with {number_of(condition, 'thread')}")
-    console.print(f"Peak: GMAC/s of a product of {what} in the same rounds, {', '.join(speeds)}.", soft_wrap=True)
+        speeds.append(
+            f"{peak:.0f} in {condition}"
+            if on_gpu
+            else f"{peak:.0f} with {number_of(condition, 'thread')}"
+        )
+    console.print(
+        f"Peak: GMAC/s of a product of {what} in the same rounds, {', '.join(speeds)}.",
+        soft_wrap=True,
+    )
 
     if on_gpu:
         console.print(
@@ -298,7 +373,11 @@ def _show(records: Sequence[dict[str, Any]], peaks: Peaks) -> None:
             soft_wrap=True,
         )
     if records[0]["runs"] < 100:
-        show_notes(("With fewer than 100 rounds p99 is near the longest pass; raise --rounds and --seconds.",))
+        show_notes(
+            (
+                "With fewer than 100 rounds p99 is near the longest pass; raise --rounds and --seconds.",
+            )
+        )
 
 
 def _text(key: str, value: Any) -> str:
@@ -317,15 +396,22 @@ def _text(key: str, value: Any) -> str:
     return f"{value:.{digits}f}"
 
 
-def _save(config: BenchmarkConfig, records: Sequence[dict[str, Any]], peaks: Peaks, folder: Path) -> None:
-    from segprune import plots  # here, since drawing takes a second to import and most commands draw nothing
+def _save(
+    config: BenchmarkConfig, records: Sequence[dict[str, Any]], peaks: Peaks, folder: Path
+) -> None:
+    from segprune import (
+        plots,
+    )  # here, since drawing takes a second to import and most commands draw nothing
 
     # Numbers mean little without the settings and the machine, so these are saved, too.
     record = {"settings": asdict(config), "rows": records, "peak_gmacs_per_second": peaks}
     write_json(record | {"environment": environment()}, folder / RECORD)
 
     header = list(records[0])
-    lines = [[_text(key, row[key]) if key == "input_shape" else row[key] for key in header] for row in records]
+    lines = [
+        [_text(key, row[key]) if key == "input_shape" else row[key] for key in header]
+        for row in records
+    ]
     write_csv([header, *lines], folder / TABLE)
 
     # One curve for each file, of the rows where the value is known.
@@ -337,4 +423,6 @@ def _save(config: BenchmarkConfig, records: Sequence[dict[str, Any]], peaks: Pea
             curve.append((row["median_ms"], row[key]))
     plots.trade_off(points, title, folder / PLOT)
 
-    console.print(f"Saved: {RECORD}, {TABLE} and {PLOT} in {folder}", soft_wrap=True, markup=False)
+    console.print(
+        f"Saved: {RECORD}, {TABLE} and {PLOT} in {folder}", soft_wrap=True, markup=False
+    )

@@ -15,14 +15,31 @@ from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from segprune.data import DataChoices, LabelReport, Source, check_labels, open_source, readable, score_whole_pool
+from segprune.data import (
+    DataChoices,
+    LabelReport,
+    Source,
+    check_labels,
+    open_source,
+    readable,
+    score_whole_pool,
+)
 from segprune.inference.evaluate import Score
 from segprune.timing import Latency
 
-_QUIET = os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes only the first one talks
+_QUIET = (
+    os.environ.get("LOCAL_RANK", "0") != "0"
+)  # of several processes only the first one talks
 
 console = Console(quiet=_QUIET, highlight=False, soft_wrap=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -34,7 +51,10 @@ def keep_freed_memory() -> None:
     A forward pass on the CPU allocates and frees dozens of blocks above glibc's limit of 32 MB; see mallopt(3). Other
     C libraries are left as they are, and so are settings in the environment.
     """
-    if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
+    if any(
+        name in os.environ
+        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+    ):
         return
 
     # mallopt is glibc's; it is missing on Windows and in some C libraries.
@@ -49,7 +69,12 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
 # The library's arguments whose flags have other names, or are flags of another command than the one that ran.
-ARGUMENTS = {"variant": "--phi", "dialect": "--dialect", "num_classes": "--num_classes", "uniform": "--uniform"}
+ARGUMENTS = {
+    "variant": "--phi",
+    "dialect": "--dialect",
+    "num_classes": "--num_classes",
+    "uniform": "--uniform",
+}
 # The flags of the command that runs, by the arguments that they stand for.
 _flags: ContextVar[Mapping[str, str]] = ContextVar("flags", default=MappingProxyType(ARGUMENTS))
 
@@ -149,7 +174,9 @@ def _cell(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def show_table(title: str, header: list[str], rows: list[list[str]], spare: Sequence[str] = ()) -> tuple[str, ...]:
+def show_table(
+    title: str, header: list[str], rows: list[list[str]], spare: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Prints a table; on a terminal that is too narrow, without the first few of the `spare` columns.
 
     Returns the columns that were left out. A log has no width, so nothing is left out there.
@@ -180,7 +207,9 @@ def _table(header: list[str], rows: list[list[str]], left_out: list[str]) -> Tab
     shown = [i for i, name in enumerate(header) if name not in left_out]
     for i in shown:
         if i == 0:
-            table.add_column(header[i], overflow="fold")  # a long name is folded before numbers are cut
+            table.add_column(
+                header[i], overflow="fold"
+            )  # a long name is folded before numbers are cut
         else:
             table.add_column(header[i], justify="right", no_wrap=True)
     for row in rows:
@@ -204,7 +233,9 @@ def new_progress(*, transient: bool) -> Progress:
         TextColumn("{task.fields[text]}"),
     )
     silent = not console.is_terminal  # in a log it would be blank lines
-    return Progress(*columns, console=console, refresh_per_second=4, transient=transient, disable=silent)
+    return Progress(
+        *columns, console=console, refresh_per_second=4, transient=transient, disable=silent
+    )
 
 
 @contextmanager
@@ -262,12 +293,18 @@ def open_data(
                 good, bad = readable(source.split(split), num_workers, advance)
             source = source.with_split(split, good)
             if bad:
-                show_notes((f"--skip_bad left out {len(bad)} of {len(good) + len(bad)} in {split}: {bad[0]}",))
+                show_notes(
+                    (
+                        f"--skip_bad left out {len(bad)} of {len(good) + len(bad)} in {split}: {bad[0]}",
+                    )
+                )
 
     with progress_bar("checking labels") as advance:
         report = check_labels(source, num_classes, splits, progress=advance, trained=trained)
     numbers = ", ".join(f"{number} in {split}" for split, number in report.num_images.items())
-    console.print(f"Labels checked ({source.layout}): {numbers}; {report.ignored} ignored pixels.")
+    console.print(
+        f"Labels checked ({source.layout}): {numbers}; {report.ignored} ignored pixels."
+    )
     show_notes(report.notes)
     return source, report
 
@@ -275,7 +312,11 @@ def open_data(
 def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:
     """Prints a score per class and its means; classes are numbered, and named as far as there are names."""
     columns = {"IoU": score.iou, "recall": score.recall, "precision": score.precision}
-    means = {"mIoU": score.miou, "mPA": score.mean_accuracy, "pixel accuracy": score.pixel_accuracy}
+    means = {
+        "mIoU": score.miou,
+        "mPA": score.mean_accuracy,
+        "pixel accuracy": score.pixel_accuracy,
+    }
     # Boundaries are scored only on demand.
     if score.boundary_iou is not None and score.boundary_miou is not None:
         columns["boundary IoU"] = score.boundary_iou
@@ -286,7 +327,9 @@ def show_score(title: str, score: Score, names: tuple[str, ...]) -> None:
         name = f"{k} {names[k]}".strip() if k < len(names) else str(k)
         rows.append([name, *("–" if value is None else f"{value:.4f}" for value in values)])
     show_table(f"{title} ({score.num_images} images)", ["class", *columns], rows)
-    console.print(", ".join(f"{name} {value:.4f}" for name, value in means.items()), soft_wrap=True)
+    console.print(
+        ", ".join(f"{name} {value:.4f}" for name, value in means.items()), soft_wrap=True
+    )
 
 
 def number_of(count: int, thing: str) -> str:
@@ -315,7 +358,9 @@ def eager_beside(dense: Latency, pruned: Latency) -> str:
     """One sentence on calls from Python where they take longer than the GPU does; else nothing."""
     # Where both agree, launches cost nothing and there is nothing to tell.
     pairs = [(latency.eager_ms, latency.median_ms) for latency in (dense, pruned)]
-    if not any(eager_ms is not None and eager_ms > EAGER_DIFFERS * ms for eager_ms, ms in pairs):
+    if not any(
+        eager_ms is not None and eager_ms > EAGER_DIFFERS * ms for eager_ms, ms in pairs
+    ):
         return ""
     return (
         f"Called from Python a pass takes {dense.eager_ms:.2f} ms dense and {pruned.eager_ms:.2f} ms pruned: the GPU "

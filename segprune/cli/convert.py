@@ -18,10 +18,17 @@ from segprune.stats import count
 @dataclass(frozen=True)
 class ConvertFlags:
     model_path: ModelFile
-    target: Annotated[str, Argument(metavar="TARGET", help="Folder (hf) or .pth, .pt, .bin file to write.")]
+    target: Annotated[
+        str, Argument(metavar="TARGET", help="Folder (hf) or .pth, .pt, .bin file to write.")
+    ]
     to: Annotated[str, Option("--to", help=f"Whose format: {', '.join(FORMATS)}.")]
     input_shape: Annotated[
-        tuple[int, int], Option("--input_shape", metavar="H W", help="For hf: the size its image processor resizes to.")
+        tuple[int, int],
+        Option(
+            "--input_shape",
+            metavar="H W",
+            help="For hf: the size its image processor resizes to.",
+        ),
     ] = (512, 512)
     dialect: Dialect = None
 
@@ -35,14 +42,20 @@ def run(flags: ConvertFlags, given: frozenset[str]) -> None:
     """
     if flags.to not in FORMATS:
         raise ValueError(f"Unknown format {flags.to!r}; --to knows {', '.join(FORMATS)}.")
-    refuse_without_effect(given, ("input_shape", flags.to != "hf", f"with --to {flags.to}, which keeps no size"))
+    refuse_without_effect(
+        given, ("input_shape", flags.to != "hf", f"with --to {flags.to}, which keeps no size")
+    )
     if is_same_path(flags.target, flags.model_path):
-        raise ValueError(f"{flags.target} is the checkpoint itself; give another place to write to.")
+        raise ValueError(
+            f"{flags.target} is the checkpoint itself; give another place to write to."
+        )
 
     opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
     # A file for another tool holds a whole network.
     if opened.backbone_only:
-        raise ValueError(f"{flags.model_path} holds only a backbone; train it first with segprune train.")
+        raise ValueError(
+            f"{flags.model_path} holds only a backbone; train it first with segprune train."
+        )
     show_notes(opened.notes)
 
     # Write it, read it again and compare.
@@ -57,6 +70,8 @@ def run(flags: ConvertFlags, given: frozenset[str]) -> None:
 
     readers = " and ".join(written.readers)
     parameters = count(opened.spec, flags.input_shape).parameters
-    console.print(f"Read again by {readers}: logits differ by {written.difference:.1e} of the largest at most.")
+    console.print(
+        f"Read again by {readers}: logits differ by {written.difference:.1e} of the largest at most."
+    )
     network = f"{opened.spec.variant}, {parameters:,} parameters"
     console.print(f"Written for {flags.to}, {network}: {flags.target}", soft_wrap=True)

@@ -12,7 +12,15 @@ import torch
 from typer import Argument, Option
 
 from segprune import api, checkpoint
-from segprune.cli.console import choose_device, console, open_data, progress_bar, show_notes, show_score, show_settings
+from segprune.cli.console import (
+    choose_device,
+    console,
+    open_data,
+    progress_bar,
+    show_notes,
+    show_score,
+    show_settings,
+)
 from segprune.cli.flags import (
     Cuda,
     Data,
@@ -46,7 +54,9 @@ class EvalFlags:
     ]
     data: Data = "VOCdevkit"
     layout: Layout = None
-    split: Annotated[str, Option("--split", help="The part to score: val, train or what else the data has.")] = "val"
+    split: Annotated[
+        str, Option("--split", help="The part to score: val, train or what else the data has.")
+    ] = "val"
     label_offset: LabelOffset = 0
     skip_bad: SkipBad = False
     mode: Annotated[
@@ -58,21 +68,37 @@ class EvalFlags:
         ),
     ] = "letterbox"
     input_shape: Annotated[
-        tuple[int, int], Option("--input_shape", metavar="H W", help="Size of the letterbox or of the window.")
+        tuple[int, int],
+        Option("--input_shape", metavar="H W", help="Size of the letterbox or of the window."),
     ] = (512, 512)
     stride: Annotated[
         tuple[int, int] | None,
-        Option("--stride", metavar="H W", help="From window to window; if not given, two thirds of the window."),
+        Option(
+            "--stride",
+            metavar="H W",
+            help="From window to window; if not given, two thirds of the window.",
+        ),
     ] = None
-    scales: Annotated[str, Option("--scales", help="Average over these sizes, as in 0.5,0.75,1 or '0.5 0.75 1'.")] = "1"
+    scales: Annotated[
+        str,
+        Option("--scales", help="Average over these sizes, as in 0.5,0.75,1 or '0.5 0.75 1'."),
+    ] = "1"
     flip: Annotated[bool, switch("--flip", "Average with the mirrored image.")] = False
-    no_boundary: Annotated[bool, switch("--no_boundary", "Leave out boundary IoU, which takes some time.")] = False
-    batch_size: Annotated[int, Option("--batch_size", min=1, help="Images, or windows, at a time.")] = 8
+    no_boundary: Annotated[
+        bool, switch("--no_boundary", "Leave out boundary IoU, which takes some time.")
+    ] = False
+    batch_size: Annotated[
+        int, Option("--batch_size", min=1, help="Images, or windows, at a time.")
+    ] = 8
     num_workers: LoaderProcesses = None
     cuda: Cuda = False
     dialect: Dialect = None
-    json_path: Annotated[str, Option("--json", metavar="PATH", help="Save the score there as JSON.")] = ""
-    save_dir: Annotated[str, Option("--save_dir", help="Save scores as JSON and CSV there, and the plots.")] = ""
+    json_path: Annotated[
+        str, Option("--json", metavar="PATH", help="Save the score there as JSON.")
+    ] = ""
+    save_dir: Annotated[
+        str, Option("--save_dir", help="Save scores as JSON and CSV there, and the plots.")
+    ] = ""
     verbose: Verbose = False
 
 
@@ -90,7 +116,9 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
     if opened.shape is not None and "input_shape" not in given:
         flags = replace(flags, input_shape=opened.shape)
     how = _eval_mode(flags, given)
-    show_settings("Evaluation", asdict(flags), given, opened.read | {"num_classes": opened.num_classes})
+    show_settings(
+        "Evaluation", asdict(flags), given, opened.read | {"num_classes": opened.num_classes}
+    )
     show_notes((*opened.notes, *chosen))
     # Scoring takes long, so find out now whether its results can be saved.
     if flags.save_dir:
@@ -127,14 +155,23 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
     show_score(f"{flags.model_path} on {flags.split}", score, names)
 
     # Save.
-    record = score_record(score) | {"confusion": [list(row) for row in score.confusion], "class_names": list(names)}
-    record |= {"settings": asdict(flags), "num_classes": opened.num_classes, "environment": environment()}
+    record = score_record(score) | {
+        "confusion": [list(row) for row in score.confusion],
+        "class_names": list(names),
+    }
+    record |= {
+        "settings": asdict(flags),
+        "num_classes": opened.num_classes,
+        "environment": environment(),
+    }
     if flags.json_path:
         write_json(record, flags.json_path)
         console.print(f"Saved: {flags.json_path}", soft_wrap=True)
     if flags.save_dir:
         save_scores(record, score, names, Path(flags.save_dir))
-        console.print(f"Saved: {SCORES}, {TABLE}, {MATRIX} and plots in {flags.save_dir}", soft_wrap=True)
+        console.print(
+            f"Saved: {SCORES}, {TABLE}, {MATRIX} and plots in {flags.save_dir}", soft_wrap=True
+        )
 
 
 @dataclass(frozen=True)
@@ -153,14 +190,23 @@ def _open_network(flags: EvalFlags, given: frozenset[str], device: torch.device)
     if not is_exported(flags.model_path):
         opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
         read = {"dialect": opened.dialect, "variant": opened.spec.variant}
-        return _Opened(lambda: checkpoint.build(opened).to(device), opened.spec.num_classes, read, opened.notes)
+        return _Opened(
+            lambda: checkpoint.build(opened).to(device),
+            opened.spec.num_classes,
+            read,
+            opened.notes,
+        )
 
     where = "on an exported file, which runs on the CPU"
     refuse_without_effect(given, ("dialect", True, where), ("cuda", True, where))
     # What the file takes stands in its manifest.
     runtime = open_exported(flags.model_path)
     manifest = runtime.manifest
-    read = {"runtime": runtime.name, "variant": manifest.variant, "precision": manifest.precision}
+    read = {
+        "runtime": runtime.name,
+        "variant": manifest.variant,
+        "precision": manifest.precision,
+    }
 
     shape = None if manifest.shape is None else manifest.shape[1:]
     if shape is not None and flags.mode == "whole":
@@ -178,7 +224,9 @@ def _eval_mode(flags: EvalFlags, given: frozenset[str]) -> EvalMode:
     try:
         scales = tuple(map(float, words))
     except ValueError as error:
-        raise ValueError(f"--scales is {flags.scales!r}; give numbers such as 0.75,1,1.25.") from error
+        raise ValueError(
+            f"--scales is {flags.scales!r}; give numbers such as 0.75,1,1.25."
+        ) from error
 
     where = "with --mode whole, which takes every image's own size"
     refuse_without_effect(given, ("input_shape", flags.mode == "whole", where))

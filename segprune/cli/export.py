@@ -15,12 +15,35 @@ from typing import Annotated, Any
 from typer import Option
 
 from segprune import checkpoint
-from segprune.cli.console import console, number_of, open_data, quiet_exporters, show_notes, show_settings
-from segprune.cli.flags import Dialect, Layout, ModelFile, Verbose, refuse_without_effect, switch
+from segprune.cli.console import (
+    console,
+    number_of,
+    open_data,
+    quiet_exporters,
+    show_notes,
+    show_settings,
+)
+from segprune.cli.flags import (
+    Dialect,
+    Layout,
+    ModelFile,
+    Verbose,
+    refuse_without_effect,
+    switch,
+)
 from segprune.cli.predict import palette_in
 from segprune.data.transforms import Bytes
 from segprune.data.unlabelled import list_images, load_images
-from segprune.export import BAKED, FORMATS, LIMITS, PRECISIONS, Limits, Precision, check_choice, export
+from segprune.export import (
+    BAKED,
+    FORMATS,
+    LIMITS,
+    PRECISIONS,
+    Limits,
+    Precision,
+    check_choice,
+    export,
+)
 from segprune.export.tensorrt import command_line
 from segprune.files import check_writable, write_json
 from segprune.model import check_input
@@ -32,36 +55,66 @@ class ExportFlags:
     model_path: ModelFile
     format: Annotated[str, Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "onnx"
     output: Annotated[
-        str, Option("--output", metavar="PATH", help="The file to write; if not given, named after FILE in exported/.")
+        str,
+        Option(
+            "--output",
+            metavar="PATH",
+            help="The file to write; if not given, named after FILE in exported/.",
+        ),
     ] = ""
-    precision: Annotated[str, Option("--precision", help=f"One of {', '.join(PRECISIONS)}.")] = "fp32"
+    precision: Annotated[
+        str, Option("--precision", help=f"One of {', '.join(PRECISIONS)}.")
+    ] = "fp32"
     input_shape: Annotated[
-        tuple[int, int], Option("--input_shape", metavar="H W", help="The size that the file takes.")
+        tuple[int, int],
+        Option("--input_shape", metavar="H W", help="The size that the file takes."),
     ] = (512, 512)
-    batch_size: Annotated[int, Option("--batch_size", min=1, help="Images that the file takes at a time.")] = 1
-    dynamic: Annotated[bool, switch("--dynamic", "Any batch and size; slower to export.")] = False
+    batch_size: Annotated[
+        int, Option("--batch_size", min=1, help="Images that the file takes at a time.")
+    ] = 1
+    dynamic: Annotated[bool, switch("--dynamic", "Any batch and size; slower to export.")] = (
+        False
+    )
     bake: Annotated[
         str,
         Option(
-            "--bake", help="Into the file: preprocess (uint8 RGB B H W 3 in), argmax (classes out), or both, as a,b."
+            "--bake",
+            help="Into the file: preprocess (uint8 RGB B H W 3 in), argmax (classes out), or both, as a,b.",
         ),
     ] = ""
-    data: Annotated[str, Option("--data", help="Data set whose images calibrate int8 and are compared.")] = ""
+    data: Annotated[
+        str, Option("--data", help="Data set whose images calibrate int8 and are compared.")
+    ] = ""
     layout: Layout = None
-    split: Annotated[str, Option("--split", help="The part of --data to take images from.")] = "train"
-    calibration: Annotated[str, Option("--calibration", metavar="DIR", help="Folder of images, instead of --data.")] = (
-        ""
+    split: Annotated[str, Option("--split", help="The part of --data to take images from.")] = (
+        "train"
     )
-    num_calibration: Annotated[int, Option("--num_calibration", min=1, help="Images to take, spread evenly.")] = 100
+    calibration: Annotated[
+        str, Option("--calibration", metavar="DIR", help="Folder of images, instead of --data.")
+    ] = ""
+    num_calibration: Annotated[
+        int, Option("--num_calibration", min=1, help="Images to take, spread evenly.")
+    ] = 100
     tolerance: Annotated[
         float | None,
-        Option("--tolerance", min=0.0, help="Allowed difference of logits over the largest; 1e-4 for fp32."),
+        Option(
+            "--tolerance",
+            min=0.0,
+            help="Allowed difference of logits over the largest; 1e-4 for fp32.",
+        ),
     ] = None
     agreement: Annotated[
         float | None,
-        Option("--agreement", min=0.0, max=1.0, help="Share of pixels that must keep their class; 0.9 for int8."),
+        Option(
+            "--agreement",
+            min=0.0,
+            max=1.0,
+            help="Share of pixels that must keep their class; 0.9 for int8.",
+        ),
     ] = None
-    tensorrt: Annotated[bool, switch("--tensorrt", "Print the command that builds a TensorRT engine.")] = False
+    tensorrt: Annotated[
+        bool, switch("--tensorrt", "Print the command that builds a TensorRT engine.")
+    ] = False
     dialect: Dialect = None
     verbose: Verbose = False
 
@@ -78,7 +131,12 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
     opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
     output = _choose_output(flags)
     spec = opened.spec
-    read = {"output": str(output), "dialect": opened.dialect, "variant": spec.variant, "num_classes": spec.num_classes}
+    read = {
+        "output": str(output),
+        "dialect": opened.dialect,
+        "variant": spec.variant,
+        "num_classes": spec.num_classes,
+    }
     show_settings("Export", asdict(flags), given, read)
     show_notes(opened.notes)
     # Find out now whether the file can be written, not after minutes of exporting.
@@ -120,7 +178,9 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
     write_json(record, f"{output}.json")
     console.print(f"Saved: {output}\n       {output}.json", soft_wrap=True, markup=False)
     if flags.tensorrt:
-        console.print(f"TensorRT: {command_line(output, manifest)}", soft_wrap=True, markup=False)
+        console.print(
+            f"TensorRT: {command_line(output, manifest)}", soft_wrap=True, markup=False
+        )
 
 
 def _parse_bake(words: str) -> frozenset[str]:
@@ -133,7 +193,9 @@ def _parse_bake(words: str) -> frozenset[str]:
 def _check_flags(flags: ExportFlags, given: frozenset[str], baked: frozenset[str]) -> None:
     """Raises ValueError for flags that contradict each other, and for one that was given and would change nothing."""
     if flags.data and flags.calibration:
-        raise ValueError("--data and --calibration are two sources of the same images; give one of them.")
+        raise ValueError(
+            "--data and --calibration are two sources of the same images; give one of them."
+        )
 
     images = flags.data or flags.calibration
     if flags.precision == "int8" and not images:
@@ -149,9 +211,21 @@ def _check_flags(flags: ExportFlags, given: frozenset[str], baked: frozenset[str
         ("layout", not flags.data, "without --data"),
         ("split", not flags.data, "without --data"),
         ("num_calibration", not images, "without --data or --calibration"),
-        ("tolerance", "argmax" in baked, "with --bake argmax, which leaves no logits to compare"),
-        ("tensorrt", flags.format != "onnx", f"with --format {flags.format}, since TensorRT reads onnx"),
-        ("tensorrt", flags.precision == "int8", "with --precision int8, whose scales are made for ONNX Runtime"),
+        (
+            "tolerance",
+            "argmax" in baked,
+            "with --bake argmax, which leaves no logits to compare",
+        ),
+        (
+            "tensorrt",
+            flags.format != "onnx",
+            f"with --format {flags.format}, since TensorRT reads onnx",
+        ),
+        (
+            "tensorrt",
+            flags.precision == "int8",
+            "with --precision int8, whose scales are made for ONNX Runtime",
+        ),
     )
 
 
@@ -160,7 +234,9 @@ def _choose_output(flags: ExportFlags) -> Path:
     suffix = FORMATS[flags.format].suffix
     if flags.output:
         if not flags.output.endswith(suffix):
-            raise ValueError(f"--output {flags.output} must end in {suffix}, as files of {flags.format} do.")
+            raise ValueError(
+                f"--output {flags.output} must end in {suffix}, as files of {flags.format} do."
+            )
         return Path(flags.output)
 
     source = Path(flags.model_path)

@@ -20,7 +20,10 @@ from segprune.cli.console import one_sentence
 from segprune.data import LAYOUTS
 from segprune.machine import exact_products
 
-CONTEXT = {"token_normalize_func": lambda flag: flag.replace("-", "_"), "help_option_names": ["--help", "_h"]}
+CONTEXT = {
+    "token_normalize_func": lambda flag: flag.replace("-", "_"),
+    "help_option_names": ["--help", "_h"],
+}
 
 
 def switch(flag: str, text: str) -> Any:
@@ -29,26 +32,52 @@ def switch(flag: str, text: str) -> Any:
 
 
 ModelFile = Annotated[
-    str, typer.Argument(metavar="FILE", help=".pth, .pt, .safetensors, a Hugging Face folder or hub name.")
+    str,
+    typer.Argument(
+        metavar="FILE", help=".pth, .pt, .safetensors, a Hugging Face folder or hub name."
+    ),
 ]
-Data = Annotated[str, typer.Option("--data", help="Data set: a folder, a list file or a Hugging Face name.")]
+Data = Annotated[
+    str, typer.Option("--data", help="Data set: a folder, a list file or a Hugging Face name.")
+]
 Layout = Annotated[
-    str | None, typer.Option("--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}.")
+    str | None,
+    typer.Option(
+        "--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}."
+    ),
 ]
 LabelOffset = Annotated[
-    int, typer.Option("--label_offset", help="Added to every label: -1 for classes numbered from 1; 0 is ignored then.")
+    int,
+    typer.Option(
+        "--label_offset",
+        help="Added to every label: -1 for classes numbered from 1; 0 is ignored then.",
+    ),
 ]
-ValSplit = Annotated[str, typer.Option("--val_split", help="Score on this split instead of val, for example test.")]
+ValSplit = Annotated[
+    str,
+    typer.Option("--val_split", help="Score on this split instead of val, for example test."),
+]
 ValShare = Annotated[
     float | None,
-    typer.Option("--val_share", help="Set this share of train aside to score on, by --seed; 0.1 is usual."),
+    typer.Option(
+        "--val_share",
+        help="Set this share of train aside to score on, by --seed; 0.1 is usual.",
+    ),
 ]
-SkipBad = Annotated[bool, switch("--skip_bad", "Leave out images that cannot be read; all are tried first.")]
-Dialect = Annotated[str | None, typer.Option("--dialect", help="Overrules the dialect that is recognised.")]
+SkipBad = Annotated[
+    bool, switch("--skip_bad", "Leave out images that cannot be read; all are tried first.")
+]
+Dialect = Annotated[
+    str | None, typer.Option("--dialect", help="Overrules the dialect that is recognised.")
+]
 Cuda = Annotated[bool, switch("--cuda", "Use the GPU.")]
 LoaderProcesses = Annotated[
     int | None,
-    typer.Option("--num_workers", min=0, help="Processes that load images; if not given, as many as cores, 8 at most."),
+    typer.Option(
+        "--num_workers",
+        min=0,
+        help="Processes that load images; if not given, as many as cores, 8 at most.",
+    ),
 ]
 Amp = Annotated[
     str,
@@ -57,7 +86,9 @@ Amp = Annotated[
         help="Mixed precision of training: no, fp16, bf16 or auto, which is what the GPU has, and on a CPU no.",
     ),
 ]
-Verbose = Annotated[bool, switch("--verbose", "Print every setting, those left at their defaults too.")]
+Verbose = Annotated[
+    bool, switch("--verbose", "Print every setting, those left at their defaults too.")
+]
 
 
 def refuse_without_effect(given: frozenset[str], *rules: tuple[str, bool, str]) -> None:
@@ -78,7 +109,9 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     """
     # Annotations are text in these modules; `eval_str` turns them into types.
     signature = inspect.signature(run, eval_str=True).parameters
-    records = {name: parameter.annotation for name, parameter in signature.items() if name != "given"}
+    records = {
+        name: parameter.annotation for name, parameter in signature.items() if name != "given"
+    }
     assert all(map(is_dataclass, records.values())), f"{run} takes something that is no record"
     parameters: list[inspect.Parameter] = []
     for record in records.values():
@@ -86,23 +119,42 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
 
     def body(context: typer.Context, **flags: Any) -> None:
         # Messages of the library name arguments; this says which flag each one is.
-        names = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name}
+        names = {
+            parameter.name: parameter.opts[0]
+            for parameter in context.command.params
+            if parameter.name
+        }
         with one_sentence(names), exact_products():
             # Records check themselves, so they are built where errors become one sentence.
             made = {
-                name: record(**{field.name: flags[field.name] for field in fields(record) if field.name in flags})
+                name: record(
+                    **{
+                        field.name: flags[field.name]
+                        for field in fields(record)
+                        if field.name in flags
+                    }
+                )
                 for name, record in records.items()
             }
             if "given" in signature:
                 # A flag that repeats its default was given, too; only its source tells.
                 sources = {name: context.get_parameter_source(name) for name in flags}
-                made["given"] = frozenset(name for name, source in sources.items() if source.name != "DEFAULT")  # type: ignore[union-attr]
+                given = (
+                    name
+                    for name, source in sources.items()
+                    if source is not None and source.name != "DEFAULT"
+                )
+                made["given"] = frozenset(given)
             run(**made)
 
     # Typer reads the flags off the signature: here one that is made of the records.
-    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
     body.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-    body.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *parameters)}
+    body.__annotations__ = {
+        parameter.name: parameter.annotation for parameter in (context, *parameters)
+    }
 
     # --help wraps the paragraphs itself.
     paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
@@ -127,9 +179,14 @@ def _parameters_of(record: type[Any]) -> list[inspect.Parameter]:
         # Most flags are derived from their field; some fields bring an option of their own.
         if get_origin(parameter.annotation) is Annotated:
             kind, option = get_args(parameter.annotation)
-            option = copy.copy(option)  # several commands share some, each below a title of its own
+            option = copy.copy(
+                option
+            )  # several commands share some, each below a title of its own
         else:
-            kind, option = _flag_type(parameter.annotation), _flag_of(field.name, parameter.annotation, field.metadata)
+            kind, option = (
+                _flag_type(parameter.annotation),
+                _flag_of(field.name, parameter.annotation, field.metadata),
+            )
 
         option.rich_help_panel = title
         parameters.append(parameter.replace(annotation=Annotated[kind, option]))
@@ -147,7 +204,9 @@ def _flag_of(name: str, annotation: Any, metadata: Mapping[str, Any]) -> Any:
 
 def _flag_type(annotation: Any) -> Any:
     """Returns the type that typer parses: text for one of several words, and where text is one of several types."""
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = (
+        get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    )
     if str not in kinds and not any(get_origin(kind) is Literal for kind in kinds):
         return annotation
     return str | None if NoneType in kinds else str

@@ -21,25 +21,37 @@ from segprune.stats import count
 class InfoFlags:
     model_path: ModelFile
     input_shape: Annotated[
-        tuple[int, int], Option("--input_shape", metavar="H W", help="Size at which MACs are counted.")
+        tuple[int, int],
+        Option("--input_shape", metavar="H W", help="Size at which MACs are counted."),
     ] = (512, 512)
     dialect: Dialect = None
     num_classes: Annotated[
-        int | None, Option("--num_classes", help="For a backbone-only file: classes of the new head.")
+        int | None,
+        Option("--num_classes", help="For a backbone-only file: classes of the new head."),
     ] = None
-    as_json: Annotated[bool, switch("--json", "Print one JSON object instead of tables.")] = False
+    as_json: Annotated[bool, switch("--json", "Print one JSON object instead of tables.")] = (
+        False
+    )
 
 
 def run(flags: InfoFlags) -> None:
     """Show a checkpoint's dialect, variant, widths per stage and block, parameters and MACs."""
-    opened = checkpoint.read(flags.model_path, dialect=flags.dialect, num_classes=flags.num_classes)
+    opened = checkpoint.read(
+        flags.model_path, dialect=flags.dialect, num_classes=flags.num_classes
+    )
     spec = opened.spec
     counts = count(spec, flags.input_shape)
 
     # For programs: JSON alone, without tables and notes.
     if flags.as_json:
-        record = {"dialect": opened.dialect, "notes": list(opened.notes), "spec": spec_to_dict(spec)}
-        console.print_json(json.dumps(record | network_size(counts) | {"input_shape": list(flags.input_shape)}))
+        record = {
+            "dialect": opened.dialect,
+            "notes": list(opened.notes),
+            "spec": spec_to_dict(spec),
+        }
+        console.print_json(
+            json.dumps(record | network_size(counts) | {"input_shape": list(flags.input_shape)})
+        )
         return
 
     facts = {
@@ -71,4 +83,6 @@ def _describe_head(opened: Checkpoint) -> str:
 
 def _describe_block(block: BlockSpec) -> list[str]:
     widths = (block.num_heads, block.qk_dim, block.v_dim, block.reduction_dim, block.ffn_dim)
-    return [str(width) if width else "–" for width in widths]  # a branch that was removed has widths 0
+    return [
+        str(width) if width else "–" for width in widths
+    ]  # a branch that was removed has widths 0

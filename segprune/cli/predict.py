@@ -13,14 +13,28 @@ from typer import Option
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
-from segprune.cli.console import choose_device, console, number_of, progress_bar, show_notes, show_settings, show_table
+from segprune.cli.console import (
+    choose_device,
+    console,
+    number_of,
+    progress_bar,
+    show_notes,
+    show_settings,
+    show_table,
+)
 from segprune.cli.flags import Cuda, Dialect, ModelFile, Verbose, refuse_without_effect, switch
 from segprune.data import voc_palette
 from segprune.files import atomic_path, check_writable, write_json
 from segprune.inference.draw import legend
 from segprune.inference.inputs import check_sources_kept, find_images, recognise_input
 from segprune.inference.label_maps import MODES, EvalMode, Network
-from segprune.inference.predict import KINDS, Predictions, PredictJob, predict_images, predict_video
+from segprune.inference.predict import (
+    KINDS,
+    Predictions,
+    PredictJob,
+    predict_images,
+    predict_video,
+)
 from segprune.inference.video import open_video
 from segprune.model import SegFormer, check_input
 
@@ -33,11 +47,22 @@ MAX_CLASSES = 256  # what a palette PNG can tell apart
 class PredictFlags:
     model_path: ModelFile
     input: Annotated[
-        str, Option("--input", metavar="X", help="Image, folder of images, video file, or number of a camera.")
+        str,
+        Option(
+            "--input",
+            metavar="X",
+            help="Image, folder of images, video file, or number of a camera.",
+        ),
     ]
-    save_dir: Annotated[str, Option("--save_dir", help="Folder for what is written.")] = "predictions"
-    kind: Annotated[str, Option("--kind", help="What is written: overlay, mask, side_by_side or all.")] = "overlay"
-    alpha: Annotated[float, Option("--alpha", min=0.0, max=1.0, help="Share of the colours in an overlay.")] = 0.5
+    save_dir: Annotated[str, Option("--save_dir", help="Folder for what is written.")] = (
+        "predictions"
+    )
+    kind: Annotated[
+        str, Option("--kind", help="What is written: overlay, mask, side_by_side or all.")
+    ] = "overlay"
+    alpha: Annotated[
+        float, Option("--alpha", min=0.0, max=1.0, help="Share of the colours in an overlay.")
+    ] = 0.5
     mode: Annotated[
         str,
         Option(
@@ -46,17 +71,30 @@ class PredictFlags:
         ),
     ] = "letterbox"
     input_shape: Annotated[
-        tuple[int, int], Option("--input_shape", metavar="H W", help="Size of the letterbox or of the window.")
+        tuple[int, int],
+        Option("--input_shape", metavar="H W", help="Size of the letterbox or of the window."),
     ] = (512, 512)
-    batch_size: Annotated[int, Option("--batch_size", min=1, help="Images or frames at a time.")] = 8
-    num_workers: Annotated[int, Option("--num_workers", min=1, help="Threads that load and write images.")] = 4
+    batch_size: Annotated[
+        int, Option("--batch_size", min=1, help="Images or frames at a time.")
+    ] = 8
+    num_workers: Annotated[
+        int, Option("--num_workers", min=1, help="Threads that load and write images.")
+    ] = 4
     amp: Annotated[str, Option("--amp", help="Mixed precision: no, fp16 or bf16.")] = "no"
     cuda: Cuda = False
-    max_frames: Annotated[int | None, Option("--max_frames", min=1, help="Of a video or camera.")] = None
-    skip_bad: Annotated[bool, switch("--skip_bad", "Leave out images that cannot be read.")] = False
+    max_frames: Annotated[
+        int | None, Option("--max_frames", min=1, help="Of a video or camera.")
+    ] = None
+    skip_bad: Annotated[bool, switch("--skip_bad", "Leave out images that cannot be read.")] = (
+        False
+    )
     classes: Annotated[
         str,
-        Option("--classes", metavar="PATH", help="Text file with a class name per line, instead of the checkpoint's."),
+        Option(
+            "--classes",
+            metavar="PATH",
+            help="Text file with a class name per line, instead of the checkpoint's.",
+        ),
     ] = ""
     dialect: Dialect = None
     verbose: Verbose = False
@@ -96,7 +134,9 @@ def run(flags: PredictFlags, given: frozenset[str]) -> None:
         folder=Path(flags.save_dir),
     )
     moving = source in ("video", "camera")
-    done, seconds = _film(flags, job, camera=source == "camera") if moving else _photograph(flags, job)
+    done, seconds = (
+        _film(flags, job, camera=source == "camera") if moving else _photograph(flags, job)
+    )
 
     # Without any result there is nothing to record.
     thing = "frame" if moving else "image"
@@ -104,12 +144,18 @@ def run(flags: PredictFlags, given: frozenset[str]) -> None:
     if not number and done.interrupted:
         raise KeyboardInterrupt(f"Interrupted before any of the {thing}s was written.")
     if not number:
-        raise ValueError(f"None of the images could be read, the first because: {done.skipped[0]['reason']}")
+        raise ValueError(
+            f"None of the images could be read, the first because: {done.skipped[0]['reason']}"
+        )
 
     # Write the legend and the record.
     with atomic_path(job.folder / "legend.png") as temporary:
         legend(names, palette, done.counts.nonzero()[0].tolist()).save(temporary, format="PNG")
-    record = {"settings": asdict(flags), "num_classes": spec.num_classes, "class_names": list(names)}
+    record = {
+        "settings": asdict(flags),
+        "num_classes": spec.num_classes,
+        "class_names": list(names),
+    }
     record |= {"seconds": seconds, f"{thing}s_per_second": number / seconds}
     write_json(record | {"results": done.records, "skipped": done.skipped}, job.folder / RECORD)
 
@@ -117,14 +163,22 @@ def run(flags: PredictFlags, given: frozenset[str]) -> None:
     if len(done.records) == 1:
         _show_shares(done.records[0], names)
     if done.skipped:
-        first = ", ".join(bad["name"] for bad in done.skipped[:3]) + (", …" if len(done.skipped) > 3 else "")
-        done.notes.append(f"Skipped {number_of(len(done.skipped), 'image')} that could not be read: {first}")
+        first = ", ".join(bad["name"] for bad in done.skipped[:3]) + (
+            ", …" if len(done.skipped) > 3 else ""
+        )
+        done.notes.append(
+            f"Skipped {number_of(len(done.skipped), 'image')} that could not be read: {first}"
+        )
     show_notes(tuple(done.notes))
-    console.print(f"{number_of(number, thing)} in {seconds:.1f} s, {number / seconds:.1f} {thing}s per second.")
+    console.print(
+        f"{number_of(number, thing)} in {seconds:.1f} s, {number / seconds:.1f} {thing}s per second."
+    )
     _show_paths(job, done)
     # What was written is recorded by now; the exit status still tells of Ctrl-C.
     if done.interrupted:
-        raise KeyboardInterrupt(f"Interrupted after {number_of(number, thing)}; what was written until then is whole.")
+        raise KeyboardInterrupt(
+            f"Interrupted after {number_of(number, thing)}; what was written until then is whole."
+        )
 
 
 def _check_words(flags: PredictFlags) -> None:
@@ -134,7 +188,9 @@ def _check_words(flags: PredictFlags) -> None:
         ("amp", flags.amp, tuple(AMPS)),
     ):
         if value not in allowed:
-            raise ValueError(f"`{name}` {value} is unknown; choose one of {', '.join(allowed)}.")
+            raise ValueError(
+                f"`{name}` {value} is unknown; choose one of {', '.join(allowed)}."
+            )
 
 
 def _check_effects(flags: PredictFlags, given: frozenset[str], source: str) -> None:
@@ -153,30 +209,52 @@ def choose_class_names(flags: PredictFlags, opened: Checkpoint) -> tuple[str, ..
     """Returns the names from --classes, else the checkpoint's, else numbers. ValueError unless one per class."""
     number = opened.spec.num_classes
     if number > MAX_CLASSES:
-        raise ValueError(f"The network has {number} classes, where masks can hold {MAX_CLASSES}; give another network.")
+        raise ValueError(
+            f"The network has {number} classes, where masks can hold {MAX_CLASSES}; give another network."
+        )
 
     names: Any
     if flags.classes:
-        names, remedy = _read_lines(Path(flags.classes)), "give one name per line, in the order of the classes"
+        names, remedy = (
+            _read_lines(Path(flags.classes)),
+            "give one name per line, in the order of the classes",
+        )
     else:
-        names, remedy = opened.extra.get("class_names"), "give a file with one name per line as --classes"
+        names, remedy = (
+            opened.extra.get("class_names"),
+            "give a file with one name per line as --classes",
+        )
     if names is None:
         return tuple(map(str, range(number)))
 
     # A foreign file's extra may hold anything under this name.
-    if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
-        here = f"has {len(names)} class names" if isinstance(names, list) else "has class names that are no list"
-        raise ValueError(f"{flags.classes or flags.model_path} {here}, where the network has {number}; {remedy}.")
+    if (
+        not isinstance(names, list)
+        or len(names) != number
+        or not all(isinstance(name, str) for name in names)
+    ):
+        here = (
+            f"has {len(names)} class names"
+            if isinstance(names, list)
+            else "has class names that are no list"
+        )
+        raise ValueError(
+            f"{flags.classes or flags.model_path} {here}, where the network has {number}; {remedy}."
+        )
     return tuple(names)
 
 
 def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a text file with one class name per line.")
+        raise FileNotFoundError(
+            f"{path} does not exist; give a text file with one class name per line."
+        )
     try:
         return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text, the only encoding read; save it as UTF-8.") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text, the only encoding read; save it as UTF-8."
+        ) from error
 
 
 def palette_in(opened: Checkpoint, path: str) -> list[int]:
@@ -187,7 +265,9 @@ def palette_in(opened: Checkpoint, path: str) -> list[int]:
 
     # 256 colours of three numbers each, as Pillow takes them.
     numbers = palette if isinstance(palette, list) else []
-    if len(numbers) != 768 or not all(isinstance(number, int) and 0 <= number <= 255 for number in numbers):
+    if len(numbers) != 768 or not all(
+        isinstance(number, int) and 0 <= number <= 255 for number in numbers
+    ):
         raise ValueError(
             f"{path} has a palette that is not 768 numbers in 0..255; save it again with a whole one, or without."
         )
@@ -238,7 +318,9 @@ def _photograph(flags: PredictFlags, job: PredictJob) -> tuple[Predictions, floa
     seconds = perf_counter() - start
 
     if num_others:
-        done.notes.append(f"{number_of(num_others, 'other file')} in {flags.input} left out: no images.")
+        done.notes.append(
+            f"{number_of(num_others, 'other file')} in {flags.input} left out: no images."
+        )
     return done, seconds
 
 

@@ -16,8 +16,24 @@ from torch import Tensor
 from typer import Option
 
 from segprune import checkpoint
-from segprune.cli.console import choose_device, console, open_data, progress_bar, show_notes, show_settings, show_table
-from segprune.cli.flags import Cuda, Dialect, Layout, LoaderProcesses, ModelFile, Verbose, switch
+from segprune.cli.console import (
+    choose_device,
+    console,
+    open_data,
+    progress_bar,
+    show_notes,
+    show_settings,
+    show_table,
+)
+from segprune.cli.flags import (
+    Cuda,
+    Dialect,
+    Layout,
+    LoaderProcesses,
+    ModelFile,
+    Verbose,
+    switch,
+)
 from segprune.data.unlabelled import batch_images, list_images, load_images
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
@@ -36,20 +52,34 @@ class ScanFlags:
     model_path: ModelFile
     images: Annotated[
         str,
-        Option("--images", help="Folder of images, without labels: how far the network's output moves."),
+        Option(
+            "--images",
+            help="Folder of images, without labels: how far the network's output moves.",
+        ),
     ] = ""
-    data: Annotated[str, Option("--data", help="Data set: what the mIoU on its val part loses.")] = ""
+    data: Annotated[
+        str, Option("--data", help="Data set: what the mIoU on its val part loses.")
+    ] = ""
     layout: Layout = None
-    rates: Annotated[str, Option("--rates", help="Shares of a part's channels that are cut.")] = "0.25,0.5,0.75"
-    num_images: Annotated[int, Option("--num_images", min=1, help="How many of --images are used.")] = 64
-    pruning_method: Annotated[str, Option("--pruning_method", help="How channels are ranked; see segprune prune.")] = (
-        "l1"
+    rates: Annotated[
+        str, Option("--rates", help="Shares of a part's channels that are cut.")
+    ] = "0.25,0.5,0.75"
+    num_images: Annotated[
+        int, Option("--num_images", min=1, help="How many of --images are used.")
+    ] = 64
+    pruning_method: Annotated[
+        str, Option("--pruning_method", help="How channels are ranked; see segprune prune.")
+    ] = "l1"
+    keep_decoder: Annotated[bool, switch("--keep_decoder", "Do not fold the decode head.")] = (
+        False
     )
-    keep_decoder: Annotated[bool, switch("--keep_decoder", "Do not fold the decode head.")] = False
     input_shape: Annotated[
-        tuple[int, int], Option("--input_shape", metavar="H W", help="Images are fitted whole into this size.")
+        tuple[int, int],
+        Option("--input_shape", metavar="H W", help="Images are fitted whole into this size."),
     ] = (512, 512)
-    batch_size: Annotated[int, Option("--batch_size", min=1, help="Images at a time, with --data.")] = 8
+    batch_size: Annotated[
+        int, Option("--batch_size", min=1, help="Images at a time, with --data.")
+    ] = 8
     num_workers: LoaderProcesses = None
     cuda: Cuda = False
     save_dir: Annotated[str, Option("--save_dir", help="Folder for the results.")] = "scan"
@@ -64,7 +94,9 @@ def run(flags: ScanFlags, given: frozenset[str]) -> None:
     no labels. The file that comes out weighs the groups in `segprune prune --sensitivity`.
     """
     if bool(flags.images) == bool(flags.data):
-        raise ValueError("Give either --images, images without labels, or --data, a data set to score on.")
+        raise ValueError(
+            "Give either --images, images without labels, or --data, a data set to score on."
+        )
     rates = _parse_rates(flags.rates)
     check_input((1, 3, *flags.input_shape))
     device = choose_device(flags.cuda)
@@ -82,7 +114,11 @@ def run(flags: ScanFlags, given: frozenset[str]) -> None:
     # Cut one part at a time, at each rate.
     # Without a repair, which would hide what a part is worth.
     pruner = Pruner(
-        model, pruning_method=flags.pruning_method, images=images, repair=False, keep_decoder=flags.keep_decoder
+        model,
+        pruning_method=flags.pruning_method,
+        images=images,
+        repair=False,
+        keep_decoder=flags.keep_decoder,
     )
     with progress_bar("scanning") as advance:
         findings = scan(model, measure, rates, pruner=pruner, progress=advance)
@@ -106,7 +142,10 @@ def run(flags: ScanFlags, given: frozenset[str]) -> None:
         "environment": environment(),
     }
     write_json(record, folder / "scan.json")
-    write_csv([["part", "rate", unit], *([f.part, f.rate, f.loss] for f in findings)], folder / "scan.csv")
+    write_csv(
+        [["part", "rate", unit], *([f.part, f.rate, f.loss] for f in findings)],
+        folder / "scan.csv",
+    )
 
     from segprune import plots  # drawing takes a second to import
 
@@ -125,19 +164,25 @@ def _parse_rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def _choose_measure(flags: ScanFlags, model: SegFormer) -> tuple[Callable[[SegFormer], float], str, list[Tensor]]:
+def _choose_measure(
+    flags: ScanFlags, model: SegFormer
+) -> tuple[Callable[[SegFormer], float], str, list[Tensor]]:
     """Returns what is measured of a cut network, its name, and images for methods that need some."""
     device = next(model.parameters()).device
     # Without labels the uncut network's own classes are the truth.
     if flags.images:
-        loaded = batch_images(load_images(list_images(flags.images), flags.num_images, flags.input_shape))
+        loaded = batch_images(
+            load_images(list_images(flags.images), flags.num_images, flags.input_shape)
+        )
         images = [batch.to(device) for batch in loaded]
         return output_distance(model, images), "divergence", images
 
     # With labels it is the mIoU that is lost, on the validation images.
     num_classes, num_workers = model.spec.num_classes, flags.num_workers
     assert num_workers is not None
-    source, _ = open_data(flags.data, flags.layout, num_classes, ("val",), num_workers=num_workers)
+    source, _ = open_data(
+        flags.data, flags.layout, num_classes, ("val",), num_workers=num_workers
+    )
     samples = source.split("val")
 
     def score(network: SegFormer) -> float:
@@ -156,6 +201,8 @@ def _choose_measure(flags: ScanFlags, model: SegFormer) -> tuple[Callable[[SegFo
     images = []
     # The ranking may need images too; those of the data set are at hand.
     if flags.pruning_method in NEED_IMAGES:
-        loaded = batch_images(load_images(list_images(source), flags.num_images, flags.input_shape))
+        loaded = batch_images(
+            load_images(list_images(source), flags.num_images, flags.input_shape)
+        )
         images = [batch.to(device) for batch in loaded]
     return lambda network: dense - score(network), "mIoU lost", images

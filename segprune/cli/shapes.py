@@ -14,15 +14,22 @@ from segprune.data import CLASS_NAMES, CONTEXT_CLASS_NAMES, write_shapes
 
 @dataclass(frozen=True)
 class ShapesFlags:
-    folder: Annotated[str, Argument(metavar="DIR", help="New or empty folder; a set generated there is replaced.")]
+    folder: Annotated[
+        str,
+        Argument(metavar="DIR", help="New or empty folder; a set generated there is replaced."),
+    ]
     num_train: Annotated[int, Option("--num_train", help="Training images.")] = 800
     num_val: Annotated[int, Option("--num_val", help="Validation images.")] = 200
-    size: Annotated[tuple[int, int], Option("--size", metavar="H W", help="Pixels.")] = (128, 128)
+    size: Annotated[tuple[int, int], Option("--size", metavar="H W", help="Pixels.")] = (
+        128,
+        128,
+    )
     seed: Annotated[int, Option("--seed", help="The same seed gives the same files.")] = 11
     with_context: Annotated[
         bool,
         Option(
-            "--with_context", help="14 classes, harder: an image with a ring in it has other classes, but for the ring."
+            "--with_context",
+            help="14 classes, harder: an image with a ring in it has other classes, but for the ring.",
         ),
     ] = False
 

@@ -6,7 +6,15 @@ Images are uint8 [H, W, 3] RGB, masks uint8 [H, W] holding class indices, 255 ig
 from segprune.data.check import LabelReport, check_labels
 from segprune.data.layouts import LAYOUTS, open_source
 from segprune.data.pixels import Location, SampleError, load_image, load_mask, voc_palette
-from segprune.data.samples import MissingSplitError, Pair, Sample, SegmentationData, Source, readable, shift_labels
+from segprune.data.samples import (
+    MissingSplitError,
+    Pair,
+    Sample,
+    SegmentationData,
+    Source,
+    readable,
+    shift_labels,
+)
 from segprune.data.shapes import CLASS_NAMES, CONTEXT_CLASS_NAMES, draw_shapes, write_shapes
 from segprune.data.splits import DataChoices, score_on, score_whole_pool, set_val_aside
 from segprune.data.transforms import (

@@ -57,7 +57,14 @@ def find_root(folder: Path, named: bool = False) -> Path | None:
 def open_root(root: Path) -> Source:
     names = tuple(name for name, _ in _CLASSES)
     colours = ClassTable(names, tuple(colour for _, colour in _CLASSES))
-    return Source("camvid", str(root), names, colours.palette, partial(_list_split, root), own_numbering=False)
+    return Source(
+        "camvid",
+        str(root),
+        names,
+        colours.palette,
+        partial(_list_split, root),
+        own_numbering=False,
+    )
 
 
 def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
@@ -68,5 +75,7 @@ def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
 
     # Without a list the folders are paired by name.
     if not (root / split).is_dir():
-        raise MissingSplitError(f"{root} has no {split} split; give one of train, val and test, or add its folders.")
+        raise MissingSplitError(
+            f"{root} has no {split} split; give one of train, val and test, or add its folders."
+        )
     return pair_folders(str(root / split), str(root / f"{split}annot"), table=VOID_IGNORED)

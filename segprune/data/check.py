@@ -65,7 +65,9 @@ def check_labels(
     are wrong, the message names the first one and counts all of them.
     """
     if not 1 <= num_classes <= IGNORE_INDEX:
-        raise ValueError(f"`num_classes` is {num_classes}, where 1..{IGNORE_INDEX} is allowed; label 255 is ignored.")
+        raise ValueError(
+            f"`num_classes` is {num_classes}, where 1..{IGNORE_INDEX} is allowed; label 255 is ignored."
+        )
 
     # List every split first, so that a missing one is reported before anything is read.
     samples = {split: source.split(split) for split in splits}
@@ -85,7 +87,9 @@ def check_labels(
     # One sentence about the kind of mistake that was met first.
     if tally.first:
         kind, message = next(iter(tally.first.items()))
-        raise ValueError(f"{message.removesuffix('.')} ({tally.num_bad[kind]} of {total} files {kind}).")
+        raise ValueError(
+            f"{message.removesuffix('.')} ({tally.num_bad[kind]} of {total} files {kind})."
+        )
 
     counts = np.sum(list(tally.counts.values()), axis=0)
     # A layout that renumbers its labels defines them, so these mistakes cannot occur.
@@ -131,7 +135,10 @@ def _inspect(pair: Pair, split: str, tally: _Tally, source: Source) -> None:
         tally.turned.append(pair.image)
     fits_upright = orientation in _TURNED_BY_A_QUARTER and size[::-1] == mask.shape
     if size != mask.shape and not fits_upright:
-        tally.add("have a mask of another size", describe_unequal(pair.image, pair.mask, size, mask.shape))
+        tally.add(
+            "have a mask of another size",
+            describe_unequal(pair.image, pair.mask, size, mask.shape),
+        )
 
     # A byte has 256 values; counting them all shows unexpected labels as well.
     counts = np.bincount(mask.reshape(-1), minlength=256)
@@ -141,7 +148,9 @@ def _inspect(pair: Pair, split: str, tally: _Tally, source: Source) -> None:
         tally.num_masks_at_limit += 1
 
     # The label num_classes is let through: it is ignored, and a note says so.
-    wrong = [label for label in np.flatnonzero(counts).tolist() if num_classes < label < IGNORE_INDEX]
+    wrong = [
+        label for label in np.flatnonzero(counts).tolist() if num_classes < label < IGNORE_INDEX
+    ]
     if wrong:
         tally.add("have such labels", _describe_labels(pair.mask, wrong, tally, source))
 
@@ -165,7 +174,9 @@ def _describe_labels(mask: Location, wrong: list[int], tally: _Tally, source: So
     )
 
 
-def _check_binary(pairs: tuple[Pair, ...], counts: npt.NDArray[np.int64], num_classes: int) -> None:
+def _check_binary(
+    pairs: tuple[Pair, ...], counts: npt.NDArray[np.int64], num_classes: int
+) -> None:
     """Raises ValueError if a split holds nothing but 0 and 255: then the object was painted 255, which is ignored."""
     # With a single class, 0 and 255 is what a correct mask holds.
     if num_classes < 2 or not counts[IGNORE_INDEX] or counts[1:IGNORE_INDEX].any():
@@ -192,14 +203,18 @@ def _check_first_label(counts: npt.NDArray[np.int64], num_classes: int) -> None:
     )
 
 
-def _write_notes(tally: _Tally, counts: npt.NDArray[np.int64], absent: list[int], first: str) -> tuple[str, ...]:
+def _write_notes(
+    tally: _Tally, counts: npt.NDArray[np.int64], absent: list[int], first: str
+) -> tuple[str, ...]:
     num_classes = tally.num_classes
     notes = []
 
     # A class that training never sees.
     if absent:
         names = ", ".join(map(str, absent))
-        notes.append(f"Without a pixel in the masks of {first}, so never learnt: class {names}.")
+        notes.append(
+            f"Without a pixel in the masks of {first}, so never learnt: class {names}."
+        )
 
     # Some scripts paint borders with the first free number.
     if tally.num_masks_at_limit:

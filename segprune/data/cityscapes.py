@@ -39,7 +39,9 @@ _CLASSES = (  # in the order of the train ids: label id, name, colour
     (33, "bicycle", (119, 11, 32)),
 )
 _TRAIN_IDS = {label_id: train_id for train_id, (label_id, _, _) in enumerate(_CLASSES)}
-TRAIN_IDS = bytes(_TRAIN_IDS.get(value, 255) for value in range(256))  # by the value in *_labelIds.png
+TRAIN_IDS = bytes(
+    _TRAIN_IDS.get(value, 255) for value in range(256)
+)  # by the value in *_labelIds.png
 _IMAGE, _MASK = "_leftImg8bit", "_gtFine_"
 
 
@@ -61,7 +63,9 @@ def open_root(root: Path) -> Source:
         palette.extend(colour)
     palette.extend(voc_palette()[len(palette) :])
 
-    return Source("cityscapes", str(root), names, tuple(palette), partial(_list_split, root), False)
+    return Source(
+        "cityscapes", str(root), names, tuple(palette), partial(_list_split, root), False
+    )
 
 
 def _list_split(root: Path, split: str) -> tuple[Pair, ...]:
@@ -96,4 +100,6 @@ def _list_by_key(folder: Path, ending: str) -> dict[str, str]:
     """Returns the files by CITY/NAME, the part of their paths that images and masks share."""
     paths = list_by_stem(folder, (".png",), deep=True)
     # gtFine also holds instanceIds and colour images, which end differently.
-    return {stem.removesuffix(ending): path for stem, path in paths.items() if stem.endswith(ending)}
+    return {
+        stem.removesuffix(ending): path for stem, path in paths.items() if stem.endswith(ending)
+    }

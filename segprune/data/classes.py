@@ -44,7 +44,10 @@ def read_classes(*folders: str | os.PathLike[str]) -> ClassTable:
     # Look for colours first: whichever file gives the names, these are added to it.
     colours = ClassTable()
     for folder in folders:
-        for name, read in (("labelmap.txt", _read_labelmap), ("class_dict.csv", _read_class_dict)):
+        for name, read in (
+            ("labelmap.txt", _read_labelmap),
+            ("class_dict.csv", _read_class_dict),
+        ):
             path = os.path.join(folder, name)
             if not colours.colours and os.path.isfile(path):
                 colours = read(path)

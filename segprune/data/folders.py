@@ -31,12 +31,26 @@ from segprune.data.samples import MissingSplitError, Pair, Source
 from segprune.data.text import read_names
 
 IMAGES = ("images", "image", "imgs", "img", "img_dir")
-MASKS = ("masks", "mask", "labels", "label", "annotations", "annotation", "gt", "ann_dir", "anns", "segmentation")
+MASKS = (
+    "masks",
+    "mask",
+    "labels",
+    "label",
+    "annotations",
+    "annotation",
+    "gt",
+    "ann_dir",
+    "anns",
+    "segmentation",
+)
 SIGNS = (
     "images/{train,val} and masks/{train,val}, or {train,val}/images and {train,val}/masks, or {train,val} and "
     "{train,val}_labels, or NAME_mask.png beside each image"
 )
-_SUFFIXES = ("annot", *MASKS)  # of a mask folder's name behind a split's, with one of the marks between them
+_SUFFIXES = (
+    "annot",
+    *MASKS,
+)  # of a mask folder's name behind a split's, with one of the marks between them
 _MARKS = ("_", "-", "")
 
 
@@ -46,7 +60,11 @@ def find_root(folder: Path) -> Path | None:
     if _find_folders(folder) or any(_find_split_folders(folder, split) for split in ALIASES):
         return folder
 
-    return folder if any(_find_side_by_side(folder, split) for split in (*ALIASES, "all")) else None
+    return (
+        folder
+        if any(_find_side_by_side(folder, split) for split in (*ALIASES, "all"))
+        else None
+    )
 
 
 def open_root(root: Path) -> Source:
@@ -109,7 +127,9 @@ def _find_side_by_side(root: Path, split: str) -> str | None:
     """
     # Such metadata pairs the files itself, maybe in other ways than by name.
     folder = os.fspath(root) if split == "all" else find_subfolder(root, list_aliases(split))
-    if folder is None or any(os.path.isfile(os.path.join(folder, f"metadata.{kind}")) for kind in ("jsonl", "csv")):
+    if folder is None or any(
+        os.path.isfile(os.path.join(folder, f"metadata.{kind}")) for kind in ("jsonl", "csv")
+    ):
         return None
 
     try:
@@ -133,9 +153,13 @@ def _list_split(root: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]
         for name in list_aliases(split):
             if (root / f"{name}.txt").is_file():
                 # The list names images with or without their folders and extensions.
-                rows = read_names(root / f"{name}.txt", list_by_stem(images, IMAGE_EXTENSIONS, deep=True))
+                rows = read_names(
+                    root / f"{name}.txt", list_by_stem(images, IMAGE_EXTENSIONS, deep=True)
+                )
                 names = [columns[0] for columns in rows]
-                return pair_folders(images, masks, names, listed_in=f"{name}.txt", colours=classes.colours)
+                return pair_folders(
+                    images, masks, names, listed_in=f"{name}.txt", colours=classes.colours
+                )
 
         # With splits, one pool would mix what is trained on with what is scored on.
         if split == "all" and not _has_splits(root, images):
@@ -154,7 +178,9 @@ def _has_splits(root: Path, images: str) -> bool:
     """Returns whether folders in `images` or lists beside it are those of splits."""
     for split in ALIASES:
         aliases = list_aliases(split)
-        if find_subfolder(images, aliases) or any((root / f"{alias}.txt").is_file() for alias in aliases):
+        if find_subfolder(images, aliases) or any(
+            (root / f"{alias}.txt").is_file() for alias in aliases
+        ):
             return True
 
     return False

@@ -57,7 +57,9 @@ class HfCell:
         if isinstance(value, str) and os.path.isfile(value):
             return Path(value).read_bytes()
         if not isinstance(value, bytes):
-            raise SampleError(f"{self} holds no image; put one there, or leave the row out with `skip_bad`.")
+            raise SampleError(
+                f"{self} holds no image; put one there, or leave the row out with `skip_bad`."
+            )
 
         return value
 
@@ -88,7 +90,9 @@ def open_root(place: Path | str) -> Source:
     # The palette is that of the first mask.
     first = "train" if "train" in splits else next(iter(splits))
     (sample,) = _list_split(place, splits, first, 1)
-    return Source("hf", str(place), names, read_palette(sample.mask), partial(_list_split, place, splits))
+    return Source(
+        "hf", str(place), names, read_palette(sample.mask), partial(_list_split, place, splits)
+    )
 
 
 def _load_splits(place: Path | str) -> Mapping[str, Any]:
@@ -120,14 +124,18 @@ def _load_splits(place: Path | str) -> Mapping[str, Any]:
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
-def _list_split(place: Path | str, splits: Mapping[str, Any], split: str, limit: int | None = None) -> tuple[Pair, ...]:
+def _list_split(
+    place: Path | str, splits: Mapping[str, Any], split: str, limit: int | None = None
+) -> tuple[Pair, ...]:
     # The exact name first, then the aliases: "validation" serves as "val".
     name = next((alias for alias in (split, *list_aliases(split)) if alias in splits), None)
     if name is None:
         remedy = f"make one with train_test_split of datasets, name it {split}, and save_to_disk both"
         if split == "val":
             remedy += ", or train with `val_share` 0.1 or another `val_split`"
-        raise MissingSplitError(f"{place} has no {split} split (it has {', '.join(splits)}); {remedy}.")
+        raise MissingSplitError(
+            f"{place} has no {split} split (it has {', '.join(splits)}); {remedy}."
+        )
 
     table = splits[name]
     image_column, mask_column = _choose_columns(table.features, f"{name} of {place}")
@@ -158,7 +166,9 @@ def _choose_columns(features: Mapping[str, Any], where: str) -> tuple[str, str]:
         labels = [name for name in candidates if name != images[0]]
 
     if not images or not labels:
-        columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+        columns = ", ".join(
+            f"{name} ({type(feature).__name__})" for name, feature in features.items()
+        )
         raise ValueError(
             f"The columns of {where} are {columns}, where one of images named image and one of masks named label are "
             "needed; rename them with rename_columns of datasets, masks as images, and save_to_disk."
@@ -170,7 +180,10 @@ def _holds_images(feature: Any) -> bool:
     if isinstance(feature, dict):  # an encoded image whose column was not declared as one
         return set(feature) == {"bytes", "path"}
     # Compare type names; columns of bytes are what parquet files hold by themselves.
-    return type(feature).__name__ == "Image" or getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return type(feature).__name__ == "Image" or getattr(feature, "dtype", None) in (
+        "binary",
+        "large_binary",
+    )
 
 
 def _select_encoded(table: Any, column: str) -> Any:
@@ -197,6 +210,8 @@ def _read_names(folder: Path) -> tuple[str, ...]:
         entries = json.loads(path.read_text(encoding="utf-8")).items()
         table = {int(number): str(name) for number, name in entries}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f'{path} is not a table of names such as {{"0": "wall"}}; correct or remove it.') from error
+        raise ValueError(
+            f'{path} is not a table of names such as {{"0": "wall"}}; correct or remove it.'
+        ) from error
 
     return tuple(table.get(number, "") for number in range(max(table, default=-1) + 1))

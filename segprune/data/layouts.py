@@ -32,7 +32,9 @@ def open_source(folder: str | os.PathLike[str], layout: str | None = None) -> So
     ImportError where hf needs the package datasets.
     """
     if layout is not None and layout not in _MODULES:
-        raise ValueError(f"The layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}.")
+        raise ValueError(
+            f"The layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}."
+        )
 
     # A hub name is no path, so hf comes before the question whether the path exists.
     path = Path(folder)

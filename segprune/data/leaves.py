@@ -24,7 +24,13 @@ Ints = npt.NDArray[np.int32]
 NUM_LEAVES = (8, 400)  # fewest and most; every order of magnitude is equally likely
 RADIUS = (0.015, 0.4)  # smallest and largest; between them densities fall with the third power
 STRETCH = 2.5  # most of one axis over the other
-POWERS = (0, 1, 1, 2, 4)  # |u|^p + |v|^p < 1 with p = 2^power: diamonds, ellipses, rounded and sharp rectangles
+POWERS = (
+    0,
+    1,
+    1,
+    2,
+    4,
+)  # |u|^p + |v|^p < 1 with p = 2^power: diamonds, ellipses, rounded and sharp rectangles
 NUM_TEXTURES = 3
 SLOPE = (0.6, 2.2)  # of a texture's amplitudes over frequency
 CONTRAST = (0.0, 0.2)  # of a texture, as a share of full brightness
@@ -49,7 +55,9 @@ def draw_leaves(seed: int, index: int, size: tuple[int, int]) -> Bytes:
     image = _blur(image, rng.uniform(*BLUR))
 
     # Noise comes after the blur, as a sensor adds it behind the lens.
-    image += np.float32(rng.uniform(*NOISE)) * grain.standard_normal(image.shape, dtype=np.float32)
+    image += np.float32(rng.uniform(*NOISE)) * grain.standard_normal(
+        image.shape, dtype=np.float32
+    )
     image *= 255.0
     result: Bytes = np.clip(image, 0.0, 255.0, out=image).astype(np.uint8)
     return result
@@ -67,7 +75,9 @@ class _Leaves:
     radii: Floats
 
 
-def _lay_leaves(rng: np.random.Generator, size: tuple[int, int], horizon: float | None) -> _Leaves:
+def _lay_leaves(
+    rng: np.random.Generator, size: tuple[int, int], horizon: float | None
+) -> _Leaves:
     """Leaves laid over each other, the last on top."""
     height, width = size
     side = min(size)
@@ -84,7 +94,9 @@ def _lay_leaves(rng: np.random.Generator, size: tuple[int, int], horizon: float 
         owner[: int(horizon)] = 1
         depth = np.sort(rng.beta(1.0, 2.0, count))
         radii *= 0.3 + 1.2 * depth
-        centres[0] = horizon + depth * (height - horizon) - radii * rng.uniform(-0.2, 1.5, count)
+        centres[0] = (
+            horizon + depth * (height - horizon) - radii * rng.uniform(-0.2, 1.5, count)
+        )
         angles = rng.normal(0.0, 0.08, count)
 
     # One axis grows by as much as the other shrinks, so the area stays the same.
@@ -126,7 +138,9 @@ def _is_inside(u: Floats, v: Floats, power: int) -> npt.NDArray[np.bool_]:
     return u + v < 1.0
 
 
-def _paint(rng: np.random.Generator, grain: np.random.Generator, leaves: _Leaves, horizon: float | None) -> Floats:
+def _paint(
+    rng: np.random.Generator, grain: np.random.Generator, leaves: _Leaves, horizon: float | None
+) -> Floats:
     """Returns the colour of every pixel, H W 3, about 0 to 1."""
     owner = leaves.owner
     height, width = owner.shape
@@ -134,10 +148,14 @@ def _paint(rng: np.random.Generator, grain: np.random.Generator, leaves: _Leaves
 
     # A palette of a few colours; leaves stray from them, in brightness most.
     colourful = rng.uniform(0.0, 0.15)
-    palette = rng.uniform(0.1, 0.9, (int(rng.integers(3, 8)), 1)) + rng.normal(0.0, 0.05, (1, 3))
+    palette = rng.uniform(0.1, 0.9, (int(rng.integers(3, 8)), 1)) + rng.normal(
+        0.0, 0.05, (1, 3)
+    )
     palette = palette + rng.normal(0.0, colourful, palette.shape)
     colours = palette[rng.integers(0, len(palette), count)]
-    colours = colours + rng.normal(0.0, 0.12, (count, 1)) + rng.normal(0.0, colourful / 3, (count, 3))
+    colours = (
+        colours + rng.normal(0.0, 0.12, (count, 1)) + rng.normal(0.0, colourful / 3, (count, 3))
+    )
 
     # Shading: linear over a leaf, along a direction that all leaves nearly share.
     light = rng.uniform(0.0, 2.0 * math.pi) + rng.normal(0.0, 0.6, count)
@@ -146,11 +164,16 @@ def _paint(rng: np.random.Generator, grain: np.random.Generator, leaves: _Leaves
     contrast = rng.uniform(*CONTRAST, count).astype(np.float32)
     # The sky is bright, nearly grey with a touch of blue, and has little texture.
     if horizon is not None:
-        colours[1] = rng.uniform(0.65, 1.05) + rng.uniform(0.0, 0.1) * np.array([-1.0, 0.0, 1.0])
+        colours[1] = rng.uniform(0.65, 1.05) + rng.uniform(0.0, 0.1) * np.array(
+            [-1.0, 0.0, 1.0]
+        )
         contrast[1] *= 0.3
     # slope * (position - centre), with the constant part taken out once per leaf.
     offsets = -(slopes * leaves.centres).sum(0)
-    rows, columns = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
+    rows, columns = (
+        np.arange(height, dtype=np.float32)[:, None],
+        np.arange(width, dtype=np.float32),
+    )
     shade = offsets[owner] + slopes[0][owner] * rows + slopes[1][owner] * columns
 
     # Textures: every leaf reads one of a few fields of noise, with a contrast of its own.
@@ -161,7 +184,9 @@ def _paint(rng: np.random.Generator, grain: np.random.Generator, leaves: _Leaves
     return result
 
 
-def _draw_field(rng: np.random.Generator, grain: np.random.Generator, size: tuple[int, int]) -> Floats:
+def _draw_field(
+    rng: np.random.Generator, grain: np.random.Generator, size: tuple[int, int]
+) -> Floats:
     """Noise with amplitudes that fall with a power of the frequency, longer along one direction; deviation 1."""
     height, width = size
     # Half as large as the image and repeated: a fourth of the work.

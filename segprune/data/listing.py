@@ -14,7 +14,18 @@ from segprune.data.samples import Pair
 
 MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")
 # After the image's name; the first that exists is taken.
-MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_GT", "_seg", "_segmentation", "_L", "-mask")
+MASK_ENDINGS = (
+    "",
+    "_mask",
+    "_label",
+    "_labels",
+    "_gt",
+    "_GT",
+    "_seg",
+    "_segmentation",
+    "_L",
+    "-mask",
+)
 ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -65,7 +76,9 @@ def list_files(top: str | os.PathLike[str], *, skip: str | os.PathLike[str] = ""
     return paths
 
 
-def _walk(folder: str, deep: bool, skipped: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+def _walk(
+    folder: str, deep: bool, skipped: str, above: tuple[str, ...]
+) -> Iterator[tuple[str, list[str]]]:
     """`above` are the true paths of the folders on the way here."""
     # A link back to a folder above would be followed without end.
     real = os.path.realpath(folder)
@@ -110,7 +123,9 @@ def find_subfolder(folder: str | os.PathLike[str], names: Iterable[str]) -> str 
     return next((there[name] for name in names if name in there), None)
 
 
-def list_by_stem(folder: str | os.PathLike[str], extensions: Sequence[str], deep: bool = False) -> dict[str, str]:
+def list_by_stem(
+    folder: str | os.PathLike[str], extensions: Sequence[str], deep: bool = False
+) -> dict[str, str]:
     """Returns the paths of the folder's files by their names without extension.
 
     Where several share a name, the earliest extension's is taken. With `deep`, files in folders inside are listed as
@@ -139,7 +154,9 @@ def list_by_stem(folder: str | os.PathLike[str], extensions: Sequence[str], deep
     return paths
 
 
-def find_first_file(folder: str | os.PathLike[str], extensions: Sequence[str] = MASK_EXTENSIONS) -> str | None:
+def find_first_file(
+    folder: str | os.PathLike[str], extensions: Sequence[str] = MASK_EXTENSIONS
+) -> str | None:
     """Returns the first file with such an extension, in the folder or in the first folder inside that has one."""
     for parent, names in walk_folder(folder):
         for name in names:
@@ -184,7 +201,9 @@ def pair_folders(
         )
     # JPEG smears labels at edges into values of other classes, so it is refused.
     if not masks and list_by_stem(mask_folder, (".jpg", ".jpeg"), deep=True):
-        raise ValueError(f"{mask_folder} holds JPEG masks, and JPEG changes the labels; save the masks as PNG.")
+        raise ValueError(
+            f"{mask_folder} holds JPEG masks, and JPEG changes the labels; save the masks as PNG."
+        )
 
     # A mask has its image's name, possibly with an ending.
     chosen = sorted(images) if names is None else list(names)
@@ -203,7 +222,8 @@ def pair_folders(
     # A list may repeat an image on purpose, to give it more weight.
     own_names = number_repeats(chosen)
     return tuple(
-        Pair(own, images[name], mask_paths[name], table, colours) for own, name in zip(own_names, chosen, strict=True)
+        Pair(own, images[name], mask_paths[name], table, colours)
+        for own, name in zip(own_names, chosen, strict=True)
     )
 
 
@@ -231,7 +251,12 @@ def pair_side_by_side(folder: str, colours: tuple[Colour, ...] = ()) -> tuple[Pa
 
 
 def check_present(
-    names: Sequence[str], paths: Mapping[str, str], place: str, kind: str, listed_in: str, remark: str = ""
+    names: Sequence[str],
+    paths: Mapping[str, str],
+    place: str,
+    kind: str,
+    listed_in: str,
+    remark: str = "",
 ) -> None:
     """Raises FileNotFoundError for names without a path; `place` is where one belongs, with `{}` for the name."""
     missing = [name for name in names if name not in paths]

@@ -56,7 +56,9 @@ def _names_two_images(path: Path) -> bool:
     for line in read_lines(path)[:2]:
         # A third column in front may be a running number, as pandas writes.
         extensions = [os.path.splitext(name)[1].lower() for name in split_columns(line)]
-        if len(extensions) in (2, 3) and all(extension in IMAGE_EXTENSIONS for extension in extensions[-2:]):
+        if len(extensions) in (2, 3) and all(
+            extension in IMAGE_EXTENSIONS for extension in extensions[-2:]
+        ):
             return True
 
     return False
@@ -99,7 +101,8 @@ def list_split(path: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]:
 
     names = _name_samples([image for image, _ in rows])
     return tuple(
-        Pair(name, image, mask, None, classes.colours) for name, image, mask in zip(names, images, masks, strict=True)
+        Pair(name, image, mask, None, classes.colours)
+        for name, image, mask in zip(names, images, masks, strict=True)
     )
 
 
@@ -172,7 +175,9 @@ def locate(paths: Sequence[str], folder: Path) -> tuple[list[str], str]:
                 if ending and os.path.isfile(base / ending):
                     # Moving all paths alike avoids a search for each of the files.
                     beginning = path.removesuffix(ending)
-                    moved = [os.path.join(base, other.removeprefix(beginning)) for other in paths]
+                    moved = [
+                        os.path.join(base, other.removeprefix(beginning)) for other in paths
+                    ]
                     return moved, f"{path} is read as {base / ending}, and so are the others"
 
     return plain, ""

@@ -30,7 +30,9 @@ def load_batches(data: Any, *, num_workers: int, **options: Any) -> Iterator[Any
     All of the package's batches come from here.
     """
     # Workers start when the iterator is made, so the signals are blocked for just that.
-    loader: DataLoader[Any] = DataLoader(data, num_workers=num_workers, worker_init_fn=_shield_worker, **options)
+    loader: DataLoader[Any] = DataLoader(
+        data, num_workers=num_workers, worker_init_fn=_shield_worker, **options
+    )
     with _signals_blocked():
         batches = iter(loader)
     yield from batches

@@ -32,10 +32,25 @@ _ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5..8 swap height and width
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _COLOURED = ("RGB", "RGBA", "RGBX")
-_WITH_PAGES = ("TIFF", "GIF", "WEBP", "PNG")  # not MPO, in which cameras keep a preview beside the photograph
-_SUBFILE_TYPE, _COPY_OR_MASK = 254, 1 | 4  # TIFF tag; bits of a smaller copy and of a transparency mask
+_WITH_PAGES = (
+    "TIFF",
+    "GIF",
+    "WEBP",
+    "PNG",
+)  # not MPO, in which cameras keep a preview beside the photograph
+_SUBFILE_TYPE, _COPY_OR_MASK = (
+    254,
+    1 | 4,
+)  # TIFF tag; bits of a smaller copy and of a transparency mask
 _MASK_MODES = ("1", "L", "P", "I", *_SIXTEEN_BITS)
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 class SampleError(ValueError):
@@ -64,10 +79,14 @@ def open_image(location: Location) -> Iterator[Image.Image]:
     """Opens an image whose pixels are not decoded yet. Failures in the block become a SampleError that names it."""
     # Checked first, since Pillow's message for a missing file names no remedy.
     if isinstance(location, str | os.PathLike) and not os.path.isfile(location):
-        raise SampleError(f"{location} is missing; put it back, or leave it out with `skip_bad`.")
+        raise SampleError(
+            f"{location} is missing; put it back, or leave it out with `skip_bad`."
+        )
 
     try:
-        with _open(location if isinstance(location, str | os.PathLike) else io.BytesIO(location.read())) as image:
+        with _open(
+            location if isinstance(location, str | os.PathLike) else io.BytesIO(location.read())
+        ) as image:
             yield image
     # Raised in the block by our own checks, with its message complete.
     except SampleError:
@@ -125,7 +144,10 @@ def load_image(location: Location, upright: bool = False) -> Bytes:
         image.load()
         turned = ImageOps.exif_transpose(image) if upright else image
 
-        if turned.mode in (*_SIXTEEN_BITS, "I"):  # Pillow reads many a 16-bit file as I, which has 32
+        if turned.mode in (
+            *_SIXTEEN_BITS,
+            "I",
+        ):  # Pillow reads many a 16-bit file as I, which has 32
             return _reduce_to_eight_bits(np.asarray(turned), location)
         if turned.mode not in _EIGHT_BITS:
             raise SampleError(
@@ -254,7 +276,9 @@ def read_header(location: Location) -> tuple[tuple[int, int], int]:
         return (image.height, image.width), image.getexif().get(_ORIENTATION, 1)
 
 
-def describe_unequal(image: Location, mask: Location, image_size: tuple[int, ...], mask_size: tuple[int, ...]) -> str:
+def describe_unequal(
+    image: Location, mask: Location, image_size: tuple[int, ...], mask_size: tuple[int, ...]
+) -> str:
     """Returns the message for a pair whose sizes (H, W) differ."""
     return (
         f"Image {image} is {image_size[0]}x{image_size[1]} but mask {mask} is {mask_size[0]}x{mask_size[1]} (HxW), "

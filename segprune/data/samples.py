@@ -15,7 +15,15 @@ import torch
 from torch.utils.data import Dataset
 
 from segprune.data.loading import load_batches
-from segprune.data.pixels import Colour, Location, SampleError, describe_unequal, load_image, load_mask, read_header
+from segprune.data.pixels import (
+    Colour,
+    Location,
+    SampleError,
+    describe_unequal,
+    load_image,
+    load_mask,
+    read_header,
+)
 from segprune.data.transforms import IGNORE_INDEX, Bytes, Transform, normalise
 
 Progress = Callable[[int, int], None]
@@ -56,7 +64,9 @@ class Pair:
     def load_labels(self) -> Bytes:
         """Returns [H, W] uint8."""
         mask = load_mask(self.mask, self.colours)
-        return mask if self.table is None else np.frombuffer(self.table, dtype=np.uint8).take(mask)
+        return (
+            mask if self.table is None else np.frombuffer(self.table, dtype=np.uint8).take(mask)
+        )
 
     def read_header(self) -> tuple[tuple[int, int], int]:
         """Returns the image's size (H, W) as stored and its EXIF orientation, without decoding it."""
@@ -72,7 +82,9 @@ class Pair:
         if image.shape[:2] != labels.shape:
             upright = load_image(self.image, upright=True)
             if upright.shape[:2] != labels.shape:
-                raise SampleError(describe_unequal(self.image, self.mask, image.shape, labels.shape))
+                raise SampleError(
+                    describe_unequal(self.image, self.mask, image.shape, labels.shape)
+                )
             image = upright
 
         return image, labels
@@ -114,7 +126,9 @@ def shift_labels(source: Source, offset: int) -> Source:
     """
     # A positive offset would move class 254 onto the ignored 255.
     if not -254 <= offset <= 0:
-        raise ValueError(f"`label_offset` is {offset}, where -254..0 is allowed; -1 is for classes numbered from 1.")
+        raise ValueError(
+            f"`label_offset` is {offset}, where -254..0 is allowed; -1 is for classes numbered from 1."
+        )
     if offset == 0:
         return source
 
@@ -123,7 +137,10 @@ def shift_labels(source: Source, offset: int) -> Source:
     def list_shifted(split: str) -> tuple[Pair, ...]:
         # Pairs with equal tables share the new one too, which saves memory in large sets.
         pairs = source.split(split)
-        tables = {pair.table: shifted if pair.table is None else pair.table.translate(shifted) for pair in pairs}
+        tables = {
+            pair.table: shifted if pair.table is None else pair.table.translate(shifted)
+            for pair in pairs
+        }
         return tuple(replace(pair, table=tables[pair.table]) for pair in pairs)
 
     return replace(source, lister=list_shifted, own_numbering=False)
@@ -136,7 +153,9 @@ class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     they start, so `set_epoch` reaches only those started after it: leave persistent_workers off.
     """
 
-    def __init__(self, samples: Sequence[Sample], num_classes: int, transform: Transform, seed: int = 0) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], num_classes: int, transform: Transform, seed: int = 0
+    ) -> None:
         self.samples = tuple(samples)
         self.num_classes = num_classes
         self.transform = transform
@@ -185,7 +204,9 @@ def readable(
 
     # Without a single good image the cause is the data set, not some files.
     if bad and not good:
-        raise ValueError(f"None of {len(bad)} images can be used; repair the data set, beginning with this: {bad[0]}")
+        raise ValueError(
+            f"None of {len(bad)} images can be used; repair the data set, beginning with this: {bad[0]}"
+        )
     return tuple(good), tuple(bad)
 
 

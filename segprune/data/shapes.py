@@ -30,7 +30,10 @@ NUM_OBJECTS = (2, 5)  # fewest and most in an image
 RADIUS = (0.11, 0.2)  # of the disc with the object's area
 STRETCH = 1.25  # most of one axis; the other shrinks by as much, which keeps the area
 HUE_SIGMA = 0.035  # of a class's hue, on a circle of length 1 where neighbours are 1/7 apart
-ODD_SHAPE, ODD_TEXTURE = 0.06, 0.12  # share of objects with any class's shape, or any texture; never both
+ODD_SHAPE, ODD_TEXTURE = (
+    0.06,
+    0.12,
+)  # share of objects with any class's shape, or any texture; never both
 PERIOD = (0.055, 0.085)  # of textures
 TEXTURE_CONTRAST = (0.35, 0.65)  # share of brightness that a texture's dark places lose
 OBJECT_SATURATION, OBJECT_VALUE = (0.45, 0.95), (0.55, 1.0)
@@ -66,7 +69,10 @@ _LOOKS = (
 CLASS_NAMES = ("background", *(look.name for look in _LOOKS))
 _KEY = CLASS_NAMES.index("ring") - 1
 _OTHERS = [k for k in range(len(_LOOKS)) if k != _KEY]
-CONTEXT_CLASS_NAMES = (*CLASS_NAMES, *(f"{_LOOKS[k].name} in an image with a ring" for k in _OTHERS))
+CONTEXT_CLASS_NAMES = (
+    *CLASS_NAMES,
+    *(f"{_LOOKS[k].name} in an image with a ring" for k in _OTHERS),
+)
 
 
 def write_shapes(
@@ -101,7 +107,9 @@ def write_shapes(
         for index in range(number):
             image, mask = draw_shapes(seed, split, index, size, context=context)
             name = _name_sample(split, index)
-            Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY)
+            Image.fromarray(image).save(
+                root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY
+            )
 
             # With a palette the mask still holds class numbers, but viewers show colours.
             indexed = Image.fromarray(mask)
@@ -147,7 +155,9 @@ def draw_shapes(
     return _photograph(rng, canvas), mask
 
 
-def _choose_objects(rng: np.random.Generator, turn: int, context: bool) -> list[tuple[int, int]]:
+def _choose_objects(
+    rng: np.random.Generator, turn: int, context: bool
+) -> list[tuple[int, int]]:
     """Returns the looks and classes of an image's objects.
 
     The one whose turn it is comes last, so that nothing but a bar covers it.
@@ -276,7 +286,10 @@ def _draw_number(rng: np.random.Generator, bounds: tuple[float, float]) -> float
 
 
 def _draw_colour(
-    rng: np.random.Generator, hue: float, saturation: tuple[float, float], value: tuple[float, float]
+    rng: np.random.Generator,
+    hue: float,
+    saturation: tuple[float, float],
+    value: tuple[float, float],
 ) -> Floats:
     rgb = colorsys.hsv_to_rgb(hue % 1, _draw_number(rng, saturation), _draw_number(rng, value))
     return np.array(rgb, dtype=np.float32) * 255
@@ -293,10 +306,13 @@ def _cut_window(
     """Returns the part of the image within `reach` of the centre (y, x), and its pixels' turned offsets from it."""
     # Computing only near the object makes its cost depend on its own size.
     rows, columns = (
-        range(max(0, int(c - reach)), min(n, int(c + reach) + 2)) for c, n in zip(centre, size, strict=True)
+        range(max(0, int(c - reach)), min(n, int(c + reach) + 2))
+        for c, n in zip(centre, size, strict=True)
     )
     y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] - np.float32(centre[0])
-    x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :] - np.float32(centre[1])
+    x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :] - np.float32(
+        centre[1]
+    )
 
     # Turn the offsets instead of the shape, which then is tested upright.
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
@@ -345,7 +361,9 @@ def _choose_centre(
     for _ in range(4):
         y, x = (_draw_number(rng, (0.15, 0.85)) * side for side in size)
         # The first object has no neighbours, so any place is as good.
-        nearest = min((np.hypot(y - other_y, x - other_x) for other_y, other_x in centres), default=0.0)
+        nearest = min(
+            (np.hypot(y - other_y, x - other_x) for other_y, other_x in centres), default=0.0
+        )
         if nearest > largest:
             best, largest = (y, x), nearest
 
@@ -353,14 +371,22 @@ def _choose_centre(
 
 
 def _paint_object(
-    rng: np.random.Generator, canvas: Floats, mask: Bytes, k: int, label: int, centre: tuple[float, float]
+    rng: np.random.Generator,
+    canvas: Floats,
+    mask: Bytes,
+    k: int,
+    label: int,
+    centre: tuple[float, float],
 ) -> None:
     """Paints one object that looks like number k, over what was there."""
     look = _LOOKS[k]
 
     # Now and then the shape or the texture is any class's.
     odd = rng.random()
-    any_look, any_texture = _LOOKS[rng.integers(len(_LOOKS))], TEXTURES[rng.integers(len(TEXTURES))]
+    any_look, any_texture = (
+        _LOOKS[rng.integers(len(_LOOKS))],
+        TEXTURES[rng.integers(len(TEXTURES))],
+    )
     shape = any_look.name if odd < ODD_SHAPE else look.name
     texture = any_texture if ODD_SHAPE <= odd < ODD_SHAPE + ODD_TEXTURE else look.texture
 
@@ -371,7 +397,9 @@ def _paint_object(
     # Stretching moves corners outwards, so the window must reach farther than the radius.
     reach = 1.6 * STRETCH**0.5 * radius
     window, u, v = _cut_window(mask.shape, centre, reach, _draw_number(rng, (0, 2 * np.pi)))
-    inside = inside_shape(shape, u / np.float32(radius) / stretch, v / np.float32(radius) * stretch)
+    inside = inside_shape(
+        shape, u / np.float32(radius) / stretch, v / np.float32(radius) * stretch
+    )
 
     dark = _draw_texture(texture, u / period, v / period, rng)
     # The hue scatters around that of the class, and overlaps with its neighbours'.
@@ -387,7 +415,9 @@ def _paint_object(
 def _paint_bar(rng: np.random.Generator, canvas: Floats, mask: Bytes) -> None:
     """Paints a thin occluder right across the image, labelled background."""
     centre = (rng.random() * mask.shape[0], rng.random() * mask.shape[1])
-    _, _, v = _cut_window(mask.shape, centre, 2 * max(mask.shape), _draw_number(rng, (0, np.pi)))
+    _, _, v = _cut_window(
+        mask.shape, centre, 2 * max(mask.shape), _draw_number(rng, (0, np.pi))
+    )
 
     inside = np.abs(v) < min(mask.shape) * _draw_number(rng, BAR_WIDTH)
     canvas[inside] = _draw_clutter_colour(rng)
@@ -398,11 +428,17 @@ def _paint_bar(rng: np.random.Generator, canvas: Floats, mask: Bytes) -> None:
 def _photograph(rng: np.random.Generator, canvas: Floats) -> Bytes:
     """Returns the canvas in light that falls from one side, blurred, with noise."""
     size = canvas.shape[:2]
-    _, u, _ = _cut_window(size, (size[0] / 2, size[1] / 2), max(size), _draw_number(rng, (0, 2 * np.pi)))
+    _, u, _ = _cut_window(
+        size, (size[0] / 2, size[1] / 2), max(size), _draw_number(rng, (0, 2 * np.pi))
+    )
     # Light changes linearly across the image, along a random direction.
-    light = _draw_number(rng, GAIN) * (1 + _draw_number(rng, (0, LIGHT_GRADIENT)) * u / np.hypot(*size) * 2)
+    light = _draw_number(rng, GAIN) * (
+        1 + _draw_number(rng, (0, LIGHT_GRADIENT)) * u / np.hypot(*size) * 2
+    )
 
     lit = Image.fromarray(np.clip(canvas * light[..., None], 0, 255).astype(np.uint8))
     blurred = lit.filter(ImageFilter.GaussianBlur(_draw_number(rng, BLUR_SIGMA_PX)))
-    noise = rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(_draw_number(rng, NOISE_SIGMA))
+    noise = rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(
+        _draw_number(rng, NOISE_SIGMA)
+    )
     return np.clip(np.asarray(blurred, dtype=np.float32) + noise, 0, 255).astype(np.uint8)

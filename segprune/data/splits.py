@@ -31,7 +31,9 @@ class DataChoices:
 
     def __post_init__(self) -> None:
         if self.val_split and self.val_share is not None:
-            raise ValueError("`val_split` and `val_share` both say what is scored on; leave one of them out.")
+            raise ValueError(
+                "`val_split` and `val_share` both say what is scored on; leave one of them out."
+            )
 
     def apply(self, source: Source) -> Source:
         """Returns the data set as it was chosen."""
@@ -63,7 +65,8 @@ def score_on(source: Source, split: str) -> Source:
     """Returns the data set with its split of that name as "val" too."""
     samples = source.split(split)
     return _add_note(
-        source.with_split("val", samples), f"Scored on the {len(samples)} images of {split} (`val_split`)."
+        source.with_split("val", samples),
+        f"Scored on the {len(samples)} images of {split} (`val_split`).",
     )
 
 
@@ -74,7 +77,9 @@ def set_val_aside(source: Source, share: float, seed: int) -> Source:
     is a "val" already or too few images.
     """
     if not 0 < share < 1:
-        raise ValueError(f"`val_share` is {share}, where a share above 0 and below 1 is allowed; 0.1 is usual.")
+        raise ValueError(
+            f"`val_share` is {share}, where a share above 0 and below 1 is allowed; 0.1 is usual."
+        )
 
     # A val split that exists was made on purpose and must not be replaced in silence.
     try:
@@ -82,7 +87,9 @@ def set_val_aside(source: Source, share: float, seed: int) -> Source:
     except MissingSplitError:
         pass
     else:
-        raise ValueError(f"`val_share` was given, but {source.root} has a val split; leave `val_share` out.")
+        raise ValueError(
+            f"`val_share` was given, but {source.root} has a val split; leave `val_share` out."
+        )
 
     # A set without splits is divided whole.
     try:
@@ -106,7 +113,9 @@ def _add_note(source: Source, note: str) -> Source:
     return replace(source, notes=(*source.notes, note))
 
 
-def _choose(samples: Sequence[Pair], share: float, rng: np.random.Generator) -> tuple[set[int], str]:
+def _choose(
+    samples: Sequence[Pair], share: float, rng: np.random.Generator
+) -> tuple[set[int], str]:
     """Returns the numbers of the samples to set aside, and in words how they were chosen."""
     # At least one image on either side.
     target = min(max(1, round(share * len(samples))), len(samples) - 1)
@@ -121,7 +130,11 @@ def _choose(samples: Sequence[Pair], share: float, rng: np.random.Generator) -> 
             chosen.update(numbers)
             names.append(name)
     # Accept the videos if they came to at least half of the share.
-    if 1 < len(videos) < len(samples) and 2 * len(chosen) >= target and len(chosen) < len(samples):
+    if (
+        1 < len(videos) < len(samples)
+        and 2 * len(chosen) >= target
+        and len(chosen) < len(samples)
+    ):
         return chosen, f"all of those named {', '.join(f'{name}…' for name in sorted(names))}"
 
     # Else one by one, Roboflow's versions of one image together.

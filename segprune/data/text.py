@@ -40,7 +40,9 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
         except UnicodeDecodeError:
             continue
 
-    raise ValueError(f"{path} is neither UTF-8 nor GBK text, the encodings that are read; save it as UTF-8.")
+    raise ValueError(
+        f"{path} is neither UTF-8 nor GBK text, the encodings that are read; save it as UTF-8."
+    )
 
 
 def describe_encoding(path: str | os.PathLike[str]) -> str:
@@ -105,9 +107,13 @@ def read_names(path: str | os.PathLike[str], known: Mapping[str, str]) -> list[l
                 return None
         return name
 
-    rows = [columns for _, columns in read_rows(path, lambda text: drop_extension(text) in known)]
+    rows = [
+        columns for _, columns in read_rows(path, lambda text: drop_extension(text) in known)
+    ]
     if not rows:
-        raise ValueError(f"{path} lists no image; write one image name per line, without extension.")
+        raise ValueError(
+            f"{path} lists no image; write one image name per line, without extension."
+        )
 
     # A heading above a single column.
     if len(rows) > 1 and rows[0][0].lower() in _HEADINGS and find_key(rows[0][0]) is None:

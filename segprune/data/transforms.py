@@ -38,7 +38,9 @@ def normalise(image: Bytes) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))  # C H W
 
 
-def letterbox(image: Bytes, mask: Bytes | None, shape: tuple[int, int]) -> tuple[Bytes, Bytes | None, Box]:
+def letterbox(
+    image: Bytes, mask: Bytes | None, shape: tuple[int, int]
+) -> tuple[Bytes, Bytes | None, Box]:
     """Fits the whole image and mask into `shape` (H, W): aspect ratio kept, padded on both sides alike.
 
     The image is resized bicubically, the mask by nearest neighbour. The box (top, left, h, w) is where the
@@ -65,7 +67,9 @@ class EvalTransform:
 
     shape: tuple[int, int]
 
-    def __call__(self, image: Bytes, mask: Bytes, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
+    def __call__(
+        self, image: Bytes, mask: Bytes, rng: np.random.Generator
+    ) -> tuple[Bytes, Bytes]:
         image, boxed, _ = letterbox(image, mask, self.shape)
         # A mask went in, so a mask comes out.
         assert boxed is not None
@@ -87,11 +91,17 @@ class TrainTransform:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale {self.scale} must be (low, high) with 0 < low <= high; give both, low first.")
+            raise ValueError(
+                f"scale {self.scale} must be (low, high) with 0 < low <= high; give both, low first."
+            )
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip {self.flip} must be a probability in 0..1; give 0 to switch it off.")
+            raise ValueError(
+                f"flip {self.flip} must be a probability in 0..1; give 0 to switch it off."
+            )
 
-    def __call__(self, image: Bytes, mask: Bytes, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
+    def __call__(
+        self, image: Bytes, mask: Bytes, rng: np.random.Generator
+    ) -> tuple[Bytes, Bytes]:
         size, box, corner = self._draw_crop(image.shape[:2], rng)
         image = _resize(image, size, box, Image.Resampling.BICUBIC)
         mask = _resize(mask, size, box, Image.Resampling.NEAREST)
@@ -101,7 +111,9 @@ class TrainTransform:
         if self.colour:
             image = jitter_colour(image, rng)
 
-        return _pad(image, self.shape, corner, GREY), _pad(mask, self.shape, corner, IGNORE_INDEX)
+        return _pad(image, self.shape, corner, GREY), _pad(
+            mask, self.shape, corner, IGNORE_INDEX
+        )
 
     def _draw_crop(
         self, size: tuple[int, ...], rng: np.random.Generator
@@ -115,7 +127,9 @@ class TrainTransform:
         scaled = _fit(size, self.shape, rng.uniform(*self.scale))
         seen = (min(scaled[0], self.shape[0]), min(scaled[1], self.shape[1]))
         start = [int(rng.integers(0, n - s + 1)) for n, s in zip(scaled, seen, strict=True)]
-        corner = [int(rng.integers(0, n - s + 1)) for n, s in zip(self.shape, seen, strict=True)]
+        corner = [
+            int(rng.integers(0, n - s + 1)) for n, s in zip(self.shape, seen, strict=True)
+        ]
 
         # Source pixels per scaled pixel; rounding must not reach beyond the source.
         y, x = size[0] / scaled[0], size[1] / scaled[1]
@@ -126,12 +140,16 @@ class TrainTransform:
 
 def jitter_colour(image: Bytes, rng: np.random.Generator) -> Bytes:
     """Changes brightness, contrast, saturation and hue of [H, W, 3] at random, in one linear map of RGB."""
-    brightness, contrast, saturation = (rng.uniform(1 - x, 1 + x) for x in (BRIGHTNESS, CONTRAST, SATURATION))
+    brightness, contrast, saturation = (
+        rng.uniform(1 - x, 1 + x) for x in (BRIGHTNESS, CONTRAST, SATURATION)
+    )
     angle = 2 * np.pi * rng.uniform(-HUE, HUE)
 
     # Hue turns the chroma plane, saturation stretches it; brightness and contrast scale everything.
     turn = np.eye(3)
-    turn[1:, 1:] = saturation * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    turn[1:, 1:] = saturation * np.array(
+        [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    )
     matrix = brightness * contrast * np.linalg.inv(_YIQ) @ turn @ _YIQ
 
     # Contrast changes the distance from the image's mean luma, which therefore only brightness may move.
@@ -150,7 +168,10 @@ def _fit(size: tuple[int, ...], shape: tuple[int, int], scale: float = 1.0) -> t
 
 
 def _resize(
-    array: Bytes, size: tuple[int, int], box: tuple[float, float, float, float], how: Image.Resampling
+    array: Bytes,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float],
+    how: Image.Resampling,
 ) -> Bytes:
     """Returns the part `box` (left, top, right, bottom) of an array, resampled to `size` (H, W)."""
     resized = Image.fromarray(array).resize((size[1], size[0]), how, box=box)

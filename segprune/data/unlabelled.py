@@ -17,7 +17,9 @@ from segprune.data.transforms import Bytes, letterbox, normalise
 BATCH = 8
 
 
-def list_images(source: str | os.PathLike[str] | Source, split: str = "train") -> Sequence[Location]:
+def list_images(
+    source: str | os.PathLike[str] | Source, split: str = "train"
+) -> Sequence[Location]:
     """Returns where the images below a folder lie, folder by folder and by name, or those of a data set's split.
 
     FileNotFoundError for a folder without images.
@@ -33,9 +35,13 @@ def list_images(source: str | os.PathLike[str] | Source, split: str = "train") -
         return [pair.image for pair in pairs]
 
     # The same walk as for data sets, so hidden files are left out here too.
-    paths = [path for path in list_files(source) if Path(path).suffix.lower() in IMAGE_EXTENSIONS]
+    paths = [
+        path for path in list_files(source) if Path(path).suffix.lower() in IMAGE_EXTENSIONS
+    ]
     if not paths:
-        raise FileNotFoundError(f"{source} holds no image; give a folder with {', '.join(IMAGE_EXTENSIONS)} files.")
+        raise FileNotFoundError(
+            f"{source} holds no image; give a folder with {', '.join(IMAGE_EXTENSIONS)} files."
+        )
     return paths
 
 

@@ -42,10 +42,14 @@ def find_root(folder: Path) -> Path | None:
 
     # The archive unpacks to VOCdevkit/VOC2012, and users give any folder on the way.
     for parent in (folder, folder / "VOCdevkit"):
-        roots = [child for child in sorted(parent.glob("VOC*")) if (child / "JPEGImages").is_dir()]
+        roots = [
+            child for child in sorted(parent.glob("VOC*")) if (child / "JPEGImages").is_dir()
+        ]
         if len(roots) > 1:
             names = ", ".join(child.name for child in roots)
-            raise ValueError(f"{parent} holds several data sets ({names}); give the path of one of them.")
+            raise ValueError(
+                f"{parent} holds several data sets ({names}); give the path of one of them."
+            )
         if roots:
             return roots[0]
 
@@ -61,7 +65,9 @@ def open_root(root: Path) -> Source:
         palette = read_palette(next((path for path in firsts if path), None))
 
     lister = partial(_list_split, root, classes)
-    return Source("voc", str(root), classes.names, palette, lister, own_numbering=not classes.colours)
+    return Source(
+        "voc", str(root), classes.names, palette, lister, own_numbering=not classes.colours
+    )
 
 
 def _list_split(root: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]:
@@ -86,13 +92,18 @@ def _list_split(root: Path, classes: ClassTable, split: str) -> tuple[Pair, ...]
 
     # A wrong encoding turns names into others, which then seem to be missing.
     remark = "" if listed is None else describe_encoding(listed)
-    check_present(names, images, os.path.join(root, "JPEGImages", "{}.jpg"), "image", listed_in, remark)
-    check_present(names, paths, os.path.join(root, MASK_FOLDERS[0], "{}.png"), "mask", listed_in)
+    check_present(
+        names, images, os.path.join(root, "JPEGImages", "{}.jpg"), "image", listed_in, remark
+    )
+    check_present(
+        names, paths, os.path.join(root, MASK_FOLDERS[0], "{}.png"), "mask", listed_in
+    )
 
     # A list may repeat an image on purpose, to give it more weight.
     own_names = number_repeats(names)
     return tuple(
-        Pair(own, images[name], paths[name], None, classes.colours) for own, name in zip(own_names, names, strict=True)
+        Pair(own, images[name], paths[name], None, classes.colours)
+        for own, name in zip(own_names, names, strict=True)
     )
 
 
@@ -130,4 +141,6 @@ def _find_list(root: Path, split: str) -> Path | None:
     if split == "val" or (split == "train" and is_pool):
         remedy += ", or train with `val_share` 0.1 or another `val_split`"
     there = f" (there are {', '.join(path.name for path in others)})" if others else ""
-    raise MissingSplitError(f"{folder / f'{split}.txt'} is missing, the list of the split's images{there}; {remedy}.")
+    raise MissingSplitError(
+        f"{folder / f'{split}.txt'} is missing, the list of the split's images{there}; {remedy}."
+    )

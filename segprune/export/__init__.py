@@ -54,7 +54,9 @@ BAKED = ("preprocess", "argmax")
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(TOLERANCE, 0.999),
     "fp16": Limits(2e-2, 0.98),
-    "int8": Limits(None, 0.9),  # where logits are far apart anyway, their difference tells little
+    "int8": Limits(
+        None, 0.9
+    ),  # where logits are far apart anyway, their difference tells little
 }
 
 
@@ -84,11 +86,15 @@ FORMATS: dict[str, Format] = {
 def check_choice(format: str, precision: str) -> None:
     """Raises ValueError for a format that is unknown or does not come in the precision."""
     if format not in FORMATS:
-        raise ValueError(f"The format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
+        raise ValueError(
+            f"The format {format!r} is unknown; choose one of {', '.join(FORMATS)}."
+        )
     # Only some of the formats can be quantised to int8.
     if precision not in FORMATS[format].precisions:
         allowed = ", ".join(FORMATS[format].precisions)
-        raise ValueError(f"The format {format} does not come in {precision!r}; choose one of {allowed}.")
+        raise ValueError(
+            f"The format {format} does not come in {precision!r}; choose one of {allowed}."
+        )
 
 
 @dataclass(frozen=True)
@@ -141,13 +147,17 @@ def export(
         )
     # Generated images would calibrate the ranges of activations for the wrong data.
     if precision == "int8" and not images:
-        raise ValueError("int8 needs images to calibrate on, like those the network will see; give some.")
+        raise ValueError(
+            "int8 needs images to calibrate on, like those the network will see; give some."
+        )
 
     # The file is compared with the network as it came, in float32, whatever is done to the network for the file.
     reference = copy.deepcopy(model).cpu().float().eval()
     # Where only storage is halved, the writer does it; the network stays in float32.
     half = precision == "fp16" and not format.stores_half
-    network = Deployed(reference, half=half, preprocess=options.preprocess, argmax=options.argmax)
+    network = Deployed(
+        reference, half=half, preprocess=options.preprocess, argmax=options.argmax
+    )
     spec = network.network.spec
     # The manifest describes the folded network, since that is what the file computes.
     manifest = Manifest(
@@ -168,7 +178,9 @@ def export(
     limits = limits or LIMITS[precision]
     with atomic_files(path) as temporary:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's exporters call functions that PyTorch deprecates
+            warnings.simplefilter(
+                "ignore"
+            )  # PyTorch's exporters call functions that PyTorch deprecates
             format.write(job, temporary)
 
         # An error in here leaves no file behind.
@@ -179,7 +191,9 @@ def export(
     return manifest, difference
 
 
-def run_both(reference: nn.Module, runtime: Runtime, job: Job) -> Iterator[tuple[Tensor, Tensor]]:
+def run_both(
+    reference: nn.Module, runtime: Runtime, job: Job
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields what the network, in eval mode on the CPU, and its file give for the same images."""
     for images in job.choose_compared():
         with torch.no_grad():

@@ -76,7 +76,9 @@ class Job:
             shapes = ({0: dynamic(min=1)} | sides,)
 
         with torch.no_grad():
-            return torch.export.export(self.network, (self.make_example(),), dynamic_shapes=shapes)
+            return torch.export.export(
+                self.network, (self.make_example(),), dynamic_shapes=shapes
+            )
 
 
 def _draw(number: int, size: tuple[int, int]) -> list[Bytes]:

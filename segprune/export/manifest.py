@@ -51,4 +51,6 @@ def parse_manifest(text: str) -> Manifest:
         lists = {name: tuple(data.get(name, ())) for name in ("class_names", "palette")}
         return Manifest(**data | lists | {"shape": shape, "spec": spec})
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError("it holds no description by segprune of what it takes and returns") from error
+        raise ValueError(
+            "it holds no description by segprune of what it takes and returns"
+        ) from error

@@ -19,7 +19,12 @@ SUFFIX = ".ncnn.param"
 def write(job: Job, path: Path) -> None:
     """Writes the three files. fp16 halves the weights; the precision of computing is chosen where the file runs."""
     manifest = job.manifest
-    if manifest.shape is None or manifest.shape[0] > 1 or manifest.preprocess or manifest.argmax:
+    if (
+        manifest.shape is None
+        or manifest.shape[0] > 1
+        or manifest.preprocess
+        or manifest.argmax
+    ):
         raise ValueError(
             "A file of the format ncnn takes one normalised image of one size and returns logits; leave out `dynamic`, "
             "`batch_size` and `bake`."
@@ -47,6 +52,8 @@ def write(job: Job, path: Path) -> None:
 
     # An exit status of 0 alone does not show that the file was written.
     if result.returncode or not path.is_file():
-        raise ValueError(f"pnnx could not convert the network ({result.stderr[-200:].strip()}); choose another format.")
+        raise ValueError(
+            f"pnnx could not convert the network ({result.stderr[-200:].strip()}); choose another format."
+        )
     # Last, so that there is no manifest without a network.
     path.with_name(f"{stem}.ncnn.json").write_text(manifest.text, encoding="utf-8")

@@ -18,7 +18,14 @@ class Deployed(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: SegFormer, *, half: bool = False, preprocess: bool = False, argmax: bool = False) -> None:
+    def __init__(
+        self,
+        model: SegFormer,
+        *,
+        half: bool = False,
+        preprocess: bool = False,
+        argmax: bool = False,
+    ) -> None:
         super().__init__()
         # Class 256 would become 0 in a byte, without an error.
         if argmax and model.spec.num_classes > MAX_CLASSES:
@@ -39,7 +46,9 @@ class Deployed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Normalise in float32 even for fp16: pixels minus mean lose digits in half.
         if self.preprocess:
-            x = ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2)  # B H W 3 uint8 -> B 3 H W
+            x = ((x.float() - self.mean) / self.std).permute(
+                0, 3, 1, 2
+            )  # B H W 3 uint8 -> B 3 H W
 
         # Float32 out, so that every runtime returns the same type.
         logits = self.network(x.to(self.dtype)).float()  # B K H W

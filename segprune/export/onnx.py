@@ -70,7 +70,10 @@ def _name_sizes(model: Any, job: Job) -> None:
     # The channel is the one dimension that is fixed.
     sides = (0, 1, 2) if job.manifest.preprocess else (0, 2, 3)
     dims = model.graph.input[0].type.tensor_type.shape.dim
-    names = {dims[i].dim_param: name for i, name in zip(sides, ("batch", "height", "width"), strict=True)}
+    names = {
+        dims[i].dim_param: name
+        for i, name in zip(sides, ("batch", "height", "width"), strict=True)
+    }
 
     # A size occurs in many places, and all of them must get the same name.
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
@@ -86,9 +89,13 @@ def _quantise(model: Any, job: Job) -> Any:
     inference = require("onnxruntime.quantization.shape_inference", "Quantising ONNX to int8")
 
     with TemporaryDirectory() as folder:
-        plain, joined, quantised = (str(Path(folder) / name) for name in ("plain.onnx", "joined.onnx", "int8.onnx"))
+        plain, joined, quantised = (
+            str(Path(folder) / name) for name in ("plain.onnx", "joined.onnx", "int8.onnx")
+        )
         onnx.save(model, plain)
-        inference.quant_pre_process(plain, joined, skip_symbolic_shape=True)  # joins products and biases
+        inference.quant_pre_process(
+            plain, joined, skip_symbolic_shape=True
+        )  # joins products and biases
 
         # The products inside attention are those that read no weights.
         graph = onnx.load(joined).graph

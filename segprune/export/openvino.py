@@ -16,8 +16,12 @@ PURPOSE = "Exporting to OpenVINO"
 def write(job: Job, path: Path) -> None:
     """Writes both files. fp16 halves the weights; the device chooses how to compute. nncf quantises to int8."""
     int8, shape = job.manifest.precision == "int8", job.manifest.shape
-    if int8 and shape is not None and shape[0] > 1:  # with more, its scales were seen to be far off
-        raise ValueError("nncf calibrates on one image at a time; for int8 give `batch_size` 1, or `dynamic`.")
+    if (
+        int8 and shape is not None and shape[0] > 1
+    ):  # with more, its scales were seen to be far off
+        raise ValueError(
+            "nncf calibrates on one image at a time; for int8 give `batch_size` 1, or `dynamic`."
+        )
 
     # OpenVINO converts the graph of torch.export itself, without ONNX in between.
     ov = require("openvino", PURPOSE)
@@ -28,7 +32,9 @@ def write(job: Job, path: Path) -> None:
         batches = job.make_batches()
         data = nncf.Dataset(batches, lambda x: x.numpy())
         with redirect_stdout(StringIO()):  # its progress bars
-            model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
+            model = nncf.quantize(
+                model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+            )
 
     # Set after quantising, which returns another model.
     model.set_rt_info(job.manifest.text, [KEY])

@@ -118,7 +118,9 @@ def open_exported(path: str | Path) -> Runtime:
         # Runtimes' messages run to pages; the first line says the most.
         lines = str(error).strip().splitlines()
         reason = lines[0].rstrip(".") if lines else type(error).__name__
-        raise ValueError(f"{path} is no file that segprune export wrote ({reason}); export it again.") from error
+        raise ValueError(
+            f"{path} is no file that segprune export wrote ({reason}); export it again."
+        ) from error
 
 
 def _open_onnx(path: Path) -> Runtime:
@@ -142,8 +144,13 @@ def _open_openvino(path: Path) -> Runtime:
     ov = require("openvino", "Running an OpenVINO file")
     core = ov.Core()
     model = core.read_model(path)
-    manifest = parse_manifest(model.get_rt_info([KEY]).value if model.has_rt_info([KEY]) else "")
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    manifest = parse_manifest(
+        model.get_rt_info([KEY]).value if model.has_rt_info([KEY]) else ""
+    )
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
     compiled = core.compile_model(model, "CPU", settings)
 
     def run(x: Tensor) -> Tensor:
@@ -175,12 +182,18 @@ def is_compiled(path: str | Path) -> bool:
 def _open_aotinductor(path: Path) -> Runtime:
     # The manifest is read before the package is loaded, which runs its code.
     with zipfile.ZipFile(path) as archive:
-        texts = [archive.read(name) for name in archive.namelist() if name.endswith("_metadata.json")]
+        texts = [
+            archive.read(name) for name in archive.namelist() if name.endswith("_metadata.json")
+        ]
     manifest = parse_manifest(json.loads(texts[0]).get(KEY, "") if texts else "")
 
     from torch._inductor import aoti_load_package
 
-    return Runtime(f"AOTInductor {torch.__version__}", manifest, _run_without_grad(aoti_load_package(str(path))))
+    return Runtime(
+        f"AOTInductor {torch.__version__}",
+        manifest,
+        _run_without_grad(aoti_load_package(str(path))),
+    )
 
 
 def _open_torchscript(path: Path) -> Runtime:
@@ -199,12 +212,16 @@ def _open_ncnn(path: Path) -> Runtime:
     ncnn = require("ncnn", "Running an ncnn file")
     stem = path.with_suffix("")  # name.ncnn of name.ncnn.param
     description = stem.with_suffix(".ncnn.json")
-    manifest = parse_manifest(description.read_text(encoding="utf-8") if description.is_file() else "")
+    manifest = parse_manifest(
+        description.read_text(encoding="utf-8") if description.is_file() else ""
+    )
 
     # ncnn computes in half by default wherever the processor can; say what is wanted.
     net = ncnn.Net()
     net.opt.num_threads = torch.get_num_threads()
-    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = manifest.precision == "fp16"
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = (
+        manifest.precision == "fp16"
+    )
     # ncnn returns a status and raises nothing.
     if net.load_param(str(path)) or net.load_model(str(stem.with_suffix(".ncnn.bin"))):
         raise ValueError("ncnn cannot load it")

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from segprune.export.manifest import MIN_DYNAMIC, Manifest
 
-SMALLEST = (1, MIN_DYNAMIC, MIN_DYNAMIC)  # batch, height and width between which an engine of any size is built
+SMALLEST = (
+    1,
+    MIN_DYNAMIC,
+    MIN_DYNAMIC,
+)  # batch, height and width between which an engine of any size is built
 USUAL = (1, 512, 512)
 LARGEST = (8, 2048, 2048)
 
@@ -22,8 +26,14 @@ def command_line(path: Path, manifest: Manifest) -> str:
     # An engine of any size is tuned between bounds, which have to be named.
     if manifest.shape is None:
         name = "pixels" if manifest.preprocess else "images"
-        for flag, (batch, height, width) in (("minShapes", SMALLEST), ("optShapes", USUAL), ("maxShapes", LARGEST)):
-            sizes = (batch, height, width, 3) if manifest.preprocess else (batch, 3, height, width)
+        for flag, (batch, height, width) in (
+            ("minShapes", SMALLEST),
+            ("optShapes", USUAL),
+            ("maxShapes", LARGEST),
+        ):
+            sizes = (
+                (batch, height, width, 3) if manifest.preprocess else (batch, 3, height, width)
+            )
             words.append(f"--{flag}={name}:{'x'.join(map(str, sizes))}")
 
     return shlex.join(words)

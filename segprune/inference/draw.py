@@ -83,7 +83,10 @@ def error_map(labels: Bytes, predicted: Bytes) -> Bytes:
 
 
 def legend(
-    class_names: Sequence[str], palette: Sequence[int], present: Iterable[int] | None = None, width: int = 640
+    class_names: Sequence[str],
+    palette: Sequence[int],
+    present: Iterable[int] | None = None,
+    width: int = 640,
 ) -> Image.Image:
     """Draws the classes' colours, numbers and names in as many columns as `width` pixels hold, no wider than needed.
 
@@ -113,7 +116,9 @@ def legend(
     return sheet
 
 
-def contact_sheet(rows: Sequence[Row], palette: Sequence[int], class_names: Sequence[str]) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[Row], palette: Sequence[int], class_names: Sequence[str]
+) -> Image.Image:
     """Draws images below each other, each with ground truth, prediction and where they differ.
 
     The legend of the classes that occur stands below. ValueError for no row, and for one whose sizes differ.
@@ -149,18 +154,31 @@ def contact_sheet(rows: Sequence[Row], palette: Sequence[int], class_names: Sequ
     return sheet
 
 
-def _draw_block(name: str, image: Bytes, labels: Bytes, predicted: Bytes, palette: Sequence[int]) -> Image.Image:
+def _draw_block(
+    name: str, image: Bytes, labels: Bytes, predicted: Bytes, palette: Sequence[int]
+) -> Image.Image:
     """Draws one image's four panels, and over them its name and how much of it is right."""
     if not image.shape[:2] == labels.shape == predicted.shape:
-        sizes = ", ".join("×".join(map(str, array.shape[:2])) for array in (image, labels, predicted))
-        raise ValueError(f"{name}: image, labels and prediction are {sizes} (H×W); give all three in one size.")
+        sizes = ", ".join(
+            "×".join(map(str, array.shape[:2])) for array in (image, labels, predicted)
+        )
+        raise ValueError(
+            f"{name}: image, labels and prediction are {sizes} (H×W); give all three in one size."
+        )
 
     # Fit the longer side into a panel. Photographs may be smoothed, labels may not.
     scale = PANEL / max(labels.shape)
-    size = (max(1, round(labels.shape[1] * scale)), max(1, round(labels.shape[0] * scale)))  # W, H
+    size = (
+        max(1, round(labels.shape[1] * scale)),
+        max(1, round(labels.shape[0] * scale)),
+    )  # W, H
     smooth = Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.NEAREST
     panels = [Image.fromarray(image).resize(size, smooth)]
-    for panel in (paint(labels, palette), paint(predicted, palette), error_map(labels, predicted)):
+    for panel in (
+        paint(labels, palette),
+        paint(predicted, palette),
+        error_map(labels, predicted),
+    ):
         panels.append(Image.fromarray(panel).resize(size, Image.Resampling.NEAREST))
 
     # Two pixels more each way for the frames.
@@ -174,7 +192,11 @@ def _draw_block(name: str, image: Bytes, labels: Bytes, predicted: Bytes, palett
 
     # Pixels without a label are neither right nor wrong.
     known = labels != IGNORE_INDEX
-    right = f"{100 * np.mean(labels[known] == predicted[known]):.1f} % right" if known.any() else "no labels"
+    right = (
+        f"{100 * np.mean(labels[known] == predicted[known]):.1f} % right"
+        if known.any()
+        else "no labels"
+    )
     _write(draw, (0, caption // 2), name, 3 * (PANEL + GAP) - GAP)
     _write(draw, (3 * (PANEL + GAP), caption // 2), right, PANEL)
     return block
@@ -204,7 +226,9 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, room: i
 
     if font.getlength(text) > room:
         # The length grows with the text, so the longest beginning that fits is found by bisection.
-        num_fitting = bisect_right(range(len(text)), room, key=lambda end: ceil(font.getlength(text[:end] + "…")))
+        num_fitting = bisect_right(
+            range(len(text)), room, key=lambda end: ceil(font.getlength(text[:end] + "…"))
+        )
         text = text[: max(0, num_fitting - 1)] + "…"
     draw.text(place, text, fill=INK, font=font, anchor="lm")
 

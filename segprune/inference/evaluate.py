@@ -16,10 +16,27 @@ from torch import Tensor, nn
 
 from segprune.data import Sample
 from segprune.data.loading import load_batches
-from segprune.inference.label_maps import EvalMode, Network, Predict, Prepared, label_maps, prepare
+from segprune.inference.label_maps import (
+    EvalMode,
+    Network,
+    Predict,
+    Prepared,
+    label_maps,
+    prepare,
+)
 from segprune.inference.metrics import Score, Tally, score, shard
 
-__all__ = ["EvalMode", "Predict", "Progress", "Score", "Tally", "evaluate", "score", "shard", "tallies"]
+__all__ = [
+    "EvalMode",
+    "Predict",
+    "Progress",
+    "Score",
+    "Tally",
+    "evaluate",
+    "score",
+    "shard",
+    "tallies",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -45,7 +62,13 @@ def evaluate(
     done = 0
 
     for seen, counts in tallies(
-        predict, samples, num_classes, how, device=device, batch_size=batch_size, num_workers=num_workers
+        predict,
+        samples,
+        num_classes,
+        how,
+        device=device,
+        batch_size=batch_size,
+        num_workers=num_workers,
     ):
         total += counts
         done += seen
@@ -84,12 +107,16 @@ def tallies(
             tally = Tally(num_classes, boundary=how.boundary, device=device)
             # Not around the yield, which would leave inference mode on in the caller.
             with torch.inference_mode():
-                for predicted, truth in zip(label_maps(network, images, how), labels, strict=True):
+                for predicted, truth in zip(
+                    label_maps(network, images, how), labels, strict=True
+                ):
                     tally.update(predicted, truth.to(device))
             yield len(images), tally.counts
 
 
-def _load_batch(samples: Sequence[Sample], how: EvalMode) -> tuple[list[Prepared], list[Tensor]]:
+def _load_batch(
+    samples: Sequence[Sample], how: EvalMode
+) -> tuple[list[Prepared], list[Tensor]]:
     images, labels = [], []
     for sample in samples:
         image, mask = sample.load()

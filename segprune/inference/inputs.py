@@ -68,13 +68,17 @@ def find_images(source: str, save_dir: str) -> tuple[list[ImageFile], int]:
     if root.is_file():
         return [ImageFile(root, root.name, f"{root.stem}.png")], 0
     if is_same_path(out, root):
-        raise ValueError(f"`save_dir` {out} is the folder of the images itself; give another one.")
+        raise ValueError(
+            f"`save_dir` {out} is the folder of the images itself; give another one."
+        )
 
     # What an earlier run wrote below `save_dir` is no input of this one.
     paths = [Path(path) for path in list_files(root, skip=out)]
     images = [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS]
     if not images:
-        raise ValueError(f"{root} holds no image; give a folder with {', '.join(IMAGE_EXTENSIONS)} files.")
+        raise ValueError(
+            f"{root} holds no image; give a folder with {', '.join(IMAGE_EXTENSIONS)} files."
+        )
 
     return _name_targets(root, images), len(paths) - len(images)
 
@@ -93,7 +97,9 @@ def _name_targets(root: Path, paths: Sequence[Path]) -> list[ImageFile]:
     return images
 
 
-def check_sources_kept(sources: Sequence[Path], save_dir: Path, kinds: Sequence[str], targets: Sequence[str]) -> None:
+def check_sources_kept(
+    sources: Sequence[Path], save_dir: Path, kinds: Sequence[str], targets: Sequence[str]
+) -> None:
     """Raises ValueError if a file that is read is one that will be written, SAVE_DIR/KIND/TARGET."""
     # Compare what links lead to: two names may be one file.
     written: set[str] = set()

@@ -34,12 +34,16 @@ from segprune.data.transforms import GREY
 
 Mode = Literal["letterbox", "whole", "slide"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-Predict = Callable[[Tensor], Tensor]  # pixels B 3 H W, normalised float32 on the device -> logits B K h w
+Predict = Callable[
+    [Tensor], Tensor
+]  # pixels B 3 H W, normalised float32 on the device -> logits B K h w
 Bytes = npt.NDArray[np.uint8]
 
 MULTIPLE = 32  # of the sides of a whole image: the encoder's last stage reduces by 32
 STRIP_NUMBERS = 1 << 25  # logits in one strip, 128 MiB
-CPU_STRIP_NUMBERS = 1 << 20  # fits the cache: choosing among 150 classes then takes 0.4 of the time
+CPU_STRIP_NUMBERS = (
+    1 << 20
+)  # fits the cache: choosing among 150 classes then takes 0.4 of the time
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,26 @@ class EvalMode:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"`mode` {self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
+            raise ValueError(
+                f"`mode` {self.mode!r} is unknown; choose one of {', '.join(MODES)}."
+            )
 
         # NaN and infinity fail this comparison as well.
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             given = " ".join(f"{scale:g}" for scale in self.scales) or "empty"
-            raise ValueError(f"`scales` is {given}; give at least one, each above 0, such as 0.75 1 1.25.")
+            raise ValueError(
+                f"`scales` is {given}; give at least one, each above 0, such as 0.75 1 1.25."
+            )
 
         # Only sliding windows have a stride.
         if self.stride is not None and self.mode != "slide":
-            raise ValueError(f"`stride` has no effect in mode {self.mode}; leave it out, or choose the mode slide.")
+            raise ValueError(
+                f"`stride` has no effect in mode {self.mode}; leave it out, or choose the mode slide."
+            )
 
-        if not all(0 < step <= side for step, side in zip(self.steps, self.input_shape, strict=True)):
+        if not all(
+            0 < step <= side for step, side in zip(self.steps, self.input_shape, strict=True)
+        ):
             window = "×".join(map(str, self.input_shape))
             raise ValueError(
                 f"`stride` is {self.steps[0]}×{self.steps[1]}, where 1×1 to the window's {window} is allowed; "
@@ -110,18 +122,25 @@ def prepare(image: Bytes, how: EvalMode) -> Prepared:
 def _view(image: Bytes, how: EvalMode, scale: float) -> View:
     # letterbox: the image is fitted into the input's shape; `box` is where it lies there.
     if how.mode == "letterbox":
-        shape = how.input_shape if scale == 1 else _scaled(how.input_shape, scale, least=MULTIPLE)
+        shape = (
+            how.input_shape if scale == 1 else _scaled(how.input_shape, scale, least=MULTIPLE)
+        )
         canvas, _, box = letterbox(image, None, shape)
         return View(torch.from_numpy(canvas), box)
 
     # whole and slide: nothing but `scale` changes the image's size.
     height, width = _scaled(image.shape[:2], scale, least=1)
     if (height, width) != image.shape[:2]:
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        image = np.asarray(
+            Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        )
 
     # Pad below and to the right: to a multiple of 32, or to one window at least.
     if how.mode == "whole":
-        shape = (math.ceil(height / MULTIPLE) * MULTIPLE, math.ceil(width / MULTIPLE) * MULTIPLE)
+        shape = (
+            math.ceil(height / MULTIPLE) * MULTIPLE,
+            math.ceil(width / MULTIPLE) * MULTIPLE,
+        )
     else:
         shape = (max(height, how.input_shape[0]), max(width, how.input_shape[1]))
 
@@ -162,7 +181,9 @@ class Network:
 
         # SegFormers resize their logits themselves; other functions may give coarser ones.
         if logits.shape[2:] != x.shape[2:]:
-            logits = F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=False)
+            logits = F.interpolate(
+                logits, size=x.shape[2:], mode="bilinear", align_corners=False
+            )
         return logits.flip(-1) if mirrored else logits
 
 
@@ -185,12 +206,17 @@ def label_maps(network: Network, images: Sequence[Prepared], how: EvalMode) -> l
     if len(views) == 1:
         maps: dict[int, Tensor] = {}
         for i, rows in _read_logits(network, images, how, *views[0]):
-            strips = [strip.argmax(0).to(torch.uint8) for strip in _resize_in_strips(rows, images[i].size, limit)]
+            strips = [
+                strip.argmax(0).to(torch.uint8)
+                for strip in _resize_in_strips(rows, images[i].size, limit)
+            ]
             maps[i] = torch.cat(strips)
         return [maps[i] for i in range(len(images))]
 
     # Views vote with probabilities, since their logits may differ in magnitude.
-    votes = [torch.zeros(network.num_classes, *image.size, device=network.device) for image in images]  # K H W
+    votes = [
+        torch.zeros(network.num_classes, *image.size, device=network.device) for image in images
+    ]  # K H W
     for number, mirrored in views:
         for i, rows in _read_logits(network, images, how, number, mirrored):
             # Strips come from the top down, and `top` is where the next one begins.
@@ -293,7 +319,9 @@ class _SlidingWindows:
         # A row of windows may be longer than a batch.
         for begin in range(0, len(self.lefts), self.network.batch_size):
             lefts = self.lefts[begin : begin + self.network.batch_size]
-            windows = [self.view.canvas[top : top + height, left : left + width] for left in lefts]
+            windows = [
+                self.view.canvas[top : top + height, left : left + width] for left in lefts
+            ]
             batch = self.network(torch.stack(windows), self.mirrored)
             for left, logits in zip(lefts, batch, strict=True):
                 self.sums[:, start : start + height, left : left + width] += logits
@@ -329,9 +357,15 @@ def _resize_in_strips(rows: _Rows, size: tuple[int, int], limit: int) -> Iterato
     for top in range(0, height, step):
         bottom = min(height, top + step)
         # Bilinear resizing is separable: the height first, from few rows, then the width.
-        strip = rows.read(top, bottom) if view_height == height else _resize_rows(rows, ratio, top, bottom)
+        strip = (
+            rows.read(top, bottom)
+            if view_height == height
+            else _resize_rows(rows, ratio, top, bottom)
+        )
         if view_width != width:
-            strip = F.interpolate(strip[None], size=(bottom - top, width), mode="bilinear", align_corners=False)[0]
+            strip = F.interpolate(
+                strip[None], size=(bottom - top, width), mode="bilinear", align_corners=False
+            )[0]
         yield strip
 
 

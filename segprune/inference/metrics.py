@@ -56,7 +56,9 @@ class Tally:
     then the K unions of the two rims.
     """
 
-    def __init__(self, num_classes: int, *, boundary: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, num_classes: int, *, boundary: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
         self.num_classes = num_classes
         self.boundary = boundary
         size = num_classes * (num_classes + 2 * boundary)
@@ -126,7 +128,9 @@ def score(counts: Tensor, num_classes: int, num_images: int) -> Score:
     size = num_classes * num_classes
     confusion = counts[:size].view(num_classes, num_classes)
     if int(confusion.sum()) == 0:
-        raise ValueError("No pixel has a label, so there is nothing to score; check the masks' values.")
+        raise ValueError(
+            "No pixel has a label, so there is nothing to score; check the masks' values."
+        )
 
     # K × K, rows are labels and columns predictions; right pixels lie on the diagonal.
     right, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
@@ -150,7 +154,9 @@ def score(counts: Tensor, num_classes: int, num_images: int) -> Score:
 
 
 def _divide(parts: Tensor, wholes: Tensor) -> Ratios:
-    return tuple(a / b if b else None for a, b in zip(parts.tolist(), wholes.tolist(), strict=True))
+    return tuple(
+        a / b if b else None for a, b in zip(parts.tolist(), wholes.tolist(), strict=True)
+    )
 
 
 def _mean(ratios: Ratios) -> float:

@@ -65,7 +65,9 @@ class Predictions:
 
     def add(self, record: dict[str, Any], counts: Counts) -> None:
         shares = 100 * counts / counts.sum()
-        percent = {str(k): round(float(share), 4) for k, share in enumerate(shares) if share > 0}
+        percent = {
+            str(k): round(float(share), 4) for k, share in enumerate(shares) if share > 0
+        }
         self.records.append(record | {"percent": percent})
         self.counts += counts
 
@@ -86,7 +88,10 @@ def draw_kind(job: PredictJob, kind: str, image: Bytes, labels: Bytes) -> Bytes:
 
 
 def predict_images(
-    job: PredictJob, images: Sequence[ImageFile], skip_bad: bool = False, progress: Progress | None = None
+    job: PredictJob,
+    images: Sequence[ImageFile],
+    skip_bad: bool = False,
+    progress: Progress | None = None,
 ) -> Predictions:
     """Writes the files KIND/TARGET below the job's folder; returns a record per image in their order.
 
@@ -107,7 +112,9 @@ def predict_images(
                     elif skip_bad:
                         done.skipped.append({"name": image.name, "reason": loaded})
                     else:
-                        advice = ", or leave it out with `skip_bad`." if len(images) > 1 else "."
+                        advice = (
+                            ", or leave it out with `skip_bad`." if len(images) > 1 else "."
+                        )
                         raise ValueError(loaded.removesuffix(".") + advice)
 
                 labels = predict_labels(job, [loaded for _, loaded in readable])
@@ -128,7 +135,9 @@ def predict_images(
     return done
 
 
-def _collect(writing: deque[Future[tuple[dict[str, Any], Counts]]], done: Predictions, leave: int = 0) -> None:
+def _collect(
+    writing: deque[Future[tuple[dict[str, Any], Counts]]], done: Predictions, leave: int = 0
+) -> None:
     """Waits for all files but the last `leave` and adds their records; what was cancelled leaves no record."""
     while len(writing) > leave:
         if not writing[0].cancelled():
@@ -153,32 +162,47 @@ def _read_ahead(
 
     # Two batches at most are in memory: one that is predicted and one that is being read.
     ahead: deque[tuple[int, list[tuple[ImageFile, Future[LoadedImage | str]]]]] = deque()
-    starts = [*range(0, len(images), job.batch_size), None]  # None: nothing more to load, only to yield
+    starts = [
+        *range(0, len(images), job.batch_size),
+        None,
+    ]  # None: nothing more to load, only to yield
     for start in starts:
         if start is not None:
             batch = images[start : start + job.batch_size]
-            ahead.append((start + len(batch), [(image, pool.submit(load, image)) for image in batch]))
+            ahead.append(
+                (start + len(batch), [(image, pool.submit(load, image)) for image in batch])
+            )
         if ahead and (start is None or len(ahead) > 1):
             seen, futures = ahead.popleft()
             yield seen, [(image, future.result()) for image, future in futures]
 
 
-def _write_files(job: PredictJob, image: ImageFile, pixels: Bytes, labels: Bytes) -> tuple[dict[str, Any], Counts]:
+def _write_files(
+    job: PredictJob, image: ImageFile, pixels: Bytes, labels: Bytes
+) -> tuple[dict[str, Any], Counts]:
     """Writes the image's files; returns its record and its pixels per class."""
     for kind in job.kinds:
         # A mask keeps its classes as pixel values, so it is a palette image and no RGB.
-        if kind == "mask":
+        if kind == "mask":  # noqa: SIM108
             drawn = mask_image(labels, job.palette)
         else:
             drawn = Image.fromarray(draw_kind(job, kind, pixels, labels))
         with atomic_path(job.folder / kind / image.target) as temporary:
-            drawn.save(temporary, format="PNG", compress_level=3)  # twice as fast as level 6, a tenth larger
+            drawn.save(
+                temporary, format="PNG", compress_level=3
+            )  # twice as fast as level 6, a tenth larger
 
-    return {"name": image.name, "file": image.target, "size": list(labels.shape)}, job.count(labels)
+    return {"name": image.name, "file": image.target, "size": list(labels.shape)}, job.count(
+        labels
+    )
 
 
 def predict_video(
-    job: PredictJob, video: Video, target: str, limit: int | None, progress: VideoProgress | None = None
+    job: PredictJob,
+    video: Video,
+    target: str,
+    limit: int | None,
+    progress: VideoProgress | None = None,
 ) -> Predictions:
     """Writes the files KIND/TARGET below the job's folder; returns one record. Reads `limit` frames at most.
 
@@ -188,7 +212,11 @@ def predict_video(
     done = Predictions(job.no_pixels())
     counts = job.no_pixels()
     # Known from the file's header; a camera has no end.
-    total = video.num_frames if limit is None or video.num_frames is None else min(limit, video.num_frames)
+    total = (
+        video.num_frames
+        if limit is None or video.num_frames is None
+        else min(limit, video.num_frames)
+    )
 
     # However this ends, the stack closes the files, so that they can be played.
     with ExitStack() as files:
@@ -196,7 +224,9 @@ def predict_video(
         out = _VideoFiles(job, video.fps, target, files)
         try:
             for batch in batches:
-                loaded = [LoadedImage(frame.image, prepare(frame.image, job.how)) for frame in batch]
+                loaded = [
+                    LoadedImage(frame.image, prepare(frame.image, job.how)) for frame in batch
+                ]
                 for frame, labels in zip(batch, predict_labels(job, loaded), strict=True):
                     out.add(frame, labels)
                     counts += job.count(labels)
@@ -210,7 +240,11 @@ def predict_video(
         record = {"name": video.name, "file": target, "size": list(out.size)}
         done.add(record | {"frames": out.num_frames, "fps": video.fps}, counts)
     elif not done.interrupted:
-        remedy = "close other programs that use it" if video.live else "replace the file, or convert it to .mp4"
+        remedy = (
+            "close other programs that use it"
+            if video.live
+            else "replace the file, or convert it to .mp4"
+        )
         raise ValueError(f"No frame of {video.name} could be read; {remedy}.")
 
     # Headers may be off by a frame or two.
@@ -239,7 +273,9 @@ class _VideoFiles:
             # A file is opened at its first frame, which tells the size.
             if kind not in self.writers:
                 path = self.job.folder / kind / self.target
-                self.writers[kind] = self.files.enter_context(write_video(path, self.fps, drawn.shape[:2]))
+                self.writers[kind] = self.files.enter_context(
+                    write_video(path, self.fps, drawn.shape[:2])
+                )
             for _ in range(copies):
                 self.writers[kind](drawn)
 

@@ -79,7 +79,9 @@ def open_video(source: str, camera: bool) -> Iterator[Video]:
                 "or give another number."
             )
         if not capture.isOpened():
-            raise ValueError(f"{source} cannot be read as a video; replace the file, or convert it to .mp4.")
+            raise ValueError(
+                f"{source} cannot be read as a video; replace the file, or convert it to .mp4."
+            )
 
         # Both are 0 or nonsense where the file or the camera does not say.
         fps = capture.get(cv2.CAP_PROP_FPS)
@@ -94,7 +96,9 @@ def open_video(source: str, camera: bool) -> Iterator[Video]:
 
 
 @contextmanager
-def write_video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[Bytes], None]]:
+def write_video(
+    path: Path, fps: float, size: tuple[int, int]
+) -> Iterator[Callable[[Bytes], None]]:
     """Yields `write(frame)` for frames of `size` (H, W); the file is whole on success, and absent on failure.
 
     OSError if it cannot be written.
@@ -106,10 +110,14 @@ def write_video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Calla
     num_written = 0
 
     with atomic_path(path) as temporary:
-        unfinished = temporary.with_name(f"{temporary.name}.mp4")  # OpenCV takes the format from the ending
+        unfinished = temporary.with_name(
+            f"{temporary.name}.mp4"
+        )  # OpenCV takes the format from the ending
         try:
             code = cv2.VideoWriter.fourcc(*"mp4v")
-            with closing(_Released(cv2.VideoWriter(str(unfinished), code, fps, even[::-1]))) as opened:
+            with closing(
+                _Released(cv2.VideoWriter(str(unfinished), code, fps, even[::-1]))
+            ) as opened:
 
                 def write(frame: Bytes) -> None:
                     nonlocal num_written

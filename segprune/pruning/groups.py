@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from segprune.model import Attention, DecodeHead, Mlp, PatchEmbed
-from segprune.pruning.trace import CONVS, NORMS, TRANSPOSED_CONVS, eval_mode, is_depthwise, run, tensors_in, width_of
+from segprune.pruning.trace import (
+    CONVS,
+    NORMS,
+    TRANSPOSED_CONVS,
+    eval_mode,
+    is_depthwise,
+    run,
+    tensors_in,
+    width_of,
+)
 
 Side = Literal["out", "in"]
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -64,7 +73,9 @@ class Grouping:
     unsupported: dict[str, str]
 
 
-def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, heads: bool = False) -> Grouping:
+def find_groups(
+    model: nn.Module, example_inputs: Any, protected: Set[str], *, heads: bool = False
+) -> Grouping:
     """Finds all groups of `model` whose every output side is free.
 
     `protected` has names of layers whose outputs stay, or of groups; the network's own outputs always stay. `heads`
@@ -86,7 +97,9 @@ def find_groups(model: nn.Module, example_inputs: Any, protected: Set[str], *, h
 
 def is_protected(group: Group, names: Set[str]) -> bool:
     """Returns whether it is named itself, or one of its layers, whose outputs have to stay."""
-    return group.name in names or any(member.side == "out" and member.layer in names for member in group.members)
+    return group.name in names or any(
+        member.side == "out" and member.layer in names for member in group.members
+    )
 
 
 class _StandIn(nn.Linear):
@@ -153,13 +166,18 @@ def _traced_groups(
 
         # torch-pruning runs the network once and follows autograd's graph back from the
         # outputs.
-        graph.build_dependency(model, example_inputs, forward_fn=run, output_transform=tensors_in, verbose=False)
+        graph.build_dependency(
+            model, example_inputs, forward_fn=run, output_transform=tensors_in, verbose=False
+        )
 
         for traced in graph.get_all_groups():
             items = [_Item(item.dep, item.idxs, item.root_idxs) for item in traced]
 
             # The network's own outputs stay as they are.
-            if any(isinstance(item.module, output_kind) or _is_last(graph, item.dep) for item in items):
+            if any(
+                isinstance(item.module, output_kind) or _is_last(graph, item.dep)
+                for item in items
+            ):
                 continue
 
             # One layer that cannot be cut protects all channels that are tied to it.
@@ -171,7 +189,11 @@ def _traced_groups(
             # Positions beyond a layer's width: the tracer has lost count, so that nothing
             # is cut there.
             members = _find_members(graph, items, names, modules)
-            misread = {m.layer: type(modules[m.layer]).__name__ for m in members if not _fits(m, modules[m.layer])}
+            misread = {
+                m.layer: type(modules[m.layer]).__name__
+                for m in members
+                if not _fits(m, modules[m.layer])
+            }
             if misread:
                 unsupported |= misread
                 continue
@@ -200,14 +222,20 @@ def _is_last(graph: Any, dep: Any) -> bool:
     return not dep.target.outputs and graph.is_out_channel_pruning_fn(dep.handler)
 
 
-def _find_strange(graph: Any, items: list[_Item], names: dict[nn.Module, str]) -> dict[str, str]:
+def _find_strange(
+    graph: Any, items: list[_Item], names: dict[nn.Module, str]
+) -> dict[str, str]:
     """Returns the layers and bare parameters of a traced group that cannot be cut, with their classes."""
     strange = {}
     for item in items:
         # A bare parameter has no layer whose width could be set beside it.
         if isinstance(item.module, nn.Parameter):
             strange[graph._param_to_name[item.module]] = "Parameter"
-        elif isinstance(item.module, nn.Module) and item.module in names and not _can_cut(item.module):
+        elif (
+            isinstance(item.module, nn.Module)
+            and item.module in names
+            and not _can_cut(item.module)
+        ):
             strange[names[item.module]] = type(item.module).__name__
     return strange
 
@@ -240,7 +268,9 @@ def _can_cut(module: nn.Module) -> bool:
 
     # GroupNorm takes statistics over sets of neighbouring channels, which a cut would
     # shift; instance norms are not sliced by surgery.py.
-    if isinstance(module, nn.GroupNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
+    if isinstance(
+        module, nn.GroupNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+    ):
         return False
 
     # Activations, pooling and the like work at any width; unknown layers with weights do
@@ -253,7 +283,9 @@ def _fits(member: Member, module: nn.Module) -> bool:
     return bool(member.positions.max() < width_of(module, member.side))
 
 
-def _members(graph: Any, item: _Item, name: str, modules: dict[str, nn.Module]) -> Iterator[Member]:
+def _members(
+    graph: Any, item: _Item, name: str, modules: dict[str, nn.Module]
+) -> Iterator[Member]:
     """Yields where a group's channels lie in one traced layer; an attention's stand-in has several layers behind it."""
     module = item.module
     if not any(True for _ in module.parameters()) and not isinstance(module, NORMS):
@@ -265,7 +297,9 @@ def _members(graph: Any, item: _Item, name: str, modules: dict[str, nn.Module]) 
     # Layers whose input and output channels are the same are listed once, as an output
     # side.
     one_sided = isinstance(module, NORMS) or is_depthwise(module)
-    side: Side = "out" if one_sided or graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+    side: Side = (
+        "out" if one_sided or graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+    )
 
     if not isinstance(module, _StandIn):
         yield Member(name, side, positions, channels)
@@ -282,7 +316,9 @@ def _members(graph: Any, item: _Item, name: str, modules: dict[str, nn.Module]) 
             yield Member(f"{name}.{reader}", "in", positions, channels)
 
 
-def _named_group(members: list[Member], num_channels: int, modules: dict[str, nn.Module]) -> Group:
+def _named_group(
+    members: list[Member], num_channels: int, modules: dict[str, nn.Module]
+) -> Group:
     """Returns a group with kind and name by the glossary where the layers are ours; else "other", by the first layer.
 
     A stage's width is a stage's even where the decode head reads it: kinds are looked for in that order.
@@ -336,24 +372,46 @@ def _attention_groups(name: str, module: Attention, *, heads: bool) -> Iterator[
 
     # What the reduction puts out is normalised, and read by keys and values.
     if module.sr is not None:
-        sides: list[tuple[str, Side]] = [("sr", "out"), ("norm", "out"), ("k", "in"), ("v", "in")]
-        yield _block_group(f"{name}.reduction", "reduction", module.sr.out_channels, sides, name, 1)
+        sides: list[tuple[str, Side]] = [
+            ("sr", "out"),
+            ("norm", "out"),
+            ("k", "in"),
+            ("v", "in"),
+        ]
+        yield _block_group(
+            f"{name}.reduction", "reduction", module.sr.out_channels, sides, name, 1
+        )
 
     # A whole head takes its channels out of all four layers.
     if heads and num_heads > 1:
-        totals: list[tuple[str, Side, int]] = [("q", "out", qk), ("k", "out", qk), ("v", "out", v), ("proj", "in", v)]
+        totals: list[tuple[str, Side, int]] = [
+            ("q", "out", qk),
+            ("k", "out", qk),
+            ("v", "out", v),
+            ("proj", "in", v),
+        ]
 
         # Channel h of this group is head h, which owns total / num_heads neighbouring
         # positions.
         members = [
-            Member(f"{name}.{layer}", side, np.arange(total), np.arange(total) // (total // num_heads))
+            Member(
+                f"{name}.{layer}",
+                side,
+                np.arange(total),
+                np.arange(total) // (total // num_heads),
+            )
             for layer, side, total in totals
         ]
         yield Group(f"{name}.heads", "head", num_heads, tuple(members))
 
 
 def _block_group(
-    name: str, kind: str, num_channels: int, sides: list[tuple[str, Side]], prefix: str, parts: int
+    name: str,
+    kind: str,
+    num_channels: int,
+    sides: list[tuple[str, Side]],
+    prefix: str,
+    parts: int,
 ) -> Group:
     every = np.arange(num_channels)
     members = tuple(Member(f"{prefix}.{layer}", side, every, every) for layer, side in sides)

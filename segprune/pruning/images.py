@@ -19,7 +19,9 @@ def checked_images(model: SegFormer, batches: Iterable[Tensor]) -> list[Tensor]:
     for batch in batches:
         check_input(tuple(batch.shape))
         if not bool(batch.isfinite().all()):
-            raise ValueError("An image holds values that are not finite; check how the images are normalised.")
+            raise ValueError(
+                "An image holds values that are not finite; check how the images are normalised."
+            )
         if len(batch):
             images.append(batch.to(parameter.device, parameter.dtype))
     return images

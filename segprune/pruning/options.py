@@ -47,7 +47,8 @@ class PruneOptions:
         metavar="SHARE",
     )
     rate_of: RateOf | None = option(
-        None, "What the rate is a share of: params, macs, channels, latency. If not given: params."
+        None,
+        "What the rate is a share of: params, macs, channels, latency. If not given: params.",
     )
     plan_by: PlanBy | None = option(
         None,
@@ -67,22 +68,31 @@ class PruneOptions:
         metavar="SHARE",
     )
     ignore: str | Sequence[str] = option(
-        "", "Layers and groups of a plan that keep all their channels, by name: stages.0.*,stages.1.blocks.0.mlp.ffn."
+        "",
+        "Layers and groups of a plan that keep all their channels, by name: stages.0.*,stages.1.blocks.0.mlp.ffn.",
     )
     sensitivity: str | Mapping[str, float] | None = option(
-        None, "What `segprune scan` measured: a factor on the weight of each group.", metavar="FILE"
+        None,
+        "What `segprune scan` measured: a factor on the weight of each group.",
+        metavar="FILE",
     )
     plan: str | Mapping[str, int] | None = option(
         None, "Carry out the widths of such a file, edited or not.", metavar="FILE"
     )
     heads: bool = option(False, "Whole attention heads may be removed too.")
     keep_decoder: bool = option(False, "Do not fold the decode head.")
-    uniform: bool = option(False, "Keep every stage uniform, so that stock transformers can hold the network: convert.")
+    uniform: bool = option(
+        False,
+        "Keep every stage uniform, so that stock transformers can hold the network: convert.",
+    )
     repair: bool | None = option(
-        None, "Solve what reads the removed channels anew, from a few images. If not given: where there are images."
+        None,
+        "Solve what reads the removed channels anew, from a few images. If not given: where there are images.",
     )
     input_shape: tuple[int, int] = option(
-        (512, 512), "Height and width for MACs, latency, scoring and fine-tuning.", metavar="H W"
+        (512, 512),
+        "Height and width for MACs, latency, scoring and fine-tuning.",
+        metavar="H W",
     )
     seed: int = option(11, "Of random weights, of random ranking and of fine-tuning.")
     price: Price | None = None
@@ -94,9 +104,17 @@ class PruneOptions:
         # file becomes numbers and names. All checks below read those.
         _set(self, "pruning_rate", _read_rate(self.pruning_rate, self.rate_of))
         _set(self, "max_rate", _read_max_rate(self.max_rate))
-        _set(self, "ignore", tuple(parse_names(self.ignore) if isinstance(self.ignore, str) else self.ignore))
+        _set(
+            self,
+            "ignore",
+            tuple(parse_names(self.ignore) if isinstance(self.ignore, str) else self.ignore),
+        )
         _set(self, "sensitivity", self.sensitivity or None)
-        _set(self, "plan", os.fspath(self.plan) if isinstance(self.plan, os.PathLike) else self.plan or None)
+        _set(
+            self,
+            "plan",
+            os.fspath(self.plan) if isinstance(self.plan, os.PathLike) else self.plan or None,
+        )
 
         # First each value by itself, then what cannot be combined.
         check_input((1, 3, *self.input_shape))
@@ -111,7 +129,9 @@ class PruneOptions:
     def budgets(self) -> dict[RateOf, float]:
         """The shares to remove by unit. Empty where a plan, or shares by name alone, say everything."""
         if isinstance(self.pruning_rate, Mapping):
-            return {unit: self.pruning_rate[unit] for unit in UNITS if unit in self.pruning_rate}
+            return {
+                unit: self.pruning_rate[unit] for unit in UNITS if unit in self.pruning_rate
+            }
         if self.plan is not None:
             return {}
 
@@ -126,7 +146,11 @@ class PruneOptions:
             return {}
 
         # Names that are no unit are patterns of groups.
-        return {pattern: share for pattern, share in self.pruning_rate.items() if pattern not in UNITS}
+        return {
+            pattern: share
+            for pattern, share in self.pruning_rate.items()
+            if pattern not in UNITS
+        }
 
     @property
     def limits_by_name(self) -> Mapping[str, float]:
@@ -153,7 +177,9 @@ class PruneOptions:
     @property
     def lets_curves_choose(self) -> bool:
         """Whether it may be measured, given images, which channels the repair can do without."""
-        return self.plan_by != "scores" and self.repair is not False and not self.given(FOR_SCORES)
+        return (
+            self.plan_by != "scores" and self.repair is not False and not self.given(FOR_SCORES)
+        )
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Returns those of the options that differ from their defaults."""
@@ -170,7 +196,9 @@ def _read_rate(rate: Any, rate_of: RateOf | None) -> float | dict[str, float] | 
     if rate is None or isinstance(rate, int | float):
         return rate
     if isinstance(rate, str):
-        shares = parse_shares(rate, "pruning_rate", "0.5, or params=0.5,macs=0.7, or stages.3=0.7")
+        shares = parse_shares(
+            rate, "pruning_rate", "0.5, or params=0.5,macs=0.7, or stages.3=0.7"
+        )
     else:
         shares = dict(rate)
 
@@ -178,12 +206,16 @@ def _read_rate(rate: Any, rate_of: RateOf | None) -> float | dict[str, float] | 
     if "" in shares:
         unit = rate_of or "params"
         if unit in shares:
-            raise ValueError(f"`pruning_rate` says twice how much of the {unit} to remove; leave one of them out.")
+            raise ValueError(
+                f"`pruning_rate` says twice how much of the {unit} to remove; leave one of them out."
+            )
         if len(shares) == 1:
             return shares[""]
         shares[unit] = shares.pop("")
     elif rate_of is not None and rate_of not in shares:
-        raise ValueError("`rate_of` has no effect beside a `pruning_rate` that names its units; leave one of them out.")
+        raise ValueError(
+            "`rate_of` has no effect beside a `pruning_rate` that names its units; leave one of them out."
+        )
     return shares
 
 
@@ -210,10 +242,14 @@ def _check_words(options: PruneOptions) -> None:
 
         # None is "not given": what it stands for depends on other options.
         if word is not None and word not in known:
-            raise ValueError(f"`{name}` is {word!r}, which is unknown; choose one of {', '.join(known)}.")
+            raise ValueError(
+                f"`{name}` is {word!r}, which is unknown; choose one of {', '.join(known)}."
+            )
 
     if options.round_to < 1:
-        raise ValueError(f"`round_to` is {options.round_to}; widths are kept multiples of a whole number from 1 up.")
+        raise ValueError(
+            f"`round_to` is {options.round_to}; widths are kept multiples of a whole number from 1 up."
+        )
 
 
 def _check_shares(options: PruneOptions) -> None:
@@ -225,16 +261,30 @@ def _check_shares(options: PruneOptions) -> None:
         for name, share in shares.items():
             if share is not None and not 0.0 <= share < 1.0:
                 of = f" for {name}" if name and name != "*" else ""
-                raise ValueError(f"`{argument}` is {share:g}{of}; it must be at least 0 and below 1.")
+                raise ValueError(
+                    f"`{argument}` is {share:g}{of}; it must be at least 0 and below 1."
+                )
 
 
-PLANNING = ("pruning_rate", "rate_of", "plan_by", "scope", "round_to", "max_rate", "sensitivity", "price", "normalise")
+PLANNING = (
+    "pruning_rate",
+    "rate_of",
+    "plan_by",
+    "scope",
+    "round_to",
+    "max_rate",
+    "sensitivity",
+    "price",
+    "normalise",
+)
 
 
 def _check_plan(options: PruneOptions) -> None:
     """A finished plan leaves nothing to decide."""
     for name in options.given(PLANNING) if options.plan is not None else ():
-        raise ValueError(f"`{name}` has no effect with `plan`, which says what is kept; leave one of them out.")
+        raise ValueError(
+            f"`{name}` has no effect with `plan`, which says what is kept; leave one of them out."
+        )
 
 
 def _check_uniform(options: PruneOptions) -> None:
@@ -244,17 +294,31 @@ def _check_uniform(options: PruneOptions) -> None:
     # Uniform stages have one width each and the published decode head: what asks for other
     # widths, group by group, or for another head contradicts that.
     excluded = options.given(("heads", "keep_decoder", "scope"))
-    excluded += [f"{unit} as a unit of `pruning_rate`" for unit in ("channels", "latency") if unit in options.budgets]
+    excluded += [
+        f"{unit} as a unit of `pruning_rate`"
+        for unit in ("channels", "latency")
+        if unit in options.budgets
+    ]
     if options.shares_by_name:
         excluded.append("names in `pruning_rate`")
     if options.price == "none":
         excluded.append("price none")
     for name in excluded:
         named = f"`{name}`" if name.isidentifier() else name
-        raise ValueError(f"{named} cannot be combined with `uniform`, whose stages have rules of their own; drop one.")
+        raise ValueError(
+            f"{named} cannot be combined with `uniform`, whose stages have rules of their own; drop one."
+        )
 
 
-FOR_SCORES = ("pruning_method", "scope", "sensitivity", "price", "normalise", "heads", "uniform")
+FOR_SCORES = (
+    "pruning_method",
+    "scope",
+    "sensitivity",
+    "price",
+    "normalise",
+    "heads",
+    "uniform",
+)
 
 
 def _check_curves(options: PruneOptions) -> None:
@@ -262,11 +326,15 @@ def _check_curves(options: PruneOptions) -> None:
     if options.plan_by != "curves":
         return
     for name in options.given(FOR_SCORES):
-        raise ValueError(f"`{name}` cannot be combined with `plan_by` curves; leave it out, or plan by scores.")
+        raise ValueError(
+            f"`{name}` cannot be combined with `plan_by` curves; leave it out, or plan by scores."
+        )
 
     # The curves measure the loss after the repair, which would not happen.
     if options.repair is False:
-        raise ValueError("`plan_by` curves counts on the repair; leave out `repair` False, or plan by scores.")
+        raise ValueError(
+            "`plan_by` curves counts on the repair; leave out `repair` False, or plan by scores."
+        )
 
 
 def _check_effects(options: PruneOptions) -> None:

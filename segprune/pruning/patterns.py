@@ -24,7 +24,9 @@ def matches(pattern: str, name: str) -> bool:
 
     # The dot before the wildcard keeps "stages.1" from matching "stages.10".
     forms = (name, name.removeprefix("encoder."))
-    return any(fnmatchcase(form, pattern) or fnmatchcase(form, f"{pattern}.*") for form in forms)
+    return any(
+        fnmatchcase(form, pattern) or fnmatchcase(form, f"{pattern}.*") for form in forms
+    )
 
 
 def matching_names(patterns: Iterable[str], names: Sequence[str], argument: str) -> set[str]:
@@ -35,7 +37,11 @@ def matching_names(patterns: Iterable[str], names: Sequence[str], argument: str)
         if not new:
             # Three names from all over the network show how encoder and head are called.
             examples = names[:: max(1, len(names) // 3)][:3]
-            units = " (and units are params, macs, channels, latency)" if argument == "pruning_rate" else ""
+            units = (
+                " (and units are params, macs, channels, latency)"
+                if argument == "pruning_rate"
+                else ""
+            )
             raise ValueError(
                 f"`{argument}` {pattern!r} matches nothing in this network; its names look like {', '.join(examples)}"
                 f"{units}."
@@ -44,7 +50,9 @@ def matching_names(patterns: Iterable[str], names: Sequence[str], argument: str)
     return matched
 
 
-def match(values: Mapping[str, float], groups: Sequence[Group], argument: str) -> dict[str, float]:
+def match(
+    values: Mapping[str, float], groups: Sequence[Group], argument: str
+) -> dict[str, float]:
     """Returns the value of each group that a pattern matches; of several patterns the last one holds."""
     names = [group.name for group in groups]
     by_name: dict[str, float] = {}
@@ -78,6 +86,8 @@ def parse_shares(text: str, argument: str, example: str) -> dict[str, float]:
 
         name = name.strip()
         if name in shares:
-            raise ValueError(f"`{argument}` is {text!r}, which gives two shares for {name or 'one number'}; drop one.")
+            raise ValueError(
+                f"`{argument}` is {text!r}, which gives two shares for {name or 'one number'}; drop one."
+            )
         shares[name] = share
     return shares

@@ -16,7 +16,9 @@ from segprune.pruning.groups import Group
 from segprune.pruning.importance import Scores
 from segprune.pruning.options import RateOf
 
-Widths = np.ndarray[tuple[int], np.dtype[np.int64]]  # channels kept in each part of each group, in the groups' order
+Widths = np.ndarray[
+    tuple[int], np.dtype[np.int64]
+]  # channels kept in each part of each group, in the groups' order
 
 EXPLAINED = (
     "width: channels kept in each of a group's parts (heads), from 1 to `slots`. Edit it, then run the same command "
@@ -56,39 +58,60 @@ def keep_best(groups: Sequence[Group], scores: Mapping[str, Scores], widths: Wid
 
 
 def widths_of(plan: Plan, groups: Sequence[Group]) -> Widths:
-    return np.array([len(plan.keep[group.name]) // group.parts for group in groups], dtype=np.int64)
+    return np.array(
+        [len(plan.keep[group.name]) // group.parts for group in groups], dtype=np.int64
+    )
 
 
 def check_widths(widths: Mapping[str, int], groups: Sequence[Group]) -> Widths:
     """Returns the widths in the order of the groups. Raises ValueError for names or widths that do not fit."""
     # A plan has to name exactly the groups of this network: none missing, none left over.
     slots = {group.name: group.slots for group in groups}
-    strange, missing = sorted(widths.keys() - slots.keys()), sorted(slots.keys() - widths.keys())
+    strange, missing = (
+        sorted(widths.keys() - slots.keys()),
+        sorted(slots.keys() - widths.keys()),
+    )
     wrong = [f"group {name}, which this network cannot cut" for name in strange[:1]]
     wrong += [f"group {name}, which the plan does not name" for name in missing[:1]]
     if wrong:
-        raise ValueError(f"The plan is not one for this network and these options: {', and '.join(wrong)}.")
+        raise ValueError(
+            f"The plan is not one for this network and these options: {', and '.join(wrong)}."
+        )
 
     for name, width in widths.items():
         if not 1 <= width <= slots[name]:
-            raise ValueError(f"The plan keeps {width} channels of {name}; it must be 1 to {slots[name]}.")
+            raise ValueError(
+                f"The plan keeps {width} channels of {name}; it must be 1 to {slots[name]}."
+            )
     return np.array([widths[group.name] for group in groups], dtype=np.int64)
 
 
-def plan_rows(plan: Plan, groups: Sequence[Group], costs: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def plan_rows(
+    plan: Plan, groups: Sequence[Group], costs: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
     """Returns a record per group: its width, its share of the network's `costs`, by unit, and the loss expected."""
     rows: list[dict[str, Any]] = []
     for group, width in zip(groups, widths_of(plan, groups).tolist(), strict=True):
         # Rounded for reading; only the name and the width are read back.
-        row = {"name": group.name, "kind": group.kind, "parts": group.parts, "slots": group.slots, "width": width}
-        row |= {f"share_of_{unit}": round(shares[group.name], 6) for unit, shares in costs.items()}
+        row = {
+            "name": group.name,
+            "kind": group.kind,
+            "parts": group.parts,
+            "slots": group.slots,
+            "width": width,
+        }
+        row |= {
+            f"share_of_{unit}": round(shares[group.name], 6) for unit, shares in costs.items()
+        }
         if group.name in plan.losses:
             row["expected_loss"] = float(f"{plan.losses[group.name]:.3g}")
         rows.append(row)
     return rows
 
 
-def write_plan(plan: Plan, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], path: Path) -> None:
+def write_plan(
+    plan: Plan, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], path: Path
+) -> None:
     """Writes a plan as JSON, with a record per group (`plan_rows`) and the settings that it was made with."""
     record = {
         "explained": EXPLAINED,
@@ -111,11 +134,15 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
     widths: dict[str, int] = {}
     for name, width in rows:
         if type(name) is not str:
-            raise ValueError(f"{path} is no plan; write one with --plan_only, and in it change only the widths.")
+            raise ValueError(
+                f"{path} is no plan; write one with --plan_only, and in it change only the widths."
+            )
 
         # `isinstance` would let JSON's true pass for 1.
         if type(width) is not int:
-            raise ValueError(f"{path} gives group {name} the width {json.dumps(width)}; it must be a whole number.")
+            raise ValueError(
+                f"{path} gives group {name} the width {json.dumps(width)}; it must be a whole number."
+            )
         if name in widths:
             raise ValueError(f"{path} names group {name} twice; leave one of them.")
         widths[name] = width
@@ -125,7 +152,9 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
 def read_sensitivity(path: str | os.PathLike[str]) -> dict[str, float]:
     """Returns factors by group name. Raises ValueError where the file is no result of a scan."""
     factors = _read(path).get("sensitivity")
-    if not isinstance(factors, dict) or not all(type(v) in (int, float) and v > 0 for v in factors.values()):
+    if not isinstance(factors, dict) or not all(
+        type(v) in (int, float) and v > 0 for v in factors.values()
+    ):
         raise ValueError(f"{path} holds no sensitivities; write it with `segprune scan`.")
     return factors
 
@@ -134,7 +163,11 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} does not exist; give the JSON file of a plan or a scan.") from error
+        raise FileNotFoundError(
+            f"{path} does not exist; give the JSON file of a plan or a scan."
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); write it anew, or fix it there.") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); write it anew, or fix it there."
+        ) from error
     return record if isinstance(record, dict) else {}

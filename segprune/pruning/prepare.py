@@ -19,7 +19,10 @@ from segprune.pruning.trace import tensors_in, trace
 from segprune.spec import Spec
 from segprune.stats import Layer, count, layers
 
-TRACE_SHAPE = (64, 64)  # H W at which a stock network is traced: its groups do not depend on the size
+TRACE_SHAPE = (
+    64,
+    64,
+)  # H W at which a stock network is traced: its groups do not depend on the size
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,12 @@ def stock_spec(model: nn.Module) -> Spec | None:
     with torch.device("meta"):
         reference = SegFormer(model.spec)
 
-    modules, expected = ([(name, type(m)) for name, m in net.named_modules()] for net in (model, reference))
-    shapes, expected_shapes = ({name: t.shape for name, t in net.state_dict().items()} for net in (model, reference))
+    modules, expected = (
+        [(name, type(m)) for name, m in net.named_modules()] for net in (model, reference)
+    )
+    shapes, expected_shapes = (
+        {name: t.shape for name, t in net.state_dict().items()} for net in (model, reference)
+    )
     return model.spec if modules == expected and shapes == expected_shapes else None
 
 
@@ -77,7 +84,9 @@ def check_head(spec: Spec, options: PruneOptions) -> None:
         )
 
 
-def prepare(model: nn.Module, example_inputs: Any, protected: set[str], options: PruneOptions) -> Prepared:
+def prepare(
+    model: nn.Module, example_inputs: Any, protected: set[str], options: PruneOptions
+) -> Prepared:
     """Finds what can be removed from a copy of the network. `protected` names layers whose outputs, and groups, stay.
 
     Raises ValueError where nothing can be removed, and where a network of the user's own comes without inputs.
@@ -97,11 +106,19 @@ def prepare(model: nn.Module, example_inputs: Any, protected: set[str], options:
 _FOLDED_AWAY = ("fuse", *(f"branches.{i}" for i in range(4)))
 
 
-def _prepare_stock(dense: SegFormer, example_inputs: Any, protected: set[str], options: PruneOptions) -> Prepared:
+def _prepare_stock(
+    dense: SegFormer, example_inputs: Any, protected: set[str], options: PruneOptions
+) -> Prepared:
     """Prepares a network as its spec builds it. The head is not folded where a protected layer would disappear."""
     # MACs depend on the size; the groups do not, so that tracing uses a small one.
-    height, width = options.input_shape if example_inputs is None else tensors_in(example_inputs)[0].shape[2:]
-    fold = not (options.keep_decoder or protected & {f"decode_head.{name}" for name in _FOLDED_AWAY})
+    height, width = (
+        options.input_shape
+        if example_inputs is None
+        else tensors_in(example_inputs)[0].shape[2:]
+    )
+    fold = not (
+        options.keep_decoder or protected & {f"decode_head.{name}" for name in _FOLDED_AWAY}
+    )
     model = fold_decoder(dense) if fold else copy.deepcopy(dense)
 
     parameter = next(model.parameters())
@@ -122,7 +139,9 @@ def _prepare_stock(dense: SegFormer, example_inputs: Any, protected: set[str], o
     )
 
 
-def _prepare_traced(dense: nn.Module, example_inputs: Any, protected: set[str], options: PruneOptions) -> Prepared:
+def _prepare_traced(
+    dense: nn.Module, example_inputs: Any, protected: set[str], options: PruneOptions
+) -> Prepared:
     """Prepares any other network, run once on `example_inputs`. Attention that is not ours keeps all its channels."""
     model = copy.deepcopy(dense)
     seen = trace(model, example_inputs)
@@ -138,7 +157,9 @@ def _prepare_traced(dense: nn.Module, example_inputs: Any, protected: set[str], 
     grouping = find_groups(model, example_inputs, protected | inside, heads=options.heads)
 
     # Layers inside such attention are not named again: its own name says it.
-    unsupported = {name: kind for name, kind in grouping.unsupported.items() if name not in inside}
+    unsupported = {
+        name: kind for name, kind in grouping.unsupported.items() if name not in inside
+    }
     _warn_left_alone(seen.unknown_attention, unsupported)
 
     # A layer that runs twice is listed twice, and has its parameters once.
@@ -175,7 +196,9 @@ def _warn_left_alone(attention: dict[str, str], unsupported: dict[str, str]) -> 
         parts.append(f"layers that it cannot cut: {_summarise(unsupported)}")
     if parts:
         # Six frames up is the line that calls Pruner.prune.
-        warnings.warn(f"Left as it is, with all channels tied to it: {'; '.join(parts)}.", stacklevel=6)
+        warnings.warn(
+            f"Left as it is, with all channels tied to it: {'; '.join(parts)}.", stacklevel=6
+        )
 
 
 def _summarise(names: dict[str, str]) -> str:
@@ -183,4 +206,7 @@ def _summarise(names: dict[str, str]) -> str:
     by_class: dict[str, list[str]] = {}
     for name, kind in names.items():
         by_class.setdefault(kind, []).append(name)
-    return ", ".join(f"{kind} ({len(own)}, first {own[0] or 'the network itself'})" for kind, own in by_class.items())
+    return ", ".join(
+        f"{kind} ({len(own)}, first {own[0] or 'the network itself'})"
+        for kind, own in by_class.items()
+    )

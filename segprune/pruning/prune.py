@@ -64,11 +64,16 @@ def prune(
 
     shape = pruner.options.input_shape
     # Both are counted from specs, which only a SegFormer has.
-    before, after = (count(net.spec, shape) if isinstance(net, SegFormer) else None for net in (model, network))
+    before, after = (
+        count(net.spec, shape) if isinstance(net, SegFormer) else None
+        for net in (model, network)
+    )
     return Pruned(network, pruner.plan, before, after)
 
 
-def make_pruner(model: nn.Module, *arguments: Any, options: PruneOptions | None = None, **others: Any) -> Pruner:
+def make_pruner(
+    model: nn.Module, *arguments: Any, options: PruneOptions | None = None, **others: Any
+) -> Pruner:
     """Returns an `L1Pruner`, whose `_collect_ignored_layers` users may edit, for l1; else a plain `Pruner`."""
     method = others.get("pruning_method") or (options or PruneOptions()).pruning_method
     kind = L1Pruner if method == "l1" else Pruner

@@ -79,7 +79,9 @@ class Pruner:
         if isinstance(model, SegFormer):
             check_head(model.spec, self.options)
         if self.options.repair and not self.images:
-            raise ValueError("`repair` needs `images`, and there are none; give a few dozen, labels are not needed.")
+            raise ValueError(
+                "`repair` needs `images`, and there are none; give a few dozen, labels are not needed."
+            )
 
     def prune(self, example_inputs: Any = None) -> nn.Module:
         """Returns a new, smaller network; the one given is left as it was. At rate 0 it is a plain copy.
@@ -97,13 +99,19 @@ class Pruner:
         pruned = self.repair(prepared, self.plan, pruned)
 
         # Stock classes know the published decode head alone.
-        return unfold_decoder(pruned) if self.options.uniform and isinstance(pruned, SegFormer) else pruned
+        return (
+            unfold_decoder(pruned)
+            if self.options.uniform and isinstance(pruned, SegFormer)
+            else pruned
+        )
 
     def prepare(self, example_inputs: Any = None) -> Prepared:
         """Returns a copy of the network, folded if it is to be, and the groups that may be cut in it."""
         prepared = prepare(self.model, example_inputs, self.protected_names(), self.options)
         if self.options.repair and not prepared.stock:
-            raise ValueError(f"{type(self.model).__name__} is not a stock SegFormer; only those can be repaired.")
+            raise ValueError(
+                f"{type(self.model).__name__} is not a stock SegFormer; only those can be repaired."
+            )
 
         # A factor for a group that is not there would have no effect.
         sensitivity = self.options.sensitivity or {}
@@ -119,7 +127,13 @@ class Pruner:
     def score(self, prepared: Prepared) -> dict[str, Scores]:
         """Returns by group name a score per channel."""
         options = self.options
-        return score_channels(prepared.model, prepared.groups, options.pruning_method, self.images, seed=options.seed)
+        return score_channels(
+            prepared.model,
+            prepared.groups,
+            options.pruning_method,
+            self.images,
+            seed=options.seed,
+        )
 
     def decide(self, prepared: Prepared, scores: Mapping[str, Scores]) -> Plan:
         """Returns which channels are kept; nothing is cut."""
@@ -132,7 +146,9 @@ class Pruner:
         # measured.
         if self.options.plan is not None:
             if self.options.lets_curves_choose and self.images and prepared.stock:
-                return by_widths_and_curves(prepared, scores, self.images, self.options, self.progress)
+                return by_widths_and_curves(
+                    prepared, scores, self.images, self.options, self.progress
+                )
             return by_widths(prepared, scores, self.options)
 
         # Latency is predicted, measured and corrected, around a solver for ordinary
@@ -141,8 +157,12 @@ class Pruner:
         if "latency" in self.options.budgets:
             solver = None
             if use_curves:
-                solver = solve_by_curves(prepared, scores, self.images, self.options, self.progress)
-            return by_latency(prepared, scores, self.options, self.latency_table, self.progress, solver)
+                solver = solve_by_curves(
+                    prepared, scores, self.images, self.options, self.progress
+                )
+            return by_latency(
+                prepared, scores, self.options, self.latency_table, self.progress, solver
+            )
         if use_curves:
             return by_curves(prepared, scores, self.images, self.options, self.progress)
         return by_rate(prepared, scores, self.options)
@@ -156,9 +176,13 @@ class Pruner:
         # decide in that case.
         if self.options.plan_by is not None:
             if not self.images:
-                raise ValueError("`plan_by` curves needs `images`; give a few dozen, labels are not needed.")
+                raise ValueError(
+                    "`plan_by` curves needs `images`; give a few dozen, labels are not needed."
+                )
             if not prepared.stock:
-                raise ValueError(f"{type(self.model).__name__} is not a stock SegFormer; plan it by scores.")
+                raise ValueError(
+                    f"{type(self.model).__name__} is not a stock SegFormer; plan it by scores."
+                )
         return bool(self.images) and prepared.stock
 
     def repair(self, prepared: Prepared, plan: Plan, pruned: nn.Module) -> nn.Module:
@@ -168,7 +192,9 @@ class Pruner:
 
         assert isinstance(pruned, SegFormer)
         assert isinstance(prepared.model, SegFormer)
-        return repair(pruned, prepared.model, prepared.groups, plan, self.images, progress=self.progress)
+        return repair(
+            pruned, prepared.model, prepared.groups, plan, self.images, progress=self.progress
+        )
 
     def make_plan(self, example_inputs: Any = None) -> tuple[Plan, tuple[Group, ...]]:
         """Returns what `prune` would do, and the groups it could choose from; nothing is cut."""

@@ -21,7 +21,10 @@ from segprune.pruning.pruner import Pruner
 from segprune.pruning.surgery import cut
 from segprune.pruning.trace import eval_mode
 
-LOWEST, HIGHEST = 0.1, 10.0  # of a sensitivity: a scan is coarse, and one set must not decide everything
+LOWEST, HIGHEST = (
+    0.1,
+    10.0,
+)  # of a sensitivity: a scan is coarse, and one set must not decide everything
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def scan(
 
             # Cut, measured and thrown away; the prepared network is the same for every
             # trial.
-            network = cut(prepared, keep_best(prepared.groups, scores, np.array(widths, dtype=np.int64)))
+            network = cut(
+                prepared, keep_best(prepared.groups, scores, np.array(widths, dtype=np.int64))
+            )
             assert isinstance(network, SegFormer)
             findings.append(Finding(part, names, rate, measure(network)))
             if progress is not None:
@@ -85,7 +90,9 @@ def sensitivities(findings: Iterable[Finding]) -> dict[str, float]:
     # If no part lost anything there is nothing to compare.
     average = float(np.mean(list(means.values())))
     if not average > 0.0:
-        raise ValueError("Nothing in the scan changed the network's output; scan higher rates or give other images.")
+        raise ValueError(
+            "Nothing in the scan changed the network's output; scan higher rates or give other images."
+        )
 
     factors: dict[str, float] = {}
     for names, loss in means.items():
@@ -109,7 +116,11 @@ def output_distance(dense: SegFormer, images: Sequence[Tensor]) -> Callable[[Seg
         for batch, aim in zip(images, aims, strict=True):
             # KL(dense || cut) = sum over classes of p (log p − log q), averaged over
             # pixels; batches weigh by their number of images.
-            divergence = F.kl_div(logits(model, batch), aim, log_target=True, reduction="none").sum(1).mean()
+            divergence = (
+                F.kl_div(logits(model, batch), aim, log_target=True, reduction="none")
+                .sum(1)
+                .mean()
+            )
             distance += float(divergence) * len(batch) / total
         return distance
 

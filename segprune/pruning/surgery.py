@@ -14,7 +14,14 @@ from segprune.model import Attention, Block, SegFormer
 from segprune.pruning.groups import Group, Side
 from segprune.pruning.plan import Plan
 from segprune.pruning.prepare import Prepared
-from segprune.pruning.trace import NORMS, TRANSPOSED_CONVS, eval_mode, is_depthwise, run, width_of
+from segprune.pruning.trace import (
+    NORMS,
+    TRANSPOSED_CONVS,
+    eval_mode,
+    is_depthwise,
+    run,
+    width_of,
+)
 from segprune.spec import BlockSpec, Spec, block_name, stage_name
 
 
@@ -94,7 +101,9 @@ def _slice(module: nn.Module, side: Side, removed: set[int]) -> None:
 
     # The stored widths have to agree with the weight: repr, tracing and `read_spec` read
     # them.
-    names = ("out_features", "out_channels") if side == "out" else ("in_features", "in_channels")
+    names = (
+        ("out_features", "out_channels") if side == "out" else ("in_features", "in_channels")
+    )
     setattr(module, names[0] if isinstance(module, nn.Linear) else names[1], len(keep))
 
 
@@ -127,7 +136,9 @@ def _complement(removed: set[int], size: int, device: torch.device) -> torch.Ten
 
 
 def _parameter(old: nn.Parameter, dim: int, keep: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(old.detach().index_select(dim, keep).clone(), requires_grad=old.requires_grad)
+    return nn.Parameter(
+        old.detach().index_select(dim, keep).clone(), requires_grad=old.requires_grad
+    )
 
 
 def read_spec(model: SegFormer) -> Spec:

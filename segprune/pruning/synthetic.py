@@ -88,7 +88,9 @@ def _choose(means: Tensor, squares: Tensor, norm: nn.BatchNorm2d, count: int) ->
         # Twice KL(trial || norm) of two normal distributions, summed over the channels: N.
         # No image is chosen twice.
         ratio = trial_variance / variance
-        divergence = (ratio - 1.0 - ratio.log() + (trial_mean - mean).square() / variance).sum(1)
+        divergence = (ratio - 1.0 - ratio.log() + (trial_mean - mean).square() / variance).sum(
+            1
+        )
         divergence[chosen] = torch.inf
 
         best = int(divergence.argmin())

@@ -34,7 +34,10 @@ class Trace:
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, CONVS) and module.groups == module.out_channels == module.in_channels > 1
+    return (
+        isinstance(module, CONVS)
+        and module.groups == module.out_channels == module.in_channels > 1
+    )
 
 
 def width_of(module: nn.Module, side: str) -> int:
@@ -92,7 +95,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(_pusher(stack, name)))
-        hooks.append(module.register_forward_hook(_popper(stack, name, result), with_kwargs=True))
+        hooks.append(
+            module.register_forward_hook(_popper(stack, name, result), with_kwargs=True)
+        )
 
     try:
         with eval_mode(model), torch.no_grad(), _Products(stack, result):
@@ -110,7 +115,9 @@ def _pusher(stack: list[tuple[str, nn.Module]], name: str) -> Callable[..., None
     return push
 
 
-def _popper(stack: list[tuple[str, nn.Module]], name: str, result: Trace) -> Callable[..., None]:
+def _popper(
+    stack: list[tuple[str, nn.Module]], name: str, result: Trace
+) -> Callable[..., None]:
     def pop(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
         stack.pop()
 
@@ -128,18 +135,32 @@ def _layer(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -
     if isinstance(module, nn.Linear):
         positions = output.numel() // output.shape[0] // module.out_features
         bias = module.bias is not None
-        return Layer(name, "product", module.in_features, module.out_features, positions, 1, bias)
+        return Layer(
+            name, "product", module.in_features, module.out_features, positions, 1, bias
+        )
     if isinstance(module, CONVS + TRANSPOSED_CONVS):
         kernel, bias = math.prod(module.kernel_size), module.bias is not None
 
         # A transposed convolution has one product per input position.
-        positions = math.prod((inputs[0] if isinstance(module, TRANSPOSED_CONVS) else output).shape[2:])
+        positions = math.prod(
+            (inputs[0] if isinstance(module, TRANSPOSED_CONVS) else output).shape[2:]
+        )
         if module.groups == 1:
-            return Layer(name, "product", module.in_channels, module.out_channels, positions, kernel, bias)
+            return Layer(
+                name,
+                "product",
+                module.in_channels,
+                module.out_channels,
+                positions,
+                kernel,
+                bias,
+            )
 
         # In a grouped convolution an output reads the inputs of its own group only.
         kernel *= module.in_channels // module.groups
-        return Layer(name, "depthwise", module.out_channels, module.out_channels, positions, kernel, bias)
+        return Layer(
+            name, "depthwise", module.out_channels, module.out_channels, positions, kernel, bias
+        )
 
     # A normalisation has parameters, but its MACs are not counted: no positions.
     if isinstance(module, NORMS) and module.weight is not None and module.weight.dim() == 1:
@@ -156,7 +177,9 @@ class _Products(TorchFunctionMode):
         self.stack = stack
         self.result = result
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _PRODUCTS:

@@ -21,7 +21,13 @@ from segprune.runs.folder import RESUME, Fit, Journal, Saving, classes_of
 from segprune.spec import Spec, spec_from_dict
 from segprune.training.loop import OnStep, train
 from segprune.training.options import TrainOptions, complete
-from segprune.training.state import EpochResult, Splits, TrainingDiverged, TrainingInterrupted, TrainState
+from segprune.training.state import (
+    EpochResult,
+    Splits,
+    TrainingDiverged,
+    TrainingInterrupted,
+    TrainState,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,9 @@ def fit(
     """
     # What the machine decides is settled first, since the folder's files state it.
     options = complete(options, torch.device(device))
-    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision=options.amp)
+    accelerator = Accelerator(
+        cpu=torch.device(device).type == "cpu", mixed_precision=options.amp
+    )
     splits = Splits(source.split("train"), source.split("val"))
     # Checkpointing computes the encoder's activations twice, which saves their memory.
     model.encoder.checkpointing = options.checkpointing
@@ -65,7 +73,9 @@ def fit(
     state = None if resumed is None else resumed.state
     # Of several processes the main one alone writes.
     saving = replace(saving, tensorboard=saving.tensorboard and accelerator.is_main_process)
-    saving = replace(saving, extra={**saving.extra, **classes_of(source, model.spec.num_classes)})
+    saving = replace(
+        saving, extra={**saving.extra, **classes_of(source, model.spec.num_classes)}
+    )
     # A resumed run goes on in the same log, so that its curves have no gap.
     journal = Journal(
         model,
@@ -101,7 +111,12 @@ def fit(
             )
             # Still within, since a disk can be full here too.
             if accelerator.is_main_process:
-                journal.draw(splits.val, source, EvalMode(input_shape=options.input_shape), accelerator.device)
+                journal.draw(
+                    splits.val,
+                    source,
+                    EvalMode(input_shape=options.input_shape),
+                    accelerator.device,
+                )
         # No process may read the results before the main one has written them.
         accelerator.wait_for_everyone()
         return journal.best()
@@ -111,7 +126,9 @@ def fit(
 
 
 @contextmanager
-def _left_resumable(journal: Journal, saving: Saving, accelerator: Accelerator) -> Iterator[None]:
+def _left_resumable(
+    journal: Journal, saving: Saving, accelerator: Accelerator
+) -> Iterator[None]:
     """Saves the state of an interrupted run, and adds to errors where the last good weights are."""
     try:
         yield
@@ -123,21 +140,27 @@ def _left_resumable(journal: Journal, saving: Saving, accelerator: Accelerator) 
 
     except TrainingDiverged as diverged:
         # The weights in memory are broken; those of the last epoch's file are not.
-        raise ValueError(f"{str(diverged).removesuffix('.')}; {journal.last_good()}.") from diverged
+        raise ValueError(
+            f"{str(diverged).removesuffix('.')}; {journal.last_good()}."
+        ) from diverged
 
     except OSError as error:
         # Without a saved state nothing can be resumed, so the error is left as it is.
         if not saving.resumable or not journal.has_state:
             raise
         said = str(error).removesuffix(".")
-        raise RunStopped(f"{said}; {journal.last_good()}, and the run can be resumed.") from error
+        raise RunStopped(
+            f"{said}; {journal.last_good()}, and the run can be resumed."
+        ) from error
 
 
 def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:
     """Returns the run that stopped in `folder` and the extra of its checkpoints. FileNotFoundError if there is none."""
     path = folder / RESUME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, so no run can be resumed there; give the `save_dir` of one.")
+        raise FileNotFoundError(
+            f"{path} is missing, so no run can be resumed there; give the `save_dir` of one."
+        )
     record = load_record(path)
     # A file of another kind lacks these keys, and the tensors must fit the spec exactly.
     try:
@@ -146,4 +169,6 @@ def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:
         check_state(state.model, expected_state(spec), "its spec")
         return Resumable(spec, state, record["settings"], record["epochs"]), record["extra"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the state of a run; give the `save_dir` of one, or start anew.") from error
+        raise ValueError(
+            f"{path} is not the state of a run; give the `save_dir` of one, or start anew."
+        ) from error

@@ -41,9 +41,20 @@ BEST, LAST, RESULTS, LOG, RESUME, SHEET = (
     "resume.pth",
     "contact_sheet.png",
 )
-KEPT = re.compile(r"ep(\d{3,})-loss[^-]*(-miou\d\.\d{4})?\.pth")  # not the VOC scripts' ep001-loss0.1-val_loss0.2.pth
+KEPT = re.compile(
+    r"ep(\d{3,})-loss[^-]*(-miou\d\.\d{4})?\.pth"
+)  # not the VOC scripts' ep001-loss0.1-val_loss0.2.pth
 SHEET_IMAGES = 8
-LOGGED = ("epoch", "loss", "lr", "miou", "mean_accuracy", "pixel_accuracy", "images_per_second", "best")
+LOGGED = (
+    "epoch",
+    "loss",
+    "lr",
+    "miou",
+    "mean_accuracy",
+    "pixel_accuracy",
+    "images_per_second",
+    "best",
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,12 @@ class Journal:
     """
 
     def __init__(
-        self, model: SegFormer, saving: Saving, epochs: list[dict[str, Any]], step: int, has_state: bool = False
+        self,
+        model: SegFormer,
+        saving: Saving,
+        epochs: list[dict[str, Any]],
+        step: int,
+        has_state: bool = False,
     ) -> None:
         self.model = model
         self.folder = saving.folder
@@ -91,7 +107,9 @@ class Journal:
         self.step = step
         self.last_epoch = epochs[-1]["epoch"] if epochs else 0  # whose weights LAST holds
         self.has_state = has_state
-        self.board = _open_board(self.folder / "tensorboard", step) if saving.tensorboard else None
+        self.board = (
+            _open_board(self.folder / "tensorboard", step) if saving.tensorboard else None
+        )
 
     def step_done(self, done: int, total: int, loss: float, lr: float) -> None:
         self.step = done
@@ -101,7 +119,12 @@ class Journal:
 
     def epoch_done(self, result: EpochResult, state: TrainState) -> None:
         # Checkpoints hold this row too, but not the speed, which is no fact about weights.
-        row: dict[str, Any] = {"epoch": result.epoch, "loss": result.loss, "lr": result.lr, "best": result.best}
+        row: dict[str, Any] = {
+            "epoch": result.epoch,
+            "loss": result.loss,
+            "lr": result.lr,
+            "best": result.best,
+        }
         if result.score is not None:
             row |= score_record(result.score)
         extra = self.extra | {"epoch": row}
@@ -116,7 +139,11 @@ class Journal:
             self._keep(result, extra)
 
         # The results, the log and the state.
-        record = {"settings": self.settings, "epochs": self.epochs, "environment": environment()}
+        record = {
+            "settings": self.settings,
+            "epochs": self.epochs,
+            "environment": environment(),
+        }
         write_json(record, self.folder / RESULTS)
         rows = [[epoch.get(name, "") for name in LOGGED] for epoch in self.epochs]
         write_csv([LOGGED, *rows], self.folder / LOG)
@@ -141,7 +168,12 @@ class Journal:
 
     def save_state(self, state: TrainState) -> None:
         spec = json.dumps(spec_to_dict(self.model.spec))
-        record = {"spec": spec, "settings": self.settings, "extra": self.extra, "epochs": self.epochs}
+        record = {
+            "spec": spec,
+            "settings": self.settings,
+            "extra": self.extra,
+            "epochs": self.epochs,
+        }
         save_record(record | {"state": vars(state)}, self.folder / RESUME)
         self.has_state = True
 
@@ -157,7 +189,9 @@ class Journal:
             return "no epoch had been completed"
         return f"the last good checkpoint is {self.folder / LAST} of epoch {self.last_epoch}"
 
-    def draw(self, val: Sequence[Sample], source: Source, how: EvalMode, device: torch.device) -> None:
+    def draw(
+        self, val: Sequence[Sample], source: Source, how: EvalMode, device: torch.device
+    ) -> None:
         """Draws the curves, and a sheet of images spread over the split, as the best epoch's network sees them."""
         # Drawing takes a second to import.
         from segprune import plots
@@ -183,7 +217,9 @@ class Journal:
         with atomic_path(self.folder / SHEET) as temporary:
             sheet.save(temporary, format="PNG")
         if self.board is not None:
-            self.board.add_image("val/contact_sheet", np.asarray(sheet), self.step, dataformats="HWC")
+            self.board.add_image(
+                "val/contact_sheet", np.asarray(sheet), self.step, dataformats="HWC"
+            )
 
     def close(self) -> None:
         if self.board is not None:
@@ -207,7 +243,9 @@ def check_kept(written: Path, *inputs: str, save_dir: Path) -> None:
     """The same for one file that will be written below `save_dir`."""
     for name in inputs:
         if name and is_same_path(name, written):
-            raise ValueError(f"{name} would be overwritten by this run; give another `save_dir` than {save_dir}.")
+            raise ValueError(
+                f"{name} would be overwritten by this run; give another `save_dir` than {save_dir}."
+            )
 
 
 def _open_board(folder: Path, step: int) -> Any:

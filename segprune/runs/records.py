@@ -31,7 +31,9 @@ def network_size(counts: Counts) -> dict[str, Any]:
     }
 
 
-def network_record(counts: Counts, latency: Latency | None = None, score: Score | None = None) -> dict[str, Any]:
+def network_record(
+    counts: Counts, latency: Latency | None = None, score: Score | None = None
+) -> dict[str, Any]:
     """Returns the size, and what was measured of time and quality."""
     record = network_size(counts)
     if latency is not None:
@@ -66,8 +68,15 @@ def benchmark_record(row: Row, peak_memory: int | None, miou: float | None) -> d
 
 def score_record(score: Score) -> dict[str, Any]:
     """Returns all of a score but the confusion matrix, which has a file of its own, and what was not measured."""
-    values = {name: value for name, value in vars(score).items() if name != "confusion" and value is not None}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    values = {
+        name: value
+        for name, value in vars(score).items()
+        if name != "confusion" and value is not None
+    }
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
 
 
 def score_from_record(record: Mapping[str, Any]) -> Score:
@@ -89,10 +98,16 @@ def reduction_record(original: Counts, folded: Counts, pruned: Counts) -> dict[s
 
     # All are shares of the original network, so folding and pruning add up to the whole.
     return {
-        "parameters_reduction_percent": percent(original.parameters, pruned.parameters, original.parameters),
+        "parameters_reduction_percent": percent(
+            original.parameters, pruned.parameters, original.parameters
+        ),
         "flops_reduction_percent": percent(original.flops, pruned.flops, original.flops),
-        "parameters_by_folding_percent": percent(original.parameters, folded.parameters, original.parameters),
-        "parameters_by_pruning_percent": percent(folded.parameters, pruned.parameters, original.parameters),
+        "parameters_by_folding_percent": percent(
+            original.parameters, folded.parameters, original.parameters
+        ),
+        "parameters_by_pruning_percent": percent(
+            folded.parameters, pruned.parameters, original.parameters
+        ),
         "flops_by_folding_percent": percent(original.flops, folded.flops, original.flops),
         "flops_by_pruning_percent": percent(folded.flops, pruned.flops, original.flops),
     }

@@ -18,7 +18,9 @@ from segprune.inference.evaluate import Score
 SCORES, TABLE, MATRIX = "scores.json", "scores.csv", "confusion_matrix.csv"
 
 
-def save_scores(record: Mapping[str, Any], score: Score, class_names: Sequence[str], folder: Path) -> None:
+def save_scores(
+    record: Mapping[str, Any], score: Score, class_names: Sequence[str], folder: Path
+) -> None:
     """Writes the files above; `record` is what scores.json holds."""
     from segprune import plots  # drawing takes a second to import
 

@@ -65,7 +65,9 @@ class Projections(nn.Module):
         # zip would say only that two sequences differ in length.
         if len(student_widths) != len(teacher_widths):
             ours, theirs = len(student_widths), len(teacher_widths)
-            raise ValueError(f"The student has {ours} stages, the teacher {theirs}; their maps must come in pairs.")
+            raise ValueError(
+                f"The student has {ours} stages, the teacher {theirs}; their maps must come in pairs."
+            )
         pairs = zip(student_widths, teacher_widths, strict=True)
         self.stages = nn.ModuleList(_projection(ours, theirs) for ours, theirs in pairs)
 
@@ -104,7 +106,9 @@ class Distillation:
         # `< inf` is False for NaN too, so NaN is refused with the infinite weights.
         for name in ("pixel", "channel", "feature"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"The {name} weight is {getattr(self, name)}; it must be 0, to switch off, or above.")
+                raise ValueError(
+                    f"The {name} weight is {getattr(self, name)}; it must be 0, to switch off, or above."
+                )
         # Without any loss the teacher would run in every step for nothing.
         if not self.pixel and not self.channel and not self.feature:
             raise ValueError(
@@ -133,20 +137,28 @@ class Distillation:
         with torch.autocast(student_logits.device.type, enabled=False):
             teacher = teacher_logits.detach()
             if self.pixel:
-                loss = loss + self.pixel * pixel_divergence(student_logits, teacher, self.pixel_temperature)
+                loss = loss + self.pixel * pixel_divergence(
+                    student_logits, teacher, self.pixel_temperature
+                )
             if self.channel:
-                loss = loss + self.channel * channel_divergence(student_logits, teacher, self.channel_temperature)
+                loss = loss + self.channel * channel_divergence(
+                    student_logits, teacher, self.channel_temperature
+                )
             if self.feature:
                 loss = loss + self.feature * _mean_distance(student_maps, teacher_maps)
         return loss
 
 
-def _mean_distance(student_maps: Sequence[Tensor] | None, teacher_maps: Sequence[Tensor] | None) -> Tensor:
+def _mean_distance(
+    student_maps: Sequence[Tensor] | None, teacher_maps: Sequence[Tensor] | None
+) -> Tensor:
     # The caller gives maps whenever the feature weight is above 0.
     assert student_maps is not None
     assert teacher_maps is not None
     distances = []
-    for stage, (ours, theirs) in enumerate(zip(student_maps, teacher_maps, strict=True), start=1):
+    for stage, (ours, theirs) in enumerate(
+        zip(student_maps, teacher_maps, strict=True), start=1
+    ):
         # The projections have made the widths equal, so only the strides can still differ.
         _check_alike(f"maps of stage {stage}", ours, theirs)
         distances.append(feature_distance(ours, theirs.detach()))
@@ -157,4 +169,6 @@ def _check_alike(what: str, student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         ours, theirs = tuple(student.shape), tuple(teacher.shape)
         remedy = "choose a teacher of the same classes and strides"
-        raise ValueError(f"The student's {what} have shape {ours}, the teacher's {theirs}; {remedy}.")
+        raise ValueError(
+            f"The student's {what} have shape {ours}, the teacher's {theirs}; {remedy}."
+        )

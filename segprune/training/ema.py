@@ -33,10 +33,14 @@ class Ema:
 
         # Integers, such as counters, are copied.
         now = _tensors(model)
-        floating = [name for name, average in self.averages.items() if average.is_floating_point()]
+        floating = [
+            name for name, average in self.averages.items() if average.is_floating_point()
+        ]
         if floating:
             average_all = get_ema_multi_avg_fn(decay)
-            average_all([self.averages[name] for name in floating], [now[name] for name in floating], n)
+            average_all(
+                [self.averages[name] for name in floating], [now[name] for name in floating], n
+            )
         for name in self.averages.keys() - set(floating):
             self.averages[name].copy_(now[name])
 
@@ -65,7 +69,9 @@ class Ema:
         theirs: dict[str, Tensor] = state["averages"]
         ours = self.averages
         # Compare the names first: shapes can be compared only where both have the tensor.
-        wrong = sorted(ours.keys() ^ theirs.keys()) or [k for k in ours if ours[k].shape != theirs[k].shape]
+        wrong = sorted(ours.keys() ^ theirs.keys()) or [
+            k for k in ours if ours[k].shape != theirs[k].shape
+        ]
         if wrong:
             raise ValueError(
                 f"The saved averages are another network's ({len(wrong)} tensors differ, {wrong[0]} first); "
@@ -78,7 +84,11 @@ class Ema:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def _copies(model: nn.Module) -> dict[str, Tensor]:

@@ -47,7 +47,9 @@ class Learner:
         distillation = None if teacher is None else options.distillation()
         self.distilled = distillation is not None
         loss = options.segmentation_loss()
-        self.objective = Objective(loss, distillation, _freeze(teacher, accelerator), accelerator.autocast)
+        self.objective = Objective(
+            loss, distillation, _freeze(teacher, accelerator), accelerator.autocast
+        )
 
         # The projections learn beside the network, but no checkpoint keeps them.
         self.projections = _make_projections(model, teacher, options)
@@ -60,7 +62,9 @@ class Learner:
             self.projections.to(accelerator.device)
             groups += parameter_groups(self.projections, options.weight_decay)
         # Optimiser and average hold the bare network, whose names do not depend on DDP.
-        self.bare_optimizer = make_optimizer(options.optimizer, groups, options.lr, options.momentum)
+        self.bare_optimizer = make_optimizer(
+            options.optimizer, groups, options.lr, options.momentum
+        )
         self.ema = Ema(model, options.ema) if options.ema else None
         self.wrapped = False
 
@@ -107,7 +111,12 @@ class Learner:
             self.accelerator._optimizers.clear()
 
     def step(
-        self, pixels: Tensor, labels: Tensor, steps_done: int, total_steps: int, stop: threading.Event
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        steps_done: int,
+        total_steps: int,
+        stop: threading.Event,
     ) -> tuple[float, bool]:
         """Takes one step on this process's share of the batch, B 3 H W and B H W.
 
@@ -126,7 +135,9 @@ class Learner:
         # Only the last piece exchanges gradients between processes.
         self.optimizer.zero_grad()
         total = torch.zeros((), device=pixels.device)
-        for number, (x, y) in enumerate(zip(pixels.chunk(pieces), labels.chunk(pieces), strict=True), start=1):
+        for number, (x, y) in enumerate(
+            zip(pixels.chunk(pieces), labels.chunk(pieces), strict=True), start=1
+        ):
             with nullcontext() if number == pieces else self.accelerator.no_sync(self.student):
                 loss = self.objective(self.student, x, y, num_labelled) / pieces
                 self.accelerator.backward(loss)
@@ -162,7 +173,9 @@ class Learner:
         """Returns copies of the fields of a TrainState that are not the loop's."""
         scaler = self.accelerator.scaler
         return {
-            "projections": {} if self.projections is None else _copied(self.projections.state_dict()),
+            "projections": {}
+            if self.projections is None
+            else _copied(self.projections.state_dict()),
             "optimizer": deepcopy(self.bare_optimizer.state_dict()),
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -186,10 +199,14 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _freeze(teacher: nn.Module | None, accelerator: Accelerator) -> nn.Module | None:
-    return None if teacher is None else teacher.to(accelerator.device).eval().requires_grad_(False)
+    return (
+        None if teacher is None else teacher.to(accelerator.device).eval().requires_grad_(False)
+    )
 
 
-def _make_projections(model: nn.Module, teacher: nn.Module | None, options: TrainOptions) -> Projections | None:
+def _make_projections(
+    model: nn.Module, teacher: nn.Module | None, options: TrainOptions
+) -> Projections | None:
     """Returns projections of the student's maps to the teacher's widths, drawn from the seed alone."""
     if teacher is None or not options.distillation().feature:
         return None
@@ -204,5 +221,7 @@ def _encoder_parameters(model: nn.Module) -> list[nn.Parameter]:
     encoder = getattr(model, "encoder", None)
     if encoder is None:
         name = type(model).__name__
-        raise ValueError(f"`freeze_epochs` needs a submodule `encoder`, which {name} lacks; set it to 0.")
+        raise ValueError(
+            f"`freeze_epochs` needs a submodule `encoder`, which {name} lacks; set it to 0."
+        )
     return [parameter for parameter in encoder.parameters() if parameter.requires_grad]

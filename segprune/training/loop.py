@@ -38,7 +38,9 @@ from segprune.training.state import (
 from segprune.training.stop import stop_flag
 from segprune.training.sync import synced
 
-OnStep = Callable[[int, int, float, float], None]  # steps done, steps in all, loss, learning rate
+OnStep = Callable[
+    [int, int, float, float], None
+]  # steps done, steps in all, loss, learning rate
 OnEpoch = Callable[[EpochResult, TrainState], None]
 OnState = Callable[[TrainState], None]
 
@@ -123,7 +125,9 @@ class _Run:
 
         # Only training images are augmented; each draws from seed, epoch and its index.
         transform = TrainTransform(options.input_shape, scale=options.scale)
-        self.data = SegmentationData(splits.train, self.num_classes, transform, seed=options.seed)
+        self.data = SegmentationData(
+            splits.train, self.num_classes, transform, seed=options.seed
+        )
 
         # Every process takes an equal share, or the others would wait for it for ever.
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
@@ -141,8 +145,13 @@ class _Run:
         self.epoch = self.step = 0
         self.best_miou = -1.0
         self.losses: list[float] = []
-        self.own: dict[str, Tensor] | None = None  # the network's weights while their average stands in their place
-        self.seconds, self.images = 0.0, 0  # of training in this epoch, since the run was started or resumed
+        self.own: dict[str, Tensor] | None = (
+            None  # the network's weights while their average stands in their place
+        )
+        self.seconds, self.images = (
+            0.0,
+            0,
+        )  # of training in this epoch, since the run was started or resumed
         self.last_score: Score | None = None
         # Last, since it fills the optimiser and the average that the learner has built.
         if state is not None:
@@ -168,8 +177,14 @@ class _Run:
 
         for pixels, labels in batches:
             # The seed follows from the step, so that a resumed run draws what the interrupted one would have drawn.
-            torch.manual_seed((self.options.seed * 1_000_003 + self.steps_done) * self.processes + self.process)
-            x, y = pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            torch.manual_seed(
+                (self.options.seed * 1_000_003 + self.steps_done) * self.processes
+                + self.process
+            )
+            x, y = (
+                pixels.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+            )
             try:
                 loss, stopped = self.learner.step(x, y, self.steps_done, self.total_steps, stop)
             except FloatingPointError as error:
@@ -195,7 +210,9 @@ class _Run:
 
         share = self.batch_size // self.processes
         # Batch by batch: process p takes the p-th part of every batch.
-        starts = range(self.process * share, self.steps_per_epoch * self.batch_size, self.batch_size)
+        starts = range(
+            self.process * share, self.steps_per_epoch * self.batch_size, self.batch_size
+        )
         return [order[start : start + share] for start in starts]
 
     def _diverged(self, what: str) -> TrainingDiverged:

@@ -37,7 +37,10 @@ WeightRule = Literal["enet", "median"]
 WEIGHT_RULES: tuple[WeightRule, ...] = ("enet", "median")
 
 _WEIGHED, _SMOOTHED = {"ce", "focal", "ohem"}, {"ce", "ohem"}
-_OHEM_PROBABILITY, _OHEM_SHARE = 0.7, 1 / 16  # as is usual for segmentation, for example with BiSeNet
+_OHEM_PROBABILITY, _OHEM_SHARE = (
+    0.7,
+    1 / 16,
+)  # as is usual for segmentation, for example with BiSeNet
 
 
 def parse_loss(text: str) -> tuple[tuple[str, float], ...]:
@@ -53,9 +56,13 @@ def parse_loss(text: str) -> tuple[tuple[str, float], ...]:
         name = name.strip()
         if name not in LOSSES:
             allowed = ", ".join(LOSSES)
-            raise ValueError(f"Loss {name!r} in {text!r} is unknown; add up {allowed}, as in ce+0.5*lovasz.")
+            raise ValueError(
+                f"Loss {name!r} in {text!r} is unknown; add up {allowed}, as in ce+0.5*lovasz."
+            )
         if name in terms:
-            raise ValueError(f"Loss {text!r} names {name} twice; name each once, with its weight, as in 2*{name}.")
+            raise ValueError(
+                f"Loss {text!r} names {name} twice; name each once, with its weight, as in 2*{name}."
+            )
         terms[name] = _weight(number.strip(), text) if star else 1.0
     return tuple(terms.items())
 
@@ -66,7 +73,9 @@ def _weight(number: str, text: str) -> float:
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise ValueError(f"Weight {number!r} in loss {text!r} is no number above 0; write it as in ce+0.5*lovasz.")
+        raise ValueError(
+            f"Weight {number!r} in loss {text!r} is no number above 0; write it as in ce+0.5*lovasz."
+        )
     return weight
 
 
@@ -86,20 +95,32 @@ class SegmentationLoss:
         # An option that no term uses would be ignored in silence, so it is refused.
         names = {name for name, _ in self.terms}
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"`label_smoothing` is {self.label_smoothing}; it is a share, from 0 to below 1.")
+            raise ValueError(
+                f"`label_smoothing` is {self.label_smoothing}; it is a share, from 0 to below 1."
+            )
         if self.label_smoothing and not names & _SMOOTHED:
-            raise ValueError(f"`label_smoothing` has no effect on {' + '.join(sorted(names))}; set it to 0 or add ce.")
+            raise ValueError(
+                f"`label_smoothing` has no effect on {' + '.join(sorted(names))}; set it to 0 or add ce."
+            )
         if self.class_weights is None:
             return
 
         if not names & _WEIGHED:
-            raise ValueError(f"`class_weights` has no effect on {' + '.join(sorted(names))}; drop them or add ce.")
+            raise ValueError(
+                f"`class_weights` has no effect on {' + '.join(sorted(names))}; drop them or add ce."
+            )
         # With all weights 0 the loss would be 0 and nothing would be learnt.
-        if not all(0 <= weight < math.inf for weight in self.class_weights) or not any(self.class_weights):
+        if not all(0 <= weight < math.inf for weight in self.class_weights) or not any(
+            self.class_weights
+        ):
             given = ", ".join(f"{weight:g}" for weight in self.class_weights)
-            raise ValueError(f"`class_weights` is {given}; each must be 0 or above, and not all 0.")
+            raise ValueError(
+                f"`class_weights` is {given}; each must be 0 or above, and not all 0."
+            )
 
-    def __call__(self, logits: Tensor, labels: Tensor, num_labelled: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, logits: Tensor, labels: Tensor, num_labelled: Tensor | None = None
+    ) -> Tensor:
         """Returns a scalar float32 (float64 for float64 logits), under autocast too; 0 if no pixel is labelled.
 
         Pixel means divide by `num_labelled` instead of this batch's own count, if it is given: see the module.
@@ -107,7 +128,9 @@ class SegmentationLoss:
         # Surplus weights would pass unseen, missing ones end in an index error.
         if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
             given, classes = len(self.class_weights), logits.shape[1]
-            raise ValueError(f"{given} class weights came for {classes} classes; give one per class.")
+            raise ValueError(
+                f"{given} class weights came for {classes} classes; give one per class."
+            )
 
         # With `num_labelled` the sums of all shards are divided by one common number.
         labelled = labels != IGNORE_INDEX
@@ -116,10 +139,14 @@ class SegmentationLoss:
 
         # Autocast off: all that follows keeps the dtype that log_softmax is given here.
         with torch.autocast(logits.device.type, enabled=False):
-            log_p = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            log_p = F.log_softmax(
+                logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32)
+            )
             # All terms share the log-softmax, B K H W, and the labels' own −log p, B H W, which is 0 if ignored.
             nll = F.nll_loss(log_p, labels, ignore_index=IGNORE_INDEX, reduction="none")
-            weights = None if self.class_weights is None else log_p.new_tensor(self.class_weights)
+            weights = (
+                None if self.class_weights is None else log_p.new_tensor(self.class_weights)
+            )
 
             # Overlap losses are means over images already; the others are sums over pixels.
             values: list[Tensor] = []
@@ -141,10 +168,14 @@ class SegmentationLoss:
 def _weighted(losses: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return losses
-    return losses * weights[labels.masked_fill(labels == IGNORE_INDEX, 0)]  # ignored pixels have no loss anyway
+    return (
+        losses * weights[labels.masked_fill(labels == IGNORE_INDEX, 0)]
+    )  # ignored pixels have no loss anyway
 
 
-def cross_entropy(log_p: Tensor, nll: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
+def cross_entropy(
+    log_p: Tensor, nll: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float
+) -> Tensor:
     """Returns −log p of the label per pixel, B H W, with a share of it spread over all classes; 0 where ignored."""
     # Smoothed: (1 − s) · loss of the label + s · mean loss over all K classes.
     losses = _weighted(nll, labels, weights)
@@ -169,7 +200,9 @@ def ohem(losses: Tensor, nll: Tensor, labels: Tensor) -> Tensor:
     `_OHEM_PROBABILITY`; at least the hardest `_OHEM_SHARE` of an image's labelled pixels are taken. Hard pixels are
     chosen image by image, so shards choose what the whole batch would.
     """
-    nll = nll.detach().masked_fill(labels == IGNORE_INDEX, -1).flatten(1)  # B P; ignored pixels are the easiest
+    nll = (
+        nll.detach().masked_fill(labels == IGNORE_INDEX, -1).flatten(1)
+    )  # B P; ignored pixels are the easiest
     num_labelled = (nll >= 0).sum(1)
 
     # The loss that the easiest of the hardest few has.
@@ -229,7 +262,9 @@ def _jaccard_steps(errors: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
     lowers the intersection by 1, any other raises the union by 1.
     """
     # Worst pixel first, since the Lovász extension is linear within one order.
-    order = errors.masked_fill(ignored, -1).argsort(dim=1, descending=True)  # ignored pixels last
+    order = errors.masked_fill(ignored, -1).argsort(
+        dim=1, descending=True
+    )  # ignored pixels last
     positive = truth.gather(1, order)
 
     # What is left of the intersection, and what the union has become, once the pixels so far are wrong.
@@ -259,10 +294,14 @@ def parse_class_weights(value: str | Sequence[float]) -> WeightRule | tuple[floa
         return tuple(float(word) for word in value.replace(",", " ").split()) or None
     except ValueError as error:
         rules = ", ".join(WEIGHT_RULES)
-        raise ValueError(f"`class_weights` is {value!r}; give {rules}, or one number per class: 1,2,0.5.") from error
+        raise ValueError(
+            f"`class_weights` is {value!r}; give {rules}, or one number per class: 1,2,0.5."
+        ) from error
 
 
-def compute_class_weights(value: str | Sequence[float], pixels: Sequence[int]) -> tuple[float, ...]:
+def compute_class_weights(
+    value: str | Sequence[float], pixels: Sequence[int]
+) -> tuple[float, ...]:
     """Returns the weights, those of a rule computed from each class's number of pixels; () for none.
 
     ValueError unless there is one per class.
@@ -271,7 +310,9 @@ def compute_class_weights(value: str | Sequence[float], pixels: Sequence[int]) -
     if isinstance(weights, str):
         return class_weights_from_counts(pixels, weights)
     if weights and len(weights) != len(pixels):
-        raise ValueError(f"`class_weights` has {len(weights)} numbers for {len(pixels)} classes; give one per class.")
+        raise ValueError(
+            f"`class_weights` has {len(weights)} numbers for {len(pixels)} classes; give one per class."
+        )
     return weights or ()
 
 
@@ -288,10 +329,14 @@ def class_weights_from_counts(pixels: Sequence[int], rule: WeightRule) -> tuple[
     [0.667, 2.0, 0.0]
     """
     if rule not in WEIGHT_RULES:
-        raise ValueError(f"Rule {rule!r} for class weights is unknown; choose one of {', '.join(WEIGHT_RULES)}.")
+        raise ValueError(
+            f"Rule {rule!r} for class weights is unknown; choose one of {', '.join(WEIGHT_RULES)}."
+        )
     total = sum(pixels)
     if total == 0:
-        raise ValueError("No class has a labelled pixel, so classes cannot be weighed; check the masks' values.")
+        raise ValueError(
+            "No class has a labelled pixel, so classes cannot be weighed; check the masks' values."
+        )
 
     shares = [count / total for count in pixels]
     raw = []
@@ -299,7 +344,9 @@ def class_weights_from_counts(pixels: Sequence[int], rule: WeightRule) -> tuple[
         if p == 0:
             raw.append(0.0)
         else:
-            raw.append(1 / math.log(1.02 + p) if rule == "enet" else 1 / p)  # the median falls out with the mean
+            raw.append(
+                1 / math.log(1.02 + p) if rule == "enet" else 1 / p
+            )  # the median falls out with the mean
 
     # A pixel is of a class with probability p, so Σ p · weight is a pixel's mean weight.
     mean = sum(p * weight for p, weight in zip(shares, raw, strict=True))

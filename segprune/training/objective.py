@@ -17,13 +17,17 @@ from segprune.training.distill import Distillation, Projections
 from segprune.training.losses import SegmentationLoss
 from segprune.training.options import TrainOptions
 
-Parts = tuple[Tensor, Tensor | None, list[Tensor] | None]  # logits; logits before the last upsampling; projected maps
+Parts = tuple[
+    Tensor, Tensor | None, list[Tensor] | None
+]  # logits; logits before the last upsampling; projected maps
 
 
 class Student(nn.Module):
     """Pixels B 3 H W to logits B K H W, and to what distillation compares if there is a `projections`."""
 
-    def __init__(self, model: nn.Module, projections: Projections | None, *, distilled: bool) -> None:
+    def __init__(
+        self, model: nn.Module, projections: Projections | None, *, distilled: bool
+    ) -> None:
         super().__init__()
         self.model = model
         self.projections = projections
@@ -52,7 +56,9 @@ class Objective:
         self.teacher = teacher
         self.autocast = autocast
 
-    def __call__(self, student: nn.Module, pixels: Tensor, labels: Tensor, num_labelled: Tensor) -> Tensor:
+    def __call__(
+        self, student: nn.Module, pixels: Tensor, labels: Tensor, num_labelled: Tensor
+    ) -> Tensor:
         # `small` are the logits before upsampling, at a quarter of the image's size.
         logits, small, maps = student(pixels)
         value = self.loss(logits, labels, num_labelled)
@@ -77,7 +83,9 @@ def check_teacher(options: TrainOptions, teacher: nn.Module | None, student: nn.
     for role, network in (("student", student), ("teacher", teacher)):
         if not hasattr(network, "parts"):
             name = type(network).__name__
-            raise ValueError(f"The {role} is a {name}; distillation compares the maps of two SegFormers.")
+            raise ValueError(
+                f"The {role} is a {name}; distillation compares the maps of two SegFormers."
+            )
 
     # Distributions over unlike classes cannot be compared.
     theirs, ours = teacher.spec.num_classes, student.spec.num_classes  # type: ignore[union-attr]
@@ -92,4 +100,6 @@ def check_distilled(options: TrainOptions, has_teacher: bool) -> None:
     """Raises ValueError for a weight of distillation without a teacher."""
     for name in ("distill_pixel", "distill_channel", "distill_feature"):
         if getattr(options, name) is not None and not has_teacher:
-            raise ValueError(f"`{name}` has no effect without `teacher`; give the dense network to learn from.")
+            raise ValueError(
+                f"`{name}` has no effect without `teacher`; give the dense network to learn from."
+            )

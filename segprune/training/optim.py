@@ -12,7 +12,9 @@ OptimizerName = Literal["adamw", "sgd"]
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "sgd")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, head_lr: float = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, head_lr: float = 1.0
+) -> list[dict[str, Any]]:
     """Returns every parameter once, frozen ones too, in groups of keys params, weight_decay and lr_scale.
 
     Weights decay; biases and normalisations, which have one dimension, do not, as SegFormer was trained. A group's
@@ -25,7 +27,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, head_lr: float = 1.0
         decode_head = getattr(model, "decode_head", None)
         if not isinstance(decode_head, nn.Module):
             name = type(model).__name__
-            raise ValueError(f"`head_lr` needs a submodule `decode_head`, which {name} lacks; set it to 1.")
+            raise ValueError(
+                f"`head_lr` needs a submodule `decode_head`, which {name} lacks; set it to 1."
+            )
         head.update(decode_head.parameters())
 
     # One group for each pair of rate and decay, in the order of the parameters, which
@@ -34,7 +38,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, head_lr: float = 1.0
     for parameter in model.parameters():
         decay = weight_decay if parameter.dim() > 1 else 0.0
         scale = head_lr if parameter in head else 1.0
-        group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group = groups.setdefault(
+            (scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale}
+        )
         group["params"].append(parameter)
     return list(groups.values())
 

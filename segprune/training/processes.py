@@ -32,7 +32,9 @@ def check_processes(options: TrainOptions, accelerator: Accelerator) -> None:
     # Processes that did not join would each train on all images and write the same files.
     processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started > processes:
-        raise ValueError(f"{started} processes were started but only {processes} joined; start them with torchrun.")
+        raise ValueError(
+            f"{started} processes were started but only {processes} joined; start them with torchrun."
+        )
 
     # Accelerate sets this variable, but on CPUs it silently ignores FSDP.
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
@@ -44,4 +46,6 @@ def check_processes(options: TrainOptions, accelerator: Accelerator) -> None:
     # Accelerate decides the precision when it is built, so it cannot be changed here.
     used = accelerator.mixed_precision
     if options.amp != used:
-        raise ValueError(f"`amp` is {options.amp}, the accelerator's mixed_precision {used}; give both the same.")
+        raise ValueError(
+            f"`amp` is {options.amp}, the accelerator's mixed_precision {used}; give both the same."
+        )

@@ -16,7 +16,11 @@ MUCH_LOST = 0.9  # of the mIoU still there; see docs/log.md
 
 
 def choose_rates(
-    options: TrainOptions, extra: Mapping[str, Any], *, from_scratch: bool = False, backbone_only: bool = False
+    options: TrainOptions,
+    extra: Mapping[str, Any],
+    *,
+    from_scratch: bool = False,
+    backbone_only: bool = False,
 ) -> tuple[TrainOptions, str]:
     """Returns the options with `lr` and `head_lr` set, and one sentence that says why the rate is that.
 
@@ -31,7 +35,9 @@ def choose_rates(
     return replace(options, lr=lr, head_lr=head_lr), f"Learning rate {lr:g}: {reason}"
 
 
-def _choose_lr(options: TrainOptions, extra: Mapping[str, Any], from_scratch: bool) -> tuple[float, str]:
+def _choose_lr(
+    options: TrainOptions, extra: Mapping[str, Any], from_scratch: bool
+) -> tuple[float, str]:
     # The rule overrides all else: a given rate counts as one for 16 images.
     if options.lr_rule == "voc":
         wanted = VOC_LR[options.optimizer] if options.lr is None else options.lr

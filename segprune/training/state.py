@@ -77,7 +77,9 @@ class TrainingInterrupted(Exception):
     """Ctrl-C or SIGTERM came; `state` is where the run stood after its last whole step."""
 
     def __init__(self, state: TrainState) -> None:
-        super().__init__(f"Training was interrupted in epoch {state.epoch + 1} after {state.step} batches.")
+        super().__init__(
+            f"Training was interrupted in epoch {state.epoch + 1} after {state.step} batches."
+        )
         self.state = state
 
 
@@ -97,7 +99,9 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """
     old = _UNSAID | dict(old)
     for name, now in new.items():
-        unsaid = name not in old or isinstance(old[name], dict)  # earlier versions saved the loss as a dict
+        unsaid = name not in old or isinstance(
+            old[name], dict
+        )  # earlier versions saved the loss as a dict
         # Values are compared as they come out of a file, where tuples have become lists.
         if name in _MAY_CHANGE or unsaid or _as_saved(old[name]) == _as_saved(now):
             continue

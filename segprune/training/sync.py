@@ -46,7 +46,9 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         # Without a momentum BatchNorm averages over all batches alike.
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        momentum = (
+            1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        )
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 

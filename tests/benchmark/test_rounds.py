@@ -25,7 +25,9 @@ def weights(small_model: SegFormer, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
-def test_every_runtime_gives_the_network_s_logits(runtime: str, weights: str, tmp_path: Path) -> None:
+def test_every_runtime_gives_the_network_s_logits(
+    runtime: str, weights: str, tmp_path: Path
+) -> None:
     (case,) = export_cases(grid([weights], runtimes=(runtime,), sizes=(SIZE,)), tmp_path)
     opened, x = open_case(case), torch.randn(1, 3, *SIZE)
     with torch.no_grad():
@@ -54,7 +56,9 @@ def test_more_networks_are_compiled_than_pytorch_keeps_for_one_function(
         opened = open_case(case)
         assert len(traced) == number
         with torch.no_grad():
-            torch.testing.assert_close(opened.predict(x), load(weights)(x), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                opened.predict(x), load(weights)(x), rtol=1e-3, atol=1e-4
+            )
 
 
 def test_bf16_computes_in_it_and_folding_keeps_the_logits(weights: str) -> None:
@@ -67,14 +71,17 @@ def test_bf16_computes_in_it_and_folding_keeps_the_logits(weights: str) -> None:
     assert folded.macs < plain.macs  # type: ignore[operator]
 
 
-def test_what_does_not_run_says_so_in_one_sentence(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_run_says_so_in_one_sentence(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(self: SegFormer, x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no kernel for this.\nStack")
 
     (case,) = grid([weights], sizes=(SIZE,))
     monkeypatch.setattr(SegFormer, "forward", broken)
     with pytest.raises(
-        ValueError, match=r"small.pth in torch, fp32, 32×64, batch 1 did not run \(no kernel for this\)"
+        ValueError,
+        match=r"small.pth in torch, fp32, 32×64, batch 1 did not run \(no kernel for this\)",
     ):
         open_case(case)
 
@@ -87,41 +94,65 @@ def opened(threads: int, batch: int, macs: int | None) -> Opened:
 def test_the_numbers_of_a_row_follow_from_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
     products = [4.0, 8.0, 8.0]  # ms, of 2**33 MACs
     times = [[10.0, 20.0, 30.0], [5.0, 5.0, 8.0], [40.0, 40.0, 50.0], products]
-    monkeypatch.setattr("segprune.benchmark.rounds.time_passes", lambda *_, **how: [Times(row, []) for row in times])
+    monkeypatch.setattr(
+        "segprune.benchmark.rounds.time_passes",
+        lambda *_, **how: [Times(row, []) for row in times],
+    )
     rows, peaks = measure(
-        [opened(1, 1, 2 * 10**9), opened(1, 8, None), opened(1, 1, 10**9)], max_rounds=3, max_seconds=1
+        [opened(1, 1, 2 * 10**9), opened(1, 8, None), opened(1, 1, 10**9)],
+        max_rounds=3,
+        max_seconds=1,
     )
     assert peaks == {1: pytest.approx(2**33 / 8e-3 / 1e9)}
     assert [row.latency.median_ms for row in rows] == [20.0, 5.0, 40.0]
     assert [row.images_per_second for row in rows] == pytest.approx([50.0, 1600.0, 25.0])
     assert [row.faster for row in rows] == pytest.approx([1.0, 32.0, 0.5])
-    assert [row.gmacs_per_second for row in rows] == [pytest.approx(100.0), None, pytest.approx(25.0)]
+    assert [row.gmacs_per_second for row in rows] == [
+        pytest.approx(100.0),
+        None,
+        pytest.approx(25.0),
+    ]
     assert rows[0].peak_share == pytest.approx(100.0 / peaks[1])
     assert rows[1].peak_share is None
 
 
-def test_every_number_of_threads_has_a_peak_of_its_own_and_runs_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_of_threads_has_a_peak_of_its_own_and_runs_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("segprune.timing.CPU_SIDE", 8)
     seen: list[int] = []
     cases = [Case("a.pth", "torch", "fp32", SIZE, 1, number) for number in (2, 1)]
     ready = [
-        Opened(case, "PyTorch", 2, 1, torch.relu, lambda: (seen.append(torch.get_num_threads()), torch.zeros(1))[1])
+        Opened(
+            case,
+            "PyTorch",
+            2,
+            1,
+            torch.relu,
+            lambda: (seen.append(torch.get_num_threads()), torch.zeros(1))[1],
+        )
         for case in cases
     ]
     rows, peaks = measure(ready, max_rounds=3, max_seconds=0.0)
-    assert seen == [2, 1] + [2, 2, 1, 1] * 3  # a warm-up; then one pass to settle, one that counts
+    assert (
+        seen == [2, 1] + [2, 2, 1, 1] * 3
+    )  # a warm-up; then one pass to settle, one that counts
     assert list(peaks) == [1, 2]
     assert [row.latency.runs for row in rows] == [3, 3]
 
 
 @pytest.mark.skipif(not memory_module.STATUS.exists(), reason="the system does not tell")
 def test_a_larger_batch_takes_more_memory_and_weights_are_in_it(weights: str) -> None:
-    one, many = (peak_memory(case) for case in grid([weights], sizes=((128, 128),), batch_sizes=(1, 16)))
+    one, many = (
+        peak_memory(case) for case in grid([weights], sizes=((128, 128),), batch_sizes=(1, 16))
+    )
     assert one is not None
     assert many is not None
     assert many - one > 15 * 5 * 128 * 128 * 4  # at the least the logits of 15 pictures more
 
 
-def test_where_the_system_does_not_tell_memory_is_not_known(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_system_does_not_tell_memory_is_not_known(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory_module, "STATUS", Path("/nowhere"))
     assert peak_memory(grid([weights], sizes=(SIZE,))[0]) is None

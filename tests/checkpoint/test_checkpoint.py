@@ -86,29 +86,41 @@ def test_a_file_of_each_dialect_has_the_logits_of_its_own_code_base(
     state = state_in(dialect, lambda _: theirs)
     torch.save({"state_dict": state} if dialect == "nvlabs" else state, tmp_path / "a.pth")
     assert read(tmp_path / "a.pth").dialect == dialect
-    torch.testing.assert_close(infer(load(tmp_path / "a.pth")), infer(theirs), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        infer(load(tmp_path / "a.pth")), infer(theirs), rtol=0, atol=2e-5
+    )
 
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "bare": lambda state: state,
     "state_dict": lambda state: {"state_dict": state},
-    "meta": lambda state: {"meta": {"mIoU": np.float64(0.5)}, "state_dict": state, "optimizer": {"state": {}}},
+    "meta": lambda state: {
+        "meta": {"mIoU": np.float64(0.5)},
+        "state_dict": state,
+        "optimizer": {"state": {}},
+    },
     "model": lambda state: {"model": state, "epoch": 3},
     "model_state_dict": lambda state: {"model_state_dict": state, "loss": 0.5},
     "module.": lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
-    "_orig_mod.": lambda state: {"model": {f"module._orig_mod.{key}": t for key, t in state.items()}},
+    "_orig_mod.": lambda state: {
+        "model": {f"module._orig_mod.{key}": t for key, t in state.items()}
+    },
 }
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_wrappers_and_prefixes_are_taken_off(wrap: Callable[[Any], Any], bare: Any, tmp_path: Path) -> None:
+def test_wrappers_and_prefixes_are_taken_off(
+    wrap: Callable[[Any], Any], bare: Any, tmp_path: Path
+) -> None:
     torch.save(wrap(bare), tmp_path / "a.pth")
     found, expected = read(tmp_path / "a.pth"), from_state_dict(bare).state_dict
     assert found.state_dict.keys() == expected.keys()
     assert all(torch.equal(found.state_dict[key], expected[key]) for key in expected)
     wrapped_by_nvlabs = "state_dict" in wrap(bare)
     assert found.dialect == ("nvlabs" if wrapped_by_nvlabs else "bubbliiiing")
-    assert any("bubbliiiing was assumed" in note for note in found.notes) is not wrapped_by_nvlabs
+    assert (
+        any("bubbliiiing was assumed" in note for note in found.notes) is not wrapped_by_nvlabs
+    )
 
 
 def test_a_foreign_safetensors_file_is_read(bare: dict[str, Tensor], tmp_path: Path) -> None:
@@ -116,7 +128,9 @@ def test_a_foreign_safetensors_file_is_read(bare: dict[str, Tensor], tmp_path: P
     assert read(tmp_path / "a.safetensors", dialect="nvlabs").spec == standard_spec("b0", 5)
 
 
-def test_a_given_dialect_decides_how_a_loaded_network_computes(bare: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_given_dialect_decides_how_a_loaded_network_computes(
+    bare: dict[str, Tensor], tmp_path: Path
+) -> None:
     torch.save(bare, tmp_path / "a.pth")
     assert load(tmp_path / "a.pth").spec.numerics == NUMERICS["bubbliiiing"]  # assumed
     assert load(tmp_path / "a.pth", dialect="nvlabs").spec.numerics == NUMERICS["nvlabs"]
@@ -128,14 +142,21 @@ def test_a_network_in_memory_is_read_as_its_file_would_be(trained_like: Fill) ->
     assert found.dialect == "hf"
     torch.nn.init.zeros_(theirs.decode_head.classifier.weight)
     model = build(found)
-    torch.nn.init.zeros_(model.decode_head.classifier.bias)  # a built network is a copy of the checkpoint
+    torch.nn.init.zeros_(
+        model.decode_head.classifier.bias
+    )  # a built network is a copy of the checkpoint
     assert found.state_dict["decode_head.classifier.bias"].abs().min() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_in_another_precision_become_float32_with_a_note(dtype: torch.dtype, bare: Any) -> None:
+def test_weights_in_another_precision_become_float32_with_a_note(
+    dtype: torch.dtype, bare: Any
+) -> None:
     name = str(dtype).removeprefix("torch.")
-    found = from_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in bare.items()}, dialect="nvlabs")
+    found = from_state_dict(
+        {k: v.to(dtype) if v.is_floating_point() else v for k, v in bare.items()},
+        dialect="nvlabs",
+    )
     assert found.notes == (f"Weights in {name} were converted to float32.",)
     assert {tensor.dtype for tensor in build(found).parameters()} == {torch.float32}
 
@@ -148,7 +169,9 @@ def test_a_diverged_network_is_refused_with_the_tensors_name(value: float, bare:
         build(from_state_dict(bare))
 
 
-def test_a_flag_that_contradicts_the_file_is_refused_with_both(bare: Any, model: SegFormer, tmp_path: Path) -> None:
+def test_a_flag_that_contradicts_the_file_is_refused_with_both(
+    bare: Any, model: SegFormer, tmp_path: Path
+) -> None:
     torch.save(bare, tmp_path / "foreign.pth")
     save(model, tmp_path / "ours.pth")
     for name in ("foreign.pth", "ours.pth"):
@@ -161,14 +184,21 @@ def test_a_flag_that_contradicts_the_file_is_refused_with_both(bare: Any, model:
             load(tmp_path / name, num_classes=8)
     with pytest.raises(ValueError, match="Unknown variant 'b9'; choose one of b0, b1"):
         read(tmp_path / "ours.pth", variant="b9")
-    with pytest.raises(ValueError, match=r"segprune's own, but `dialect` hf was given; leave `dialect` out"):
+    with pytest.raises(
+        ValueError, match=r"segprune's own, but `dialect` hf was given; leave `dialect` out"
+    ):
         read(tmp_path / "ours.pth", dialect="hf")
 
 
-def test_a_bare_backbone_gets_a_new_head_of_the_classes_asked_for(bare: Any, tmp_path: Path) -> None:
-    backbone = {k.removeprefix("backbone."): v for k, v in bare.items() if k.startswith("backbone.")}
+def test_a_bare_backbone_gets_a_new_head_of_the_classes_asked_for(
+    bare: Any, tmp_path: Path
+) -> None:
+    backbone = {
+        k.removeprefix("backbone."): v for k, v in bare.items() if k.startswith("backbone.")
+    }
     torch.save(
-        backbone | {"head.weight": torch.ones(1000, 256), "head.bias": torch.ones(1000)}, tmp_path / "mit_b0.pth"
+        backbone | {"head.weight": torch.ones(1000, 256), "head.bias": torch.ones(1000)},
+        tmp_path / "mit_b0.pth",
     )
     found = read(tmp_path / "mit_b0.pth", num_classes=7)
     assert found.backbone_only
@@ -181,7 +211,8 @@ def test_a_bare_backbone_gets_a_new_head_of_the_classes_asked_for(bare: Any, tmp
         assert torch.equal(mine, theirs)
     assert build(found)(x).shape == (1, 7, 64, 64)
     with pytest.raises(
-        ValueError, match=r"mit_b0\.pth: This is a backbone without decode head, .*; give `num_classes`"
+        ValueError,
+        match=r"mit_b0\.pth: This is a backbone without decode head, .*; give `num_classes`",
     ):
         read(tmp_path / "mit_b0.pth")
 
@@ -192,97 +223,162 @@ def load_encoder(state: dict[str, Tensor]) -> nn.Module:
 
 def test_a_file_of_a_newer_segprune_is_refused(model: SegFormer) -> None:
     content = {"format": "segprune", "version": 2, "layers": []}
-    with pytest.raises(ValueError, match=r"newer segprune \(file version 2, this one reads 1\); upgrade with pip"):
+    with pytest.raises(
+        ValueError,
+        match=r"newer segprune \(file version 2, this one reads 1\); upgrade with pip",
+    ):
         from_state_dict(content)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_damaged_file_of_ours_is_refused(suffix: str, model: SegFormer, tmp_path: Path) -> None:
+def test_a_damaged_file_of_ours_is_refused(
+    suffix: str, model: SegFormer, tmp_path: Path
+) -> None:
     path, state = tmp_path / f"a{suffix}", model.state_dict()
     if suffix == ".pth":
         torch.save({"format": "segprune", "version": 1, "state_dict": state}, path)
     else:
         save_file(state, path, metadata={"format": "segprune", "version": "1", "spec": "{"})
     with pytest.raises(
-        ValueError, match=f"^{path}: It is not a whole segprune file; write it again with segprune.save"
+        ValueError,
+        match=f"^{path}: It is not a whole segprune file; write it again with segprune.save",
     ):
         read(path)
 
 
 @pytest.mark.parametrize(
-    "damage", [{"version": None}, {"version": 0}, {"spec": 3}, {"state_dict": []}, {"extra": None}]
+    "damage",
+    [{"version": None}, {"version": 0}, {"spec": 3}, {"state_dict": []}, {"extra": None}],
 )
-def test_our_file_with_a_wrong_part_is_refused(damage: dict[str, Any], model: SegFormer) -> None:
-    content = {"format": "segprune", "version": 1, "extra": {}, "spec": spec_to_dict(model.spec)}
-    with pytest.raises(ValueError, match=r"It is not a whole segprune file; write it again with segprune\.save"):
+def test_our_file_with_a_wrong_part_is_refused(
+    damage: dict[str, Any], model: SegFormer
+) -> None:
+    content = {
+        "format": "segprune",
+        "version": 1,
+        "extra": {},
+        "spec": spec_to_dict(model.spec),
+    }
+    with pytest.raises(
+        ValueError, match=r"It is not a whole segprune file; write it again with segprune\.save"
+    ):
         from_state_dict(content | {"state_dict": model.state_dict()} | damage)
 
 
-def test_weights_that_do_not_fit_their_spec_are_refused(model: SegFormer, tmp_path: Path) -> None:
-    content = {"format": "segprune", "version": 1, "extra": {}, "spec": spec_to_dict(model.spec)}
+def test_weights_that_do_not_fit_their_spec_are_refused(
+    model: SegFormer, tmp_path: Path
+) -> None:
+    content = {
+        "format": "segprune",
+        "version": 1,
+        "extra": {},
+        "spec": spec_to_dict(model.spec),
+    }
     state = model.state_dict()
     wrong = state | {"decode_head.norm.weight": torch.ones(45)}
-    with pytest.raises(ValueError, match=r"decode_head\.norm\.weight has the shape 45 where its spec has 44; give"):
+    with pytest.raises(
+        ValueError,
+        match=r"decode_head\.norm\.weight has the shape 45 where its spec has 44; give",
+    ):
         from_state_dict(content | {"state_dict": wrong})
     del state["decode_head.norm.weight"]
-    with pytest.raises(ValueError, match=r"The file lacks decode_head\.norm\.weight; give a whole state dict"):
+    with pytest.raises(
+        ValueError, match=r"The file lacks decode_head\.norm\.weight; give a whole state dict"
+    ):
         from_state_dict(content | {"state_dict": state})
     with pytest.raises(ValueError, match="This is not a segprune spec"):
         from_state_dict(content | {"state_dict": state, "spec": {"stages": 3}})
 
 
 def test_our_weights_without_their_spec_are_refused(model: SegFormer) -> None:
-    with pytest.raises(ValueError, match=r"segprune's weights without their spec, .*segprune\.save\(model, path\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"segprune's weights without their spec, .*segprune\.save\(model, path\)",
+    ):
         from_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], r"It holds list data, not a state dict; save one: torch\.save\(model\.state_dict\(\), path\)"),
+        (
+            [1, 2],
+            r"It holds list data, not a state dict; save one: torch\.save\(model\.state_dict\(\), path\)",
+        ),
         ({3: 4}, "It holds dict data, not a state dict"),
-        ({"epoch": 3, "loss": 0.5}, "This is not a SegFormer: expected keys .*, found epoch, loss; give a SegFormer's"),
+        (
+            {"epoch": 3, "loss": 0.5},
+            "This is not a SegFormer: expected keys .*, found epoch, loss; give a SegFormer's",
+        ),
         ({}, "This is not a SegFormer: .* found none"),
-        ({"conv1.weight": torch.ones(1), "fc.bias": torch.ones(1)}, r"found conv1\.weight, fc\.bias; give a SegF"),
+        (
+            {"conv1.weight": torch.ones(1), "fc.bias": torch.ones(1)},
+            r"found conv1\.weight, fc\.bias; give a SegF",
+        ),
     ],
 )
-def test_what_is_no_segformer_is_refused_with_what_it_is(content: Any, message: str, tmp_path: Path) -> None:
+def test_what_is_no_segformer_is_refused_with_what_it_is(
+    content: Any, message: str, tmp_path: Path
+) -> None:
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path))}/a\.pth: .*{message.removeprefix('^')}"):
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(tmp_path))}/a\.pth: .*{message.removeprefix('^')}"
+    ):
         read(tmp_path / "a.pth")
 
 
 def test_a_numpy_array_among_the_weights_is_refused_by_name(bare: Any, tmp_path: Path) -> None:
-    torch.save(bare | {"backbone.norm1.bias": np.zeros(32, dtype=np.float32)}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"backbone\.norm1\.bias is a NumpyArray, not a tensor"):
+    torch.save(
+        bare | {"backbone.norm1.bias": np.zeros(32, dtype=np.float32)}, tmp_path / "a.pth"
+    )
+    with pytest.raises(
+        ValueError, match=r"backbone\.norm1\.bias is a NumpyArray, not a tensor"
+    ):
         load(tmp_path / "a.pth")
 
 
 def test_what_is_no_float_tensor_is_refused_by_name(bare: Any) -> None:
-    with pytest.raises(ValueError, match=r"backbone\.norm1\.bias is a list, not a tensor; give a plain state dict"):
+    with pytest.raises(
+        ValueError,
+        match=r"backbone\.norm1\.bias is a list, not a tensor; give a plain state dict",
+    ):
         from_state_dict(bare | {"backbone.norm1.bias": [0.0]})
     quantised = bare | {"backbone.norm1.bias": torch.ones(32, dtype=torch.int8)}
     with pytest.raises(
-        ValueError, match=r"norm1\.bias holds torch\.int8, not floating-point weights; give the network"
+        ValueError,
+        match=r"norm1\.bias holds torch\.int8, not floating-point weights; give the network",
     ):
         from_state_dict(quantised)
 
 
 def test_what_cannot_be_loaded_again_is_not_saved(model: SegFormer, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"ends in '\.onnx'; a checkpoint is saved as \.pth, \.pt or \.safetensors"):
+    with pytest.raises(
+        ValueError,
+        match=r"ends in '\.onnx'; a checkpoint is saved as \.pth, \.pt or \.safetensors",
+    ):
         save(model, tmp_path / "a.onnx")
-    with pytest.raises(ValueError, match=r"takes a SegFormer, got DataParallel; unwrap it first \(\.module"):
+    with pytest.raises(
+        ValueError, match=r"takes a SegFormer, got DataParallel; unwrap it first \(\.module"
+    ):
         save(nn.DataParallel(model), tmp_path / "a.pth")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"`extra` is not plain data \(.*PosixPath.*\); give numbers, strings, lists"):
+    with pytest.raises(
+        ValueError,
+        match=r"`extra` is not plain data \(.*PosixPath.*\); give numbers, strings, lists",
+    ):
         save(model, tmp_path / "a.pth", extra={"path": tmp_path})
     model.spec = replace(model.spec, num_classes=6)
-    with pytest.raises(ValueError, match=r"classifier\.weight has the shape 5 44 1 1 where its spec has 6 44 1 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"classifier\.weight has the shape 5 44 1 1 where its spec has 6 44 1 1",
+    ):
         save(model, tmp_path / "a.pth")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_tensor_cut_out_of_a_larger_one_does_not_take_it_along(suffix: str, model: SegFormer, tmp_path: Path) -> None:
+def test_a_tensor_cut_out_of_a_larger_one_does_not_take_it_along(
+    suffix: str, model: SegFormer, tmp_path: Path
+) -> None:
     save(model, tmp_path / f"a{suffix}")
     size = (tmp_path / f"a{suffix}").stat().st_size
     weight = model.decode_head.classifier.weight
@@ -293,7 +389,9 @@ def test_a_tensor_cut_out_of_a_larger_one_does_not_take_it_along(suffix: str, mo
     assert abs((tmp_path / f"a{suffix}").stat().st_size - size) < 1000
 
 
-def test_folded_and_unfolded_again_a_file_has_the_spec_it_had(trained_like: Fill, tmp_path: Path) -> None:
+def test_folded_and_unfolded_again_a_file_has_the_spec_it_had(
+    trained_like: Fill, tmp_path: Path
+) -> None:
     model = build(from_state_dict(state_in("nvlabs", trained_like), dialect="nvlabs"))
     save(fold_decoder(model), tmp_path / "a.pth")
     assert unfold_decoder(load(tmp_path / "a.pth")).spec == model.spec
@@ -303,12 +401,18 @@ def test_the_spec_in_safetensors_metadata_is_json(model: SegFormer, tmp_path: Pa
     save(model, tmp_path / "a.safetensors", extra={"a": 1})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["version"], json.loads(metadata["extra"])) == ("segprune", "1", {"a": 1})
+    assert (metadata["format"], metadata["version"], json.loads(metadata["extra"])) == (
+        "segprune",
+        "1",
+        {"a": 1},
+    )
     assert json.loads(metadata["spec"])["numerics"] == asdict(model.spec.numerics)
 
 
 def test_a_checkpoint_made_by_hand_is_built_as_one_from_a_file(model: SegFormer) -> None:
-    made = Checkpoint(model.spec, model.state_dict(), "segprune", (), backbone_only=False, extra={})
+    made = Checkpoint(
+        model.spec, model.state_dict(), "segprune", (), backbone_only=False, extra={}
+    )
     assert torch.equal(infer(build(made)), infer(model))
 
 
@@ -320,7 +424,15 @@ COLOURS = [[10 * k, 20 * k, 255] for k in range(5)]
     [
         ("nvlabs", {"CLASSES": tuple("abcde"), "PALETTE": COLOURS}),
         ("mmseg", {"dataset_meta": {"classes": list("abcde"), "palette": COLOURS}}),
-        ("mmseg", {"dataset_meta": {"CLASSES": tuple("abcde"), "PALETTE": tuple(map(tuple, COLOURS))}}),
+        (
+            "mmseg",
+            {
+                "dataset_meta": {
+                    "CLASSES": tuple("abcde"),
+                    "PALETTE": tuple(map(tuple, COLOURS)),
+                }
+            },
+        ),
     ],
 )
 def test_the_classes_that_another_tools_file_states_are_kept(
@@ -328,7 +440,23 @@ def test_the_classes_that_another_tools_file_states_are_kept(
 ) -> None:
     extra = from_state_dict({"meta": meta, "state_dict": state_in(dialect, trained_like)}).extra
     assert extra["class_names"] == list("abcde")
-    assert extra["palette"] == [0, 0, 255, 10, 20, 255, 20, 40, 255, 30, 60, 255, 40, 80, 255] + 753 * [0]
+    assert extra["palette"] == [
+        0,
+        0,
+        255,
+        10,
+        20,
+        255,
+        20,
+        40,
+        255,
+        30,
+        60,
+        255,
+        40,
+        80,
+        255,
+    ] + 753 * [0]
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,14 @@ def test_a_folder_has_the_logits_of_transformers(folder: Path, theirs: nn.Module
     x = torch.randn(2, 3, 64, 96)
     model = build(found)
     with torch.inference_mode():
-        torch.testing.assert_close(model.decode_head(model.encoder(x)), theirs(x).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model.decode_head(model.encoder(x)), theirs(x).logits, rtol=0, atol=1e-5
+        )
 
 
-@pytest.mark.parametrize(("single", "as_pickle"), [("model.safetensors", False), ("pytorch_model.bin", True)])
+@pytest.mark.parametrize(
+    ("single", "as_pickle"), [("model.safetensors", False), ("pytorch_model.bin", True)]
+)
 def test_shards_are_put_together(single: str, as_pickle: bool, folder: Path) -> None:
     whole = read(folder).state_dict
     shard(folder, single, as_pickle=as_pickle)
@@ -68,7 +72,9 @@ def test_shards_are_put_together(single: str, as_pickle: bool, folder: Path) -> 
 def test_a_missing_shard_is_refused_by_name(folder: Path) -> None:
     shard(folder, "model.safetensors", as_pickle=False)
     (folder / "model-2-of-2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model-2-of-2\.safetensors does not exist; give the path"):
+    with pytest.raises(
+        FileNotFoundError, match=r"model-2-of-2\.safetensors does not exist; give the path"
+    ):
         read(folder)
 
 
@@ -76,7 +82,9 @@ def test_shards_are_looked_for_in_the_folder_only(folder: Path) -> None:
     shard(folder, "model.safetensors", as_pickle=False)
     secret = folder.parent / "elsewhere.safetensors"
     save_file({"x": torch.ones(1)}, secret)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}})
+    )
     with pytest.raises(FileNotFoundError, match=r"hf/elsewhere\.safetensors does not exist"):
         read(folder)
 
@@ -84,11 +92,16 @@ def test_shards_are_looked_for_in_the_folder_only(folder: Path) -> None:
 def test_an_index_without_a_map_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index\.json has no weight_map that names its shards; copy or download it"):
+    with pytest.raises(
+        ValueError,
+        match=r"index\.json has no weight_map that names its shards; copy or download it",
+    ):
         read(folder)
 
 
-def test_one_pickled_file_is_read_where_there_are_no_safetensors(folder: Path, theirs: nn.Module) -> None:
+def test_one_pickled_file_is_read_where_there_are_no_safetensors(
+    folder: Path, theirs: nn.Module
+) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert read(folder).spec.num_classes == 5
@@ -96,17 +109,22 @@ def test_one_pickled_file_is_read_where_there_are_no_safetensors(folder: Path, t
 
 def test_a_folder_that_lacks_a_file_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has config\.json but no weights; put model\.safetensors or pytorch_"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"has config\.json but no weights; put model\.safetensors or pytorch_",
+    ):
         read(folder)
     (folder / "config.json").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"hf is a folder without config\.json, .* give the checkpoint file in it"
+        FileNotFoundError,
+        match=r"hf is a folder without config\.json, .* give the checkpoint file in it",
     ):
         read(folder)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON; copy"), ("[1]", "holds a list instead of names and")]
+    ("text", "message"),
+    [("{", "is not JSON; copy"), ("[1]", "holds a list instead of names and")],
 )
 def test_a_damaged_config_is_refused(text: str, message: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
@@ -127,32 +145,44 @@ def test_a_damaged_config_is_refused(text: str, message: str, folder: Path) -> N
         ("model_type", "swin"),
     ],
 )
-def test_a_config_of_another_network_than_the_weights_is_refused(name: str, value: Any, folder: Path) -> None:
+def test_a_config_of_another_network_than_the_weights_is_refused(
+    name: str, value: Any, folder: Path
+) -> None:
     edit_config(folder, **{name: value})
     message = rf"config\.json says {name} {re.escape(str(value))}, but a b0 as in the weights has .*; give a folder wh"
     with pytest.raises(ValueError, match=message):
         read(folder)
 
 
-def test_the_number_of_classes_is_that_of_the_classifier_whatever_the_labels_say(folder: Path) -> None:
+def test_the_number_of_classes_is_that_of_the_classifier_whatever_the_labels_say(
+    folder: Path,
+) -> None:
     edit_config(folder, id2label={"0": "only"})
     assert read(folder).spec.num_classes == 5
 
 
 def test_dropout_rates_are_taken_over_and_those_that_are_not_are_noted(folder: Path) -> None:
-    edit_config(folder, drop_path_rate=0.3, classifier_dropout_prob=0.2, hidden_dropout_prob=0.1)
+    edit_config(
+        folder, drop_path_rate=0.3, classifier_dropout_prob=0.2, hidden_dropout_prob=0.1
+    )
     found = read(folder)
     assert (found.spec.numerics.drop_path, found.spec.numerics.head_dropout) == (0.3, 0.2)
-    assert found.notes == ("config.json's hidden_dropout_prob 0.1 was not taken over: no dropout inside blocks here.",)
+    assert found.notes == (
+        "config.json's hidden_dropout_prob 0.1 was not taken over: no dropout inside blocks here.",
+    )
 
 
-def test_an_image_classifiers_folder_is_a_bare_backbone(trained_like: Fill, tmp_path: Path) -> None:
+def test_an_image_classifiers_folder_is_a_bare_backbone(
+    trained_like: Fill, tmp_path: Path
+) -> None:
     theirs = hf_model("b0", trained_like, SegformerForImageClassification)
     theirs.config.decoder_hidden_size = 768  # of a head that the file does not have
     theirs.save_pretrained(tmp_path)
     found = read(tmp_path, num_classes=4)
     assert found.backbone_only
-    assert found.notes == ("Only a backbone was found: the decode head for 4 classes is new and untrained.",)
+    assert found.notes == (
+        "Only a backbone was found: the decode head for 4 classes is new and untrained.",
+    )
     assert build(found)(torch.randn(1, 3, 32, 32)).shape == (1, 4, 32, 32)
 
 
@@ -173,7 +203,9 @@ def test_a_hub_name_is_downloaded_without_what_is_not_needed(
     assert load("nvidia/segformer-b0.v1", num_classes=5).spec.variant == "b0"
     safetensors = ("nvidia/segformer-b0.v1", ["config.json", "model*.safetensors*"])
     pickled = ("nvidia/segformer-b0.v1", ["config.json", "pytorch_model*.bin*"])
-    assert asked == ([safetensors] if weights == "model.safetensors" else [safetensors, pickled])
+    assert asked == (
+        [safetensors] if weights == "model.safetensors" else [safetensors, pickled]
+    )
 
 
 def test_a_hub_name_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,14 +213,14 @@ def test_a_hub_name_that_cannot_be_reached_is_refused(monkeypatch: pytest.Monkey
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    message = (
-        r"^org/name is neither a file or folder here nor could it be downloaded .*\(LocalEntryNotFoundError\); check"
-    )
+    message = r"^org/name is neither a file or folder here nor could it be downloaded .*\(LocalEntryNotFoundError\); check"
     with pytest.raises(FileNotFoundError, match=message):
         read("org/name")
 
 
-def test_without_huggingface_hub_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_huggingface_hub_the_command_that_installs_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
@@ -197,20 +229,28 @@ def test_without_huggingface_hub_the_command_that_installs_it_is_named(monkeypat
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"org/name is to be downloaded .*; pip install huggingface_hub first"):
+    with pytest.raises(
+        ImportError, match=r"org/name is to be downloaded .*; pip install huggingface_hub first"
+    ):
         read("org/name")
 
 
-@pytest.mark.parametrize("path", ["logs/your_model.pth", "logs/a.safetensors", "./org/name", "a/b/c", "name"])
+@pytest.mark.parametrize(
+    "path", ["logs/your_model.pth", "logs/a.safetensors", "./org/name", "a/b/c", "name"]
+)
 def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"^{Path(path)} does not exist; give the path of a checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match=f"^{Path(path)} does not exist; give the path of a checkpoint"
+    ):
         read(path)
 
 
-def test_the_classes_of_a_config_are_kept_in_their_order_if_they_are_names_and_one_each(folder: Path) -> None:
+def test_the_classes_of_a_config_are_kept_in_their_order_if_they_are_names_and_one_each(
+    folder: Path,
+) -> None:
     names = {"1": "road", "0": "sky", "2": "tree", "4": "person", "3": "bed "}
     edit_config(folder, id2label=names)
     assert read(folder).extra == {"class_names": ["sky", "road", "tree", "bed", "person"]}

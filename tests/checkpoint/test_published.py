@@ -12,7 +12,11 @@ def changed(spec: Spec, **widths: int | None) -> Spec:
     """The last block of stage 2 with other widths."""
     stage = spec.stages[1]
     block: BlockSpec = replace(stage.blocks[-1], **widths)
-    stages = (spec.stages[0], replace(stage, blocks=(*stage.blocks[:-1], block)), *spec.stages[2:])
+    stages = (
+        spec.stages[0],
+        replace(stage, blocks=(*stage.blocks[:-1], block)),
+        *spec.stages[2:],
+    )
     return replace(spec, stages=stages)
 
 
@@ -26,7 +30,10 @@ def test_dense_networks_are_uniform_folded_or_not(variant: str) -> None:
 @pytest.mark.parametrize(
     ("widths", "problem"),
     [
-        ({"qk_dim": 24}, "queries and keys of width 24 per head where the stage's width 64 asks for 32"),
+        (
+            {"qk_dim": 24},
+            "queries and keys of width 24 per head where the stage's width 64 asks for 32",
+        ),
         ({"v_dim": 24}, "values of width 24 per head where the stage's width 64 asks for 32"),
         ({"reduction_dim": 56}, "a reduction of width 56 where the stage has 64"),
         ({"ffn_dim": 200}, "an FFN of width 200, which is no multiple of the stage's width 64"),
@@ -36,13 +43,21 @@ def test_dense_networks_are_uniform_folded_or_not(variant: str) -> None:
     ],
 )
 def test_what_is_in_the_way_is_said(widths: dict[str, int], problem: str) -> None:
-    assert uniform_problem(changed(standard_spec("b0", 5), **widths)) == f"block 1 of stage 2 has {problem}"
+    assert (
+        uniform_problem(changed(standard_spec("b0", 5), **widths))
+        == f"block 1 of stage 2 has {problem}"
+    )
 
 
 def test_heads_have_to_divide_the_width_and_branches_to_be_as_wide_as_the_head() -> None:
     spec = standard_spec("b0", 5)
-    odd = replace(spec, stages=(spec.stages[0], replace(spec.stages[1], width=63), *spec.stages[2:]))
-    assert uniform_problem(odd) == "block 0 of stage 2 has 2 heads, which do not divide the stage's width 63"
+    odd = replace(
+        spec, stages=(spec.stages[0], replace(spec.stages[1], width=63), *spec.stages[2:])
+    )
+    assert (
+        uniform_problem(odd)
+        == "block 0 of stage 2 has 2 heads, which do not divide the stage's width 63"
+    )
     problem = "the decode head's branches have widths 8 8 8 256 where it has 256"
     assert uniform_problem(replace(spec, branch_dims=(8, 8, 8, 256))) == problem
 
@@ -50,9 +65,15 @@ def test_heads_have_to_divide_the_width_and_branches_to_be_as_wide_as_the_head()
 def test_the_kind_of_decode_head_has_to_be_theirs() -> None:
     spec = standard_spec("b0", 5)
     conv = replace(spec, head="conv")
-    assert uniform_problem(conv) == "its decode head has a BatchNorm and a ReLU in each branch, not linear branches"
+    assert (
+        uniform_problem(conv)
+        == "its decode head has a BatchNorm and a ReLU in each branch, not linear branches"
+    )
     assert mmseg_problem(conv) is None
-    assert mmseg_problem(spec) == "its decode head has linear branches, not a BatchNorm and a ReLU in each branch"
+    assert (
+        mmseg_problem(spec)
+        == "its decode head has linear branches, not a BatchNorm and a ReLU in each branch"
+    )
 
 
 def test_mmsegmentation_has_one_width_of_heads_and_one_ratio_for_all_stages() -> None:

@@ -23,7 +23,10 @@ from transformers import (
 from segprune.checkpoint import load, read, save
 from segprune.checkpoint.dialects import NUMERICS
 from segprune.checkpoint.hf_out import write_folder
-from segprune.checkpoint.modeling_segprune import SegpruneConfig, SegpruneForSemanticSegmentation
+from segprune.checkpoint.modeling_segprune import (
+    SegpruneConfig,
+    SegpruneForSemanticSegmentation,
+)
 from segprune.checkpoint.numerics import with_numerics
 from segprune.checkpoint.rename import from_ours
 from segprune.checkpoint.write import write_file
@@ -58,7 +61,9 @@ def test_a_dense_network_has_the_same_logits_in_stock_transformers(
 ) -> None:
     model = network(trained_like, NUMERICS[dialect])
     write_folder(fold_decoder(model) if folded else model, tmp_path / "hf", class_names=CLASSES)
-    theirs, info = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    theirs, info = SegformerForSemanticSegmentation.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
     assert not any(info.values())
     x = torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
@@ -95,7 +100,12 @@ def in_a_process_without_segprune(folder: Path, x: Tensor, *, trusted: bool) -> 
     work = folder.parent
     torch.save(x, work / "x.pt")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    arguments = [str(folder), "trusted" if trusted else "", str(work / "x.pt"), str(work / "y.pt")]
+    arguments = [
+        str(folder),
+        "trusted" if trusted else "",
+        str(work / "x.pt"),
+        str(work / "y.pt"),
+    ]
     result = subprocess.run(
         [sys.executable, "-c", APART, *arguments],
         cwd=work,
@@ -123,7 +133,10 @@ def test_a_uniformly_pruned_b0_is_one_for_stock_transformers_where_segprune_is_n
     assert float((found["logits"] - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
     back = read(tmp_path / "hf")
-    assert back.spec.stages == with_numerics(pruned.state_dict(), pruned.spec, NUMERICS["hf"])[1].stages
+    assert (
+        back.spec.stages
+        == with_numerics(pruned.state_dict(), pruned.spec, NUMERICS["hf"])[1].stages
+    )
     torch.testing.assert_close(logits(load(tmp_path / "hf"), x), expected, rtol=0, atol=1e-5)
 
 
@@ -138,7 +151,9 @@ def test_any_other_network_goes_with_its_code_where_segprune_is_not(
         reason = "block 0 of stage 1 has values of width 12 per head where the stage's width 16 asks for 16"
         way = "trust_remote_code=True (prune with `uniform` to do without)."
     else:
-        reason = "its decode head has a BatchNorm and a ReLU in each branch, not linear branches"
+        reason = (
+            "its decode head has a BatchNorm and a ReLU in each branch, not linear branches"
+        )
         way = "trust_remote_code=True."
     assert f"since {reason};" in notes[0]
     assert notes[0].endswith(way)
@@ -148,11 +163,17 @@ def test_any_other_network_goes_with_its_code_where_segprune_is_not(
     assert torch.equal(found["logits"], logits(model, x))
 
     back = read(tmp_path / "hf")
-    assert (back.spec, back.extra, back.dialect) == (model.spec, {"class_names": list(CLASSES)}, "segprune")
+    assert (back.spec, back.extra, back.dialect) == (
+        model.spec,
+        {"class_names": list(CLASSES)},
+        "segprune",
+    )
     assert torch.equal(logits(load(tmp_path / "hf"), x), logits(model, x))
 
 
-def test_the_classes_can_be_registered_and_give_a_loss(small_model: SegFormer, tmp_path: Path) -> None:
+def test_the_classes_can_be_registered_and_give_a_loss(
+    small_model: SegFormer, tmp_path: Path
+) -> None:
     register()
     write_folder(small_model.float(), tmp_path / "hf")
     model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "hf").eval()
@@ -167,19 +188,28 @@ def test_the_classes_can_be_registered_and_give_a_loss(small_model: SegFormer, t
 
 
 def test_a_config_without_spec_is_refused() -> None:
-    with pytest.raises(ValueError, match="This config has no spec, which says how wide the network is; load one with"):
+    with pytest.raises(
+        ValueError,
+        match="This config has no spec, which says how wide the network is; load one with",
+    ):
         SegpruneForSemanticSegmentation(SegpruneConfig())
 
 
-def test_the_image_processor_and_the_pipeline_take_the_folder(trained_like: Fill, tmp_path: Path) -> None:
+def test_the_image_processor_and_the_pipeline_take_the_folder(
+    trained_like: Fill, tmp_path: Path
+) -> None:
     model = network(trained_like, NUMERICS["hf"])
     write_folder(model, tmp_path / "hf", class_names=CLASSES, input_shape=(64, 96))
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    ready = AutoImageProcessor.from_pretrained(tmp_path / "hf")(Image.fromarray(image), return_tensors="pt")
+    ready = AutoImageProcessor.from_pretrained(tmp_path / "hf")(
+        Image.fromarray(image), return_tensors="pt"
+    )
     expected = normalise(image)[None]
     torch.testing.assert_close(ready["pixel_values"], expected, rtol=0, atol=1e-5)
-    segments = pipeline("image-segmentation", model=str(tmp_path / "hf"))(Image.fromarray(image))
+    segments = pipeline("image-segmentation", model=str(tmp_path / "hf"))(
+        Image.fromarray(image)
+    )
     classes = model(expected)[0].argmax(0)
     assert [segment["label"] for segment in segments] == [CLASSES[k] for k in classes.unique()]
     for segment in segments:
@@ -208,10 +238,14 @@ def test_a_dense_network_in_another_codes_names_has_that_codes_logits(
     x = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         expected = model(x)
-        torch.testing.assert_close(theirs(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            theirs(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
         back = read(path)
         assert back.dialect == dialect
-        torch.testing.assert_close(load(path)(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            load(path)(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("variant", ["b0", "b2"])
@@ -219,7 +253,10 @@ def test_a_dense_network_of_mmsegmentation_comes_back_to_the_bit(
     variant: str, trained_like: Fill, tmp_path: Path
 ) -> None:
     theirs = reference("mmseg", trained_like, variant)
-    torch.save({"meta": {"epoch": 1}, "state_dict": theirs.state_dict(), "optimizer": {}}, tmp_path / "theirs.pth")
+    torch.save(
+        {"meta": {"epoch": 1}, "state_dict": theirs.state_dict(), "optimizer": {}},
+        tmp_path / "theirs.pth",
+    )
     assert read(tmp_path / "theirs.pth").dialect == "mmseg"
     model = load(tmp_path / "theirs.pth")
     save(model, tmp_path / "ours.pth")
@@ -228,20 +265,34 @@ def test_a_dense_network_of_mmsegmentation_comes_back_to_the_bit(
     assert back["meta"] == {}
     expected = theirs.state_dict()
     assert back["state_dict"].keys() == expected.keys()
-    assert all(torch.equal(back["state_dict"][name], tensor) for name, tensor in expected.items())
+    assert all(
+        torch.equal(back["state_dict"][name], tensor) for name, tensor in expected.items()
+    )
     x = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         wanted = theirs(x)
-        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(
+            model(x), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())
+        )
 
 
-def test_a_narrower_network_of_mmsegmentation_is_written_with_its_arguments(trained_like: Fill, tmp_path: Path) -> None:
+def test_a_narrower_network_of_mmsegmentation_is_written_with_its_arguments(
+    trained_like: Fill, tmp_path: Path
+) -> None:
     """As its classes can express it, in other numerics and with another scale of attention."""
     spec = replace(standard_spec("b0", 5, numerics=NUMERICS["hf"], decoder_dim=48), head="conv")
-    stages = [with_widths(stage, 8 * stage.blocks[0].num_heads, stage.blocks[0].num_heads, 16) for stage in spec.stages]
-    stages = [with_widths(stage, stage.width, stage.blocks[0].num_heads, 2 * stage.width) for stage in stages]
+    stages = [
+        with_widths(stage, 8 * stage.blocks[0].num_heads, stage.blocks[0].num_heads, 16)
+        for stage in spec.stages
+    ]
+    stages = [
+        with_widths(stage, stage.width, stage.blocks[0].num_heads, 2 * stage.width)
+        for stage in stages
+    ]
     blocks = [tuple(replace(block, qk_scale=0.3) for block in stage.blocks) for stage in stages]
-    spec = replace(spec, stages=tuple(replace(s, blocks=b) for s, b in zip(stages, blocks, strict=True)))
+    spec = replace(
+        spec, stages=tuple(replace(s, blocks=b) for s, b in zip(stages, blocks, strict=True))
+    )
     model = network(trained_like, spec.numerics, spec)
     note, own = write_file(model, tmp_path / "a.pth", "mmseg").notes
     assert own.startswith("segprune itself cannot load the file, which does not say its heads")
@@ -249,12 +300,16 @@ def test_a_narrower_network_of_mmsegmentation_is_written_with_its_arguments(trai
         "Build it with their base classes, not with a variant's: MixVisionTransformer(embed_dims=8, num_heads="
         "[1, 2, 5, 8], num_layers=[2, 2, 2, 2], mlp_ratio=2), SegformerHead(in_channels=[8, 16, 40, 64], channels=48)."
     )
-    theirs = ConvReference("b0", 5, PUBLISHED["mmseg"], embed_dims=8, mlp_ratio=2, channels=48).eval()
+    theirs = ConvReference(
+        "b0", 5, PUBLISHED["mmseg"], embed_dims=8, mlp_ratio=2, channels=48
+    ).eval()
     theirs.load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"])
     x = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         expected = model(x)
-        torch.testing.assert_close(theirs(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            theirs(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
 
 
 def test_a_decode_head_of_the_other_kind_is_refused_with_the_formats_that_have_it(
@@ -279,11 +334,15 @@ def test_a_decode_head_of_the_other_kind_is_refused_with_the_formats_that_have_i
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_user_has_to_set_in_the_other_code_is_noted(trained_like: Fill, tmp_path: Path) -> None:
+def test_what_a_user_has_to_set_in_the_other_code_is_noted(
+    trained_like: Fill, tmp_path: Path
+) -> None:
     pruned = Pruner(network(trained_like, NUMERICS["smp"]), 0.5, uniform=True).prune()
     assert isinstance(pruned, SegFormer)
     rims, classes = write_file(pruned, tmp_path / "a.pth", "nvlabs").notes
-    assert rims.startswith("The network's last upsampling has align_corners=True and theirs False; set it there")
+    assert rims.startswith(
+        "The network's last upsampling has align_corners=True and theirs False; set it there"
+    )
     widths = [stage.width for stage in pruned.spec.stages]
     assert classes.startswith(
         f"Build it with their base classes, not with a variant's: MixVisionTransformer(embed_dims={widths}"
@@ -312,8 +371,12 @@ def test_a_uniformly_pruned_network_in_nvlabs_names_is_read_again_and_in_bubblii
     back, x = read(tmp_path / "b.pth"), torch.randn(1, 3, 64, 96)
     assert (back.dialect, back.notes) == ("nvlabs", ())
     assert [s.width for s in back.spec.stages] == [s.width for s in pruned.spec.stages]
-    assert [s.blocks[0].num_heads for s in back.spec.stages] == [s.blocks[0].num_heads for s in pruned.spec.stages]
-    torch.testing.assert_close(logits(load(tmp_path / "b.pth"), x), logits(pruned, x), rtol=0, atol=1e-5)
+    assert [s.blocks[0].num_heads for s in back.spec.stages] == [
+        s.blocks[0].num_heads for s in pruned.spec.stages
+    ]
+    torch.testing.assert_close(
+        logits(load(tmp_path / "b.pth"), x), logits(pruned, x), rtol=0, atol=1e-5
+    )
 
 
 def test_what_is_written_is_compared_by_whoever_can_read_it(
@@ -338,12 +401,12 @@ def test_what_reads_back_with_other_logits_is_refused_and_not_kept(
     model = network(trained_like, NUMERICS["nvlabs"])
 
     def off(state: dict[str, Tensor], spec: Spec, dialect: str) -> dict[str, Tensor]:
-        return {name: tensor * factor for name, tensor in from_ours(state, spec, dialect).items()}
+        return {
+            name: tensor * factor for name, tensor in from_ours(state, spec, dialect).items()
+        }
 
     monkeypatch.setattr("segprune.checkpoint.write.from_ours", off)
-    refusal = (
-        r"^Read again by segprune, the logits are off by .* is allowed, and nothing was kept; choose another format"
-    )
+    refusal = r"^Read again by segprune, the logits are off by .* is allowed, and nothing was kept; choose another format"
     if factor != factor:  # caught as soon as it is read
         refusal = "has NaN or infinite values"
     with pytest.raises(ValueError, match=refusal):
@@ -365,12 +428,17 @@ def test_transformers_logits_are_compared_too(
         return out
 
     monkeypatch.setattr(SegformerForSemanticSegmentation, "forward", off)
-    with pytest.raises(ValueError, match=r"^Read again by transformers [\d.]+, the logits are off by 1\.0e-03 of the"):
+    with pytest.raises(
+        ValueError,
+        match=r"^Read again by transformers [\d.]+, the logits are off by 1\.0e-03 of the",
+    ):
         write_folder(network(trained_like, NUMERICS["hf"]), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_their_classes_cannot_hold_is_refused_by_name(small_model: SegFormer, tmp_path: Path) -> None:
+def test_what_their_classes_cannot_hold_is_refused_by_name(
+    small_model: SegFormer, tmp_path: Path
+) -> None:
     message = (
         r"^bubbliiiing's classes cannot hold this network, since block 0 of stage 1 has values of width 12 .*; prune "
         r"with `uniform` for them, or write hf instead, which needs no uniform widths\.$"
@@ -378,7 +446,8 @@ def test_what_their_classes_cannot_hold_is_refused_by_name(small_model: SegForme
     with pytest.raises(ValueError, match=message):
         write_file(small_model.float(), tmp_path / "a.pth", "bubbliiiing")
     with pytest.raises(
-        ValueError, match=r"a\.onnx ends in '\.onnx'; nvlabs's code reads \.pth, \.pt, \.bin: give such"
+        ValueError,
+        match=r"a\.onnx ends in '\.onnx'; nvlabs's code reads \.pth, \.pt, \.bin: give such",
     ):
         write_file(small_model, tmp_path / "a.onnx", "nvlabs")
 
@@ -386,18 +455,26 @@ def test_what_their_classes_cannot_hold_is_refused_by_name(small_model: SegForme
 def test_a_folder_in_use_and_names_that_do_not_fit_are_refused_and_nothing_is_left(
     small_model: SegFormer, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="There are 2 class names where the network has 5 classes; give one for each"):
+    with pytest.raises(
+        ValueError,
+        match="There are 2 class names where the network has 5 classes; give one for each",
+    ):
         write_folder(small_model, tmp_path / "hf", class_names=("a", "b"))
-    with pytest.raises(ValueError, match="The input is 16×64 pixels; both sides must be at least 32"):
+    with pytest.raises(
+        ValueError, match="The input is 16×64 pixels; both sides must be at least 32"
+    ):
         write_folder(small_model, tmp_path / "hf", input_shape=(16, 64))
     assert not list(tmp_path.iterdir())
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "mine.txt").write_text("kept")
     with pytest.raises(
-        ValueError, match="hf is there already, and would be written over; give another place, or remove"
+        ValueError,
+        match="hf is there already, and would be written over; give another place, or remove",
     ):
         write_folder(small_model, tmp_path / "hf")
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"file/hf could not be written \(.*\); give another place"):
+    with pytest.raises(
+        OSError, match=r"file/hf could not be written \(.*\); give another place"
+    ):
         write_folder(small_model, tmp_path / "file" / "hf")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "hf", "mine.txt"]

@@ -50,13 +50,17 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dense") / "b0.pth"
     torch.manual_seed(3)
     model = SegFormer(standard_spec("b0", 8))
-    nn.init.normal_(model.decode_head.classifier.weight)  # so that no class is everywhere the highest
+    nn.init.normal_(
+        model.decode_head.classifier.weight
+    )  # so that no class is everywhere the highest
     save(model, path, extra={"lr": 1e-3})
     return path
 
 
 @pytest.fixture
-def small(small_spec: Spec, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path) -> Path:
+def small(
+    small_spec: Spec, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> Path:
     """The small network with 8 classes and all that is random in training; good for what does not prune."""
     spec = replace(small_spec, num_classes=8, numerics=Numerics(drop_path=0.2))
     model = trained_like(SegFormer(spec))
@@ -66,7 +70,9 @@ def small(small_spec: Spec, trained_like: Callable[[nn.Module], nn.Module], tmp_
 
 
 @pytest.fixture
-def teacher(small: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path) -> Path:
+def teacher(
+    small: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> Path:
     """Another network of the small one's shape, without a word on its training."""
     model = trained_like(SegFormer(read(small).spec))
     assert isinstance(model, SegFormer)

@@ -49,7 +49,11 @@ def records_of(name: str) -> list[type]:
     """The records that a command's `run` takes."""
     run = next(run for known, run, _ in _COMMANDS if known == name)
     signature = inspect.signature(run, eval_str=True).parameters
-    return [parameter.annotation for parameter in signature.values() if dataclasses.is_dataclass(parameter.annotation)]
+    return [
+        parameter.annotation
+        for parameter in signature.values()
+        if dataclasses.is_dataclass(parameter.annotation)
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name, *_ in _COMMANDS])
@@ -59,20 +63,28 @@ def test_the_help_of_a_command_lists_every_flag(name: str) -> None:
     shown = set(re.findall(r"^│ +(?:\* +)?--(\w+)", out, re.MULTILINE))
     names = {"json_path": "json", "as_json": "json"}
     takes_file = ("info", "eval", "predict", "scan", "export")
-    arguments = {"shapes": {"folder"}, "benchmark": {"model_paths"}, "convert": {"model_path", "target"}}.get(
-        name, {"model_path"} if name in takes_file else set()
-    )
+    arguments = {
+        "shapes": {"folder"},
+        "benchmark": {"model_paths"},
+        "convert": {"model_path", "target"},
+    }.get(name, {"model_path"} if name in takes_file else set())
     fields = set()
     for record in records_of(name):
         for field in dataclasses.fields(record):
-            if field.metadata or str(field.type).startswith(FLAG_TYPES):  # others are for Python alone
+            if field.metadata or str(field.type).startswith(
+                FLAG_TYPES
+            ):  # others are for Python alone
                 fields.add(field.name)
     assert shown == {names.get(field, field) for field in fields} - arguments | {"help"}
     assert ("─ Arguments ─" in out) == bool(arguments)
 
 
-@pytest.mark.parametrize(("name", "example"), [(name, example) for name, *_, example in _COMMANDS])
-def test_the_example_in_a_command_s_help_can_be_typed_as_it_stands(name: str, example: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "example"), [(name, example) for name, *_, example in _COMMANDS]
+)
+def test_the_example_in_a_command_s_help_can_be_typed_as_it_stands(
+    name: str, example: str
+) -> None:
     _, out, _ = invoke(name, "--help")
     assert " ".join(out.split()).endswith(f"Example: segprune {name} {example}")
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
@@ -87,7 +99,11 @@ def test_many_flags_come_under_titles(name: str) -> None:
         panels = getattr(record, "PANELS", {})
         assert panels.keys() <= {field.name for field in dataclasses.fields(record)}
         expected += panels.values()
-        expected += [field.metadata["panel"] for field in dataclasses.fields(record) if field.metadata.get("panel")]
+        expected += [
+            field.metadata["panel"]
+            for field in dataclasses.fields(record)
+            if field.metadata.get("panel")
+        ]
     titles = re.findall(r"^╭─ (.+?) ─+╮$", out, re.MULTILINE)
     assert len(titles) > 5
     assert sorted(titles) == sorted(set(expected))
@@ -119,24 +135,40 @@ def through_the_door(settings: dict[str, object], *flags: object) -> int:
     return left.value.code or 0
 
 
-def test_settings_replace_defaults_and_flags_replace_settings(dense: Path, tmp_path: Path) -> None:
-    settings = {"model_path": str(dense), "pruning_rate": 0.0, "input_shape": [32, 64], "save_dir": str(tmp_path)}
+def test_settings_replace_defaults_and_flags_replace_settings(
+    dense: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "model_path": str(dense),
+        "pruning_rate": 0.0,
+        "input_shape": [32, 64],
+        "save_dir": str(tmp_path),
+    }
     assert through_the_door(settings, "--input_shape", 64, 32) == 0
     record = json.loads((tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
-    assert (record["settings"]["pruning_rate"], record["settings"]["input_shape"]) == (0.0, [64, 32])
+    assert (record["settings"]["pruning_rate"], record["settings"]["input_shape"]) == (
+        0.0,
+        [64, 32],
+    )
     assert record["settings"]["seed"] == 11
 
 
-def test_a_setting_of_the_wrong_kind_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_setting_of_the_wrong_kind_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert through_the_door({"round_to": "half"}) == 2
     assert "Invalid value for '--round_to'" in capsys.readouterr().err
     assert through_the_door({"pruning_rate": "half"}) == 1
     assert "--pruning_rate is 'half'; write it as 0.5" in capsys.readouterr().err
 
 
-def test_a_setting_without_effect_is_refused_like_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_setting_without_effect_is_refused_like_the_flag(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert through_the_door({"lr": 1e-4}) == 1
-    assert capsys.readouterr().err == "Error: --lr has no effect without --epochs; leave it out.\n"
+    assert (
+        capsys.readouterr().err == "Error: --lr has no effect without --epochs; leave it out.\n"
+    )
 
 
 def test_a_misspelt_setting_is_refused_by_name() -> None:

@@ -50,7 +50,16 @@ def command_on(name: str, path: Path, data: Path, out: Path) -> tuple[object, ..
         "predict": ("predict", path, "--input", pictures, *SIZE, "--save_dir", out),
         "info": ("info", path),
         "eval": ("eval", path, *here, "--json", out / "score.json"),
-        "prune": ("prune", "--model_path", path, *here, "--pruning_rate", "0", "--save_dir", out),
+        "prune": (
+            "prune",
+            "--model_path",
+            path,
+            *here,
+            "--pruning_rate",
+            "0",
+            "--save_dir",
+            out,
+        ),
         "train": ("train", "--model_path", path, *here, "--epochs", "1", "--save_dir", out),
     }[name]
 
@@ -70,7 +79,11 @@ class RunsCode:
 
 
 def resnet() -> dict[str, Tensor]:
-    return {"conv1.weight": torch.ones(64, 3, 7, 7), "layer1.0.bn1.bias": torch.ones(64), "fc.bias": torch.ones(10)}
+    return {
+        "conv1.weight": torch.ones(64, 3, 7, 7),
+        "layer1.0.bn1.bias": torch.ones(64),
+        "fc.bias": torch.ones(10),
+    }
 
 
 BAD_FILES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
@@ -80,12 +93,18 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda path, whole: path.write_bytes(whole.read_bytes()[:50_000]),
         "is not a PyTorch checkpoint, or only a part of one; copy or download it again, or give another file",
     ),
-    "a text": (lambda path, whole: path.write_text("no checkpoint"), "is not a PyTorch checkpoint, or only a part"),
+    "a text": (
+        lambda path, whole: path.write_text("no checkpoint"),
+        "is not a PyTorch checkpoint, or only a part",
+    ),
     "a resnet": (
         lambda path, whole: torch.save(resnet(), path),
         "This is not a SegFormer: expected keys such as .*, found conv1.weight, layer1.0.bn1.bias, fc.bias; give a",
     ),
-    "a number": (lambda path, whole: torch.save(3, path), "It holds int data, not a state dict; save one"),
+    "a number": (
+        lambda path, whole: torch.save(3, path),
+        "It holds int data, not a state dict; save one",
+    ),
     "code": (
         lambda path, whole: torch.save({"model": RunsCode(path.parent / "ran")}, path),
         r"asks for \w+\.mkdir, and building that could run any code, so the file was not opened; save the weights",
@@ -114,7 +133,9 @@ def test_the_code_in_the_bad_file_would_have_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RUNNERS)
-def test_weights_with_nan_are_refused_by_name(name: str, data: Path, small: Path, tmp_path: Path) -> None:
+def test_weights_with_nan_are_refused_by_name(
+    name: str, data: Path, small: Path, tmp_path: Path
+) -> None:
     model = load(small)
     with torch.no_grad():
         model.decode_head.norm.bias[3] = float("nan")
@@ -128,7 +149,14 @@ def test_a_bare_backbone_has_nothing_to_score_or_prune(
     name: str, data: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:
     path = tmp_path / "mit_b0.pth"
-    torch.save({k: v for k, v in state_in("nvlabs", trained_like).items() if k.startswith("backbone.")}, path)
+    torch.save(
+        {
+            k: v
+            for k, v in state_in("nvlabs", trained_like).items()
+            if k.startswith("backbone.")
+        },
+        path,
+    )
     call = command_on(name, path, data, tmp_path / "out")
     if name in ("eval", "predict"):
         assert refused(*call).endswith(
@@ -136,7 +164,10 @@ def test_a_bare_backbone_has_nothing_to_score_or_prune(
         )
     else:
         advice = f"segprune train --model_path {path} --num_classes 8."
-        assert refused(*call, "--num_classes", 8) == f"{path} holds only a backbone; train it first: {advice}"
+        assert (
+            refused(*call, "--num_classes", 8)
+            == f"{path} holds only a backbone; train it first: {advice}"
+        )
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -145,15 +176,23 @@ def test_an_input_shape_that_is_too_small_is_refused(
     shape: tuple[int, int], name: str, data: Path, small: Path, tmp_path: Path
 ) -> None:
     said = refused(*command_on(name, small, data, tmp_path / "out"), "--input_shape", *shape)
-    assert said.startswith(f"The input is {shape[0]}×{shape[1]} pixels; both sides must be at least 32, since")
+    assert said.startswith(
+        f"The input is {shape[0]}×{shape[1]} pixels; both sides must be at least 32, since"
+    )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 @pytest.mark.parametrize("name", RUNNERS)
-def test_cuda_without_a_gpu_is_refused(name: str, data: Path, small: Path, tmp_path: Path) -> None:
-    message = "--cuda was given but PyTorch sees no GPU here; leave out --cuda to run on the CPU, or"
-    assert refused(*command_on(name, small, data, tmp_path / "out"), "--cuda").startswith(message)
+def test_cuda_without_a_gpu_is_refused(
+    name: str, data: Path, small: Path, tmp_path: Path
+) -> None:
+    message = (
+        "--cuda was given but PyTorch sees no GPU here; leave out --cuda to run on the CPU, or"
+    )
+    assert refused(*command_on(name, small, data, tmp_path / "out"), "--cuda").startswith(
+        message
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -180,7 +219,9 @@ def test_a_full_gpu_is_explained(
 
 
 @pytest.mark.parametrize("name", RUNNERS)
-def test_a_file_in_the_place_of_the_folder_is_refused(name: str, data: Path, small: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_folder_is_refused(
+    name: str, data: Path, small: Path, tmp_path: Path
+) -> None:
     (tmp_path / "out").write_text("mine")
     said = refused(*command_on(name, small, data, tmp_path / "out"))
     assert re.fullmatch(
@@ -206,7 +247,10 @@ def test_a_full_disk_leaves_the_old_files_whole(
     assert before
     monkeypatch.setattr(Path, "write_bytes", half)
     said = refused(*command_on(name, small, data, out))
-    assert "could not be written (No space left on device); give another place, or see to it that" in said
+    assert (
+        "could not be written (No space left on device); give another place, or see to it that"
+        in said
+    )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -215,7 +259,10 @@ def damaged(data: Path, folder: Path, kind: str) -> Path:
     shutil.copytree(data, folder)
     masks = sorted((folder / "VOCdevkit/VOC2007/SegmentationClass").iterdir())
     lists = folder / "VOCdevkit/VOC2007/ImageSets/Segmentation"
-    mask = folder / f"VOCdevkit/VOC2007/SegmentationClass/{(lists / 'val.txt').read_text().split()[0]}.png"
+    mask = (
+        folder
+        / f"VOCdevkit/VOC2007/SegmentationClass/{(lists / 'val.txt').read_text().split()[0]}.png"
+    )
     labels = np.zeros((32, 32), dtype=np.uint8)
     if kind == "no lists":
         shutil.rmtree(lists)
@@ -243,7 +290,12 @@ BAD_DATA = {
 
 
 # Without lists a data set is scored whole; only training needs to know its parts.
-BAD_CASES = [(kind, name) for kind in BAD_DATA for name in SCORERS if kind != "no lists" or name == "train"]
+BAD_CASES = [
+    (kind, name)
+    for kind in BAD_DATA
+    for name in SCORERS
+    if kind != "no lists" or name == "train"
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), BAD_CASES)
@@ -257,9 +309,13 @@ def test_bad_data_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_a_data_folder_that_is_not_there_is_refused(name: str, small: Path, tmp_path: Path) -> None:
+def test_a_data_folder_that_is_not_there_is_refused(
+    name: str, small: Path, tmp_path: Path
+) -> None:
     said = refused(*command_on(name, small, tmp_path / "nothing", tmp_path / "out"))
-    assert said.startswith(f"{tmp_path}/nothing does not exist; give a folder in one of the layouts voc, ")
+    assert said.startswith(
+        f"{tmp_path}/nothing does not exist; give a folder in one of the layouts voc, "
+    )
 
 
 def test_an_interrupt_ends_with_status_130_and_says_that_all_files_are_whole(
@@ -278,13 +334,23 @@ def test_a_mistake_of_ours_keeps_its_trace() -> None:
         raise RuntimeError("ours")
 
 
-def test_an_argument_that_the_library_names_is_printed_as_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="1"), one_sentence({"head_lr": "--head_lr", "model_path": "FILE"}):
+def test_an_argument_that_the_library_names_is_printed_as_the_flag(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with (
+        pytest.raises(SystemExit, match="1"),
+        one_sentence({"head_lr": "--head_lr", "model_path": "FILE"}),
+    ):
         raise ValueError("`head_lr` is 0 in `model_path`, and `other` is no argument.")
-    assert capsys.readouterr().err == "Error: --head_lr is 0 in FILE, and `other` is no argument.\n"
+    assert (
+        capsys.readouterr().err
+        == "Error: --head_lr is 0 in FILE, and `other` is no argument.\n"
+    )
 
 
-def test_notes_and_arguments_under_another_name_are_printed_as_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_notes_and_arguments_under_another_name_are_printed_as_flags_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     show_notes(("nvlabs was assumed (`dialect` overrules).",))
     assert "Note: nvlabs was assumed (--dialect overrules)." in capsys.readouterr().out
     with pytest.raises(SystemExit), one_sentence({"phi": "--phi"}):
@@ -292,7 +358,9 @@ def test_notes_and_arguments_under_another_name_are_printed_as_flags_too(capsys:
     assert "but --phi b0 was given." in capsys.readouterr().err
 
 
-def test_a_message_is_printed_as_it_is_and_not_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_is_printed_as_it_is_and_not_as_markup(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit, match="1"), one_sentence():
         raise ValueError("stages [bold] and [/x] stay.")
     assert capsys.readouterr().err == "Error: stages [bold] and [/x] stay.\n"
@@ -309,15 +377,24 @@ WIDE = (["name", "first", "second"], [["a" * 20, "1" * 20, "2" * 20]])
 
 
 @pytest.mark.parametrize(
-    ("width", "left_out"), [(80, ()), (50, ("second",)), (30, ("second", "first")), (20, ("second", "first"))]
+    ("width", "left_out"),
+    [(80, ()), (50, ("second",)), (30, ("second", "first")), (20, ("second", "first"))],
 )
 def test_a_narrow_terminal_loses_whole_columns_and_says_which(
     width: int, left_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = io.StringIO()
-    monkeypatch.setattr(module, "console", Console(file=out, width=width, force_terminal=True, color_system=None))
+    monkeypatch.setattr(
+        module,
+        "console",
+        Console(file=out, width=width, force_terminal=True, color_system=None),
+    )
     assert module.show_table("Table", *WIDE, spare=("second", "first")) == left_out
-    shown = {name for name, text in (("first", "1" * 20), ("second", "2" * 20)) if text in out.getvalue()}
+    shown = {
+        name
+        for name, text in (("first", "1" * 20), ("second", "2" * 20))
+        if text in out.getvalue()
+    }
     assert shown == {"first", "second"} - set(left_out)
 
 
@@ -330,31 +407,60 @@ def test_a_log_has_the_whole_table_whatever_the_width(monkeypatch: pytest.Monkey
 
 
 def test_one_of_a_thing_has_no_plural() -> None:
-    assert [number_of(count, "picture") for count in (0, 1, 2)] == ["0 pictures", "1 picture", "2 pictures"]
+    assert [number_of(count, "picture") for count in (0, 1, 2)] == [
+        "0 pictures",
+        "1 picture",
+        "2 pictures",
+    ]
 
 
-def test_settings_are_shown_with_pairs_dashes_and_short_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    show_settings("What", {"shape": (32, 64), "none": None, "empty": "", "lr": 6e-5, "flag": False})
+def test_settings_are_shown_with_pairs_dashes_and_short_numbers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_settings(
+        "What", {"shape": (32, 64), "none": None, "empty": "", "lr": 6e-5, "flag": False}
+    )
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [["What"], ["shape", "32", "64"], ["none", "–"], ["empty", "–"], ["lr", "6e-05"], ["flag", "False"]]
+    assert lines == [
+        ["What"],
+        ["shape", "32", "64"],
+        ["none", "–"],
+        ["empty", "–"],
+        ["lr", "6e-05"],
+        ["flag", "False"],
+    ]
 
 
 @pytest.mark.parametrize("boundary", [False, True])
-def test_a_score_is_shown_by_class_as_far_as_the_names_go(boundary: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_score_is_shown_by_class_as_far_as_the_names_go(
+    boundary: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     score = Score(0.25, 0.6, 0.75, (0.5, None, 0.0), (0.6, None, None), (0.7, None, 0.0), 3)
     if boundary:
         score = replace(score, boundary_miou=0.2, boundary_iou=(0.4, None, 0.0))
     show_score("Score", score, ("sky", "sea"))
     title, *_, means = capsys.readouterr().out.strip().splitlines()
     assert title == "Score (3 images)"
-    assert means == "mIoU 0.2500, mPA 0.6000, pixel accuracy 0.7500" + ", boundary mIoU 0.2000" * boundary
+    assert (
+        means
+        == "mIoU 0.2500, mPA 0.6000, pixel accuracy 0.7500"
+        + ", boundary mIoU 0.2000" * boundary
+    )
 
 
-def test_a_scores_table_has_a_dash_where_there_is_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_scores_table_has_a_dash_where_there_is_no_value(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     ratios = ((0.5, None, 0.0), (0.6, None, None), (0.7, None, 0.0))
-    show_score("Score", Score(0.25, 0.6, 0.75, *ratios, 3, 0.2, (0.4, None, 0.0)), ("sky", "sea"))
+    show_score(
+        "Score", Score(0.25, 0.6, 0.75, *ratios, 3, 0.2, (0.4, None, 0.0)), ("sky", "sea")
+    )
     lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if re.match("[│┃]", line)]
+    rows = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in lines
+        if re.match("[│┃]", line)
+    ]
     assert rows == [
         ["class", "IoU", "recall", "precision", "boundary IoU"],
         ["0 sky", "0.5000", "0.6000", "0.7000", "0.4000"],
@@ -381,7 +487,9 @@ def test_a_latency_says_what_it_was_measured_on() -> None:
 
 def on_gpu(graph_ms: float, eager_ms: float) -> Latency:
     spread = (graph_ms,) * 5
-    return Latency(*spread, 30, 1, "bf16", "cuda graph", "NVIDIA H100", threads=None, eager_ms=eager_ms)
+    return Latency(
+        *spread, 30, 1, "bf16", "cuda graph", "NVIDIA H100", threads=None, eager_ms=eager_ms
+    )
 
 
 def test_a_gpu_s_latency_names_the_card_the_graph_and_the_precision_and_no_threads() -> None:
@@ -417,12 +525,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_large_blocks_are_paid_for_once_when_freed_memory_is_kept() -> None:
-    bare = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
+    bare = {
+        name: value
+        for name, value in os.environ.items()
+        if "MALLOC" not in name and name != "GLIBC_TUNABLES"
+    }
 
     def faults(mode: str, **environment: str) -> int:
         command = [sys.executable, "-c", FAULTS, mode]
-        return int(subprocess.run(command, check=True, capture_output=True, env=bare | environment, cwd=ROOT).stdout)
+        return int(
+            subprocess.run(
+                command, check=True, capture_output=True, env=bare | environment, cwd=ROOT
+            ).stdout
+        )
 
     as_it_is = faults("as it is")
     assert faults("kept") < as_it_is / 5
-    assert faults("kept", MALLOC_TRIM_THRESHOLD_="131072") > as_it_is / 2  # the environment's word counts
+    assert (
+        faults("kept", MALLOC_TRIM_THRESHOLD_="131072") > as_it_is / 2
+    )  # the environment's word counts

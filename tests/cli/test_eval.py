@@ -24,7 +24,9 @@ def score_of(dense: Path, data: Path, how: EvalMode, split: str = "val") -> Scor
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_the_score_is_the_librarys_and_is_saved_as_json(split: str, data: Path, dense: Path, tmp_path: Path) -> None:
+def test_the_score_is_the_librarys_and_is_saved_as_json(
+    split: str, data: Path, dense: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "new" / "score.json"
     out = done("eval", dense, "--data", data, "--split", split, *SIZE, *HERE, "--json", path)
     score = score_of(dense, data, EvalMode(input_shape=(32, 32), boundary=True), split)
@@ -51,8 +53,14 @@ def test_the_score_is_the_librarys_and_is_saved_as_json(split: str, data: Path, 
             ("--mode", "slide", "--input_shape", 32, 40, "--stride", 16, 9),
             EvalMode("slide", (32, 40), (16, 9)),
         ),
-        (("--scales", "1,1.5", "--flip", *SIZE), EvalMode(input_shape=(32, 32), scales=(1.0, 1.5), flip=True)),
-        (("--mode", "whole", "--scales", " 0.5, 2 1.25"), EvalMode("whole", scales=(0.5, 2.0, 1.25))),
+        (
+            ("--scales", "1,1.5", "--flip", *SIZE),
+            EvalMode(input_shape=(32, 32), scales=(1.0, 1.5), flip=True),
+        ),
+        (
+            ("--mode", "whole", "--scales", " 0.5, 2 1.25"),
+            EvalMode("whole", scales=(0.5, 2.0, 1.25)),
+        ),
     ],
 )
 def test_the_flags_say_how_images_go_through_the_network(
@@ -63,9 +71,9 @@ def test_the_flags_say_how_images_go_through_the_network(
     name = open_source(root).split("val")[0].name
     big = Image.open(root / "JPEGImages" / f"{name}.jpg").resize((75, 50))
     big.save(root / "JPEGImages" / f"{name}.jpg")
-    Image.open(root / "SegmentationClass" / f"{name}.png").resize((75, 50), Image.Resampling.NEAREST).save(
-        root / "SegmentationClass" / f"{name}.png"
-    )
+    Image.open(root / "SegmentationClass" / f"{name}.png").resize(
+        (75, 50), Image.Resampling.NEAREST
+    ).save(root / "SegmentationClass" / f"{name}.png")
     path = tmp_path / "score.json"
     out = done("eval", dense, "--data", root, *flags, *HERE, "--no_boundary", "--json", path)
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -78,9 +86,18 @@ def test_the_flags_say_how_images_go_through_the_network(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--mode", "crop"), "--mode 'crop' is unknown; choose one of letterbox, whole, slide."),
-        (("--stride", 16, 16), "--stride has no effect in mode letterbox; leave it out, or choose the mode slide."),
-        (("--mode", "slide", *SIZE, "--stride", 33, 16), "--stride is 33×16, where 1×1 to the window"),
+        (
+            ("--mode", "crop"),
+            "--mode 'crop' is unknown; choose one of letterbox, whole, slide.",
+        ),
+        (
+            ("--stride", 16, 16),
+            "--stride has no effect in mode letterbox; leave it out, or choose the mode slide.",
+        ),
+        (
+            ("--mode", "slide", *SIZE, "--stride", 33, 16),
+            "--stride is 33×16, where 1×1 to the window",
+        ),
         (("--scales", "1;2"), "--scales is '1;2'; give numbers such as 0.75,1,1.25."),
         (("--scales", ""), "--scales is ''; give numbers such as 0.75,1,1.25."),
         (("--scales", "1,-1"), "--scales is 1 -1; give at least one, each above 0"),
@@ -93,7 +110,9 @@ def test_the_flags_say_how_images_go_through_the_network(
 def test_flags_that_make_no_sense_are_refused(
     flags: tuple[object, ...], message: str, data: Path, dense: Path, tmp_path: Path
 ) -> None:
-    assert refused("eval", dense, "--data", data, *flags, "--save_dir", tmp_path / "out").startswith(message)
+    assert refused(
+        "eval", dense, "--data", data, *flags, "--save_dir", tmp_path / "out"
+    ).startswith(message)
     assert not (tmp_path / "out").exists()
 
 
@@ -106,11 +125,17 @@ def test_a_folder_gets_json_tables_and_plots(data: Path, dense: Path, tmp_path: 
     folder = tmp_path / "new" / "scores"
     out = done("eval", dense, "--data", data, *SIZE, *HERE, "--save_dir", folder)
     assert f"Saved: scores.json, scores.csv, confusion_matrix.csv and plots in {folder}" in out
-    assert {path.name for path in folder.iterdir()} == PLOTS | {"scores.json", "scores.csv", "confusion_matrix.csv"}
+    assert {path.name for path in folder.iterdir()} == PLOTS | {
+        "scores.json",
+        "scores.csv",
+        "confusion_matrix.csv",
+    }
     record = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     head, *rows = rows_in(folder / "scores.csv")
     assert head == ["class", "name", "iou", "recall", "precision", "boundary_iou", "pixels"]
-    assert [row[:2] for row in rows] == [[str(k), name] for k, name in enumerate(record["class_names"])]
+    assert [row[:2] for row in rows] == [
+        [str(k), name] for k, name in enumerate(record["class_names"])
+    ]
     for number, name in enumerate(head[2:-1], start=2):
         assert [float(row[number]) if row[number] else None for row in rows] == record[name]
     head, *rows = rows_in(folder / "confusion_matrix.csv")
@@ -126,7 +151,10 @@ def test_the_bars_titles_are_the_means(
     data: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: dict[str, str] = {}
-    monkeypatch.setattr("segprune.plots.bars", lambda values, names, title, path: titles.update({path.name: title}))
+    monkeypatch.setattr(
+        "segprune.plots.bars",
+        lambda values, names, title, path: titles.update({path.name: title}),
+    )
     done("eval", dense, "--data", data, *SIZE, *HERE, "--save_dir", tmp_path)
     record = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     precisions = [value for value in record["precision"] if value is not None]
@@ -138,14 +166,32 @@ def test_the_bars_titles_are_the_means(
     }
 
 
-def test_classes_without_names_are_numbered_in_the_tables(data: Path, dense: Path, tmp_path: Path) -> None:
+def test_classes_without_names_are_numbered_in_the_tables(
+    data: Path, dense: Path, tmp_path: Path
+) -> None:
     shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data" / "VOCdevkit" / "VOC2007" / "classes.txt").write_text("背景\nsea, deep", encoding="utf-8")
-    done("eval", dense, "--data", tmp_path / "data", *SIZE, *HERE, "--no_boundary", "--save_dir", tmp_path / "out")
+    (tmp_path / "data" / "VOCdevkit" / "VOC2007" / "classes.txt").write_text(
+        "背景\nsea, deep", encoding="utf-8"
+    )
+    done(
+        "eval",
+        dense,
+        "--data",
+        tmp_path / "data",
+        *SIZE,
+        *HERE,
+        "--no_boundary",
+        "--save_dir",
+        tmp_path / "out",
+    )
     head, *rows = rows_in(tmp_path / "out" / "scores.csv")
     assert "boundary_iou" not in head
     assert [row[1] for row in rows] == ["背景", "sea, deep", "", "", "", "", "", ""]
-    assert rows_in(tmp_path / "out" / "confusion_matrix.csv")[0][1:] == ["背景", "sea, deep", *"234567"]
+    assert rows_in(tmp_path / "out" / "confusion_matrix.csv")[0][1:] == [
+        "背景",
+        "sea, deep",
+        *"234567",
+    ]
 
 
 def test_without_a_place_to_save_nothing_is_written(data: Path, dense: Path) -> None:
@@ -157,7 +203,9 @@ def test_without_a_place_to_save_nothing_is_written(data: Path, dense: Path) -> 
 def test_a_folder_that_cannot_be_written_is_refused_before_scoring(
     data: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("segprune.api.score_samples", lambda *args, **kwargs: pytest.fail("it scored"))
+    monkeypatch.setattr(
+        "segprune.api.score_samples", lambda *args, **kwargs: pytest.fail("it scored")
+    )
     (tmp_path / "file").touch()
     said = refused("eval", dense, "--data", data, *SIZE, *HERE, "--save_dir", tmp_path / "file")
     assert said.startswith(f"{tmp_path}/file/.writable could not be written")
@@ -168,13 +216,17 @@ def test_a_split_that_is_not_listed_is_refused(data: Path, dense: Path) -> None:
     assert "ImageSets/Segmentation/test.txt is missing, the list of the split's images" in said
 
 
-def test_only_the_masks_that_are_scored_are_checked(data: Path, dense: Path, tmp_path: Path) -> None:
+def test_only_the_masks_that_are_scored_are_checked(
+    data: Path, dense: Path, tmp_path: Path
+) -> None:
     shutil.copytree(data, tmp_path / "data")
     mask = open_source(tmp_path / "data").split("train")[2].mask
     Image.fromarray(np.full((32, 32), 200, dtype=np.uint8)).save(mask)
     done("eval", dense, "--data", tmp_path / "data", *SIZE, *HERE)
     said = refused("eval", dense, "--data", tmp_path / "data", "--split", "train", *SIZE, *HERE)
-    assert said.startswith(f"Mask {mask} holds the label 200, where 0..7 and 255 (ignored) are allowed")
+    assert said.startswith(
+        f"Mask {mask} holds the label 200, where 0..7 and 255 (ignored) are allowed"
+    )
 
 
 def test_a_network_with_fewer_classes_than_the_masks_is_refused(
@@ -188,4 +240,6 @@ def test_a_network_with_fewer_classes_than_the_masks_is_refused(
 
 def test_a_dialect_that_contradicts_the_file_is_refused(data: Path, dense: Path) -> None:
     said = refused("eval", dense, "--data", data, "--dialect", "smp")
-    assert said.endswith("The file is segprune's own, but --dialect smp was given; leave --dialect out.")
+    assert said.endswith(
+        "The file is segprune's own, but --dialect smp was given; leave --dialect out."
+    )

@@ -41,7 +41,9 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for index in range(5):
-        Image.fromarray(draw_shapes(2, "train", index, (50, 70))[0]).save(folder / f"{index}.png")
+        Image.fromarray(draw_shapes(2, "train", index, (50, 70))[0]).save(
+            folder / f"{index}.png"
+        )
     return folder
 
 
@@ -78,7 +80,9 @@ def test_eval_scores_an_exported_file_as_it_does_the_checkpoint(
     script: tuple[Path, str], tiny: Path, shapes: Path, tmp_path: Path
 ) -> None:
     path, _ = script
-    out = done("eval", path, "--data", shapes, *HERE, "--json", tmp_path / "file.json")  # the size is the file's own
+    out = done(
+        "eval", path, "--data", shapes, *HERE, "--json", tmp_path / "file.json"
+    )  # the size is the file's own
     done("eval", tiny, "--data", shapes, *HERE, *PIXELS, "--json", tmp_path / "checkpoint.json")
     assert numbers_of(tmp_path / "file.json") == numbers_of(tmp_path / "checkpoint.json")
     assert "input_shape 64 64" in out
@@ -91,7 +95,10 @@ def test_eval_of_an_exported_file_refuses_what_has_no_effect_and_sizes_it_cannot
 ) -> None:
     path, _ = script
     said = refused("eval", path, "--data", shapes, "--dialect", "nvlabs")
-    assert said == "--dialect has no effect on an exported file, which runs on the CPU; leave it out."
+    assert (
+        said
+        == "--dialect has no effect on an exported file, which runs on the CPU; leave it out."
+    )
     said = refused("eval", path, "--data", shapes, "--mode", "whole")
     assert said == (
         "The file takes images of 64×64 alone, where --mode whole gives every image's own size; choose another "
@@ -107,7 +114,16 @@ def test_an_int8_onnx_file_is_calibrated_on_a_data_set_baked_and_scored(
     tiny: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ("--precision", "int8", "--data", shapes, "--bake", "preprocess,argmax", "--agreement", 0.4)
+    flags = (
+        "--precision",
+        "int8",
+        "--data",
+        shapes,
+        "--bake",
+        "preprocess,argmax",
+        "--agreement",
+        0.4,
+    )
     out = done("export", tiny, *PIXELS, *flags)
     assert "Labels checked (voc): 4 in train" in out
     assert "Note: To see what int8 costs, score the file on data with segprune eval." in out
@@ -117,10 +133,22 @@ def test_an_int8_onnx_file_is_calibrated_on_a_data_set_baked_and_scored(
     assert "mIoU" in done("eval", "exported/tiny_int8.onnx", "--data", shapes, *HERE)
 
 
-def test_a_folder_of_images_does_for_comparison_too(tiny: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images_does_for_comparison_too(
+    tiny: Path, photos: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "x.torchscript"
     for number, taken in ((3, 3), (9, 5)):
-        out = done("export", tiny, *SCRIPT, "--calibration", photos, "--num_calibration", number, "--output", path)
+        out = done(
+            "export",
+            tiny,
+            *SCRIPT,
+            "--calibration",
+            photos,
+            "--num_calibration",
+            number,
+            "--output",
+            path,
+        )
         assert f"Run again on {taken} images" in out
 
 
@@ -128,7 +156,9 @@ def test_the_name_is_the_checkpoints_if_none_is_given(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "Saved: exported/tiny_fp16.torchscript" in done("export", tiny, *SCRIPT, "--precision", "fp16")
+    assert "Saved: exported/tiny_fp16.torchscript" in done(
+        "export", tiny, *SCRIPT, "--precision", "fp16"
+    )
 
 
 def test_the_tensorrt_command_is_printed_for_those_who_have_it(
@@ -141,11 +171,15 @@ def test_the_tensorrt_command_is_printed_for_those_who_have_it(
     assert f"TensorRT: trtexec --onnx={tmp_path}/x.onnx --saveEngine={tmp_path}/x.engine" in out
 
 
-def test_a_file_that_drifts_is_not_kept_and_an_older_one_stays(tiny: Path, tmp_path: Path) -> None:
+def test_a_file_that_drifts_is_not_kept_and_an_older_one_stays(
+    tiny: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "x.torchscript"
     path.write_text("old")
     said = refused("export", tiny, *SCRIPT, "--output", path, "--tolerance", 0)
-    assert said.startswith("The exported file is too far from the network (largest difference of logits ")
+    assert said.startswith(
+        "The exported file is too far from the network (largest difference of logits "
+    )
     assert said.endswith(
         "at most 0 and at least 99.9 % were allowed) and was not kept; give a larger --tolerance if that is enough "
         "for you."
@@ -176,7 +210,10 @@ def test_a_file_that_computes_something_else_is_not_kept(
             ("--format", "coreml"),
             "The format 'coreml' is unknown; choose one of onnx, openvino, pt2, aotinductor, torchscript, ncnn.",
         ),
-        (("--precision", "int4"), "The format onnx does not come in 'int4'; choose one of fp32, fp16, int8."),
+        (
+            ("--precision", "int4"),
+            "The format onnx does not come in 'int4'; choose one of fp32, fp16, int8.",
+        ),
         (
             ("--format", "pt2", "--precision", "int8"),
             "The format pt2 does not come in 'int8'; choose one of fp32, fp16.",
@@ -186,15 +223,33 @@ def test_a_file_that_computes_something_else_is_not_kept(
             "--precision int8 needs images to calibrate on, like those the network will see; give a data set as "
             "--data, or a folder of images as --calibration.",
         ),
-        (("--bake", "preprocess,softmax"), "--bake softmax is unknown; choose of preprocess, argmax."),
-        (("--input_shape", 16, 64), "The input is 16×64 pixels; both sides must be at least 32, since the last stage"),
+        (
+            ("--bake", "preprocess,softmax"),
+            "--bake softmax is unknown; choose of preprocess, argmax.",
+        ),
+        (
+            ("--input_shape", 16, 64),
+            "The input is 16×64 pixels; both sides must be at least 32, since the last stage",
+        ),
         (("--output", "x.engine"), "--output x.engine must end in .onnx, as files of onnx do."),
-        (("--data", "a", "--calibration", "b"), "--data and --calibration are two sources of the same images;"),
+        (
+            ("--data", "a", "--calibration", "b"),
+            "--data and --calibration are two sources of the same images;",
+        ),
         (("--calibration", "nowhere"), "nowhere holds no image; give a folder with"),
-        (("--dynamic", "--batch_size", 2), "--batch_size has no effect with --dynamic, which takes any batch;"),
-        (("--num_calibration", 2), "--num_calibration has no effect without --data or --calibration; leave it out."),
+        (
+            ("--dynamic", "--batch_size", 2),
+            "--batch_size has no effect with --dynamic, which takes any batch;",
+        ),
+        (
+            ("--num_calibration", 2),
+            "--num_calibration has no effect without --data or --calibration; leave it out.",
+        ),
         (("--split", "val"), "--split has no effect without --data; leave it out."),
-        (("--bake", "argmax", "--tolerance", 1), "--tolerance has no effect with --bake argmax, which leaves no"),
+        (
+            ("--bake", "argmax", "--tolerance", 1),
+            "--tolerance has no effect with --bake argmax, which leaves no",
+        ),
         (
             ("--format", "pt2", "--tensorrt"),
             "--tensorrt has no effect with --format pt2, since TensorRT reads onnx; leave it out.",
@@ -202,14 +257,20 @@ def test_a_file_that_computes_something_else_is_not_kept(
     ],
 )
 def test_flags_that_make_no_sense_are_refused(
-    flags: tuple[object, ...], message: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[object, ...],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert refused("export", tiny, *flags).startswith(message)
     assert not list(tmp_path.glob("**/*.*"))
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_exported(tiny: Path, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_exported(
+    tiny: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     said = refused("export", tiny, *SCRIPT, "--output", tmp_path / "file" / "x.torchscript")
     assert said.startswith(f"{tmp_path}/file/.writable could not be written")
@@ -218,19 +279,27 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_exported(t
 def test_a_target_that_is_a_folder_is_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "x.torchscript").mkdir()
     said = refused("export", tiny, *SCRIPT, "--output", tmp_path / "x.torchscript")
-    assert said.startswith(f"{tmp_path}/x.torchscript could not be written (Is a directory); give another place, or")
+    assert said.startswith(
+        f"{tmp_path}/x.torchscript could not be written (Is a directory); give another place, or"
+    )
     assert os.listdir(tmp_path) == ["x.torchscript"]
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "bad.pth").write_text("hello")
-    assert "a checkpoint ends in .pth, .pt, .bin or .safetensors" in refused("export", tmp_path / "notes.txt")
-    assert "bad.pth is not a PyTorch checkpoint, or only a part of one" in refused("export", tmp_path / "bad.pth")
+    assert "a checkpoint ends in .pth, .pt, .bin or .safetensors" in refused(
+        "export", tmp_path / "notes.txt"
+    )
+    assert "bad.pth is not a PyTorch checkpoint, or only a part of one" in refused(
+        "export", tmp_path / "bad.pth"
+    )
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     assert refused("export", tmp_path / "other.pth").startswith(f"{tmp_path}/other.pth: ")
     save(tiny_network(8), tmp_path / "half.pth", extra={"palette": [0, 0, 0]})
-    assert "half.pth has a palette that is not 768 numbers in 0..255" in refused("export", tmp_path / "half.pth")
+    assert "half.pth has a palette that is not 768 numbers in 0..255" in refused(
+        "export", tmp_path / "half.pth"
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,12 +312,20 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_package_is_named_with_the_extra(
-    format: str, package: str, purpose: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    format: str,
+    package: str,
+    purpose: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(tmp_path)
     said = refused("export", tiny, "--format", format, *PIXELS)
-    assert said == f'{purpose} needs {package}, which is not installed; run in the clone: pip install ".[export]".'
+    assert (
+        said
+        == f'{purpose} needs {package}, which is not installed; run in the clone: pip install ".[export]".'
+    )
 
 
 def test_a_runtime_that_is_missing_is_named_before_scoring(

@@ -51,7 +51,19 @@ def invoke(*flags: str) -> tuple[Seen, str]:
 
 
 def test_a_command_gets_its_records_and_which_flags_were_given() -> None:
-    seen, _ = invoke("out", "--epochs", "3", "--size", "32", "64", "--decay", "cosine", "--compile", "--weights", "1,2")
+    seen, _ = invoke(
+        "out",
+        "--epochs",
+        "3",
+        "--size",
+        "32",
+        "64",
+        "--decay",
+        "cosine",
+        "--compile",
+        "--weights",
+        "1,2",
+    )
     assert seen == [
         (
             Flags("out"),
@@ -67,13 +79,22 @@ def test_what_is_not_given_is_the_records_default() -> None:
 
 
 def test_what_a_record_refuses_names_the_flag() -> None:
-    assert invoke("out", "--epochs", "0") == ([], "Error: --epochs is 0; it must be 1 or more.\n")
+    assert invoke("out", "--epochs", "0") == (
+        [],
+        "Error: --epochs is 0; it must be 1 or more.\n",
+    )
 
 
 def test_the_help_has_the_options_help_default_and_titles() -> None:
     _, out = invoke("--help")
     shown = " ".join(out.split())
-    for words in ("How long", "Passes over the images. [default: 50]", "--size H W Pixels.", "Speed", "Compile first."):
+    for words in (
+        "How long",
+        "Passes over the images. [default: 50]",
+        "--size H W Pixels.",
+        "Speed",
+        "Compile first.",
+    ):
         assert words in shown
 
 

@@ -27,9 +27,17 @@ def test_the_json_can_be_parsed_however_narrow_the_terminal(
     assert (status, errors) == (0, "")
     record, found = json.loads(out), read(small)
     assert spec_from_dict(record["spec"]) == found.spec
-    assert (record["dialect"], record["notes"], record["input_shape"]) == ("segprune", [], [64, 96])
+    assert (record["dialect"], record["notes"], record["input_shape"]) == (
+        "segprune",
+        [],
+        [64, 96],
+    )
     counts = count(found.spec, (64, 96))
-    assert (record["parameters"], record["macs"], record["flops"]) == (counts.parameters, counts.macs, 2 * counts.macs)
+    assert (record["parameters"], record["macs"], record["flops"]) == (
+        counts.parameters,
+        counts.macs,
+        2 * counts.macs,
+    )
 
 
 def test_the_tables_show_every_blocks_widths(small: Path) -> None:
@@ -53,16 +61,28 @@ def test_a_folded_head_is_said_to_be_one(small_model: SegFormer, tmp_path: Path)
     )
 
 
-def test_a_file_of_mmsegmentation_is_shown_with_its_kind_of_head(trained_like: Fill, tmp_path: Path) -> None:
-    torch.save({"meta": {}, "state_dict": state_in("mmseg", trained_like)}, tmp_path / "theirs.pth")
+def test_a_file_of_mmsegmentation_is_shown_with_its_kind_of_head(
+    trained_like: Fill, tmp_path: Path
+) -> None:
+    torch.save(
+        {"meta": {}, "state_dict": state_in("mmseg", trained_like)}, tmp_path / "theirs.pth"
+    )
     out = done("info", tmp_path / "theirs.pth")
     assert "dialect mmseg" in out
-    assert "decode head a BatchNorm and a ReLU in each branch; branches 256 256 256 256, width 256" in out
+    assert (
+        "decode head a BatchNorm and a ReLU in each branch; branches 256 256 256 256, width 256"
+        in out
+    )
 
 
-def test_of_a_branch_that_was_removed_no_widths_are_shown(small_model: SegFormer, tmp_path: Path) -> None:
+def test_of_a_branch_that_was_removed_no_widths_are_shown(
+    small_model: SegFormer, tmp_path: Path
+) -> None:
     blocks = "encoder.stages.{}.blocks.{}.{}"
-    save(remove(small_model.float(), [blocks.format(0, 0, "attn"), blocks.format(2, 1, "mlp")]), tmp_path / "a.pth")
+    save(
+        remove(small_model.float(), [blocks.format(0, 0, "attn"), blocks.format(2, 1, "mlp")]),
+        tmp_path / "a.pth",
+    )
     out = done("info", tmp_path / "a.pth")
     assert "│ stages.0.blocks.0 │ 16 │ – │ – │ – │ – │ 40 │" in out
     assert "│ stages.2.blocks.1 │ 40 │ 4 │ 8 │ 10 │ 40 │ – │" in out
@@ -70,7 +90,9 @@ def test_of_a_branch_that_was_removed_no_widths_are_shown(small_model: SegFormer
     assert spec_from_dict(record["spec"]) == read(tmp_path / "a.pth").spec
 
 
-def test_what_was_assumed_of_a_foreign_file_is_noted_and_can_be_overruled(trained_like: Fill, tmp_path: Path) -> None:
+def test_what_was_assumed_of_a_foreign_file_is_noted_and_can_be_overruled(
+    trained_like: Fill, tmp_path: Path
+) -> None:
     torch.save(state_in("nvlabs", trained_like), tmp_path / "theirs.pth")
     out = done("info", tmp_path / "theirs.pth")
     assert "dialect bubbliiiing" in out
@@ -80,19 +102,32 @@ def test_what_was_assumed_of_a_foreign_file_is_noted_and_can_be_overruled(traine
     assert "was assumed" not in out
 
 
-def test_a_backbone_is_shown_with_the_classes_it_would_get(trained_like: Fill, tmp_path: Path) -> None:
+def test_a_backbone_is_shown_with_the_classes_it_would_get(
+    trained_like: Fill, tmp_path: Path
+) -> None:
     path = tmp_path / "mit_b0.pth"
-    torch.save({k: v for k, v in state_in("nvlabs", trained_like).items() if k.startswith("backbone.")}, path)
+    torch.save(
+        {
+            k: v
+            for k, v in state_in("nvlabs", trained_like).items()
+            if k.startswith("backbone.")
+        },
+        path,
+    )
     assert refused("info", path).endswith(
         "its classes are unknown; give --num_classes to train it, or a whole network."
     )
     out = done("info", path, "--num_classes", 7)
     assert "num_classes 7" in out
-    assert "Only a backbone was found: the decode head for 7 classes is new and untrained." in out
+    assert (
+        "Only a backbone was found: the decode head for 7 classes is new and untrained." in out
+    )
 
 
 @pytest.mark.parametrize("suffix", sorted(OPENERS))
-def test_of_an_exported_file_it_is_said_which_commands_read_it(suffix: str, tmp_path: Path) -> None:
+def test_of_an_exported_file_it_is_said_which_commands_read_it(
+    suffix: str, tmp_path: Path
+) -> None:
     path = tmp_path / f"x{suffix}"
     path.write_bytes(b"x")
     for flags in (("info", path), ("predict", path, "--input", tmp_path)):

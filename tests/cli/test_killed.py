@@ -69,7 +69,12 @@ print(json.dumps([seen, steps]))
 def process(*command: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -77,10 +82,24 @@ def process(*command: object) -> subprocess.CompletedProcess[str]:
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     data: Path, small: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    flags = ("--model_path", small, "--teacher", teacher, "--ema", 0.8, "--freeze_epochs", 2, "--epochs", 6)
+    flags = (
+        "--model_path",
+        small,
+        "--teacher",
+        teacher,
+        "--ema",
+        0.8,
+        "--freeze_epochs",
+        2,
+        "--epochs",
+        6,
+    )
     whole, out = tmp_path / "whole", tmp_path / "out"
     commands = [
-        [str(word) for word in training(data, folder, *flags, "--batch_size", 2, "--save_steps", 1)]
+        [
+            str(word)
+            for word in training(data, folder, *flags, "--batch_size", 2, "--save_steps", 1)
+        ]
         for folder in (whole, out)
     ]
     result = process("-c", NURSERY, json.dumps(commands), KILLS)
@@ -88,7 +107,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     statuses, steps = json.loads(result.stdout)
     assert statuses == [-9] * KILLS + [0]
     assert steps == sorted(steps)
-    assert steps[0] < 4 <= steps[-1] < 24  # the first kill came within the first epoch, the last before the end
+    assert (
+        steps[0] < 4 <= steps[-1] < 24
+    )  # the first kill came within the first epoch, the last before the end
     for name in (BEST, LAST):
         assert same(read(out / name).state_dict, read(whole / name).state_dict)
         assert read(out / name).extra == read(whole / name).extra
@@ -96,10 +117,16 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     assert {path.name for path in out.iterdir()} >= {path.name for path in whole.iterdir()}
 
 
-def test_two_processes_train_one_network_and_leave_one_set_of_files(data: Path, small: Path, tmp_path: Path) -> None:
+def test_two_processes_train_one_network_and_leave_one_set_of_files(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    result = process(*launcher, ROOT / "train.py", *training(data, out, "--model_path", small, "--epochs", 1)[1:])
+    result = process(
+        *launcher,
+        ROOT / "train.py",
+        *training(data, out, "--model_path", small, "--epochs", 1)[1:],
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Best epoch 1 on val (3 images)") == 1
     assert {path.name for path in out.iterdir()} == {

@@ -13,7 +13,13 @@ import torch
 from segprune import machine
 from segprune.files import load_record, save_record
 from segprune.inference.evaluate import Tally
-from segprune.machine import choose_amp, choose_precision, choose_workers, exact_products, fit_to_machine
+from segprune.machine import (
+    choose_amp,
+    choose_precision,
+    choose_workers,
+    exact_products,
+    fit_to_machine,
+)
 from segprune.runs.folder import Journal
 from segprune.timing import tf32_products
 from segprune.training.options import TrainOptions
@@ -23,7 +29,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def pretend(
-    patch: pytest.MonkeyPatch, *, bf16: bool = True, tf32: bool = True, cores: int = 16, processes: int = 1
+    patch: pytest.MonkeyPatch,
+    *,
+    bf16: bool = True,
+    tf32: bool = True,
+    cores: int = 16,
+    processes: int = 1,
 ) -> None:
     """The machine has these; a CPU without bf16 or a GPU with it can both be meant."""
     patch.setattr(machine, "has_bf16", lambda device: bf16)
@@ -52,7 +63,8 @@ def test_networks_are_timed_in_the_precision_of_the_training_steps(
 
 
 @pytest.mark.parametrize(
-    ("device", "bf16", "amp"), [(CUDA, True, "bf16"), (CUDA, False, "fp16"), (CPU, True, "no"), (CPU, False, "no")]
+    ("device", "bf16", "amp"),
+    [(CUDA, True, "bf16"), (CUDA, False, "fp16"), (CPU, True, "no"), (CPU, False, "no")],
 )
 def test_mixed_precision_is_what_the_gpu_has_and_none_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, bf16: bool, amp: str
@@ -61,7 +73,9 @@ def test_mixed_precision_is_what_the_gpu_has_and_none_on_a_cpu(
     assert choose_amp(device) == amp
 
 
-@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 2), (16, 1, 8), (16, 4, 4), (4, 8, 1)])
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 2), (16, 1, 8), (16, 4, 4), (4, 8, 1)]
+)
 def test_processes_share_the_cores_among_their_workers(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
 ) -> None:
@@ -69,7 +83,9 @@ def test_processes_share_the_cores_among_their_workers(
     assert choose_workers() == workers
 
 
-def test_what_was_not_given_is_chosen_and_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_given_is_chosen_and_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pretend(monkeypatch)
     config, notes = fit_to_machine(TrainOptions(), CUDA)
     assert (config.amp, config.tf32, config.num_workers) == ("bf16", True, 8)
@@ -91,7 +107,9 @@ def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fit_to_machine(given, CUDA) == (given, ())
 
 
-@pytest.mark.parametrize(("device", "bf16", "warned"), [(CPU, False, True), (CPU, True, False), (CUDA, True, False)])
+@pytest.mark.parametrize(
+    ("device", "bf16", "warned"), [(CPU, False, True), (CPU, True, False), (CUDA, True, False)]
+)
 def test_bf16_on_a_cpu_without_it_is_warned_about_with_what_it_costs(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, bf16: bool, warned: bool
 ) -> None:
@@ -112,14 +130,21 @@ def test_a_run_that_is_given_nothing_says_and_saves_what_was_chosen(
 ) -> None:
     pretend(monkeypatch, cores=1)
     flags = ("--data", data, *SIZE, "--batch_size", 4)
-    out = done("train", *flags, "--model_path", small, "--epochs", 1, "--save_dir", tmp_path / "out")
+    out = done(
+        "train", *flags, "--model_path", small, "--epochs", 1, "--save_dir", tmp_path / "out"
+    )
     assert "Chosen for a cpu and 1 cores: --amp no, --num_workers 1." in out
     settings = results_in(tmp_path / "out")["settings"]
     assert (settings["amp"], settings["tf32"], settings["num_workers"]) == ("no", False, 1)
 
     out = done("eval", small, *flags, "--json", tmp_path / "score.json")
     assert "Chosen for a cpu and 1 cores: --num_workers 1." in out
-    assert json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))["settings"]["num_workers"] == 1
+    assert (
+        json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))["settings"][
+            "num_workers"
+        ]
+        == 1
+    )
     assert "Chosen" not in done("eval", small, *flags, "--num_workers", 0)
 
 
@@ -127,11 +152,24 @@ def test_fine_tuning_after_pruning_takes_what_pruning_has_chosen(
     monkeypatch: pytest.MonkeyPatch, data: Path, dense: Path, tmp_path: Path
 ) -> None:
     pretend(monkeypatch, cores=1)
-    flags = ("--model_path", dense, "--data", data, *SIZE, "--no_repair", "--epochs", 1, "--save_dir", tmp_path)
+    flags = (
+        "--model_path",
+        dense,
+        "--data",
+        data,
+        *SIZE,
+        "--no_repair",
+        "--epochs",
+        1,
+        "--save_dir",
+        tmp_path,
+    )
     seen = told("prune", *flags)
     assert "--amp no, --num_workers 1" in seen.out
     assert (seen.config.amp, seen.config.tf32, seen.config.num_workers) == ("no", False, 1)
-    settings = json.loads((tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))["settings"]
+    settings = json.loads(
+        (tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8")
+    )["settings"]
     assert (settings["amp"], settings["num_workers"]) == ("no", 1)
 
 

@@ -20,7 +20,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(4)
     path = tmp_path_factory.mktemp("mmseg") / "iter_160000.pth"
     state = reference("mmseg", fill, num_classes=8).state_dict()
-    torch.save({"meta": {"iter": 160000}, "state_dict": state, "optimizer": {"state": {}}}, path)
+    torch.save(
+        {"meta": {"iter": 160000}, "state_dict": state, "optimizer": {"state": {}}}, path
+    )
     return path
 
 
@@ -29,14 +31,20 @@ def record_in(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def pruned(theirs: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def pruned(
+    theirs: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """The folder and the output of a run that repairs, scores and fine-tunes with the dense network as the teacher."""
     folder = tmp_path_factory.mktemp("pruned")
     here = (*SIZE, *HERE, "--data", data, "--save_dir", folder, "--num_images", 8)
-    return folder, done("prune", "--model_path", theirs, *here, "--epochs", 1, "--batch_size", 4)
+    return folder, done(
+        "prune", "--model_path", theirs, *here, "--epochs", 1, "--batch_size", 4
+    )
 
 
-def test_it_is_pruned_repaired_and_fine_tuned_with_itself_as_the_teacher(pruned: tuple[Path, str]) -> None:
+def test_it_is_pruned_repaired_and_fine_tuned_with_itself_as_the_teacher(
+    pruned: tuple[Path, str],
+) -> None:
     record = record_in(pruned[0])
     network = load(record["model_save_path"])
     assert record["model_config"]["dialect"] == "mmseg"
@@ -53,10 +61,22 @@ def test_it_is_scored_trained_on_and_predicted_with(
 ) -> None:
     done("eval", theirs, "--data", data, *SIZE, *HERE, "--save_dir", tmp_path / "scores")
     small = record_in(pruned[0])["model_save_path"]
-    done(*training(data, tmp_path / "out", "--model_path", small, "--teacher", theirs, "--epochs", 1))
+    done(
+        *training(
+            data, tmp_path / "out", "--model_path", small, "--teacher", theirs, "--epochs", 1
+        )
+    )
     assert results_in(tmp_path / "out")["epochs"]
     assert load(tmp_path / "out" / BEST).spec == load(small).spec
-    done("predict", theirs, "--input", next(data.rglob("*.jpg")), *SIZE, "--save_dir", tmp_path / "masks")
+    done(
+        "predict",
+        theirs,
+        "--input",
+        next(data.rglob("*.jpg")),
+        *SIZE,
+        "--save_dir",
+        tmp_path / "masks",
+    )
     assert any((tmp_path / "masks").iterdir())
 
 
@@ -64,7 +84,17 @@ def test_it_is_exported_and_timed_with_its_batch_norms_in_the_products(
     pruned: tuple[Path, str], tmp_path: Path
 ) -> None:
     small = record_in(pruned[0])["model_save_path"]
-    out = done("export", small, "--format", "onnx", "--input_shape", 64, 64, "--output", tmp_path / "small.onnx")
+    out = done(
+        "export",
+        small,
+        "--format",
+        "onnx",
+        "--input_shape",
+        64,
+        64,
+        "--output",
+        tmp_path / "small.onnx",
+    )
     assert "largest difference" in out
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
@@ -75,10 +105,25 @@ def test_it_is_exported_and_timed_with_its_batch_norms_in_the_products(
     done("benchmark", small, *quick, "--save_dir", tmp_path / "times")
 
 
-def test_several_steps_by_macs_after_whole_branches_meet_the_rate(theirs: Path, tmp_path: Path) -> None:
-    flags = ("--rate_of", "macs", "--pruning_rate", 0.6, "--steps", 2, "--depth", 0.1, "--no_repair")
+def test_several_steps_by_macs_after_whole_branches_meet_the_rate(
+    theirs: Path, tmp_path: Path
+) -> None:
+    flags = (
+        "--rate_of",
+        "macs",
+        "--pruning_rate",
+        0.6,
+        "--steps",
+        2,
+        "--depth",
+        0.1,
+        "--no_repair",
+    )
     done("prune", "--model_path", theirs, *SIZE, *flags, "--save_dir", tmp_path)
-    before, after = (count(load(path).spec, (32, 32)).macs for path in (theirs, record_in(tmp_path)["model_save_path"]))
+    before, after = (
+        count(load(path).spec, (32, 32)).macs
+        for path in (theirs, record_in(tmp_path)["model_save_path"])
+    )
     assert 1 - after / before == pytest.approx(0.6, abs=0.01)
 
 
@@ -92,14 +137,24 @@ def test_flags_for_other_heads_are_refused(theirs: Path) -> None:
         )
 
 
-def test_it_is_converted_back_and_to_a_folder_with_its_code(theirs: Path, tmp_path: Path) -> None:
+def test_it_is_converted_back_and_to_a_folder_with_its_code(
+    theirs: Path, tmp_path: Path
+) -> None:
     out = done("convert", theirs, tmp_path / "back.pth", "--to", "mmseg")
     assert "Written for mmseg, b0," in out
     assert "Note:" not in out
-    back, whole = (torch.load(path, weights_only=True)["state_dict"] for path in (tmp_path / "back.pth", theirs))
+    back, whole = (
+        torch.load(path, weights_only=True)["state_dict"]
+        for path in (tmp_path / "back.pth", theirs)
+    )
     assert back.keys() == whole.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in whole.items())
     out = done("convert", theirs, tmp_path / "hf", "--to", "hf")
-    assert "since its decode head has a BatchNorm and a ReLU in each branch, not linear branches; the folder" in out
+    assert (
+        "since its decode head has a BatchNorm and a ReLU in each branch, not linear branches; the folder"
+        in out
+    )
     assert read(tmp_path / "hf").spec == read(theirs).spec
-    assert refused("convert", theirs, tmp_path / "a.pth", "--to", "nvlabs").endswith("; write mmseg or hf instead.")
+    assert refused("convert", theirs, tmp_path / "a.pth", "--to", "nvlabs").endswith(
+        "; write mmseg or hf instead."
+    )

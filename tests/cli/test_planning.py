@@ -33,13 +33,25 @@ def pictures(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """plan.json and what was printed."""
     folder = tmp_path_factory.mktemp("planned")
-    out = done("prune", "--model_path", dense, *SIZE, "--no_repair", "--plan_only", "--save_dir", folder)
+    out = done(
+        "prune",
+        "--model_path",
+        dense,
+        *SIZE,
+        "--no_repair",
+        "--plan_only",
+        "--save_dir",
+        folder,
+    )
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["plan.json"]
     return folder / "l1/b0/plan.json", out
 
 
 def widths(path: Path) -> dict[str, int]:
-    return {row["name"]: row["width"] for row in json.loads(path.read_text(encoding="utf-8"))["groups"]}
+    return {
+        row["name"]: row["width"]
+        for row in json.loads(path.read_text(encoding="utf-8"))["groups"]
+    }
 
 
 def test_a_plan_is_shown_and_saved_and_nothing_is_cut(planned: tuple[Path, str]) -> None:
@@ -60,15 +72,30 @@ def test_a_plan_carried_out_is_the_network_that_the_rate_gives(
     done("prune", "--model_path", dense, *SIZE, "--save_dir", tmp_path)
     first, second = (load(tmp_path / f"l1/b0/b0_pruned_{name}.pth") for name in ("plan", "0.5"))
     assert first.spec == second.spec
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
 
 
-def test_an_edited_width_is_carried_out(planned: tuple[Path, str], dense: Path, tmp_path: Path) -> None:
+def test_an_edited_width_is_carried_out(
+    planned: tuple[Path, str], dense: Path, tmp_path: Path
+) -> None:
     record = json.loads(planned[0].read_text(encoding="utf-8"))
-    row = next(row for row in record["groups"] if row["name"] == "encoder.stages.1.blocks.0.mlp.ffn")
+    row = next(
+        row for row in record["groups"] if row["name"] == "encoder.stages.1.blocks.0.mlp.ffn"
+    )
     row["width"] = 56
     (tmp_path / "edited.json").write_text(json.dumps(record), encoding="utf-8")
-    done("prune", "--model_path", dense, *SIZE, "--plan", tmp_path / "edited.json", "--save_dir", tmp_path)
+    done(
+        "prune",
+        "--model_path",
+        dense,
+        *SIZE,
+        "--plan",
+        tmp_path / "edited.json",
+        "--save_dir",
+        tmp_path,
+    )
     assert load(tmp_path / "l1/b0/b0_pruned_plan.pth").spec.stages[1].blocks[0].ffn_dim == 56
 
 
@@ -80,31 +107,63 @@ def test_rates_by_name_alone_leave_the_rest_whole(dense: Path, tmp_path: Path) -
         assert row["width"] == share * row["slots"], row["name"]
 
 
-def test_beside_rates_by_name_the_others_make_up_for_the_rate(dense: Path, tmp_path: Path) -> None:
+def test_beside_rates_by_name_the_others_make_up_for_the_rate(
+    dense: Path, tmp_path: Path
+) -> None:
     flags = ("--pruning_rate", "0.5,stages.3=0.25")
     done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
     pruned = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec
     assert pruned.stages[3].width == 192
-    assert count(pruned, SHAPE).parameters == pytest.approx(0.5 * count(load(dense).spec, SHAPE).parameters, rel=0.02)
+    assert count(pruned, SHAPE).parameters == pytest.approx(
+        0.5 * count(load(dense).spec, SHAPE).parameters, rel=0.02
+    )
 
 
 def test_of_several_budgets_each_is_met_and_one_exactly(dense: Path, tmp_path: Path) -> None:
-    out = done("prune", "--model_path", dense, *SIZE, "--pruning_rate", "params=0.3,macs=0.85", "--save_dir", tmp_path)
+    out = done(
+        "prune",
+        "--model_path",
+        dense,
+        *SIZE,
+        "--pruning_rate",
+        "params=0.3,macs=0.85",
+        "--save_dir",
+        tmp_path,
+    )
     assert " rate_of " not in out  # no rate that nothing asked for
-    before, after = (count(load(path).spec, SHAPE) for path in (dense, tmp_path / "l1/b0/b0_pruned_budgets.pth"))
+    before, after = (
+        count(load(path).spec, SHAPE)
+        for path in (dense, tmp_path / "l1/b0/b0_pruned_budgets.pth")
+    )
     assert 1 - after.parameters / before.parameters > 0.29
     assert 1 - after.macs / before.macs == pytest.approx(0.85, abs=0.01)
 
 
 def test_what_is_ignored_keeps_its_width(dense: Path, tmp_path: Path) -> None:
-    done("prune", "--model_path", dense, *SIZE, "--ignore", "stages.3.blocks.0.*", "--save_dir", tmp_path)
+    done(
+        "prune",
+        "--model_path",
+        dense,
+        *SIZE,
+        "--ignore",
+        "stages.3.blocks.0.*",
+        "--save_dir",
+        tmp_path,
+    )
     last = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec.stages[3]
     assert (last.width, last.blocks[0].ffn_dim) == (256, 1024)
     assert last.blocks[1].ffn_dim < 1024
 
 
-def test_groups_can_be_ignored_by_the_names_of_the_plan_which_says_so(dense: Path, tmp_path: Path) -> None:
-    names = ["decode_head.width", "stages.3.blocks.0.attn.qk", "stages.3.blocks.0.mlp.ffn", "stages.3.width"]
+def test_groups_can_be_ignored_by_the_names_of_the_plan_which_says_so(
+    dense: Path, tmp_path: Path
+) -> None:
+    names = [
+        "decode_head.width",
+        "stages.3.blocks.0.attn.qk",
+        "stages.3.blocks.0.mlp.ffn",
+        "stages.3.width",
+    ]
     flags = ("--ignore", ",".join(names), "--save_dir", tmp_path)
     out = done("prune", "--model_path", dense, *SIZE, *flags, "--plan_only")
     assert f"Left alone by --ignore: {', '.join(names)}. " in out
@@ -119,11 +178,15 @@ def test_groups_can_be_ignored_by_the_names_of_the_plan_which_says_so(dense: Pat
     assert blocks[1].ffn_dim < 1024
 
 
-def test_of_a_plan_in_which_nothing_is_ignored_nothing_is_said_of_it(planned: tuple[Path, str]) -> None:
+def test_of_a_plan_in_which_nothing_is_ignored_nothing_is_said_of_it(
+    planned: tuple[Path, str],
+) -> None:
     assert "Left alone" not in planned[1]
 
 
-def test_a_branch_with_an_ignored_group_stays_and_so_does_its_block(dense: Path, tmp_path: Path) -> None:
+def test_a_branch_with_an_ignored_group_stays_and_so_does_its_block(
+    dense: Path, tmp_path: Path
+) -> None:
     most = ("--pruning_rate", 0.9, "--depth", 0.4, "--ignore", "stages.*.attn.qk")
     out = done("prune", "--model_path", dense, *SIZE, *most, "--save_dir", tmp_path)
     (named,) = re.findall(r"Branches removed: (.+?)\. ", out)
@@ -135,7 +198,9 @@ def test_a_rate_below_what_folding_takes_is_refused_in_the_users_numbers_before_
 ) -> None:
     flags = ("--rate_of", "macs", "--depth", 0.05, "--save_dir", tmp_path, "--pruning_rate")
     status, out, errors = invoke("prune", "--model_path", dense, *SIZE, *flags, 0.5)
-    (least,) = re.findall(r"Rate 0\.5 is less than folding the decode head alone removes \((0\.\d+)\)", errors)
+    (least,) = re.findall(
+        r"Rate 0\.5 is less than folding the decode head alone removes \((0\.\d+)\)", errors
+    )
     rate = float(least) + 0.002
     status, out, errors = invoke("prune", "--model_path", dense, *SIZE, *flags, rate)
     said = rf"Error: Rate {rate:g} is less than --depth 0\.05 and folding the decode head together remove "
@@ -154,7 +219,10 @@ def test_a_scan_goes_with_what_is_ignored_and_with_depth_but_not_with_another_ne
     scan.write_text(json.dumps({"sensitivity": factors}), encoding="utf-8")
     done("prune", *flags, "--ignore", "stages.3")
     done("prune", *flags, "--pruning_rate", 0.7, "--depth", 0.3)
-    scan.write_text(json.dumps({"sensitivity": factors | {"decode_head.branches.0.norm": 1.0}}), encoding="utf-8")
+    scan.write_text(
+        json.dumps({"sensitivity": factors | {"decode_head.branches.0.norm": 1.0}}),
+        encoding="utf-8",
+    )
     for more in ((), ("--depth", 0.3)):
         assert refused("prune", *flags, *more) == (
             "The sensitivities are of another network: this one has no group decode_head.branches.0.norm; "
@@ -162,23 +230,41 @@ def test_a_scan_goes_with_what_is_ignored_and_with_depth_but_not_with_another_ne
         )
 
 
-def test_a_criterion_that_needs_pictures_takes_them_without_labels(dense: Path, pictures: Path, tmp_path: Path) -> None:
-    flags = ("--pruning_method", "taylor", "--images", pictures, "--num_images", 4, "--no_repair")
+def test_a_criterion_that_needs_pictures_takes_them_without_labels(
+    dense: Path, pictures: Path, tmp_path: Path
+) -> None:
+    flags = (
+        "--pruning_method",
+        "taylor",
+        "--images",
+        pictures,
+        "--num_images",
+        4,
+        "--no_repair",
+    )
     done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
-    record = json.loads((tmp_path / "taylor/b0/pruning_results.json").read_text(encoding="utf-8"))
+    record = json.loads(
+        (tmp_path / "taylor/b0/pruning_results.json").read_text(encoding="utf-8")
+    )
     config = record["pruning_config"]
     assert (config["method"], config["num_images"], config["repaired"]) == ("taylor", 4, False)
     assert "miou" not in record["pruned_model"]
 
 
-def test_with_pictures_the_network_is_repaired_by_default(dense: Path, data: Path, tmp_path: Path) -> None:
+def test_with_pictures_the_network_is_repaired_by_default(
+    dense: Path, data: Path, tmp_path: Path
+) -> None:
     outputs: dict[str, Any] = {}
     for name, flags in (("repaired", ()), ("not", ("--no_repair",))):
         here = ("--data", data, *HERE, "--save_dir", tmp_path / name)
         out = done("prune", "--model_path", dense, *SIZE, *flags, *here)
-        assert (re.search(r"Repaired with \d+ images, before any training\.", out) is not None) == (name == "repaired")
+        assert (
+            re.search(r"Repaired with \d+ images, before any training\.", out) is not None
+        ) == (name == "repaired")
         outputs[name] = load(tmp_path / name / "l1/b0/b0_pruned_0.5.pth")
-        record = json.loads((tmp_path / name / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
+        record = json.loads(
+            (tmp_path / name / "l1/b0/pruning_results.json").read_text(encoding="utf-8")
+        )
         assert record["pruning_config"]["repaired"] is (name == "repaired")
     x = torch.cat(batch_images(load_images(list_images(open_source(data)), 8, SHAPE)))
     with torch.inference_mode():
@@ -187,10 +273,22 @@ def test_with_pictures_the_network_is_repaired_by_default(dense: Path, data: Pat
     assert off["repaired"] < off["not"]
 
 
-def test_a_data_set_without_a_train_part_is_scored_but_not_repaired(dense: Path, data: Path, tmp_path: Path) -> None:
+def test_a_data_set_without_a_train_part_is_scored_but_not_repaired(
+    dense: Path, data: Path, tmp_path: Path
+) -> None:
     shutil.copytree(data, tmp_path / "val")
     next((tmp_path / "val").rglob("train.txt")).unlink()
-    out = done("prune", "--model_path", dense, *SIZE, "--data", tmp_path / "val", *HERE, "--save_dir", tmp_path)
+    out = done(
+        "prune",
+        "--model_path",
+        dense,
+        *SIZE,
+        "--data",
+        tmp_path / "val",
+        *HERE,
+        "--save_dir",
+        tmp_path,
+    )
     assert "Note: No repair, since there are no images for it:" in out
 
 
@@ -203,13 +301,19 @@ def test_without_images_synthetic_ones_stand_in_unless_the_repair_is_switched_of
     assert "Repaired with 8 images" in out
     record = json.loads((tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
     config = record["pruning_config"]
-    assert (config["synthetic_images"], config["num_images"], config["repaired"]) == (True, 8, True)
+    assert (config["synthetic_images"], config["num_images"], config["repaired"]) == (
+        True,
+        8,
+        True,
+    )
     assert record["reduction"]["parameters_reduction_percent"] == pytest.approx(50, abs=1)
 
     done("prune", *here, "--num_images", 8, "--plan_only")
     plan = json.loads((tmp_path / "l1/b0/plan.json").read_text(encoding="utf-8"))
     assert plan["decided_by"] == "curves"
-    assert all(row["expected_loss"] >= 0 and 0 < row["share_of_macs"] < 1 for row in plan["groups"])
+    assert all(
+        row["expected_loss"] >= 0 and 0 < row["share_of_macs"] < 1 for row in plan["groups"]
+    )
 
     out = done("prune", *here, "--no_repair", "--plan_only")
     plan = json.loads((tmp_path / "l1/b0/plan.json").read_text(encoding="utf-8"))
@@ -218,13 +322,19 @@ def test_without_images_synthetic_ones_stand_in_unless_the_repair_is_switched_of
 
 
 @pytest.mark.parametrize("flags", [("--repair",), ("--plan_by", "curves")])
-def test_random_weights_are_not_repaired_without_images(flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_random_weights_are_not_repaired_without_images(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
     said = refused("prune", "--phi", "b0", *SIZE, *flags, "--save_dir", tmp_path)
-    assert re.match(rf"{flags[0]} has no effect on random weights without images; give --model_path", said)
+    assert re.match(
+        rf"{flags[0]} has no effect on random weights without images; give --model_path", said
+    )
 
 
 @pytest.mark.parametrize("flags", [(), ("--rate_of", "macs", "--pruning_rate", 0.8)])
-def test_pruning_in_steps_meets_the_rate(flags: tuple[object, ...], dense: Path, tmp_path: Path) -> None:
+def test_pruning_in_steps_meets_the_rate(
+    flags: tuple[object, ...], dense: Path, tmp_path: Path
+) -> None:
     done("prune", "--model_path", dense, *SIZE, *flags, "--steps", 3, "--save_dir", tmp_path)
     path = next((tmp_path / "l1/b0").glob("*.pth"))
     before, after = (count(load(path).spec, SHAPE) for path in (dense, path))
@@ -235,12 +345,25 @@ def test_pruning_in_steps_meets_the_rate(flags: tuple[object, ...], dense: Path,
 
 
 @pytest.mark.parametrize(("unit", "depth"), [("params", 0.3), ("macs", 0.1)])
-def test_branches_go_first_and_count_towards_the_rate(unit: str, depth: float, dense: Path, tmp_path: Path) -> None:
-    flags = ("--rate_of", unit, "--pruning_rate", 0.8, "--depth", depth, "--ignore", "stages.3.blocks.0.mlp")
+def test_branches_go_first_and_count_towards_the_rate(
+    unit: str, depth: float, dense: Path, tmp_path: Path
+) -> None:
+    flags = (
+        "--rate_of",
+        unit,
+        "--pruning_rate",
+        0.8,
+        "--depth",
+        depth,
+        "--ignore",
+        "stages.3.blocks.0.mlp",
+    )
     out = done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
     (named,) = re.findall(r"Branches removed: (.+?)\. ", out)
     path = tmp_path / "l1/b0/b0_pruned_0.8.pth"
-    branches = [(b.has_attention, b.has_ffn) for stage in load(path).spec.stages for b in stage.blocks]
+    branches = [
+        (b.has_attention, b.has_ffn) for stage in load(path).spec.stages for b in stage.blocks
+    ]
     assert sum(map(sum, branches)) < 16
     assert "stages.3.blocks.0.mlp" not in named.split(", ")
     before, after = (count(load(file).spec, SHAPE) for file in (dense, path))
@@ -250,8 +373,23 @@ def test_branches_go_first_and_count_towards_the_rate(unit: str, depth: float, d
 
 def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path: Path) -> None:
     steps = ("--steps", "2,1", "--epochs", 1, "--num_images", 2)
-    out = done("prune", "--model_path", dense, *SIZE, *HERE, *steps, "--data", data, "--save_dir", tmp_path)
-    assert 0 < out.index(" Fine-tuning after step 1 ") < out.index(" Fine-tuning the pruned network ")
+    out = done(
+        "prune",
+        "--model_path",
+        dense,
+        *SIZE,
+        *HERE,
+        *steps,
+        "--data",
+        data,
+        "--save_dir",
+        tmp_path,
+    )
+    assert (
+        0
+        < out.index(" Fine-tuning after step 1 ")
+        < out.index(" Fine-tuning the pruned network ")
+    )
     folder = tmp_path / "l1/b0"
     sizes = [
         count(load(folder / name).spec, SHAPE).parameters
@@ -261,13 +399,33 @@ def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path:
             "b0_pruned_0.5.pth",
         )
     ]
-    assert sizes[0] == sizes[1] > sizes[2] == pytest.approx(count(load(dense).spec, SHAPE).parameters / 2, rel=0.02)
-    assert "finetuned_model" in json.loads((folder / "pruning_results.json").read_text(encoding="utf-8"))
+    assert (
+        sizes[0]
+        == sizes[1]
+        > sizes[2]
+        == pytest.approx(count(load(dense).spec, SHAPE).parameters / 2, rel=0.02)
+    )
+    assert "finetuned_model" in json.loads(
+        (folder / "pruning_results.json").read_text(encoding="utf-8")
+    )
 
 
-def test_training_that_is_a_part_of_pruning_has_to_be_begun_again(dense: Path, data: Path, tmp_path: Path) -> None:
+def test_training_that_is_a_part_of_pruning_has_to_be_begun_again(
+    dense: Path, data: Path, tmp_path: Path
+) -> None:
     part = ("--steps", "2,1")
-    here = (*SIZE, *HERE, "--num_images", 2, "--data", data, "--epochs", 1, "--save_dir", tmp_path)
+    here = (
+        *SIZE,
+        *HERE,
+        "--num_images",
+        2,
+        "--data",
+        data,
+        "--epochs",
+        1,
+        "--save_dir",
+        tmp_path,
+    )
     status, errors = interrupted(1, "prune", "--model_path", dense, *part, *here)
     assert (status, errors) == (
         130,
@@ -276,15 +434,30 @@ def test_training_that_is_a_part_of_pruning_has_to_be_begun_again(dense: Path, d
 
 
 def test_the_results_name_no_rate_that_was_not_asked(dense: Path, tmp_path: Path) -> None:
-    done("prune", "--model_path", dense, *SIZE, "--pruning_rate", "head=0.5", "--save_dir", tmp_path)
+    done(
+        "prune",
+        "--model_path",
+        dense,
+        *SIZE,
+        "--pruning_rate",
+        "head=0.5",
+        "--save_dir",
+        tmp_path,
+    )
     record = json.loads((tmp_path / "l1/b0/pruning_results.json").read_text(encoding="utf-8"))
     assert record["pruning_config"]["pruning_rate"] is None
     assert record["pruning_config"]["rates"] == {"head": 0.5}
 
 
 REFUSED: list[tuple[tuple[object, ...], str]] = [
-    (("--plan", "missing.json"), r"missing\.json does not exist; give the JSON file of a plan or a scan\."),
-    (("--plan", "broken.json"), r"broken\.json is not valid JSON \(.*\); write it anew, or fix it there\."),
+    (
+        ("--plan", "missing.json"),
+        r"missing\.json does not exist; give the JSON file of a plan or a scan\.",
+    ),
+    (
+        ("--plan", "broken.json"),
+        r"broken\.json is not valid JSON \(.*\); write it anew, or fix it there\.",
+    ),
     (
         ("--plan", "other.json"),
         r"other\.json is no plan; write one with --plan_only, and in it change only the widths\.",
@@ -298,53 +471,130 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         r"The plan .*: group decode_head\.wdth, which this network cannot cut, and group decode_head\.width, which the "
         r"plan does not name\.",
     ),
-    (("--plan", "twice.json"), r"twice\.json names group decode_head\.width twice; leave one of them\."),
+    (
+        ("--plan", "twice.json"),
+        r"twice\.json names group decode_head\.width twice; leave one of them\.",
+    ),
     (
         ("--plan", "text.json"),
         r'text\.json gives group decode_head\.width the width "200"; it must be a whole number\.',
     ),
-    (("--plan", "half.json"), r"half\.json gives group decode_head\.width the width 200\.5; it must be a whole"),
-    (("--plan", "wide.json"), r"The plan keeps 999999 channels of decode_head\.width; it must be 1 to 256\."),
+    (
+        ("--plan", "half.json"),
+        r"half\.json gives group decode_head\.width the width 200\.5; it must be a whole",
+    ),
+    (
+        ("--plan", "wide.json"),
+        r"The plan keeps 999999 channels of decode_head\.width; it must be 1 to 256\.",
+    ),
     (
         ("--plan", "wide.json", "--pruning_rate", 0.5),
         r"--pruning_rate has no effect with --plan, which says what is kept;",
     ),
-    (("--plan", "wide.json", "--plan_only"), r"--plan_only has no effect with --plan, which is decided already;"),
-    (("--sensitivity", "other.json"), r"other\.json holds no sensitivities; write it with `segprune scan`\."),
-    (("--pruning_rate", "stages.3"), r"--pruning_rate is 'stages\.3'; write it as 0\.5, or .*stages\.3=0\.7\."),
-    (("--pruning_rate", "stages.3=1"), r"--pruning_rate is 1 for stages\.3; it must be at least 0 and below 1\."),
-    (("--pruning_rate", "stage.3=0.5"), r"--pruning_rate 'stage\.3' matches nothing in this network; its names look"),
-    (("--ignore", "stage3"), r"--ignore 'stage3' matches nothing in this network; its names look like .*\."),
-    (("--max_rate", "half"), r"--max_rate is 'half'; write it as 0\.8, or stages\.3=0\.6,head=0\.5\."),
+    (
+        ("--plan", "wide.json", "--plan_only"),
+        r"--plan_only has no effect with --plan, which is decided already;",
+    ),
+    (
+        ("--sensitivity", "other.json"),
+        r"other\.json holds no sensitivities; write it with `segprune scan`\.",
+    ),
+    (
+        ("--pruning_rate", "stages.3"),
+        r"--pruning_rate is 'stages\.3'; write it as 0\.5, or .*stages\.3=0\.7\.",
+    ),
+    (
+        ("--pruning_rate", "stages.3=1"),
+        r"--pruning_rate is 1 for stages\.3; it must be at least 0 and below 1\.",
+    ),
+    (
+        ("--pruning_rate", "stage.3=0.5"),
+        r"--pruning_rate 'stage\.3' matches nothing in this network; its names look",
+    ),
+    (
+        ("--ignore", "stage3"),
+        r"--ignore 'stage3' matches nothing in this network; its names look like .*\.",
+    ),
+    (
+        ("--max_rate", "half"),
+        r"--max_rate is 'half'; write it as 0\.8, or stages\.3=0\.6,head=0\.5\.",
+    ),
     (
         ("--max_rate", 0.2),
         r"Rate 0\.5 is out of reach; the most that can be removed here is 0\.\d+, .* than 0\.2 \(--max_rate\), and",
     ),
-    (("--max_rate", "stages=0.1,head=0.5"), r"Rate 0\.5 is out of reach; .* more .* than what --max_rate allows, and"),
-    (("--pruning_rate", "params=0.5", "--rate_of", "macs"), r"--rate_of has no effect beside a --pruning_rate that"),
-    (("--pruning_rate", "flops=0.5"), r"--pruning_rate 'flops' matches nothing in this network; .*params, macs"),
+    (
+        ("--max_rate", "stages=0.1,head=0.5"),
+        r"Rate 0\.5 is out of reach; .* more .* than what --max_rate allows, and",
+    ),
+    (
+        ("--pruning_rate", "params=0.5", "--rate_of", "macs"),
+        r"--rate_of has no effect beside a --pruning_rate that",
+    ),
+    (
+        ("--pruning_rate", "flops=0.5"),
+        r"--pruning_rate 'flops' matches nothing in this network; .*params, macs",
+    ),
     (("--pruning_rate", "0.5,0.6"), r"--pruning_rate is '0\.5,0\.6', which gives two shares"),
-    (("--pruning_rate", "params=half"), r"--pruning_rate is 'params=half'; write it as .*params=0\.5,macs=0\.7"),
-    (("--pruning_method", "taylor"), r"--pruning_method taylor needs images; give them as --images DIR or --data,"),
-    (("--num_images", 3, "--no_repair"), r"--num_images has no effect where nothing is repaired or ranked by images"),
-    (("--plan_by", "curves", "--no_repair"), r"--plan_by curves counts on the repair; leave out --repair False, or"),
+    (
+        ("--pruning_rate", "params=half"),
+        r"--pruning_rate is 'params=half'; write it as .*params=0\.5,macs=0\.7",
+    ),
+    (
+        ("--pruning_method", "taylor"),
+        r"--pruning_method taylor needs images; give them as --images DIR or --data,",
+    ),
+    (
+        ("--num_images", 3, "--no_repair"),
+        r"--num_images has no effect where nothing is repaired or ranked by images",
+    ),
+    (
+        ("--plan_by", "curves", "--no_repair"),
+        r"--plan_by curves counts on the repair; leave out --repair False, or",
+    ),
     (("--images", "nowhere"), r"nowhere .*"),
-    (("--scope", "local", "--sensitivity", "other.json"), r"--sensitivity has no effect with --scope local, which"),
-    (("--pruning_rate", "head=0.5", "--scope", "local"), r"--scope has no effect where --pruning_rate gives the share"),
-    (("--images", ".", "--no_repair"), r"--images has no effect where nothing is repaired or ranked by images;"),
+    (
+        ("--scope", "local", "--sensitivity", "other.json"),
+        r"--sensitivity has no effect with --scope local, which",
+    ),
+    (
+        ("--pruning_rate", "head=0.5", "--scope", "local"),
+        r"--scope has no effect where --pruning_rate gives the share",
+    ),
+    (
+        ("--images", ".", "--no_repair"),
+        r"--images has no effect where nothing is repaired or ranked by images;",
+    ),
     (("--repair", "--plan_only"), r"--repair has no effect with --plan_only, which cuts"),
     (("--depth", 1), r"--depth is 1; it must be at least 0 and below 1\."),
-    (("--depth", 0.5), r"--depth is 0\.5, a part of the rate of the params, 0\.5; it must be below it\."),
-    (("--depth", 0.1, "--rate_of", "latency"), r"--depth needs a rate of params or macs, and no plan"),
-    (("--steps", "1,1"), r"--steps gives epochs between two steps; that needs 2 steps or more, and --epochs\."),
+    (
+        ("--depth", 0.5),
+        r"--depth is 0\.5, a part of the rate of the params, 0\.5; it must be below it\.",
+    ),
+    (
+        ("--depth", 0.1, "--rate_of", "latency"),
+        r"--depth needs a rate of params or macs, and no plan",
+    ),
+    (
+        ("--steps", "1,1"),
+        r"--steps gives epochs between two steps; that needs 2 steps or more, and --epochs\.",
+    ),
     (("--steps", "0"), r"--steps is '0'; give a number from 1 up"),
     (("--steps", "two"), r"--steps is 'two'; give a number from 1 up"),
-    (("--steps", 2, "--plan_only"), r"--steps cannot be combined with --plan, --plan_only or shares by name"),
-    (("--plan_only", "--epochs", 1, "--data", "."), r"--epochs has no effect with --plan_only, which cuts nothing;"),
+    (
+        ("--steps", 2, "--plan_only"),
+        r"--steps cannot be combined with --plan, --plan_only or shares by name",
+    ),
+    (
+        ("--plan_only", "--epochs", 1, "--data", "."),
+        r"--epochs has no effect with --plan_only, which cuts nothing;",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[" ".join(map(str, flags)) for flags, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("flags", "message"), REFUSED, ids=[" ".join(map(str, flags)) for flags, _ in REFUSED]
+)
 def test_a_wrong_flag_is_refused_and_nothing_is_written(
     flags: tuple[object, ...],
     message: str,
@@ -357,7 +607,9 @@ def test_a_wrong_flag_is_refused_and_nothing_is_written(
     record = json.loads(planned[0].read_text(encoding="utf-8"))
     Path("broken.json").write_text("{")
     Path("other.json").write_text('{"groups": [1]}')
-    Path("foreign.json").write_text(json.dumps({"groups": [*record["groups"], {"name": "a", "width": 1}]}))
+    Path("foreign.json").write_text(
+        json.dumps({"groups": [*record["groups"], {"name": "a", "width": 1}]})
+    )
     (head,) = (row for row in record["groups"] if row["name"] == "decode_head.width")
     others = [row for row in record["groups"] if row != head]
     Path("twice.json").write_text(json.dumps({"groups": [*others, head, head]}))

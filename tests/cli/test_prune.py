@@ -41,14 +41,18 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory, dense: Path, data: Path) -> tuple[Path, str]:
+def tuned(
+    tmp_path_factory: pytest.TempPathFactory, dense: Path, data: Path
+) -> tuple[Path, str]:
     """The folder and the output of a run that scores and fine-tunes."""
     folder = tmp_path_factory.mktemp("tuned")
     here = (*SIZE, *HERE, "--data", data, "--save_dir", folder)
     return folder, done("prune", "--model_path", dense, *here, "--epochs", 2, "--batch_size", 4)
 
 
-def test_without_a_checkpoint_it_is_said_loudly_that_the_weights_are_random(dry_run: tuple[Path, str]) -> None:
+def test_without_a_checkpoint_it_is_said_loudly_that_the_weights_are_random(
+    dry_run: tuple[Path, str],
+) -> None:
     folder, out = dry_run
     assert "Note: NO --model_path: THE WEIGHTS ARE RANDOM. This is a dry run:" in out
     assert record_in(folder)["model_config"]["random_weights"] is True
@@ -56,20 +60,39 @@ def test_without_a_checkpoint_it_is_said_loudly_that_the_weights_are_random(dry_
 
 def test_the_files_lie_where_the_manual_says(dry_run: tuple[Path, str]) -> None:
     folder, out = dry_run
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    }
     assert files == {"l1/b0/b0_pruned_0.5.pth", "l1/b0/pruning_results.json"}
     assert record_in(folder)["model_save_path"] == str(folder / "l1/b0/b0_pruned_0.5.pth")
     assert f"Pruned network: {folder}/l1/b0/b0_pruned_0.5.pth" in out
 
 
-def test_the_json_has_the_promised_keys_with_the_promised_types(dry_run: tuple[Path, str]) -> None:
+def test_the_json_has_the_promised_keys_with_the_promised_types(
+    dry_run: tuple[Path, str],
+) -> None:
     record = record_in(dry_run[0])
     config = record["model_config"]
-    assert (config["phi"], config["num_classes"], config["input_shape"]) == ("b0", 8, list(SHAPE))
-    assert (record["pruning_config"]["method"], record["pruning_config"]["pruning_rate"]) == ("l1", 0.5)
+    assert (config["phi"], config["num_classes"], config["input_shape"]) == (
+        "b0",
+        8,
+        list(SHAPE),
+    )
+    assert (record["pruning_config"]["method"], record["pruning_config"]["pruning_rate"]) == (
+        "l1",
+        0.5,
+    )
     for name in ("original_model", "pruned_model"):
-        types = {key: type(record[name][key]) for key in ("parameters", "parameters_M", "flops", "flops_G")}
-        assert types == {"parameters": int, "parameters_M": float, "flops": int, "flops_G": float}
+        types = {
+            key: type(record[name][key])
+            for key in ("parameters", "parameters_M", "flops", "flops_G")
+        }
+        assert types == {
+            "parameters": int,
+            "parameters_M": float,
+            "flops": int,
+            "flops_G": float,
+        }
         assert (type(record[name]["macs"]), type(record[name]["latency_ms"])) == (int, float)
     for key in ("parameters_reduction_percent", "flops_reduction_percent"):
         assert type(record["reduction"][key]) is float
@@ -86,7 +109,9 @@ def test_the_numbers_are_those_of_the_networks(dry_run: tuple[Path, str]) -> Non
     assert before["flops_G"] == pytest.approx(before["flops"] / 1e9, abs=1e-6)
     assert after["parameters_M"] == pytest.approx(after["parameters"] / 1e6, abs=1e-6)
     removed = 100 * (1 - after["parameters"] / before["parameters"])
-    assert record["reduction"]["parameters_reduction_percent"] == pytest.approx(removed, abs=1e-3)
+    assert record["reduction"]["parameters_reduction_percent"] == pytest.approx(
+        removed, abs=1e-3
+    )
     assert removed == pytest.approx(50, abs=1)
     saved = 100 * (1 - after["flops"] / before["flops"])
     assert record["reduction"]["flops_reduction_percent"] == pytest.approx(saved, abs=1e-3)
@@ -97,7 +122,11 @@ def test_the_numbers_are_those_of_the_networks(dry_run: tuple[Path, str]) -> Non
 def test_the_closing_table_shows_what_the_json_holds(tuned: tuple[Path, str]) -> None:
     folder, out = tuned
     record = record_in(folder)
-    rows = [("dense", "original_model"), ("pruned", "pruned_model"), ("fine-tuned", "finetuned_model")]
+    rows = [
+        ("dense", "original_model"),
+        ("pruned", "pruned_model"),
+        ("fine-tuned", "finetuned_model"),
+    ]
     for name, key in rows:
         values = record[key]
         row = rf"{name} │ {values['parameters_M']:.3f} │ {values['macs_G']:.3f} │ \S+ \S+ │ {values['miou']:.4f} │"
@@ -105,7 +134,9 @@ def test_the_closing_table_shows_what_the_json_holds(tuned: tuple[Path, str]) ->
     assert f"Parameters −{record['reduction']['parameters_reduction_percent']:.1f} %" in out
 
 
-def test_the_scores_are_those_of_the_three_files(tuned: tuple[Path, str], dense: Path, data: Path) -> None:
+def test_the_scores_are_those_of_the_three_files(
+    tuned: tuple[Path, str], dense: Path, data: Path
+) -> None:
     record = record_in(tuned[0])
     samples = open_source(data).split("val")
     files = {
@@ -119,18 +150,32 @@ def test_the_scores_are_those_of_the_three_files(tuned: tuple[Path, str], dense:
     }
     assert len({score.miou for score in scores.values()}) == 3
     for name, score in scores.items():
-        assert (record[name]["miou"], record[name]["pixel_accuracy"]) == (score.miou, score.pixel_accuracy)
+        assert (record[name]["miou"], record[name]["pixel_accuracy"]) == (
+            score.miou,
+            score.pixel_accuracy,
+        )
         assert record[name]["iou"] == list(score.iou)
 
 
-def test_fine_tuning_keeps_the_pruned_shape_and_takes_a_tenth_of_the_first_rate(tuned: tuple[Path, str]) -> None:
+def test_fine_tuning_keeps_the_pruned_shape_and_takes_a_tenth_of_the_first_rate(
+    tuned: tuple[Path, str],
+) -> None:
     folder = tuned[0] / "l1/b0/b0_pruned_0.5_finetuned"
-    pruned, finetuned = read(tuned[0] / "l1/b0/b0_pruned_0.5.pth"), read(folder / "best_epoch_weights.pth")
+    pruned, finetuned = (
+        read(tuned[0] / "l1/b0/b0_pruned_0.5.pth"),
+        read(folder / "best_epoch_weights.pth"),
+    )
     assert finetuned.spec == pruned.spec
     results = json.loads((folder / "training_results.json").read_text(encoding="utf-8"))
     assert results["settings"]["lr"] == pytest.approx(1e-4)
-    assert finetuned.extra["lr"] == pruned.extra["lr"] == 1e-3  # so that pruning again does not divide it again
-    assert tuple(finetuned.extra["class_names"]) == tuple(pruned.extra["class_names"]) == CLASS_NAMES
+    assert (
+        finetuned.extra["lr"] == pruned.extra["lr"] == 1e-3
+    )  # so that pruning again does not divide it again
+    assert (
+        tuple(finetuned.extra["class_names"])
+        == tuple(pruned.extra["class_names"])
+        == CLASS_NAMES
+    )
     assert record_in(tuned[0])["finetuned_model"]["best_epoch"] in (1, 2)
 
 
@@ -138,7 +183,9 @@ def test_fine_tuning_learns_from_the_dense_network_unless_told_otherwise(
     tuned: tuple[Path, str], dense: Path, data: Path, tmp_path: Path
 ) -> None:
     folder = tuned[0] / "l1/b0/b0_pruned_0.5_finetuned"
-    settings = json.loads((folder / "training_results.json").read_text(encoding="utf-8"))["settings"]
+    settings = json.loads((folder / "training_results.json").read_text(encoding="utf-8"))[
+        "settings"
+    ]
     assert settings["teacher"] == record_in(tuned[0])["settings"]["model_path"] == str(dense)
     assert record_in(tuned[0])["settings"]["no_distill"] is False
     here = ("prune", "--model_path", dense, *SIZE, *HERE, "--data", data, "--epochs", 1)
@@ -152,7 +199,9 @@ def test_fine_tuning_learns_from_the_dense_network_unless_told_otherwise(
 
 def test_a_pruned_file_is_pruned_again(tuned: tuple[Path, str], tmp_path: Path) -> None:
     path = tuned[0] / "l1/b0/b0_pruned_0.5.pth"
-    out = done("prune", "--model_path", path, "--pruning_rate", 0.3, *SIZE, "--save_dir", tmp_path)
+    out = done(
+        "prune", "--model_path", path, "--pruning_rate", 0.3, *SIZE, "--save_dir", tmp_path
+    )
     assert "decode head folded" not in out  # it was folded the first time
     again = num_parameters(tmp_path / "l1/b0/b0_pruned_0.3.pth")
     assert 1 - again / num_parameters(path) == pytest.approx(0.3, abs=0.01)
@@ -162,13 +211,25 @@ def test_a_pruned_file_is_pruned_again(tuned: tuple[Path, str], tmp_path: Path) 
 
 
 def test_hyphens_do_for_underscores(dense: Path, tmp_path: Path) -> None:
-    flags = ("--model-path", dense, "--pruning-rate", 0, "--input-shape", 32, 32, "--num-classes", 8)
+    flags = (
+        "--model-path",
+        dense,
+        "--pruning-rate",
+        0,
+        "--input-shape",
+        32,
+        32,
+        "--num-classes",
+        8,
+    )
     done("prune", *flags, "--save-dir", tmp_path)
     assert (tmp_path / "l1/b0/b0_pruned_0.pth").is_file()
 
 
 def test_rate_0_writes_a_copy(dense: Path, tmp_path: Path) -> None:
-    out = done("prune", "--model_path", dense, "--pruning_rate", 0, *SIZE, "--save_dir", tmp_path)
+    out = done(
+        "prune", "--model_path", dense, "--pruning_rate", 0, *SIZE, "--save_dir", tmp_path
+    )
     copy = load(tmp_path / "l1/b0/b0_pruned_0.pth").state_dict()
     state = load(dense).state_dict()
     assert copy.keys() == state.keys()
@@ -178,8 +239,19 @@ def test_rate_0_writes_a_copy(dense: Path, tmp_path: Path) -> None:
     assert "decode head folded" not in out  # rate 0 folds nothing
 
 
-def test_macs_are_cut_by_the_rate_with_the_decode_head_kept(dense: Path, tmp_path: Path) -> None:
-    flags = ("--pruning_rate", 0.3, "--rate_of", "macs", "--keep_decoder", *SIZE, "--save_dir", tmp_path)
+def test_macs_are_cut_by_the_rate_with_the_decode_head_kept(
+    dense: Path, tmp_path: Path
+) -> None:
+    flags = (
+        "--pruning_rate",
+        0.3,
+        "--rate_of",
+        "macs",
+        "--keep_decoder",
+        *SIZE,
+        "--save_dir",
+        tmp_path,
+    )
     done("prune", "--model_path", dense, *flags)
     record = record_in(tmp_path)
     assert record["reduction"]["flops_reduction_percent"] == pytest.approx(30, abs=1)
@@ -187,7 +259,9 @@ def test_macs_are_cut_by_the_rate_with_the_decode_head_kept(dense: Path, tmp_pat
     assert not load(record["model_save_path"]).spec.folded
 
 
-def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pruning_flag_reaches_the_pruner(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[PruneOptions] = []
 
     def make_pruner(model: object, *, options: PruneOptions, **_: object) -> None:
@@ -195,8 +269,28 @@ def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monk
         raise ValueError("Seen.")
 
     monkeypatch.setattr(command, "make_pruner", make_pruner)
-    flags = ("--pruning_rate", "0.4,head=0.5", "--rate_of", "macs", "--round_to", 4, "--heads", "--max_rate", 0.8)
-    more = ("--ignore", "a.*, b", "--keep_decoder", "--no_repair", "--seed", 5, *SIZE, "--save_dir", tmp_path)
+    flags = (
+        "--pruning_rate",
+        "0.4,head=0.5",
+        "--rate_of",
+        "macs",
+        "--round_to",
+        4,
+        "--heads",
+        "--max_rate",
+        0.8,
+    )
+    more = (
+        "--ignore",
+        "a.*, b",
+        "--keep_decoder",
+        "--no_repair",
+        "--seed",
+        5,
+        *SIZE,
+        "--save_dir",
+        tmp_path,
+    )
     assert refused("prune", "--model_path", dense, *flags, *more) == "Seen."
     refused("prune", "--model_path", dense, "--scope", "local", *SIZE, "--save_dir", tmp_path)
     assert seen[0] == PruneOptions(
@@ -215,7 +309,9 @@ def test_every_pruning_flag_reaches_the_pruner(dense: Path, tmp_path: Path, monk
     assert seen[1] == PruneOptions(scope="local", input_shape=(32, 32))
 
 
-def test_only_settings_that_were_given_or_chosen_are_printed(dense: Path, tmp_path: Path) -> None:
+def test_only_settings_that_were_given_or_chosen_are_printed(
+    dense: Path, tmp_path: Path
+) -> None:
     flags = ("--model_path", dense, "--pruning_rate", 0, *SIZE, "--save_dir", tmp_path)
     brief, whole = done("prune", *flags), done("prune", *flags, "--verbose")
     assert " phi b0 " in brief
@@ -247,17 +343,35 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         ("--pruning_rate", 0.01),
         r"Rate 0\.01 is less than folding .* removes \(0\.071\); .*, or keep .*--keep_decoder\.",
     ),
-    (("--pruning_method", "l3"), r"--pruning_method is 'l3', which is unknown; .* l1, l2, fpgm, .*, wanda\."),
+    (
+        ("--pruning_method", "l3"),
+        r"--pruning_method is 'l3', which is unknown; .* l1, l2, fpgm, .*, wanda\.",
+    ),
     (
         ("--rate_of", "flops"),
         r"--rate_of is 'flops', which is unknown; .* params, macs, channels, latency\.",
     ),
-    (("--scope", "half"), r"--scope is 'half', which is unknown; choose one of global, local, isomorphic\."),
-    (("--round_to", 0), r"--round_to is 0; widths are kept multiples of a whole number from 1 up\."),
+    (
+        ("--scope", "half"),
+        r"--scope is 'half', which is unknown; choose one of global, local, isomorphic\.",
+    ),
+    (
+        ("--round_to", 0),
+        r"--round_to is 0; widths are kept multiples of a whole number from 1 up\.",
+    ),
     (("--phi", "b9"), r".*Unknown variant 'b9'; choose one of b0, b1, b2, b3, b4, b5\."),
-    (("--phi", "b2"), r".*The file is a b0, but --phi b2 was given; leave --phi out or give b0\."),
-    (("--num_classes", 5), r".*The file has 8 classes, but --num_classes 5 was given; leave .* out or give 8\."),
-    (("--dialect", "hf"), r".*The file is segprune's own, but --dialect hf was given; leave --dialect out\."),
+    (
+        ("--phi", "b2"),
+        r".*The file is a b0, but --phi b2 was given; leave --phi out or give b0\.",
+    ),
+    (
+        ("--num_classes", 5),
+        r".*The file has 8 classes, but --num_classes 5 was given; leave .* out or give 8\.",
+    ),
+    (
+        ("--dialect", "hf"),
+        r".*The file is segprune's own, but --dialect hf was given; leave --dialect out\.",
+    ),
     (("--epochs", 1), r"--epochs was given without --data; say what to fine-tune on\."),
     (("--lr", 1e-4), r"--lr has no effect without --epochs"),
     (("--no_distill",), r"--no_distill has no effect without --epochs"),
@@ -268,9 +382,15 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[" ".join(map(str, flags)) for flags, _ in REFUSED])
-def test_a_wrong_flag_is_refused(flags: tuple[object, ...], message: str, dense: Path, tmp_path: Path) -> None:
-    said = refused("prune", "--model_path", dense, *SIZE, "--save_dir", tmp_path / "out", *flags)
+@pytest.mark.parametrize(
+    ("flags", "message"), REFUSED, ids=[" ".join(map(str, flags)) for flags, _ in REFUSED]
+)
+def test_a_wrong_flag_is_refused(
+    flags: tuple[object, ...], message: str, dense: Path, tmp_path: Path
+) -> None:
+    said = refused(
+        "prune", "--model_path", dense, *SIZE, "--save_dir", tmp_path / "out", *flags
+    )
     assert re.match(message, said), said
     assert not (tmp_path / "out").exists()
 
@@ -279,8 +399,14 @@ def test_a_wrong_flag_is_refused(flags: tuple[object, ...], message: str, dense:
     ("flags", "message"),
     [
         (("--phi", "b9"), "Unknown variant 'b9'; choose one of b0, b1, b2, b3, b4, b5."),
-        (("--num_classes", 0), "--num_classes is 0; segmentation needs at least 2, background included."),
-        (("--dialect", "hf"), "--dialect was given without --model_path; it says who wrote a checkpoint."),
+        (
+            ("--num_classes", 0),
+            "--num_classes is 0; segmentation needs at least 2, background included.",
+        ),
+        (
+            ("--dialect", "hf"),
+            "--dialect was given without --model_path; it says who wrote a checkpoint.",
+        ),
     ],
 )
 def test_a_wrong_flag_is_refused_without_a_checkpoint_too(
@@ -305,7 +431,9 @@ def test_an_interrupted_fine_tuning_goes_on_as_the_message_says_and_ends_as_if_i
     assert "finetuned_model" not in before
     out = done(*command.split()[3:])
     after = record_in(tmp_path)
-    assert {name: after[name] for name in before} == before  # what was measured before the interrupt is kept
+    assert {
+        name: after[name] for name in before
+    } == before  # what was measured before the interrupt is kept
     whole = record_in(tuned[0])["finetuned_model"]
     for name in ("miou", "iou", "best_epoch", "parameters", "spec"):
         assert after["finetuned_model"][name] == whole[name]
@@ -316,10 +444,15 @@ def test_an_interrupted_fine_tuning_goes_on_as_the_message_says_and_ends_as_if_i
     assert "Results" not in done(*command.split()[3:])  # it was complete
 
 
-def test_other_training_beside_a_pruned_file_leaves_its_results_alone(dense: Path, data: Path, tmp_path: Path) -> None:
+def test_other_training_beside_a_pruned_file_leaves_its_results_alone(
+    dense: Path, data: Path, tmp_path: Path
+) -> None:
     done("prune", "--model_path", dense, *SIZE, *HERE, "--data", data, "--save_dir", tmp_path)
     path, before = tmp_path / "l1/b0/b0_pruned_0.5.pth", record_in(tmp_path)
-    for name in ("mine", "b0_pruned_0.5_finetuned"):  # the second not asked for when it was pruned
+    for name in (
+        "mine",
+        "b0_pruned_0.5_finetuned",
+    ):  # the second not asked for when it was pruned
         folder = path.with_name(name)
         interrupted(1, *training(data, folder, "--model_path", path, "--epochs", 1))
         assert "Results" not in done("train", "--resume", "--save_dir", folder)
@@ -342,6 +475,9 @@ def test_pruning_in_steps_does_not_write_over_its_input(dense: Path, tmp_path: P
     once = tmp_path / "l1/b0/b0_pruned_0.3.pth"
     before = once.read_bytes()
     said = refused("prune", "--model_path", once, *flags, "--save_dir", tmp_path)
-    assert said == f"{once} would be overwritten by this run; give another --save_dir than {tmp_path}."
+    assert (
+        said
+        == f"{once} would be overwritten by this run; give another --save_dir than {tmp_path}."
+    )
     assert once.read_bytes() == before
     done("prune", "--model_path", once, *flags, "--save_dir", tmp_path / "twice")

@@ -17,12 +17,16 @@ def test_the_suggested_command_trains_on_what_was_written(tmp_path: Path) -> Non
     suggested = re.search(r"Train on them: segprune (train .+)", out)
     assert suggested
     assert check_labels(open_source(folder), 8).num_images == {"train": 4, "val": 2}
-    out = done(*shlex.split(suggested[1]), "--epochs", 1, *HERE, "--save_dir", tmp_path / "logs")
+    out = done(
+        *shlex.split(suggested[1]), "--epochs", 1, *HERE, "--save_dir", tmp_path / "logs"
+    )
     assert f"Saved: {tmp_path}/logs/best_epoch_weights.pth" in out
 
 
 def test_with_context_there_are_fourteen_classes(tmp_path: Path) -> None:
-    out = done("shapes", tmp_path, "--num_train", 4, "--num_val", 2, "--size", 32, 32, "--with_context")
+    out = done(
+        "shapes", tmp_path, "--num_train", 4, "--num_val", 2, "--size", 32, 32, "--with_context"
+    )
     assert "6 images, 14 classes, in " in out
     assert "--num_classes 14 " in out
 
@@ -30,16 +34,36 @@ def test_with_context_there_are_fourteen_classes(tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
     files = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        done("shapes", tmp_path / name, "--num_train", 1, "--num_val", 1, "--size", 32, 48, "--seed", seed)
-        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.suffix in (".jpg", ".png"))
+        done(
+            "shapes",
+            tmp_path / name,
+            "--num_train",
+            1,
+            "--num_val",
+            1,
+            "--size",
+            32,
+            48,
+            "--seed",
+            seed,
+        )
+        paths = sorted(
+            path for path in (tmp_path / name).rglob("*") if path.suffix in (".jpg", ".png")
+        )
         files.append([path.read_bytes() for path in paths])
     assert files[0] == files[1] != files[2]
 
 
-@pytest.mark.parametrize("flags", [("--num_train", 0), ("--num_val", 0), ("--size", 0, 32), ("--seed", -1)])
-def test_a_number_that_is_too_small_is_refused(flags: tuple[object, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags", [("--num_train", 0), ("--num_val", 0), ("--size", 0, 32), ("--seed", -1)]
+)
+def test_a_number_that_is_too_small_is_refused(
+    flags: tuple[object, ...], tmp_path: Path
+) -> None:
     said = refused("shapes", tmp_path / "new", *flags)
-    assert said.endswith("came, where at least 1, 1, (32, 32) and 0 are allowed; give larger ones.")
+    assert said.endswith(
+        "came, where at least 1, 1, (32, 32) and 0 are allowed; give larger ones."
+    )
     assert not (tmp_path / "new").exists()
 
 

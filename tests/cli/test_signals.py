@@ -109,9 +109,16 @@ class Ending:
 def endings(jobs: Sequence[Job]) -> list[Ending]:
     """Of the jobs, which are run one after another."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = json.dumps([asdict(job) | {"flags": list(map(str, job.flags))} for job in jobs], default=str)
+    words = json.dumps(
+        [asdict(job) | {"flags": list(map(str, job.flags))} for job in jobs], default=str
+    )
     result = subprocess.run(
-        [sys.executable, "-c", NURSERY, words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", NURSERY, words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert (result.returncode, result.stderr) == (0, "")
     return [
@@ -128,20 +135,42 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(data: Path, tiny: Path, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ending]]:
+def runs(
+    data: Path, tiny: Path, dense: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Ending]]:
     """Where the runs of all tests wrote, and how they ended: `TRAINED`, then `SCORED`, then `PRUNED`."""
     folder = tmp_path_factory.mktemp("runs")
     rng = random.Random(1)
 
     # One run, broken off ten times soon after it saved a state by itself, which it does in every third step.
     out = folder / "broken"
-    flags = ("train", "--model_path", tiny, "--data", data, *SIZE, *LOADING, "--epochs", EPOCHS, "--eval_every", 2)
+    flags = (
+        "train",
+        "--model_path",
+        tiny,
+        "--data",
+        data,
+        *SIZE,
+        *LOADING,
+        "--epochs",
+        EPOCHS,
+        "--eval_every",
+        2,
+    )
     resume = ("train", "--resume", "--save_dir", out)
     jobs = [Job((*flags, "--save_dir", folder / "whole"), folder / "whole run")]
     for number in range(MOMENTS):
         command = resume if number else (*flags, "--save_steps", 3, "--save_dir", out)
         output = folder / f"training {number}"
-        jobs.append(Job(command, output, BOTH[number % 2], rng.uniform(0, 0.06), state=out / "resume.pth"))
+        jobs.append(
+            Job(
+                command,
+                output,
+                BOTH[number % 2],
+                rng.uniform(0, 0.06),
+                state=out / "resume.pth",
+            )
+        )
     jobs.append(Job(resume, folder / "last run"))
 
     flags = ("eval", tiny, "--split", "train", "--data", data, *SIZE, *LOADING)
@@ -149,14 +178,31 @@ def runs(data: Path, tiny: Path, dense: Path, tmp_path_factory: pytest.TempPathF
         output, group = folder / f"scoring {number}", number >= 2
         jobs.append(Job(flags, output, BOTH[number % 2], rng.uniform(0, 0.06), group=group))
 
-    flags = ("prune", "--model_path", dense, "--no_repair", "--save_dir", folder, "--data", data, *SIZE, *LOADING)
+    flags = (
+        "prune",
+        "--model_path",
+        dense,
+        "--no_repair",
+        "--save_dir",
+        folder,
+        "--data",
+        data,
+        *SIZE,
+        *LOADING,
+    )
     for number in range(2):
-        jobs.append(Job(flags, folder / f"pruning {number}", BOTH[number % 2], rng.uniform(0, 0.2)))
+        jobs.append(
+            Job(flags, folder / f"pruning {number}", BOTH[number % 2], rng.uniform(0, 0.2))
+        )
 
     return folder, endings(jobs)
 
 
-TRAINED, SCORED, PRUNED = slice(0, MOMENTS + 2), slice(MOMENTS + 2, MOMENTS + 8), slice(MOMENTS + 8, None)
+TRAINED, SCORED, PRUNED = (
+    slice(0, MOMENTS + 2),
+    slice(MOMENTS + 2, MOMENTS + 8),
+    slice(MOMENTS + 8, None),
+)
 
 
 def test_training_saves_its_state_whenever_its_group_is_signalled_and_ends_with_the_same_bits(
@@ -168,7 +214,9 @@ def test_training_saves_its_state_whenever_its_group_is_signalled_and_ends_with_
 
     steps = []
     for ending in stopped:
-        told = re.fullmatch(r".* in epoch (\d+) after (\d) batches\. .*--resume.*\n", ending.errors)
+        told = re.fullmatch(
+            r".* in epoch (\d+) after (\d) batches\. .*--resume.*\n", ending.errors
+        )
         assert told, ending
         assert (ending.status, ending.num_running) == (130, 0)
         steps.append((int(told[1]) - 1) * STEPS + int(told[2]))
@@ -182,7 +230,9 @@ def test_training_saves_its_state_whenever_its_group_is_signalled_and_ends_with_
     assert rows_in(broken) == rows_in(whole)
 
 
-def test_scoring_ends_as_if_only_its_own_process_was_signalled(runs: tuple[Path, list[Ending]]) -> None:
+def test_scoring_ends_as_if_only_its_own_process_was_signalled(
+    runs: tuple[Path, list[Ending]],
+) -> None:
     terminated, interrupted, *signalled = runs[1][SCORED]
     assert terminated == Ending(-SIGTERM, "")
     assert (interrupted.status, interrupted.num_running) == (130, 0)

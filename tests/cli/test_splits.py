@@ -15,11 +15,25 @@ SHAPE = ("--input_shape", 32, 32)
 def write_split(root: Path, split: str, number: int, first_label: int = 0) -> None:
     for index in range(number):
         write_image(root / f"images/{split}/{split}{index}.png", noise(32, 32, 3, seed=index))
-        write_mask(root / f"masks/{split}/{split}{index}.png", noise(32, 32, high=3, seed=index) + first_label)
+        write_mask(
+            root / f"masks/{split}/{split}{index}.png",
+            noise(32, 32, high=3, seed=index) + first_label,
+        )
 
 
 def training(root: Path, save_dir: Path, *flags: object) -> tuple[object, ...]:
-    start = ("train", "--data", root, "--save_dir", save_dir, "--phi", "b0", "--num_classes", 3, *SHAPE)
+    start = (
+        "train",
+        "--data",
+        root,
+        "--save_dir",
+        save_dir,
+        "--phi",
+        "b0",
+        "--num_classes",
+        3,
+        *SHAPE,
+    )
     return (*start, "--epochs", 1, "--batch_size", 2, "--num_workers", 0, *flags)
 
 
@@ -41,7 +55,9 @@ def test_training_scores_on_another_split_or_on_a_share_set_aside(tmp_path: Path
     assert "had --seed 11, now it is 3" in refused(*resuming, "--seed", 3)
     assert "had --val_share 0.34, now it is 0.5" in refused(*resuming, "--val_share", 0.5)
 
-    said = refused(*training(tmp_path / "set", tmp_path / "out", "--val_share", 0.2, "--val_split", "test"))
+    said = refused(
+        *training(tmp_path / "set", tmp_path / "out", "--val_share", 0.2, "--val_split", "test")
+    )
     assert "--val_split and --val_share both say what is scored on" in said
 
 
@@ -63,10 +79,17 @@ def test_a_set_without_splits_is_scored_whole(tmp_path: Path) -> None:
         write_image(tmp_path / f"set/images/{name}.png", noise(32, 32, 3))
         write_mask(tmp_path / f"set/masks/{name}.png", noise(32, 32, high=3))
     done(*training(tmp_path / "set", tmp_path / "out", "--val_share", 0.3))
-    out = done("eval", tmp_path / "out/best_epoch_weights.pth", "--data", tmp_path / "set", *SHAPE)
+    out = done(
+        "eval", tmp_path / "out/best_epoch_weights.pth", "--data", tmp_path / "set", *SHAPE
+    )
     assert "has no splits, so all of its 3 images are scored" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("flags", [("--val_share", 0.1), ("--val_split", "test"), ("--label_offset", -1)])
+@pytest.mark.parametrize(
+    "flags", [("--val_share", 0.1), ("--val_split", "test"), ("--label_offset", -1)]
+)
 def test_flags_of_data_have_no_effect_on_prune_without_data(flags: tuple[object, ...]) -> None:
-    assert refused("prune", "--phi", "b0", *flags) == f"{flags[0]} has no effect without --data; leave it out."
+    assert (
+        refused("prune", "--phi", "b0", *flags)
+        == f"{flags[0]} has no effect without --data; leave it out."
+    )

@@ -14,7 +14,18 @@ from segprune.checkpoint import load, read, save
 from segprune.data.shapes import CLASS_NAMES
 from segprune.model import SegFormer
 from segprune.training.distill import Distillation
-from tests.commands import HERE, LAST, SIZE, done, interrupted, refused, results_in, same, told, training
+from tests.commands import (
+    HERE,
+    LAST,
+    SIZE,
+    done,
+    interrupted,
+    refused,
+    results_in,
+    same,
+    told,
+    training,
+)
 from tests.dialects import reference, state_in
 
 
@@ -44,18 +55,30 @@ def test_a_teacher_is_learnt_from_and_kept_when_a_run_goes_on(
     last = [read(folder / LAST).state_dict for folder in (alone, taught, stopped)]
     assert not same(last[0], last[1])
     assert same(last[1], last[2])
-    assert [results_in(folder)["settings"]["teacher"] for folder in (alone, stopped)] == ["", str(moved)]
+    assert [results_in(folder)["settings"]["teacher"] for folder in (alone, stopped)] == [
+        "",
+        str(moved),
+    ]
 
 
-def test_a_run_without_a_teacher_goes_on_without_its_weights(data: Path, small: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_teacher_goes_on_without_its_weights(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
     interrupted(1, *training(data, tmp_path / "out", "--model_path", small, "--epochs", 2))
     said = refused("train", "--resume", "--save_dir", tmp_path / "out", "--distill_pixel", 0.5)
-    assert said == "--distill_pixel has no effect without --teacher; give the dense network to learn from."
+    assert (
+        said
+        == "--distill_pixel has no effect without --teacher; give the dense network to learn from."
+    )
     said = refused("train", "--resume", "--save_dir", tmp_path / "out", "--teacher", small)
-    assert said == f"The run to resume had --teacher none, now it is {small}; leave the flag out."
+    assert (
+        said == f"The run to resume had --teacher none, now it is {small}; leave the flag out."
+    )
 
 
-def test_weights_and_teacher_reach_the_loop(data: Path, small: Path, teacher: Path, tmp_path: Path) -> None:
+def test_weights_and_teacher_reach_the_loop(
+    data: Path, small: Path, teacher: Path, tmp_path: Path
+) -> None:
     call = training(data, tmp_path / "out", "--model_path", small)
     weights = ("--distill_pixel", 0.5, "--distill_channel", 0, "--distill_feature", 2)
     seen = told(*call, "--teacher", teacher, *weights)
@@ -84,7 +107,9 @@ def refused_teacher(path: Path, data: Path, small: Path, tmp_path: Path, *flags:
     return said
 
 
-def test_a_teacher_of_another_number_of_classes_is_refused(data: Path, small: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_another_number_of_classes_is_refused(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "five.pth"
     save(SegFormer(replace(read(small).spec, num_classes=5)), path)
     assert refused_teacher(path, data, small, tmp_path) == (
@@ -107,7 +132,17 @@ def test_pruning_refuses_a_teacher_of_other_classes_as_early_and_does_without(
 ) -> None:
     path = tmp_path / "other.pth"
     save(load(dense), path, extra={"class_names": ["background", "disc", "cat", *"abcde"]})
-    here = ("prune", "--model_path", path, *SIZE, *HERE, "--data", data, "--save_dir", tmp_path / "out")
+    here = (
+        "prune",
+        "--model_path",
+        path,
+        *SIZE,
+        *HERE,
+        "--data",
+        data,
+        "--save_dir",
+        tmp_path / "out",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("segprune.cli.console.check_labels", unread)
         assert refused(*here, "--epochs", 1) == (
@@ -122,7 +157,9 @@ def test_another_tools_teacher_may_have_other_words_but_not_swap_them(
     data: Path, small: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:
     state = reference("nvlabs", trained_like, num_classes=8).state_dict()
-    torch.save({"meta": {"CLASSES": list("abcdefgh")}, "state_dict": state}, tmp_path / "words.pth")
+    torch.save(
+        {"meta": {"CLASSES": list("abcdefgh")}, "state_dict": state}, tmp_path / "words.pth"
+    )
     call = training(data, tmp_path / "out", "--model_path", small, "--distill_feature", 0)
     assert told(*call, "--teacher", tmp_path / "words.pth").options["teacher"] is not None
     swapped = ["background", CLASS_NAMES[2], CLASS_NAMES[1], *CLASS_NAMES[3:]]
@@ -138,7 +175,10 @@ def test_names_are_compared_as_far_as_both_go(data: Path, small: Path, tmp_path:
     path = tmp_path / "some.pth"
     save(load(small), path, extra={"class_names": ["background", "disc"]})
     assert (
-        told(*training(data, tmp_path / "out", "--model_path", small, "--teacher", path)).options["teacher"] is not None
+        told(
+            *training(data, tmp_path / "out", "--model_path", small, "--teacher", path)
+        ).options["teacher"]
+        is not None
     )
 
 
@@ -146,7 +186,14 @@ def test_a_bare_backbone_is_no_teacher(
     data: Path, small: Path, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:
     path = tmp_path / "mit_b0.pth"
-    torch.save({k: v for k, v in state_in("nvlabs", trained_like).items() if k.startswith("backbone.")}, path)
+    torch.save(
+        {
+            k: v
+            for k, v in state_in("nvlabs", trained_like).items()
+            if k.startswith("backbone.")
+        },
+        path,
+    )
     said = refused_teacher(path, data, small, tmp_path)
     assert said.startswith(f"{path}: This is a backbone without decode head")
     assert said.endswith("or a whole network.")
@@ -159,9 +206,16 @@ def test_a_teacher_that_is_not_there_or_not_of_its_dialect_or_gets_no_weight_is_
     said = refused_teacher(path, data, small, tmp_path)
     assert said == f"{path} does not exist; give the path of a checkpoint."
     said = refused_teacher(teacher, data, small, tmp_path, "--teacher_dialect", "hf")
-    assert said == f"{teacher}: The file is segprune's own, but --dialect hf was given; leave --dialect out."
-    off = [word for name in ("pixel", "channel", "feature") for word in (f"--distill_{name}", 0)]
+    assert (
+        said
+        == f"{teacher}: The file is segprune's own, but --dialect hf was given; leave --dialect out."
+    )
+    off = [
+        word for name in ("pixel", "channel", "feature") for word in (f"--distill_{name}", 0)
+    ]
     said = refused_teacher(teacher, data, small, tmp_path, *off)
-    assert said.startswith("All weights of distillation are 0; raise one of pixel, channel, feature or drop")
+    assert said.startswith(
+        "All weights of distillation are 0; raise one of pixel, channel, feature or drop"
+    )
     said = refused_teacher(teacher, data, small, tmp_path, "--distill_pixel", -1)
     assert said == "The pixel weight is -1.0; it must be 0, to switch off, or above."

@@ -18,16 +18,27 @@ from tests.commands import BEST, LAST, done, results_in, same, told, training
 from tests.dialects import Fill, reference
 
 
-def test_training_from_scratch_starts_at_the_variant_asked_for(data: Path, tmp_path: Path) -> None:
+def test_training_from_scratch_starts_at_the_variant_asked_for(
+    data: Path, tmp_path: Path
+) -> None:
     done(*training(data, tmp_path, "--phi", "b0", "--num_classes", 8, "--epochs", 1))
     found = read(tmp_path / BEST, variant="b0", num_classes=8)
     assert found.spec == standard_spec("b0", 8)
     assert found.extra["lr"] == results_in(tmp_path)["settings"]["lr"] == 1e-3
 
 
-def test_a_bubbliiiing_file_is_fine_tuned_with_its_own_numerics(data: Path, trained_like: Fill, tmp_path: Path) -> None:
-    torch.save(reference("bubbliiiing", trained_like, num_classes=8).state_dict(), tmp_path / "theirs.pth")
-    out = done(*training(data, tmp_path / "out", "--model_path", tmp_path / "theirs.pth", "--epochs", 1))
+def test_a_bubbliiiing_file_is_fine_tuned_with_its_own_numerics(
+    data: Path, trained_like: Fill, tmp_path: Path
+) -> None:
+    torch.save(
+        reference("bubbliiiing", trained_like, num_classes=8).state_dict(),
+        tmp_path / "theirs.pth",
+    )
+    out = done(
+        *training(
+            data, tmp_path / "out", "--model_path", tmp_path / "theirs.pth", "--epochs", 1
+        )
+    )
     assert "bubbliiiing was assumed" in out
     found = read(tmp_path / "out" / LAST)
     assert found.dialect == "segprune"
@@ -39,7 +50,9 @@ def test_a_bubbliiiing_file_is_fine_tuned_with_its_own_numerics(data: Path, trai
     assert "Note: Learning rate 6e-05: what the network was fine-tuned with before." in seen.out
 
 
-def test_a_pruned_file_is_fine_tuned_at_a_tenth_of_its_learning_rate(data: Path, small: Path, tmp_path: Path) -> None:
+def test_a_pruned_file_is_fine_tuned_at_a_tenth_of_its_learning_rate(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
     done(*training(data, tmp_path / "out", "--model_path", small, "--epochs", 1))
     before, after = read(small), read(tmp_path / "out" / LAST)
     assert after.spec == before.spec
@@ -48,13 +61,19 @@ def test_a_pruned_file_is_fine_tuned_at_a_tenth_of_its_learning_rate(data: Path,
     assert after.extra["lr"] == 1e-2
 
 
-def test_flags_overrule_what_is_read_off_the_file(data: Path, small: Path, tmp_path: Path) -> None:
+def test_flags_overrule_what_is_read_off_the_file(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
     flags = ("--lr", 5e-4, "--drop_path", 0.3, "--freeze_epochs", 1, "--epochs", 1)
     done(*training(data, tmp_path / "out", "--model_path", small, *flags))
     before, after = read(small), read(tmp_path / "out" / LAST)
     assert results_in(tmp_path / "out")["settings"]["lr"] == 5e-4
     assert after.spec.numerics == replace(before.spec.numerics, drop_path=0.3)
-    encoder = {name: before.state_dict[name] for name in before.state_dict if name.startswith("encoder.")}
+    encoder = {
+        name: before.state_dict[name]
+        for name in before.state_dict
+        if name.startswith("encoder.")
+    }
     assert all(torch.equal(after.state_dict[name], encoder[name]) for name in encoder)  # frozen
     assert not same(after.state_dict, before.state_dict)
 
@@ -79,14 +98,24 @@ REACHED: list[tuple[tuple[object, ...], dict[str, object]]] = [
     (("--input_shape", 32, 64), {"input_shape": (32, 64)}),
     (
         ("--loss", "ce + 0.5*dice", "--label_smoothing", 0.1, "--class_weights", ONE_EACH),
-        {"loss": "ce + 0.5*dice", "class_weights": tuple(map(float, range(1, 9))), "label_smoothing": 0.1},
+        {
+            "loss": "ce + 0.5*dice",
+            "class_weights": tuple(map(float, range(1, 9))),
+            "label_smoothing": 0.1,
+        },
     ),
 ]
 
 
-@pytest.mark.parametrize(("flags", "expected"), REACHED, ids=[str(flags[0]) for flags, _ in REACHED])
+@pytest.mark.parametrize(
+    ("flags", "expected"), REACHED, ids=[str(flags[0]) for flags, _ in REACHED]
+)
 def test_a_flag_reaches_the_loop(
-    flags: tuple[object, ...], expected: dict[str, object], data: Path, small: Path, tmp_path: Path
+    flags: tuple[object, ...],
+    expected: dict[str, object],
+    data: Path,
+    small: Path,
+    tmp_path: Path,
 ) -> None:
     plain = told(*training(data, tmp_path, "--model_path", small)).config
     config = told(*training(data, tmp_path, "--model_path", small, *flags)).config
@@ -101,8 +130,12 @@ def test_checkpointing_is_told_to_the_encoder(data: Path, small: Path, tmp_path:
 
 
 @pytest.mark.parametrize("rule", ["enet", "median"])
-def test_class_weights_come_from_the_pixels_of_the_data(rule: str, data: Path, small: Path, tmp_path: Path) -> None:
+def test_class_weights_come_from_the_pixels_of_the_data(
+    rule: str, data: Path, small: Path, tmp_path: Path
+) -> None:
     masks = (data / "VOCdevkit/VOC2007/SegmentationClass").glob("*.png")
     pixels = sum(np.bincount(load_mask(path).ravel(), minlength=8) for path in masks)
-    seen = told(*training(data, tmp_path, "--model_path", small, "--class_weights", rule)).config
+    seen = told(
+        *training(data, tmp_path, "--model_path", small, "--class_weights", rule)
+    ).config
     assert seen.class_weights == pytest.approx(class_weights_from_counts(list(pixels), rule))

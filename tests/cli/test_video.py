@@ -39,7 +39,9 @@ def clip(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("size", [(32, 48), (33, 47), (2, 2), (1, 1)])
-def test_a_video_comes_back_with_its_frames_speed_and_an_even_size(size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_video_comes_back_with_its_frames_speed_and_an_even_size(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
     image = np.zeros((*size, 3), dtype=np.uint8)
     image[...] = (250, 120, 20)
     with write_video(tmp_path / "a.mp4", 29.97, size) as write:
@@ -55,17 +57,24 @@ def test_a_video_comes_back_with_its_frames_speed_and_an_even_size(size: tuple[i
 
 
 @pytest.mark.parametrize(
-    ("size", "limit", "sizes"), [(4, None, [4, 4, 2]), (4, 6, [4, 2]), (99, None, [10]), (1, 2, [1, 1])]
+    ("size", "limit", "sizes"),
+    [(4, None, [4, 4, 2]), (4, 6, [4, 2]), (99, None, [10]), (1, 2, [1, 1])],
 )
-def test_frames_come_in_batches_up_to_the_limit(size: int, limit: int | None, sizes: list[int], clip: Path) -> None:
+def test_frames_come_in_batches_up_to_the_limit(
+    size: int, limit: int | None, sizes: list[int], clip: Path
+) -> None:
     with open_video(str(clip), camera=False) as video:
         batches = list(video.batches(size, limit))
     assert [len(batch) for batch in batches] == sizes
     flat = [frame.image for batch in batches for frame in batch]
-    assert all(np.array_equal(one, other) for one, other in zip(flat, frames_of(clip), strict=False))
+    assert all(
+        np.array_equal(one, other) for one, other in zip(flat, frames_of(clip), strict=False)
+    )
 
 
-def test_a_video_is_written_with_as_many_frames_at_the_same_speed(clip: Path, small: Path, tmp_path: Path) -> None:
+def test_a_video_is_written_with_as_many_frames_at_the_same_speed(
+    clip: Path, small: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     said = done(*predicting_on(clip, small, out, "--kind", "all", "--batch_size", 4))
     for kind, width in (("overlay", 48), ("mask", 48), ("side_by_side", 48 + 8 + 48)):
@@ -73,19 +82,33 @@ def test_a_video_is_written_with_as_many_frames_at_the_same_speed(clip: Path, sm
             assert (video.fps, video.num_frames) == (FPS, NUM)
         assert frames_of(out / kind / "clip.mp4")[-1].shape == (32, width, 3)
     (record,) = record_in(out)["results"]
-    assert (record["name"], record["frames"], record["fps"], record["size"]) == (str(clip), NUM, FPS, [32, 48])
+    assert (record["name"], record["frames"], record["fps"], record["size"]) == (
+        str(clip),
+        NUM,
+        FPS,
+        [32, 48],
+    )
     assert sum(record["percent"].values()) == pytest.approx(100, abs=0.01)
     assert f"{clip}: class shares" in said
     assert f"{NUM} frames in " in said
-    assert f"Saved: {out}/overlay/clip.mp4 {out}/mask/clip.mp4 {out}/side_by_side/clip.mp4 {out}/legend.png" in said
+    assert (
+        f"Saved: {out}/overlay/clip.mp4 {out}/mask/clip.mp4 {out}/side_by_side/clip.mp4 {out}/legend.png"
+        in said
+    )
 
 
-def test_a_side_by_side_shows_the_film_and_its_mask(clip: Path, small: Path, tmp_path: Path) -> None:
+def test_a_side_by_side_shows_the_film_and_its_mask(
+    clip: Path, small: Path, tmp_path: Path
+) -> None:
     done(*predicting_on(clip, small, tmp_path, "--kind", "side_by_side"))
     done(*predicting_on(clip, small, tmp_path, "--kind", "mask"))
     masks, film_frames = frames_of(tmp_path / "mask/clip.mp4"), frames_of(clip)
-    for frame, source, mask in zip(frames_of(tmp_path / "side_by_side/clip.mp4"), film_frames, masks, strict=True):
-        assert np.abs(frame[:, :40].astype(int) - source[:, :40]).mean() < 12  # what compression leaves
+    for frame, source, mask in zip(
+        frames_of(tmp_path / "side_by_side/clip.mp4"), film_frames, masks, strict=True
+    ):
+        assert (
+            np.abs(frame[:, :40].astype(int) - source[:, :40]).mean() < 12
+        )  # what compression leaves
         assert np.abs(frame[:, -40:].astype(int) - mask[:, -40:]).mean() < 25
 
 
@@ -100,8 +123,13 @@ def test_ctrl_c_closes_the_film_after_the_last_whole_frame(
     clip: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted_at(3, monkeypatch)
-    status, said, errors = invoke(*predicting_on(clip, small, tmp_path / "out", "--batch_size", 2))
-    assert (status, errors) == (130, "Interrupted after 4 frames; what was written until then is whole.\n")
+    status, said, errors = invoke(
+        *predicting_on(clip, small, tmp_path / "out", "--batch_size", 2)
+    )
+    assert (status, errors) == (
+        130,
+        "Interrupted after 4 frames; what was written until then is whole.\n",
+    )
     assert len(frames_of(tmp_path / "out/overlay/clip.mp4")) == 4
     assert f"{tmp_path}/out/overlay/clip.mp4" in said
 
@@ -116,10 +144,15 @@ def test_ctrl_c_before_the_first_frame_leaves_no_film(
 
 
 @pytest.mark.parametrize("content", [b"", b"no video" * 100])
-def test_a_file_that_is_no_video_is_refused(content: bytes, small: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_video_is_refused(
+    content: bytes, small: Path, tmp_path: Path
+) -> None:
     (tmp_path / "bad.mp4").write_bytes(content)
     said = refused(*predicting_on(tmp_path / "bad.mp4", small, tmp_path / "out"))
-    assert said == f"{tmp_path}/bad.mp4 cannot be read as a video; replace the file, or convert it to .mp4."
+    assert (
+        said
+        == f"{tmp_path}/bad.mp4 cannot be read as a video; replace the file, or convert it to .mp4."
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -128,11 +161,16 @@ def test_a_video_that_breaks_off_is_noted(small: Path, tmp_path: Path) -> None:
     whole = path.read_bytes()
     start = whole.index(b"mdat") + 4
     cut = start + (whole.index(b"moov") - start) // 2
-    path.write_bytes(whole[:cut] + bytes(whole.index(b"moov") - 4 - cut) + whole[whole.index(b"moov") - 4 :])
+    path.write_bytes(
+        whole[:cut] + bytes(whole.index(b"moov") - 4 - cut) + whole[whole.index(b"moov") - 4 :]
+    )
     said = done(*predicting_on(path, small, tmp_path / "out"))
     (record,) = record_in(tmp_path / "out")["results"]
     assert 0 < record["frames"] < 40
-    assert f"Only {record['frames']} of 40 frames of {path} could be read; it seems to be cut off." in said
+    assert (
+        f"Only {record['frames']} of 40 frames of {path} could be read; it seems to be cut off."
+        in said
+    )
 
 
 def test_a_camera_that_is_not_there_is_refused(small: Path, tmp_path: Path) -> None:
@@ -144,9 +182,14 @@ def test_a_camera_that_is_not_there_is_refused(small: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_a_flag_for_images_is_refused_on_a_video(clip: Path, small: Path, tmp_path: Path) -> None:
+def test_a_flag_for_images_is_refused_on_a_video(
+    clip: Path, small: Path, tmp_path: Path
+) -> None:
     call = predicting_on(clip, small, tmp_path / "out")
-    assert refused(*call, "--num_workers", 2) == "--num_workers has no effect on a video; leave it out."
+    assert (
+        refused(*call, "--num_workers", 2)
+        == "--num_workers has no effect on a video; leave it out."
+    )
     said = refused(*call, "--skip_bad")
     assert said == "--skip_bad has no effect without a folder of images; leave it out."
 
@@ -181,16 +224,25 @@ class Camera:
 def with_camera(path: Path, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = cv2.VideoCapture
     camera = Camera(path, frames)
-    monkeypatch.setattr(cv2, "VideoCapture", lambda source: camera if source == 0 else real(source))
+    monkeypatch.setattr(
+        cv2, "VideoCapture", lambda source: camera if source == 0 else real(source)
+    )
 
 
 def test_a_camera_is_filmed_until_enough_frames_came(
     clip: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_camera(clip, NUM, monkeypatch)
-    said = done(*predicting_on("0", small, tmp_path / "out", "--max_frames", 5, "--batch_size", 1))
+    said = done(
+        *predicting_on("0", small, tmp_path / "out", "--max_frames", 5, "--batch_size", 1)
+    )
     (record,) = record_in(tmp_path / "out")["results"]
-    assert (record["name"], record["file"], record["frames"], record["fps"]) == ("camera 0", "camera_0.mp4", 5, 25.0)
+    assert (record["name"], record["file"], record["frames"], record["fps"]) == (
+        "camera 0",
+        "camera_0.mp4",
+        5,
+        25.0,
+    )
     assert len(frames_of(tmp_path / "out/overlay/camera_0.mp4")) >= 5
     assert "5 frames in " in said
 
@@ -206,7 +258,9 @@ def test_a_camera_that_gives_no_frame_is_refused(
 def test_a_slow_networks_film_of_a_camera_plays_in_real_time() -> None:
     written = 0
     for i in range(20):  # a frame every 0.2 s, at 25 frames per second
-        written += count_copies(Frame(np.zeros((1, 1, 3), dtype=np.uint8), i * 0.2), 25.0, written)
+        written += count_copies(
+            Frame(np.zeros((1, 1, 3), dtype=np.uint8), i * 0.2), 25.0, written
+        )
     assert written == 19 * 5 + 1
     assert count_copies(Frame(np.zeros((1, 1, 3), dtype=np.uint8), None), 25.0, 3) == 1
 

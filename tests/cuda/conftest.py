@@ -47,6 +47,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dense") / "b0.pth"
     torch.manual_seed(3)
     model = SegFormer(standard_spec("b0", 8))
-    nn.init.normal_(model.decode_head.classifier.weight)  # so that no class is everywhere the highest
+    nn.init.normal_(
+        model.decode_head.classifier.weight
+    )  # so that no class is everywhere the highest
     save(model, path, extra={"lr": 1e-3})
     return path

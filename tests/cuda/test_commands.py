@@ -36,22 +36,33 @@ def record_in(out: Path) -> dict[str, Any]:
 
 
 def logits_of(model: SegFormer) -> Tensor:
-    x = torch.stack([normalise(draw_shapes(7, "val", index, (64, 64))[0]) for index in range(4)])
+    x = torch.stack(
+        [normalise(draw_shapes(7, "val", index, (64, 64))[0]) for index in range(4)]
+    )
     with torch.no_grad():
         return model.eval()(x)
 
 
-PRUNINGS: list[tuple[object, ...]] = [(), ("--keep_decoder",), ("--uniform",), ("--heads", "--depth", 0.3)]
+PRUNINGS: list[tuple[object, ...]] = [
+    (),
+    ("--keep_decoder",),
+    ("--uniform",),
+    ("--heads", "--depth", 0.3),
+]
 
 
 @pytest.mark.parametrize("flags", PRUNINGS, ids=str)
-def test_pruning_gives_the_cpus_network(dense: Path, data: Path, tmp_path: Path, flags: tuple[object, ...]) -> None:
+def test_pruning_gives_the_cpus_network(
+    dense: Path, data: Path, tmp_path: Path, flags: tuple[object, ...]
+) -> None:
     done(*pruning(dense, data, tmp_path / "gpu", "--cuda", *flags))
     done(*pruning(dense, data, tmp_path / "cpu", *flags))
     on_gpu, on_cpu = record_in(tmp_path / "gpu"), record_in(tmp_path / "cpu")
 
     assert on_gpu["pruned_model"]["parameters"] == on_cpu["pruned_model"]["parameters"]
-    assert on_gpu["pruned_model"]["miou"] == pytest.approx(on_cpu["pruned_model"]["miou"], abs=0.02)
+    assert on_gpu["pruned_model"]["miou"] == pytest.approx(
+        on_cpu["pruned_model"]["miou"], abs=0.02
+    )
     assert on_gpu["original_model"]["latency"]["device"] == torch.cuda.get_device_name()
     assert on_gpu["pruned_model"]["latency_ms"] > 0
 
@@ -59,7 +70,9 @@ def test_pruning_gives_the_cpus_network(dense: Path, data: Path, tmp_path: Path,
     assert float((ours - expected).norm() / expected.norm()) < 1e-2
 
 
-def test_pruning_by_gradients_and_fine_tuning_with_the_teacher_run(dense: Path, data: Path, tmp_path: Path) -> None:
+def test_pruning_by_gradients_and_fine_tuning_with_the_teacher_run(
+    dense: Path, data: Path, tmp_path: Path
+) -> None:
     done(*pruning(dense, data, tmp_path, "--cuda", "--pruning_method", "taylor", "--epochs", 1))
     record = record_in(tmp_path)
     assert 0.0 <= record["finetuned_model"]["miou"] <= 1.0
@@ -72,13 +85,17 @@ def training(dense: Path, data: Path, out: Path, *flags: object) -> tuple[object
 
 
 @pytest.mark.parametrize("amp", ["fp16", "bf16"])
-def test_training_in_half_precision_is_stopped_and_goes_on(dense: Path, data: Path, tmp_path: Path, amp: str) -> None:
+def test_training_in_half_precision_is_stopped_and_goes_on(
+    dense: Path, data: Path, tmp_path: Path, amp: str
+) -> None:
     if amp == "bf16" and not torch.cuda.is_bf16_supported():
         pytest.skip("this GPU has no bf16")
     done(*training(dense, data, tmp_path / "whole", "--amp", amp))
     status, errors = interrupted(3, *training(dense, data, tmp_path / "stopped", "--amp", amp))
     assert status == 130
-    done(*shlex.split(errors.partition("-m segprune ")[2]))  # the command that the message names
+    done(
+        *shlex.split(errors.partition("-m segprune ")[2])
+    )  # the command that the message names
 
     whole, resumed = rows_in(tmp_path / "whole"), rows_in(tmp_path / "stopped")
     assert [row["epoch"] for row in resumed] == [1, 2]
@@ -89,13 +106,30 @@ def test_training_in_half_precision_is_stopped_and_goes_on(dense: Path, data: Pa
 
 def test_every_part_of_training_runs_together(dense: Path, data: Path, tmp_path: Path) -> None:
     """Teacher, average, clipping, losses that sort, a frozen start, recomputed activations."""
-    flags = ("--teacher", dense, "--ema", 0.9, "--clip_norm", 1, "--loss", "ce+dice+lovasz", "--freeze_epochs", 1)
+    flags = (
+        "--teacher",
+        dense,
+        "--ema",
+        0.9,
+        "--clip_norm",
+        1,
+        "--loss",
+        "ce+dice+lovasz",
+        "--freeze_epochs",
+        1,
+    )
     done(*training(dense, data, tmp_path, *flags, "--checkpointing"))
     assert all(math.isfinite(row["loss"]) for row in rows_in(tmp_path))
 
 
-@pytest.mark.parametrize("flags", [(), ("--mode", "slide", "--scales", "0.75,1", "--flip")], ids=["letterbox", "slide"])
-def test_evaluation_scores_as_on_the_cpu(dense: Path, data: Path, tmp_path: Path, flags: tuple[object, ...]) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--mode", "slide", "--scales", "0.75,1", "--flip")],
+    ids=["letterbox", "slide"],
+)
+def test_evaluation_scores_as_on_the_cpu(
+    dense: Path, data: Path, tmp_path: Path, flags: tuple[object, ...]
+) -> None:
     scores = {}
     for name, device in (("gpu", ("--cuda",)), ("cpu", ())):
         path = tmp_path / f"{name}.json"
@@ -108,10 +142,26 @@ def test_prediction_gives_the_cpus_classes(dense: Path, data: Path, tmp_path: Pa
     samples = open_source(data).split("val")
     images = Path(str(samples[0].image)).parent
     for name, device in (("gpu", ("--cuda",)), ("cpu", ())):
-        done("predict", dense, "--input", images, *SIZE, "--kind", "mask", "--save_dir", tmp_path / name, *device)
+        done(
+            "predict",
+            dense,
+            "--input",
+            images,
+            *SIZE,
+            "--kind",
+            "mask",
+            "--save_dir",
+            tmp_path / name,
+            *device,
+        )
 
-    masks = {name: [load_mask(tmp_path / name / "mask" / f"{s.name}.png") for s in samples] for name in ("gpu", "cpu")}
-    equal = np.mean([ours == expected for ours, expected in zip(masks["gpu"], masks["cpu"], strict=True)])
+    masks = {
+        name: [load_mask(tmp_path / name / "mask" / f"{s.name}.png") for s in samples]
+        for name in ("gpu", "cpu")
+    }
+    equal = np.mean(
+        [ours == expected for ours, expected in zip(masks["gpu"], masks["cpu"], strict=True)]
+    )
     assert equal > 0.99
 
 
@@ -126,7 +176,17 @@ def test_a_network_on_the_gpu_is_exported_and_checked(dense: Path, tmp_path: Pat
 
 def test_a_file_is_benchmarked_with_its_memory(dense: Path, tmp_path: Path) -> None:
     quick = ("--sizes", "64x64", "--batch_sizes", 2, "--rounds", 3, "--seconds", 0)
-    done("benchmark", dense, *quick, "--dtypes", "fp16", "--cuda", "--fold", "--save_dir", tmp_path)
+    done(
+        "benchmark",
+        dense,
+        *quick,
+        "--dtypes",
+        "fp16",
+        "--cuda",
+        "--fold",
+        "--save_dir",
+        tmp_path,
+    )
 
     (row,) = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))["rows"]
     assert 0 < row["median_ms"] <= row["eager_ms"]

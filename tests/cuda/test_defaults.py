@@ -57,7 +57,11 @@ def test_what_the_gpu_is_said_to_have_is_what_its_generation_has() -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("compiled", [(), ("--compile",)], ids=["eager", "compiled"])
 def test_training_takes_tf32_in_its_steps_alone(
-    monkeypatch: pytest.MonkeyPatch, data: Path, small: Path, tmp_path: Path, compiled: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    data: Path,
+    small: Path,
+    tmp_path: Path,
+    compiled: tuple[str, ...],
 ) -> None:
     errors: dict[str, list[float]] = {"steps": [], "scores": []}
     step_done, update = Journal.step_done, Tally.update
@@ -72,15 +76,31 @@ def test_training_takes_tf32_in_its_steps_alone(
 
     monkeypatch.setattr(Journal, "step_done", in_a_step)
     monkeypatch.setattr(Tally, "update", in_a_score)
-    flags = ("--model_path", small, "--data", data, *SIZE, "--num_workers", 0, "--batch_size", 4, "--epochs", 1)
-    out = done("train", *flags, *compiled, "--amp", "no", "--cuda", "--save_dir", tmp_path / "out")
+    flags = (
+        "--model_path",
+        small,
+        "--data",
+        data,
+        *SIZE,
+        "--num_workers",
+        0,
+        "--batch_size",
+        4,
+        "--epochs",
+        1,
+    )
+    out = done(
+        "train", *flags, *compiled, "--amp", "no", "--cuda", "--save_dir", tmp_path / "out"
+    )
     assert "TensorFloat32" not in out
     assert results_in(tmp_path / "out")["settings"]["tf32"] == has_tf32(CUDA)
     assert max(errors["scores"]) < 1e-5
     assert (min(errors["steps"]) > 1e-4) == has_tf32(CUDA)
 
 
-def test_a_run_on_a_gpu_says_and_saves_what_was_chosen(data: Path, small: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_says_and_saves_what_was_chosen(
+    data: Path, small: Path, tmp_path: Path
+) -> None:
     flags = ("--model_path", small, "--data", data, *SIZE, "--batch_size", 4, "--epochs", 1)
     out = done("train", *flags, "--cuda", "--save_dir", tmp_path / "out")
     settings = results_in(tmp_path / "out")["settings"]

@@ -40,7 +40,10 @@ class Products(nn.Module):
 
 
 def test_a_replay_computes_what_the_call_does_on_what_lies_in_its_input() -> None:
-    model, x = SegFormer(standard_spec("b0", 8)).to(DEVICE).eval(), torch.randn(1, 3, 64, 96, device=DEVICE)
+    model, x = (
+        SegFormer(standard_spec("b0", 8)).to(DEVICE).eval(),
+        torch.randn(1, 3, 64, 96, device=DEVICE),
+    )
     kept: list[Tensor] = []
     recorder = GraphRecorder(DEVICE)
     with torch.inference_mode():
@@ -51,15 +54,25 @@ def test_a_replay_computes_what_the_call_does_on_what_lies_in_its_input() -> Non
 
 
 def test_latency_is_proportional_to_the_gpu_s_work_and_names_the_card() -> None:
-    one, four = measure_latency([Products(8), Products(32)], (32, 32), device=DEVICE, precision="fp16")
+    one, four = measure_latency(
+        [Products(8), Products(32)], (32, 32), device=DEVICE, precision="fp16"
+    )
     assert four.median_ms / one.median_ms == pytest.approx(4.0, rel=0.25)
-    assert (one.method, one.device, one.threads) == ("cuda graph", torch.cuda.get_device_name(DEVICE), None)
+    assert (one.method, one.device, one.threads) == (
+        "cuda graph",
+        torch.cuda.get_device_name(DEVICE),
+        None,
+    )
     assert one.eager_ms is not None
     assert one.eager_ms > 0.0
 
 
-def test_a_small_network_waits_for_python_when_it_is_called_and_not_when_it_is_replayed() -> None:
-    (latency,) = measure_latency([SegFormer(standard_spec("b0", 8))], (64, 64), device=DEVICE, precision="fp16")
+def test_a_small_network_waits_for_python_when_it_is_called_and_not_when_it_is_replayed() -> (
+    None
+):
+    (latency,) = measure_latency(
+        [SegFormer(standard_spec("b0", 8))], (64, 64), device=DEVICE, precision="fp16"
+    )
     assert latency.eager_ms is not None
     assert latency.eager_ms > 1.3 * latency.median_ms
 
@@ -82,7 +95,10 @@ def test_networks_keep_their_own_precision_and_logits(precision: Precision) -> N
 
 
 def test_a_step_s_time_is_the_gpu_s_and_not_that_of_its_launch() -> None:
-    small, large = Shape("linear", (1, 4096), (512, 512)), Shape("linear", (1, 4096), (512, 2048))
+    small, large = (
+        Shape("linear", (1, 4096), (512, 512)),
+        Shape("linear", (1, 4096), (512, 2048)),
+    )
     times = measure_shapes([small, large], Place(DEVICE, "fp16"))
     assert 0.0 < times[0] < times[1] < 1.0
 
@@ -93,7 +109,9 @@ def test_a_plan_meets_a_latency_on_the_gpu() -> None:
     pruned = Pruner(dense, 0.2, rate_of="latency", latency_table=table).prune(
         torch.empty(1, 3, 512, 512, device="meta")
     )
-    before, after = measure_latency([dense, pruned], (512, 512), device=DEVICE, precision="fp16")
+    before, after = measure_latency(
+        [dense, pruned], (512, 512), device=DEVICE, precision="fp16"
+    )
     assert after.median_ms / before.median_ms == pytest.approx(0.8, abs=0.06)
 
 
@@ -113,7 +131,19 @@ def test_benchmark_replays_graphs_of_eager_and_folded_networks(tmp_path: Path) -
 
 
 def test_prune_s_table_names_the_card_and_no_threads(tmp_path: Path) -> None:
-    said = done("prune", "--phi", "b0", "--num_classes", 8, "--input_shape", 64, 64, "--cuda", "--save_dir", tmp_path)
+    said = done(
+        "prune",
+        "--phi",
+        "b0",
+        "--num_classes",
+        8,
+        "--input_shape",
+        64,
+        64,
+        "--cuda",
+        "--save_dir",
+        tmp_path,
+    )
     assert "CUDA graph" in said
     assert "thread" not in said.partition("Latency:")[2]
 
@@ -125,9 +155,22 @@ def test_prune_s_table_names_the_card_and_no_threads(tmp_path: Path) -> None:
         assert latency["device"] == torch.cuda.get_device_name(DEVICE)
 
 
-def test_a_latency_out_of_reach_names_no_rate_below_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_latency_out_of_reach_names_no_rate_below_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    flags = ("--phi", "b0", "--num_classes", 8, "--input_shape", 64, 64, "--cuda", "--save_dir", tmp_path / "out")
+    flags = (
+        "--phi",
+        "b0",
+        "--num_classes",
+        8,
+        "--input_shape",
+        64,
+        64,
+        "--cuda",
+        "--save_dir",
+        tmp_path / "out",
+    )
     said = refused("prune", *flags, "--rate_of", "latency", "--pruning_rate", 0.8)
     assert "rate of -" not in said
 
@@ -135,6 +178,11 @@ def test_a_latency_out_of_reach_names_no_rate_below_zero(tmp_path: Path, monkeyp
 def test_folding_is_faster_on_the_gpu_by_the_graph() -> None:
     dense = SegFormer(standard_spec("b2", 150))
     before, after = measure_latency(
-        [dense, fold_decoder(dense)], (512, 512), device=DEVICE, precision="tf32", batch=8, max_runs=10
+        [dense, fold_decoder(dense)],
+        (512, 512),
+        device=DEVICE,
+        precision="tf32",
+        batch=8,
+        max_runs=10,
     )
     assert after.median_ms < before.median_ms

@@ -30,7 +30,11 @@ DenseOf = Callable[[str], SegFormer]
 @pytest.fixture
 def dense_of(small_model: SegFormer, conv_model: SegFormer) -> DenseOf:
     """The small network in float64 with each kind of head: folded, as published (keep_decoder), mmsegmentation's."""
-    return {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}.__getitem__
+    return {
+        "mlp": small_model,
+        "folded": fold_decoder(small_model),
+        "conv": conv_model,
+    }.__getitem__
 
 
 def moved(model: SegFormer) -> SegFormer:
@@ -52,11 +56,15 @@ def error(on_gpu: nn.Module, on_cpu: nn.Module, batches: list[Tensor]) -> float:
     return (wrong / size) ** 0.5
 
 
-def two_thirds(dense: SegFormer, method: str, batches: list[Tensor]) -> tuple[list[Group], Plan]:
+def two_thirds(
+    dense: SegFormer, method: str, batches: list[Tensor]
+) -> tuple[list[Group], Plan]:
     """The groups and the plan that keeps two thirds of each, by the scores of the CPU."""
     groups = list(find_groups(dense, batches[0][:1], {STEM}).groups)
     ranks = score_channels(dense, groups, method, batches)
-    return groups, keep_best(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
+    return groups, keep_best(
+        groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups])
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,7 +75,9 @@ def test_channels_have_the_cpus_scores(small_model: SegFormer, method: str) -> N
     on_gpu = score_channels(moved(small_model), groups, method, [x.to(GPU) for x in batches])
 
     for name, values in on_cpu.items():
-        np.testing.assert_allclose(on_gpu[name], values, rtol=1e-4, atol=1e-5, err_msg=name)  # their mean is 1
+        np.testing.assert_allclose(
+            on_gpu[name], values, rtol=1e-4, atol=1e-5, err_msg=name
+        )  # their mean is 1
 
 
 @pytest.mark.parametrize("head", ["folded", "mlp", "conv"])
@@ -86,7 +96,9 @@ def test_the_repair_gives_the_cpus_network(dense_of: DenseOf, method: str, head:
     assert error(on_gpu, dense, batches) < 0.7 * error(moved(pruned), dense, batches)
 
 
-def test_a_b0_is_repaired_in_float32_as_on_the_cpu(trained_like: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_b0_is_repaired_in_float32_as_on_the_cpu(
+    trained_like: Callable[[nn.Module], nn.Module],
+) -> None:
     model = trained_like(SegFormer(standard_spec("b0", 8)).eval())
     assert isinstance(model, SegFormer)
     dense, batches = fold_decoder(model), images(4, size=128)
@@ -103,7 +115,9 @@ def test_a_b0_is_repaired_in_float32_as_on_the_cpu(trained_like: Callable[[nn.Mo
 def test_curves_are_the_cpus(small_model: SegFormer) -> None:
     dense = fold_decoder(small_model)
     groups = find_groups(dense, torch.zeros(1, 3, 64, 64).double(), {STEM}).groups
-    widths = [(max(1, group.slots // 4), max(1, group.slots // 2), group.slots) for group in groups]
+    widths = [
+        (max(1, group.slots // 4), max(1, group.slots // 2), group.slots) for group in groups
+    ]
     batches = [x.double() for x in images(4)]
 
     on_cpu = measure_curves(dense, groups, batches, widths)
@@ -114,7 +128,10 @@ def test_curves_are_the_cpus(small_model: SegFormer) -> None:
 
 def test_branches_are_scored_and_removed_as_on_the_cpu(small_model: SegFormer) -> None:
     batches = [x.double() for x in images(2)]
-    on_cpu, on_gpu = branch_scores(small_model, batches), branch_scores(moved(small_model), batches)
+    on_cpu, on_gpu = (
+        branch_scores(small_model, batches),
+        branch_scores(moved(small_model), batches),
+    )
     assert on_gpu == pytest.approx(on_cpu, rel=1e-6)
 
     least = [min(on_cpu, key=on_cpu.__getitem__)]

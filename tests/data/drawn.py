@@ -15,7 +15,9 @@ def noise(*shape: int, high: int = 256, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
 
 
-def write_image(path: Path, pixels: np.ndarray | None = None, orientation: int = 1) -> np.ndarray:
+def write_image(
+    path: Path, pixels: np.ndarray | None = None, orientation: int = 1
+) -> np.ndarray:
     """Writes and returns the pixels; noise that depends on the file's name if none are given."""
     if pixels is None:
         pixels = noise(*SIZE, 3, seed=sum(path.stem.encode()))
@@ -26,7 +28,9 @@ def write_image(path: Path, pixels: np.ndarray | None = None, orientation: int =
     return pixels
 
 
-def write_mask(path: Path, labels: np.ndarray | None = None, palette: tuple[int, ...] = ()) -> np.ndarray:
+def write_mask(
+    path: Path, labels: np.ndarray | None = None, palette: tuple[int, ...] = ()
+) -> np.ndarray:
     """Writes and returns the labels; 0..4 at random, depending on the file's name, if none are given."""
     if labels is None:
         labels = noise(*SIZE, high=5, seed=1 + sum(path.stem.encode()))

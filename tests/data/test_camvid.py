@@ -10,7 +10,11 @@ import pytest
 from segprune.data import check_labels, open_source
 from tests.data.drawn import noise, write_image, write_mask
 
-NAMES = {"train": ("0001TP_006690", "0006R0_f00930"), "val": ("0016E5_07959",), "test": ("Seq05VD_f00000",)}
+NAMES = {
+    "train": ("0001TP_006690", "0006R0_f00930"),
+    "val": ("0016E5_07959",),
+    "test": ("Seq05VD_f00000",),
+}
 
 
 def write_camvid(root: Path, lists: bool = True, ending: str = ".png") -> Path:
@@ -20,7 +24,10 @@ def write_camvid(root: Path, lists: bool = True, ending: str = ".png") -> Path:
             write_mask(root / f"{split}annot/{name}.png", noise(20, 30, high=12))
         if lists:
             start = "/SegNet/CamVid"
-            lines = [f"{start}/{split}/{name}{ending} {start}/{split}annot/{name}.png\n" for name in names]
+            lines = [
+                f"{start}/{split}/{name}{ending} {start}/{split}annot/{name}.png\n"
+                for name in names
+            ]
             (root / f"{split}.txt").write_text("".join(lines))
     return root
 
@@ -28,7 +35,9 @@ def write_camvid(root: Path, lists: bool = True, ending: str = ".png") -> Path:
 @pytest.mark.parametrize("lists", [True, False])
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 @pytest.mark.parametrize("inside", ["", "CamVid"])
-def test_it_is_read_as_segnet_s_authors_prepared_it(tmp_path: Path, lists: bool, ending: str, inside: str) -> None:
+def test_it_is_read_as_segnet_s_authors_prepared_it(
+    tmp_path: Path, lists: bool, ending: str, inside: str
+) -> None:
     root = write_camvid(tmp_path / inside, lists, ending)
     source = open_source(tmp_path)
     assert (source.layout, source.root, len(source.class_names)) == ("camvid", str(root), 11)
@@ -58,10 +67,14 @@ def test_a_list_chooses_and_orders(tmp_path: Path) -> None:
     assert [sample.name for sample in open_source(root).split("train")] == ["0006R0_f00930"]
 
 
-def test_other_sets_of_that_shape_are_not_taken_for_it_unless_it_is_named(tmp_path: Path) -> None:
+def test_other_sets_of_that_shape_are_not_taken_for_it_unless_it_is_named(
+    tmp_path: Path,
+) -> None:
     write_image(tmp_path / "train/a.png")
     write_mask(tmp_path / "trainannot/a.png")
     assert open_source(tmp_path).layout == "folders"
     assert open_source(tmp_path, "camvid").layout == "camvid"
-    with pytest.raises(FileNotFoundError, match=r"has no val split; give one of train, val and test"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no val split; give one of train, val and test"
+    ):
         open_source(tmp_path, "camvid").split("val")

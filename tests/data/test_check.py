@@ -72,9 +72,12 @@ def test_a_split_can_be_checked_alone(root: Path) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [0, -3, 256])
-def test_a_number_of_classes_that_a_mask_cannot_hold_is_refused(root: Path, num_classes: int) -> None:
+def test_a_number_of_classes_that_a_mask_cannot_hold_is_refused(
+    root: Path, num_classes: int
+) -> None:
     with pytest.raises(
-        ValueError, match=rf"`num_classes` is {num_classes}, where 1\.\.255 is allowed; label 255 is ig"
+        ValueError,
+        match=rf"`num_classes` is {num_classes}, where 1\.\.255 is allowed; label 255 is ig",
     ):
         check_labels(root, num_classes)
 
@@ -85,7 +88,9 @@ def test_255_classes_fill_a_byte(root: Path) -> None:
     assert (report.pixels[254], report.ignored) == (599, 2)
 
 
-def test_a_label_above_num_classes_is_refused_with_its_file_and_all_such_files_counted(root: Path) -> None:
+def test_a_label_above_num_classes_is_refused_with_its_file_and_all_such_files_counted(
+    root: Path,
+) -> None:
     write_pair(root, "b", labels_of(0, 9))
     write_pair(root, "d", labels_of(7, 8))
     message = (
@@ -119,7 +124,10 @@ def test_of_a_network_that_is_there_no_other_number_of_classes_is_asked_for(root
         "The label 3 = num_classes is ignored (1 masks, 0.0 % of all pixels); "
         "if it is a class, the network needs 4 of them.",
     )
-    with pytest.raises(ValueError, match="; relabel the masks, or give a network that was trained for these classes "):
+    with pytest.raises(
+        ValueError,
+        match="; relabel the masks, or give a network that was trained for these classes ",
+    ):
         check_labels(root, 2, trained=True)
 
 
@@ -128,7 +136,9 @@ def test_a_class_without_a_pixel_in_the_first_split_is_noted(root: Path) -> None
     report = check_labels(root, 6)
     assert report.absent == (4, 5)
     assert report.pixels[4] == 600
-    assert report.notes == ("Without a pixel in the masks of train, so never learnt: class 4, 5.",)
+    assert report.notes == (
+        "Without a pixel in the masks of train, so never learnt: class 4, 5.",
+    )
 
 
 def test_masks_painted_with_255_are_refused(root: Path) -> None:
@@ -164,7 +174,8 @@ def test_a_coloured_mask_is_refused_and_counted(root: Path) -> None:
     for name in "bd":
         Image.new("RGB", SIZE[::-1], (9, 8, 7)).save(root / "SegmentationClass" / f"{name}.png")
     with pytest.raises(
-        ValueError, match=r"b\.png has mode RGB and .* \(2 of 4 files have a mask that cannot be used\)\.$"
+        ValueError,
+        match=r"b\.png has mode RGB and .* \(2 of 4 files have a mask that cannot be used\)\.$",
     ):
         check_labels(root, 4)
 
@@ -172,14 +183,18 @@ def test_a_coloured_mask_is_refused_and_counted(root: Path) -> None:
 def test_a_mask_of_another_size_is_refused(root: Path) -> None:
     write_pair(root, "c", labels_of(1, size=(30, 20)))
     with pytest.raises(
-        ValueError, match=r"c\.png is 20x30 but mask .* is 30x20 .* \(1 of 4 files have a mask of another size\)\.$"
+        ValueError,
+        match=r"c\.png is 20x30 but mask .* is 30x20 .* \(1 of 4 files have a mask of another size\)\.$",
     ):
         check_labels(root, 4)
 
 
 def test_an_image_that_cannot_be_read_is_refused(root: Path) -> None:
     (root / "JPEGImages/d.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"d\.png cannot be read as .* \(1 of 4 files have an image that cannot be"):
+    with pytest.raises(
+        ValueError,
+        match=r"d\.png cannot be read as .* \(1 of 4 files have an image that cannot be",
+    ):
         check_labels(root, 4)
 
 
@@ -192,15 +207,22 @@ def test_of_several_kinds_of_mistakes_the_first_met_is_told(root: Path) -> None:
 
 def test_a_missing_mask_is_refused(root: Path) -> None:
     (root / "SegmentationClass/b.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"Mask .*b\.png is missing \(1 of 3 masks of train\.txt are\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Mask .*b\.png is missing \(1 of 3 masks of train\.txt are\)"
+    ):
         check_labels(root, 4)
 
 
 @pytest.mark.parametrize("size", [SIZE, SIZE[::-1]])
-def test_an_image_with_an_orientation_is_noted_and_fits_stored_or_turned(root: Path, size: tuple[int, int]) -> None:
+def test_an_image_with_an_orientation_is_noted_and_fits_stored_or_turned(
+    root: Path, size: tuple[int, int]
+) -> None:
     write_pair(root, "c", labels_of(1, size=size), orientation=6)
     (note,) = check_labels(root, 4).notes
-    assert re.match(r"1 images carry an EXIF orientation \(.*c\.png first\) and are read as stored unless only", note)
+    assert re.match(
+        r"1 images carry an EXIF orientation \(.*c\.png first\) and are read as stored unless only",
+        note,
+    )
 
 
 def test_a_half_turn_does_not_make_a_turned_mask_fit(root: Path) -> None:
@@ -212,7 +234,10 @@ def test_a_half_turn_does_not_make_a_turned_mask_fit(root: Path) -> None:
 def test_classes_numbered_from_1_are_refused_with_the_remedy_which_works(root: Path) -> None:
     for name, values in {"a": (1, 2, 3), "b": (1, 4, 255), "c": (2,), "d": (3, 1)}.items():
         write_pair(root, name, labels_of(*values))
-    with pytest.raises(ValueError, match=r"labels up to 4 and no 0, where 4 classes .* to 3; give `label_offset` -1"):
+    with pytest.raises(
+        ValueError,
+        match=r"labels up to 4 and no 0, where 4 classes .* to 3; give `label_offset` -1",
+    ):
         check_labels(root, 4)
     report = check_source(shift_labels(open_source(root), -1), 4)
     assert report.pixels == (598 + 598 + 1, 1 + 600, 1 + 599, 1)
@@ -221,5 +246,7 @@ def test_classes_numbered_from_1_are_refused_with_the_remedy_which_works(root: P
 
 def test_a_split_without_a_pixel_to_score_is_refused_before_training(root: Path) -> None:
     write_pair(root, "d", labels_of(255, 4))
-    with pytest.raises(ValueError, match=r"Every pixel in the 1 masks of val is ignored .* use another split"):
+    with pytest.raises(
+        ValueError, match=r"Every pixel in the 1 masks of val is ignored .* use another split"
+    ):
         check_labels(root, 4)

@@ -12,7 +12,9 @@ from tests.data.drawn import noise, write_image, write_mask
 
 
 def names_in(source: object) -> dict[str, list[str]]:
-    return {split: [sample.name for sample in source.split(split)] for split in ("train", "val")}  # type: ignore[attr-defined]
+    return {
+        split: [sample.name for sample in source.split(split)] for split in ("train", "val")
+    }  # type: ignore[attr-defined]
 
 
 def write_split_folders(root: Path, image: str, mask: str) -> None:
@@ -32,7 +34,9 @@ def write_split_folders(root: Path, image: str, mask: str) -> None:
         ("{}/image", "{}/label"),
     ],
 )
-def test_folders_per_split_are_recognised_either_way_round(tmp_path: Path, image: str, mask: str) -> None:
+def test_folders_per_split_are_recognised_either_way_round(
+    tmp_path: Path, image: str, mask: str
+) -> None:
     write_split_folders(tmp_path, image, mask)
     source = open_source(tmp_path)
     assert (source.layout, source.root, source.class_names) == ("folders", str(tmp_path), ())
@@ -58,10 +62,15 @@ def test_lists_choose_and_order_the_pictures_of_one_folder(tmp_path: Path) -> No
     (tmp_path / "val.txt").write_text("d\n")
     assert names_in(open_source(tmp_path)) == {"train": ["c", "a"], "val": ["d"]}
     (tmp_path / "val.txt").write_text("e\n")
-    with pytest.raises(FileNotFoundError, match=r"Image .*images/e\.jpg is missing \(1 of 1 images of val\.txt are\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"Image .*images/e\.jpg is missing \(1 of 1 images of val\.txt are\)",
+    ):
         open_source(tmp_path).split("val")
     (tmp_path / "val.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"val\.txt lists no image; write one image name per line"):
+    with pytest.raises(
+        ValueError, match=r"val\.txt lists no image; write one image name per line"
+    ):
         open_source(tmp_path).split("val")
 
 
@@ -69,7 +78,9 @@ def test_lists_choose_and_order_the_pictures_of_one_folder(tmp_path: Path) -> No
 def test_a_mask_s_name_may_end_in_what_it_is(tmp_path: Path, ending: str) -> None:
     write_image(tmp_path / "images/train/a.jpg")
     write_mask(tmp_path / f"masks/train/a{ending}.png")
-    assert str(open_source(tmp_path).split("train")[0].mask) == str(tmp_path / f"masks/train/a{ending}.png")
+    assert str(open_source(tmp_path).split("train")[0].mask) == str(
+        tmp_path / f"masks/train/a{ending}.png"
+    )
 
 
 def test_pictures_in_deeper_folders_match_by_their_whole_way(tmp_path: Path) -> None:
@@ -118,12 +129,15 @@ def test_folders_without_any_split_are_refused_with_the_way_to_one(tmp_path: Pat
     write_image(tmp_path / "images/a.png")
     write_mask(tmp_path / "masks/a.png")
     with pytest.raises(
-        FileNotFoundError, match=r"has no train split .*`val_share` 0.1 .* move its images into images/train and masks/"
+        FileNotFoundError,
+        match=r"has no train split .*`val_share` 0.1 .* move its images into images/train and masks/",
     ):
         open_source(tmp_path).split("train")
 
 
-def test_an_image_without_a_mask_and_a_mask_without_an_image_are_named_and_counted(tmp_path: Path) -> None:
+def test_an_image_without_a_mask_and_a_mask_without_an_image_are_named_and_counted(
+    tmp_path: Path,
+) -> None:
     write_split_folders(tmp_path, "images/{}", "masks/{}")
     (tmp_path / "masks/train/b.png").rename(tmp_path / "masks/train/z.png")
     message = r"Mask .*masks/train/b\.png is missing \(1 of 2 masks are\); add it or remove its partner\."
@@ -139,19 +153,27 @@ def test_a_split_with_images_and_without_a_folder_of_masks_is_refused(tmp_path: 
     write_split_folders(tmp_path, "images/{}", "masks/{}")
     (tmp_path / "masks/val/c.png").unlink()
     (tmp_path / "masks/val").rmdir()
-    with pytest.raises(FileNotFoundError, match=r"Mask .*masks/val/c\.png is missing \(1 of 1 masks are\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Mask .*masks/val/c\.png is missing \(1 of 1 masks are\)"
+    ):
         open_source(tmp_path).split("val")
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     write_split_folders(tmp_path, "images/{}", "masks/{}")
     (tmp_path / "images/val/c.jpg").unlink()
-    with pytest.raises(ValueError, match=r"images/val holds no image \(\.jpg, .*\); put the split's images there\."):
+    with pytest.raises(
+        ValueError,
+        match=r"images/val holds no image \(\.jpg, .*\); put the split's images there\.",
+    ):
         open_source(tmp_path).split("val")
 
 
 def test_masks_in_jpeg_are_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "images/train/a.jpg")
     write_image(tmp_path / "masks/train/a.jpg")
-    with pytest.raises(ValueError, match=r"holds JPEG masks, and JPEG changes the labels; save the masks as PNG\."):
+    with pytest.raises(
+        ValueError,
+        match=r"holds JPEG masks, and JPEG changes the labels; save the masks as PNG\.",
+    ):
         open_source(tmp_path).split("train")

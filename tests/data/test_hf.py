@@ -14,14 +14,24 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from segprune.data import EvalTransform, SampleError, SegmentationData, check_labels, open_source, readable, voc_palette
+from segprune.data import (
+    EvalTransform,
+    SampleError,
+    SegmentationData,
+    check_labels,
+    open_source,
+    readable,
+    voc_palette,
+)
 from tests.data.drawn import SIZE, noise, write_image, write_mask
 
 datasets = pytest.importorskip("datasets")
 
 
 @pytest.fixture(autouse=True)
-def _cache_of_its_own_and_no_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _cache_of_its_own_and_no_bars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     yield
@@ -43,13 +53,19 @@ def encoded(pixels: np.ndarray) -> dict[str, Any]:
 
 
 def table_of(rows: range, image: str = "image", label: str = "label") -> Any:
-    columns = {image: [encoded(image_of(k)) for k in rows], label: [encoded(labels_of(k)) for k in rows]}
+    columns = {
+        image: [encoded(image_of(k)) for k in rows],
+        label: [encoded(labels_of(k)) for k in rows],
+    }
     table = datasets.Dataset.from_dict(columns | {"id": list(rows)})
     return table.cast_column(image, datasets.Image()).cast_column(label, datasets.Image())
 
 
 def saved(folder: Path, **columns: str) -> Path:
-    splits = {"train": table_of(range(3), **columns), "validation": table_of(range(3, 5), **columns)}
+    splits = {
+        "train": table_of(range(3), **columns),
+        "validation": table_of(range(3, 5), **columns),
+    }
     datasets.DatasetDict(splits).save_to_disk(folder)
     return folder
 
@@ -72,7 +88,8 @@ def test_a_folder_of_save_to_disk_is_recognised_and_read(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "columns", [{"image": "img", "label": "annotation"}, {"image": "image", "label": "unheard_of"}]
+    "columns",
+    [{"image": "img", "label": "annotation"}, {"image": "image", "label": "unheard_of"}],
 )
 def test_columns_of_other_names_are_found(tmp_path: Path, columns: dict[str, str]) -> None:
     check_rows(saved(tmp_path / "set", **columns))
@@ -97,14 +114,18 @@ def test_pictures_that_were_saved_as_plain_bytes_are_read(tmp_path: Path) -> Non
     check_rows(tmp_path / "set")
 
 
-def test_an_imagefolder_whose_metadata_names_the_masks_is_recognised_and_read(tmp_path: Path) -> None:
+def test_an_imagefolder_whose_metadata_names_the_masks_is_recognised_and_read(
+    tmp_path: Path,
+) -> None:
     for split, rows in (("train", range(3)), ("validation", range(3, 5))):
         folder = tmp_path / "set" / split
         lines = []
         for row in rows:
             write_image(folder / f"{row}.png", image_of(row))
             write_mask(folder / f"{row}_mask.png", labels_of(row))
-            lines.append(json.dumps({"file_name": f"{row}.png", "mask_file_name": f"{row}_mask.png"}))
+            lines.append(
+                json.dumps({"file_name": f"{row}.png", "mask_file_name": f"{row}_mask.png"})
+            )
         (folder / "metadata.jsonl").write_text("\n".join(lines))
     check_rows(tmp_path / "set")
 
@@ -113,14 +134,14 @@ def test_one_table_alone_is_the_training_split(tmp_path: Path) -> None:
     table_of(range(3)).save_to_disk(tmp_path / "set")
     source = open_source(tmp_path / "set")
     assert len(source.split("train")) == 3
-    message = (
-        r"has no val split \(it has train\); make one with train_test_split of datasets, name it val, and save_to_d"
-    )
+    message = r"has no val split \(it has train\); make one with train_test_split of datasets, name it val, and save_to_d"
     with pytest.raises(FileNotFoundError, match=message):
         source.split("val")
 
 
-def test_a_hub_name_and_its_configuration_are_handed_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_and_its_configuration_are_handed_to_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[tuple[str, str | None]] = []
 
     def load(name: str, config: str | None = None) -> Any:
@@ -135,18 +156,23 @@ def test_a_hub_name_and_its_configuration_are_handed_to_the_library(monkeypatch:
     np.testing.assert_array_equal(sample.load()[1], labels_of(1))
 
 
-def test_what_the_library_cannot_open_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_library_cannot_open_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def load(name: str, config: str | None = None) -> Any:
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(
-        ValueError, match=r"^owner/name could not be opened by datasets \(no network\); check the name or"
+        ValueError,
+        match=r"^owner/name could not be opened by datasets \(no network\); check the name or",
     ):
         open_source("owner/name", "hf")
 
 
-def test_without_the_package_the_pip_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_pip_command_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved(tmp_path / "set")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError) as raised:
@@ -162,14 +188,21 @@ def test_class_names_come_from_classes_txt_or_id2label_json(tmp_path: Path) -> N
     (folder / "id2label.json").write_text('{"0": "wall", "2": "sky"}')
     assert open_source(folder).class_names == ("wall", "", "sky")
     (folder / "id2label.json").write_text('["wall"]')
-    with pytest.raises(ValueError, match=r"id2label\.json is not a table of names such as .*; correct or remove it\."):
+    with pytest.raises(
+        ValueError,
+        match=r"id2label\.json is not a table of names such as .*; correct or remove it\.",
+    ):
         open_source(folder)
     (folder / "classes.txt").write_text("ground\n")
     assert open_source(folder).class_names == ("ground",)
 
 
-@pytest.mark.parametrize("columns", [{"image": "left", "label": "right"}, {"image": "image", "label": "id2"}])
-def test_columns_that_cannot_be_told_are_listed(tmp_path: Path, columns: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "columns", [{"image": "left", "label": "right"}, {"image": "image", "label": "id2"}]
+)
+def test_columns_that_cannot_be_told_are_listed(
+    tmp_path: Path, columns: dict[str, str]
+) -> None:
     table = table_of(range(2), **columns)
     if columns["image"] == "image":
         table = table.add_column("third", [encoded(labels_of(0))] * 2)
@@ -183,9 +216,13 @@ def test_columns_that_cannot_be_told_are_listed(tmp_path: Path, columns: dict[st
 
 
 def test_an_empty_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = datasets.DatasetDict(train=table_of(range(2)), validation=table_of(range(2)).select([]))
+    splits = datasets.DatasetDict(
+        train=table_of(range(2)), validation=table_of(range(2)).select([])
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits)
-    with pytest.raises(ValueError, match=r"^validation of owner/name has no row; give a split with images\."):
+    with pytest.raises(
+        ValueError, match=r"^validation of owner/name has no row; give a split with images\."
+    ):
         open_source("owner/name", "hf").split("val")
 
 
@@ -201,14 +238,18 @@ def test_a_row_without_a_picture_or_with_a_broken_one_is_named(tmp_path: Path) -
     good, bad = readable(samples)
     assert good == samples[:1]
     where = f"column image of train in {tmp_path / 'set'}"
-    assert bad[0] == f"row 1, {where} holds no image; put one there, or leave the row out with `skip_bad`."
+    assert (
+        bad[0]
+        == f"row 1, {where} holds no image; put one there, or leave the row out with `skip_bad`."
+    )
     assert bad[1].startswith(f"row 2, {where} cannot be read as an image (")
 
 
 def test_rows_are_served_by_worker_processes_too(tmp_path: Path) -> None:
     samples = open_source(saved(tmp_path / "set")).split("train")
     alone, shared = (
-        list(DataLoader(SegmentationData(samples, 5, EvalTransform(SIZE)), num_workers=number)) for number in (0, 1)
+        list(DataLoader(SegmentationData(samples, 5, EvalTransform(SIZE)), num_workers=number))
+        for number in (0, 1)
     )
     for one, other in zip(alone, shared, strict=True):
         assert one[0].equal(other[0])
@@ -227,5 +268,7 @@ def test_a_coloured_mask_is_refused_by_its_row(tmp_path: Path) -> None:
     columns = {"image": [encoded(image_of(0))], "label": [encoded(image_of(1))]}
     table = datasets.Dataset.from_dict(columns)
     datasets.DatasetDict(train=table).save_to_disk(tmp_path / "set")
-    with pytest.raises(SampleError, match=r"Mask row 0, column label of train in .* has mode RGB and "):
+    with pytest.raises(
+        SampleError, match=r"Mask row 0, column label of train in .* has mode RGB and "
+    ):
         open_source(tmp_path / "set").split("train")[0].load()

@@ -7,7 +7,9 @@ from segprune.data.leaves import draw_leaves
 
 
 @pytest.mark.parametrize("size", [(64, 96), (33, 32), (128, 128)])
-def test_an_image_has_the_size_asked_for_and_is_the_same_for_the_same_arguments(size: tuple[int, int]) -> None:
+def test_an_image_has_the_size_asked_for_and_is_the_same_for_the_same_arguments(
+    size: tuple[int, int],
+) -> None:
     image = draw_leaves(3, 5, size)
     assert image.shape == (*size, 3)
     assert image.dtype == np.uint8
@@ -15,13 +17,18 @@ def test_an_image_has_the_size_asked_for_and_is_the_same_for_the_same_arguments(
 
 
 def test_images_differ_by_seed_and_by_index() -> None:
-    images = [draw_leaves(seed, index, (64, 64)) for seed, index in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    images = [
+        draw_leaves(seed, index, (64, 64)) for seed, index in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
     assert len({image.tobytes() for image in images}) == 4
 
 
 def test_an_image_of_another_size_is_the_same_scene() -> None:
     for index in range(8):
-        large, small = draw_leaves(0, index, (256, 256)).astype(float), draw_leaves(0, index, (64, 64)).astype(float)
+        large, small = (
+            draw_leaves(0, index, (256, 256)).astype(float),
+            draw_leaves(0, index, (64, 64)).astype(float),
+        )
         reduced = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
         same = np.corrcoef(reduced.ravel(), small.ravel())[0, 1]
         assert same > 0.6, index
@@ -46,4 +53,6 @@ def test_sixty_four_large_images_take_seconds() -> None:
     start = time.process_time()
     for index in range(8):
         draw_leaves(0, index, (512, 512))
-    assert 8.0 * (time.process_time() - start) < 20.0  # about five on an idle core; the slack is for busy machines
+    assert (
+        8.0 * (time.process_time() - start) < 20.0
+    )  # about five on an idle core; the slack is for busy machines

@@ -10,7 +10,14 @@ from segprune.data import open_source
 from segprune.data.listing import find_first_file, is_hidden, list_by_stem, walk_folder
 from tests.data.drawn import write_image, write_mask
 
-HIDDEN = (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git", "$RECYCLE.BIN", "System Volume Information")
+HIDDEN = (
+    ".ipynb_checkpoints",
+    "@eaDir",
+    "__MACOSX",
+    ".git",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+)
 
 
 def names_below(folder: Path, **options: object) -> list[str]:

@@ -37,7 +37,9 @@ def test_a_folder_with_two_lists_and_each_list_alone_are_the_same_data_set(root:
 
 @pytest.mark.parametrize("separator", [" ", "\t", ",", ", ", "   "])
 @pytest.mark.parametrize("heading", ["", "image{}mask\n"])
-def test_columns_are_separated_by_blanks_tabs_or_commas(root: Path, separator: str, heading: str) -> None:
+def test_columns_are_separated_by_blanks_tabs_or_commas(
+    root: Path, separator: str, heading: str
+) -> None:
     (root / "train.txt").write_text(heading.format(separator) + TRAIN.replace(" ", separator))
     assert [sample.name for sample in open_source(root).split("train")] == ["b", "a"]
 
@@ -49,7 +51,12 @@ def test_a_tab_or_comma_lets_names_hold_blanks(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "val"), [("my_train.csv", "my_val.csv"), ("first.lst", "validation.lst"), ("training.tsv", "val.tsv")]
+    ("train", "val"),
+    [
+        ("my_train.csv", "my_val.csv"),
+        ("first.lst", "validation.lst"),
+        ("training.tsv", "val.tsv"),
+    ],
 )
 def test_lists_of_other_names_find_each_other(root: Path, train: str, val: str) -> None:
     (root / "train.txt").rename(root / train)
@@ -96,18 +103,27 @@ def test_without_a_list_to_score_on_it_is_said_what_to_do(root: Path) -> None:
     assert said.startswith(f"{root}/val.txt is missing, the list of the val split; ")
     assert "take them off the other list" in said
     assert "`val_share` 0.1" in said
-    with pytest.raises(FileNotFoundError, match=r"test\.txt is missing, .* with an image and its mask on each line\.$"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"test\.txt is missing, .* with an image and its mask on each line\.$",
+    ):
         open_source(root).split("test")
 
 
 def test_an_empty_list_is_refused(root: Path) -> None:
     (root / "val.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"val\.txt lists no image; write an image and its mask on each line\."):
+    with pytest.raises(
+        ValueError, match=r"val\.txt lists no image; write an image and its mask on each line\."
+    ):
         open_source(root).split("val")
 
 
-@pytest.mark.parametrize(("line", "found"), [("pics/a.png", "1 column"), ("a b c", "3 columns")])
-def test_a_line_that_has_not_two_columns_is_named_by_its_number(root: Path, line: str, found: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "found"), [("pics/a.png", "1 column"), ("a b c", "3 columns")]
+)
+def test_a_line_that_has_not_two_columns_is_named_by_its_number(
+    root: Path, line: str, found: str
+) -> None:
     (root / "train.txt").write_text(f"{TRAIN}\n{line}\n")
     message = rf"Line 4 of .*train\.txt has {found}, where an image and its mask are allowed; separate them by a blank"
     with pytest.raises(ValueError, match=message):
@@ -126,4 +142,7 @@ def test_a_list_of_names_with_a_blank_is_no_two_column_list(tmp_path: Path) -> N
     write_mask(tmp_path / "masks/my photo.png")
     (tmp_path / "train.txt").write_text("my photo\n")
     source = open_source(tmp_path)
-    assert (source.layout, [sample.name for sample in source.split("train")]) == ("folders", ["my photo"])
+    assert (source.layout, [sample.name for sample in source.split("train")]) == (
+        "folders",
+        ["my photo"],
+    )

@@ -16,9 +16,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from segprune.data.loading import load_batches
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 2 worker processes"
+)  # on one core
 PACKAGE = Path(__file__).parents[2] / "segprune"
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says who sent a signal")
+LINUX = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux says who sent a signal"
+)
 
 
 class Signalled(Dataset[int]):
@@ -39,7 +43,12 @@ class Signalled(Dataset[int]):
 def is_running(process: int) -> bool:
     """Whether the process is there and no zombie."""
     try:
-        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        state = (
+            Path(f"/proc/{process}/stat")
+            .read_text(encoding="utf-8")
+            .rpartition(")")[2]
+            .split()[0]
+        )
     except FileNotFoundError:
         return False
     return state != "Z"
@@ -93,7 +102,12 @@ def test_workers_end_when_their_parent_is_dead(by: signal.Signals) -> None:
     )
     command = [sys.executable, "-c", script]
     with subprocess.Popen(
-        command, cwd=PACKAGE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True
+        command,
+        cwd=PACKAGE.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
     ) as process:
         assert process.stdout is not None
         workers = [int(word) for word in process.stdout.readline().split()]
@@ -104,8 +118,12 @@ def test_workers_end_when_their_parent_is_dead(by: signal.Signals) -> None:
         wait_for_end(workers, 3.0)  # torch's own check takes up to 5 s
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="there is no mask of signals")
-def test_a_signal_that_comes_while_workers_start_is_delivered_after(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    not hasattr(signal, "pthread_sigmask"), reason="there is no mask of signals"
+)
+def test_a_signal_that_comes_while_workers_start_is_delivered_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     started = []
 
     def press_and_start(loader: DataLoader[int]) -> Any:
@@ -130,5 +148,9 @@ def test_without_workers_this_process_loads_and_keeps_its_handlers() -> None:
 
 
 def test_every_loader_of_the_package_is_made_in_one_place() -> None:
-    users = [path.name for path in PACKAGE.rglob("*.py") if "DataLoader" in path.read_text(encoding="utf-8")]
+    users = [
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if "DataLoader" in path.read_text(encoding="utf-8")
+    ]
     assert users == ["loading.py"]

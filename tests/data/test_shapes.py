@@ -24,7 +24,11 @@ SMALL = {"num_train": 3, "num_val": 2, "size": (32, 48)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 class Stop(Exception):
@@ -36,7 +40,9 @@ def stop_at_three(done: int, total: int) -> None:
         raise Stop
 
 
-def test_a_seed_gives_the_same_files_to_the_byte_and_another_seed_others(tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_files_to_the_byte_and_another_seed_others(
+    tmp_path: Path,
+) -> None:
     for name, seed in (("one", 3), ("again", 3), ("other", 4)):
         write_shapes(tmp_path / name, seed=seed, **SMALL)
     one, again, other = (contents(tmp_path / name) for name in ("one", "again", "other"))
@@ -49,7 +55,9 @@ def test_a_seed_gives_the_same_files_to_the_byte_and_another_seed_others(tmp_pat
 
 def test_a_picture_does_not_depend_on_how_many_are_drawn(tmp_path: Path) -> None:
     few = contents(write_shapes(tmp_path / "few", seed=3, **SMALL))
-    more = contents(write_shapes(tmp_path / "more", num_train=5, num_val=4, size=(32, 48), seed=3))
+    more = contents(
+        write_shapes(tmp_path / "more", num_train=5, num_val=4, size=(32, 48), seed=3)
+    )
     pictures = [name for name in few if name.endswith((".jpg", ".png"))]
     assert all(few[name] == more[name] for name in pictures)
 
@@ -64,10 +72,19 @@ def test_the_set_is_in_voc_layout_with_jpegs_and_palette_masks(tmp_path: Path) -
     root = write_shapes(tmp_path / "deep" / "set", **SMALL)
     source = open_source(tmp_path / "deep" / "set")
     assert root == tmp_path / "deep" / "set" / "VOCdevkit" / "VOC2007" == Path(source.root)
-    assert (source.layout, source.class_names, source.palette) == ("voc", CLASS_NAMES, voc_palette())
+    assert (source.layout, source.class_names, source.palette) == (
+        "voc",
+        CLASS_NAMES,
+        voc_palette(),
+    )
     assert (root / "classes.txt").read_text().split() == list(CLASS_NAMES)
-    names = {split: [sample.name for sample in source.split(split)] for split in ("train", "val")}
-    assert names == {"train": ["train_00000", "train_00001", "train_00002"], "val": ["val_00000", "val_00001"]}
+    names = {
+        split: [sample.name for sample in source.split(split)] for split in ("train", "val")
+    }
+    assert names == {
+        "train": ["train_00000", "train_00001", "train_00002"],
+        "val": ["val_00000", "val_00001"],
+    }
     for sample in source.split("train"):
         with Image.open(sample.image) as image, Image.open(sample.mask) as mask:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (48, 32))
@@ -96,7 +113,9 @@ def test_all_eight_classes_occur_and_the_check_has_nothing_to_say(tmp_path: Path
     assert report.notes == ()
 
 
-def test_with_context_all_fourteen_classes_occur_and_a_ring_decides_which_the_others_are(tmp_path: Path) -> None:
+def test_with_context_all_fourteen_classes_occur_and_a_ring_decides_which_the_others_are(
+    tmp_path: Path,
+) -> None:
     write_shapes(tmp_path, num_train=56, num_val=7, size=(64, 64), context=True)
     source = open_source(tmp_path)
     assert source.class_names == CONTEXT_CLASS_NAMES
@@ -107,7 +126,10 @@ def test_with_context_all_fourteen_classes_occur_and_a_ring_decides_which_the_ot
     for index in range(56):
         _, mask = draw_shapes(11, "train", index, (64, 64), context=True)
         labels = set(np.unique(mask)) - {0}
-        plain, beside_a_ring = {k for k in labels if k < 8 and k != ring}, {k for k in labels if k >= 8}
+        plain, beside_a_ring = (
+            {k for k in labels if k < 8 and k != ring},
+            {k for k in labels if k >= 8},
+        )
         assert not (plain and (beside_a_ring or ring in labels))
         seen |= {(bool(plain), bool(beside_a_ring), ring in labels)}
     assert {(True, False, False), (False, True, True)} <= seen
@@ -120,7 +142,9 @@ def test_the_class_whose_turn_it_is_can_be_seen() -> None:
 
 
 @pytest.mark.parametrize("name", CLASS_NAMES[1:])
-def test_every_shape_has_the_unit_disc_s_area_and_reaches_no_further_than_it_is_drawn(name: str) -> None:
+def test_every_shape_has_the_unit_disc_s_area_and_reaches_no_further_than_it_is_drawn(
+    name: str,
+) -> None:
     axis = np.linspace(-2, 2, 801, dtype=np.float32)
     v, u = np.meshgrid(axis, axis, indexing="ij")
     inside = inside_shape(name, u, v)
@@ -137,9 +161,20 @@ def test_the_shapes_are_seven_different_ones() -> None:
             assert (one & other).sum() / (one | other).sum() < 0.9
 
 
-def test_a_picture_below_32_pixels_and_numbers_below_their_least_are_refused(tmp_path: Path) -> None:
-    for wrong in ({"num_train": 0}, {"num_val": 0}, {"size": (31, 64)}, {"size": (64, 31)}, {"seed": -1}):
-        with pytest.raises(ValueError, match=r"came, where at least 1, 1, \(32, 32\) and 0 are allowed; give larger"):
+def test_a_picture_below_32_pixels_and_numbers_below_their_least_are_refused(
+    tmp_path: Path,
+) -> None:
+    for wrong in (
+        {"num_train": 0},
+        {"num_val": 0},
+        {"size": (31, 64)},
+        {"size": (64, 31)},
+        {"seed": -1},
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"came, where at least 1, 1, \(32, 32\) and 0 are allowed; give larger",
+        ):
             write_shapes(tmp_path / "set", **{**SMALL, **wrong})
     assert not (tmp_path / "set").exists()
 
@@ -147,7 +182,8 @@ def test_a_picture_below_32_pixels_and_numbers_below_their_least_are_refused(tmp
 def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(
-        ValueError, match=r"exists and is no generated data set, where a new or empty folder is allowed"
+        ValueError,
+        match=r"exists and is no generated data set, where a new or empty folder is allowed",
     ):
         write_shapes(tmp_path, **SMALL)
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
@@ -160,7 +196,10 @@ def test_a_foreign_data_set_and_a_file_are_left_as_they_are(tmp_path: Path) -> N
     (tmp_path / "file").write_text("mine")
     for name in ("set", "file"):
         before = contents(tmp_path)
-        with pytest.raises(ValueError, match=rf"{name} exists and is no generated data set.*; choose another name"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{name} exists and is no generated data set.*; choose another name",
+        ):
             write_shapes(tmp_path / name, **SMALL)
         assert contents(tmp_path) == before
 
@@ -169,7 +208,9 @@ def test_an_empty_folder_and_an_earlier_set_are_written_over(tmp_path: Path) -> 
     write_shapes(tmp_path, num_train=4, num_val=2, size=(48, 32), seed=1)
     root = write_shapes(tmp_path, seed=2, **SMALL)
     assert len(open_source(root).split("train")) == 3
-    np.testing.assert_array_equal(open_source(root).split("val")[0].load()[1], draw_shapes(2, "val", 0, (32, 48))[1])
+    np.testing.assert_array_equal(
+        open_source(root).split("val")[0].load()[1], draw_shapes(2, "val", 0, (32, 48))[1]
+    )
 
 
 def test_an_interrupted_run_leaves_no_lists_and_can_be_run_again(tmp_path: Path) -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from segprune.data import DataChoices, Source, check_labels, open_source, score_on, score_whole_pool, set_val_aside
+from segprune.data import (
+    DataChoices,
+    Source,
+    check_labels,
+    open_source,
+    score_on,
+    score_whole_pool,
+    set_val_aside,
+)
 from tests.data.drawn import write_image, write_mask, write_voc
 
 
@@ -21,7 +29,9 @@ def names_in(source: Source, split: str) -> list[str]:
     return [sample.name for sample in source.split(split)]
 
 
-def test_images_set_aside_are_no_longer_trained_on_and_the_same_with_the_same_seed(tmp_path: Path) -> None:
+def test_images_set_aside_are_no_longer_trained_on_and_the_same_with_the_same_seed(
+    tmp_path: Path,
+) -> None:
     names = [f"{number:03}" for number in range(40)]
     source = write_folders(tmp_path, names)
     divided = set_val_aside(source, 0.1, seed=1)
@@ -39,7 +49,10 @@ def test_whole_videos_are_set_aside_where_names_show_them(tmp_path: Path) -> Non
     names = [f"drive{drive}_{frame:04}" for drive in "abcdefgh" for frame in range(5)]
     for seed in range(5):
         divided = set_val_aside(write_folders(tmp_path, names), 0.1, seed)
-        val, train = ({name.partition("_")[0] for name in names_in(divided, split)} for split in ("val", "train"))
+        val, train = (
+            {name.partition("_")[0] for name in names_in(divided, split)}
+            for split in ("val", "train")
+        )
         assert not val & train
         assert len(names_in(divided, "val")) in (5, 10)
         assert f"all of those named {min(val)}" in divided.notes[0]
@@ -52,9 +65,14 @@ def test_a_video_that_is_too_long_is_not_set_aside_whole(tmp_path: Path) -> None
 
 
 def test_versions_of_one_image_stay_together(tmp_path: Path) -> None:
-    names = [f"{number}_jpg.rf.{version}" for number in range(10) for version in ("0a1b", "ff00")]
+    names = [
+        f"{number}_jpg.rf.{version}" for number in range(10) for version in ("0a1b", "ff00")
+    ]
     divided = set_val_aside(write_folders(tmp_path, names), 0.1, seed=0)
-    val, train = ({name.partition(".")[0] for name in names_in(divided, split)} for split in ("val", "train"))
+    val, train = (
+        {name.partition(".")[0] for name in names_in(divided, split)}
+        for split in ("val", "train")
+    )
     assert not val & train
     assert len(val) == 1
 
@@ -70,7 +88,9 @@ def test_another_split_can_be_scored_on_in_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 2])
 def test_a_share_out_of_range_is_refused(tmp_path: Path, share: float) -> None:
-    with pytest.raises(ValueError, match=r"`val_share` is .*, where a share above 0 and below 1"):
+    with pytest.raises(
+        ValueError, match=r"`val_share` is .*, where a share above 0 and below 1"
+    ):
         set_val_aside(write_folders(tmp_path, ["a", "b"]), share, 0)
 
 

@@ -27,15 +27,21 @@ def check(source: Source, layout: str, **names: list[str]) -> None:
             assert sample.load()[1].shape == (20, 30)
 
 
-def test_roboflow_has_masks_beside_images_and_a_table_of_names_in_each_folder(tmp_path: Path) -> None:
+def test_roboflow_has_masks_beside_images_and_a_table_of_names_in_each_folder(
+    tmp_path: Path,
+) -> None:
     for folder, name in (("train", "a_jpg.rf.01"), ("valid", "b_jpg.rf.02")):
         write_pair(tmp_path / folder, f"{name}.jpg", f"{name}_mask.png")
-        (tmp_path / folder / "_classes.csv").write_text("Pixel Value, Class\n0, background\n2, house\n")
+        (tmp_path / folder / "_classes.csv").write_text(
+            "Pixel Value, Class\n0, background\n2, house\n"
+        )
     source = open_source(tmp_path)
     check(source, "folders", train=["a_jpg.rf.01"], val=["b_jpg.rf.02"])
     assert source.class_names == ("background", "", "house")
     write_image(tmp_path / "train/c.jpg")
-    with pytest.raises(FileNotFoundError, match=r"Mask .*c_mask\.png is missing \(1 of 2 masks are\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Mask .*c_mask\.png is missing \(1 of 2 masks are\)"
+    ):
         source.split("train")
 
 
@@ -51,7 +57,9 @@ def test_roboflow_has_masks_beside_images_and_a_table_of_names_in_each_folder(tm
 )
 def test_folders_of_many_names_are_paired(tmp_path: Path, images: str, masks: str) -> None:
     for split, name in (("train", "a"), ("val", "b"), ("test", "c")):
-        write_pair(tmp_path, f"{images.format(split)}/{name}.png", f"{masks.format(split)}/{name}.png")
+        write_pair(
+            tmp_path, f"{images.format(split)}/{name}.png", f"{masks.format(split)}/{name}.png"
+        )
     check(open_source(tmp_path), "folders", train=["a"], val=["b"], test=["c"])
 
 
@@ -71,11 +79,19 @@ def test_cvat_s_voc_has_colours_and_one_list(tmp_path: Path) -> None:
     labels = {name: noise(20, 30, high=3, seed=seed) for seed, name in enumerate("ab")}
     for name, values in labels.items():
         write_image(tmp_path / f"JPEGImages/{name}.jpg")
-        write_image(tmp_path / f"SegmentationClass/{name}.png", np.array(COLOURS, dtype=np.uint8)[values])
+        write_image(
+            tmp_path / f"SegmentationClass/{name}.png",
+            np.array(COLOURS, dtype=np.uint8)[values],
+        )
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/default.txt").write_text("b\n")
-    rows = [f"{name}:{','.join(map(str, colour))}::" for name, colour in zip("xyz", COLOURS, strict=True)]
-    (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\n" + "\n".join(rows) + "\n")
+    rows = [
+        f"{name}:{','.join(map(str, colour))}::"
+        for name, colour in zip("xyz", COLOURS, strict=True)
+    ]
+    (tmp_path / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\n" + "\n".join(rows) + "\n"
+    )
     source = open_source(tmp_path)
     check(source, "voc", all=["b"])
     assert (source.class_names, source.palette[:9]) == (("x", "y", "z"), sum(COLOURS, ()))
@@ -86,7 +102,10 @@ def test_cvat_s_voc_has_colours_and_one_list(tmp_path: Path) -> None:
 def test_a_table_of_colours_that_says_no_class_is_refused(tmp_path: Path, row: str) -> None:
     write_pair(tmp_path, "images/a.png", "masks/a.png")
     (tmp_path / "labelmap.txt").write_text(f"{row}\n")
-    with pytest.raises(ValueError, match=r"labelmap\.txt gives the class '[xy]' the colour .*; correct the line or"):
+    with pytest.raises(
+        ValueError,
+        match=r"labelmap\.txt gives the class '[xy]' the colour .*; correct the line or",
+    ):
         open_source(tmp_path)
 
 
@@ -94,8 +113,14 @@ def test_a_class_dict_gives_colours_to_folders_and_lists(tmp_path: Path) -> None
     labels = noise(20, 30, high=3)
     for split in ("train", "val"):
         write_image(tmp_path / f"{split}/0001TP_1.png")
-        write_image(tmp_path / f"{split}_labels/0001TP_1_L.png", np.array(COLOURS, dtype=np.uint8)[labels])
-    rows = [f"{name},{','.join(map(str, colour))}" for name, colour in zip("xyz", COLOURS, strict=True)]
+        write_image(
+            tmp_path / f"{split}_labels/0001TP_1_L.png",
+            np.array(COLOURS, dtype=np.uint8)[labels],
+        )
+    rows = [
+        f"{name},{','.join(map(str, colour))}"
+        for name, colour in zip("xyz", COLOURS, strict=True)
+    ]
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\n" + "\n".join(rows) + "\n")
     check(open_source(tmp_path), "folders", train=["0001TP_1"], val=["0001TP_1"])
     (tmp_path / "train.txt").write_text("train/0001TP_1.png train_labels/0001TP_1_L.png\n")
@@ -106,7 +131,9 @@ def test_a_class_dict_gives_colours_to_folders_and_lists(tmp_path: Path) -> None
 def test_paddleseg_has_lists_beside_jpegimages(tmp_path: Path) -> None:
     for split, name in (("train", "a"), ("val", "b")):
         write_pair(tmp_path, f"JPEGImages/{name}.jpg", f"Annotations/{name}.png")
-        (tmp_path / f"{split}_list.txt").write_text(f"JPEGImages/{name}.jpg Annotations/{name}.png\n")
+        (tmp_path / f"{split}_list.txt").write_text(
+            f"JPEGImages/{name}.jpg Annotations/{name}.png\n"
+        )
     (tmp_path / "labels.txt").write_text("ground\nhouse\n")
     check(open_source(tmp_path), "list", train=["a"], val=["b"])
     assert open_source(tmp_path).class_names == ("ground", "house")
@@ -117,7 +144,9 @@ def test_the_augmented_voc_has_lists_of_images_and_masks(tmp_path: Path) -> None
         write_pair(tmp_path, f"JPEGImages/{name}.jpg", f"SegmentationClassAug/{name}.png")
     lists = tmp_path / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
-    lines = {name: f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in "ab"}
+    lines = {
+        name: f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in "ab"
+    }
     (lists / "train.txt").write_text(lines["b"] + lines["a"])
     (lists / "val.txt").write_text("a\n")
     check(open_source(tmp_path), "voc", train=["b", "a"], val=["a"])
@@ -140,7 +169,9 @@ def test_the_augmented_voc_has_lists_of_images_and_masks(tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gbk"])
-def test_lists_from_windows_pandas_and_other_machines_are_read(tmp_path: Path, lines: str, encoding: str) -> None:
+def test_lists_from_windows_pandas_and_other_machines_are_read(
+    tmp_path: Path, lines: str, encoding: str
+) -> None:
     for name in "ab":
         write_pair(tmp_path, f"images/{name}.png", f"masks/{name}.png")
     (tmp_path / "train.csv").write_bytes(lines.encode(encoding))
@@ -149,7 +180,9 @@ def test_lists_from_windows_pandas_and_other_machines_are_read(tmp_path: Path, l
     assert bool(source.notes) == (":" in lines or "/home" in lines)
 
 
-@pytest.mark.parametrize("line", ["a", "a.jpg", "images/a.jpg", "D:\\set\\images\\a.jpg", "/root/images/train/a.jpg"])
+@pytest.mark.parametrize(
+    "line", ["a", "a.jpg", "images/a.jpg", "D:\\set\\images\\a.jpg", "/root/images/train/a.jpg"]
+)
 def test_lists_of_names_may_say_paths(tmp_path: Path, line: str) -> None:
     write_pair(tmp_path, "images/a.jpg", "masks/a.png")
     write_pair(tmp_path, "images/b.jpg", "masks/b.png")

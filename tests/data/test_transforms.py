@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from segprune.data import IGNORE_INDEX, MEAN, STD, EvalTransform, TrainTransform, letterbox, normalise
+from segprune.data import (
+    IGNORE_INDEX,
+    MEAN,
+    STD,
+    EvalTransform,
+    TrainTransform,
+    letterbox,
+    normalise,
+)
 from segprune.data.transforms import GREY, jitter_colour
 
 
@@ -24,9 +32,10 @@ def plain_training(
 
 def test_normalise_is_the_formula_per_channel() -> None:
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    expected = (torch.from_numpy(image).double().permute(2, 0, 1) - torch.tensor(MEAN)[:, None, None].double()) / (
-        torch.tensor(STD)[:, None, None].double()
-    )
+    expected = (
+        torch.from_numpy(image).double().permute(2, 0, 1)
+        - torch.tensor(MEAN)[:, None, None].double()
+    ) / (torch.tensor(STD)[:, None, None].double())
     pixels = normalise(image)
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels.double(), expected, rtol=1e-5, atol=1e-5)
@@ -52,7 +61,9 @@ def test_mean_and_deviation_are_imagenet_s_on_bytes() -> None:
 def test_the_letterbox_keeps_the_ratio_and_pads_both_sides_alike(
     size: tuple[int, int], shape: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
-    image, mask, found = letterbox(np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8), shape)
+    image, mask, found = letterbox(
+        np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8), shape
+    )
     assert found == box
     assert mask is not None
     inside = np.zeros(shape, dtype=bool)
@@ -68,7 +79,9 @@ def test_cutting_the_box_out_undoes_the_letterbox(size: tuple[int, int]) -> None
     assert mask is not None
     for values in (boxed[..., 1], mask):
         inner = values[top : top + height, left : left + width].astype(float)
-        column = (np.arange(width) + 0.5) * size[1] / width - 0.5  # of the box's pixels, in the source
+        column = (np.arange(width) + 0.5) * size[
+            1
+        ] / width - 0.5  # of the box's pixels, in the source
         assert np.abs(inner - column)[:, 2:-2].max() <= max(1.0, 0.5 * size[1] / width)
     row = (np.arange(height) + 0.5) * size[0] / height - 0.5
     inner = boxed[top : top + height, left : left + width, 0].astype(float)
@@ -107,23 +120,39 @@ def test_mask_and_image_stay_aligned_to_the_pixel(shape: tuple[int, int], flip: 
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 130)])
-def test_a_colour_that_encodes_the_label_does_so_after_training_s_transform(shape: tuple[int, int]) -> None:
-    blocks = np.random.default_rng(1).integers(0, 8, (3, 4), dtype=np.uint8).repeat(40, 0).repeat(40, 1)
+def test_a_colour_that_encodes_the_label_does_so_after_training_s_transform(
+    shape: tuple[int, int],
+) -> None:
+    blocks = (
+        np.random.default_rng(1)
+        .integers(0, 8, (3, 4), dtype=np.uint8)
+        .repeat(40, 0)
+        .repeat(40, 1)
+    )
     source = (blocks[..., None] * np.array([30, 10, 1], dtype=np.uint8)).astype(np.uint8)
     num_checked = 0
     for seed in range(10):
-        image, mask = TrainTransform(shape, colour=False)(source, blocks, np.random.default_rng(seed))
+        image, mask = TrainTransform(shape, colour=False)(
+            source, blocks, np.random.default_rng(seed)
+        )
         wide = np.lib.stride_tricks.sliding_window_view(mask, (11, 11))
-        interior = wide.min((2, 3)) == wide.max((2, 3))  # resampling blends what lies nearer to an edge
+        interior = wide.min((2, 3)) == wide.max(
+            (2, 3)
+        )  # resampling blends what lies nearer to an edge
         labels, colours = mask[5:-5, 5:-5][interior], image[5:-5, 5:-5][interior]
         known = labels != IGNORE_INDEX
         num_checked += int(known.sum())
-        np.testing.assert_array_equal(colours[known], labels[known][:, None] * np.array([30, 10, 1]))
+        np.testing.assert_array_equal(
+            colours[known], labels[known][:, None] * np.array([30, 10, 1])
+        )
     assert num_checked > 1000
 
 
 def test_resampling_invents_no_labels() -> None:
-    image, labels = ramp(90, 120), np.random.default_rng(0).choice(np.array([0, 7, 250], np.uint8), (90, 120))
+    image, labels = (
+        ramp(90, 120),
+        np.random.default_rng(0).choice(np.array([0, 7, 250], np.uint8), (90, 120)),
+    )
     for seed in range(5):
         _, mask = plain_training((64, 64))(image, labels, np.random.default_rng(seed))
         assert set(np.unique(mask)) <= {0, 7, 250, IGNORE_INDEX}
@@ -143,14 +172,19 @@ def test_padding_is_grey_in_the_image_and_ignored_in_the_mask_and_nowhere_else()
 def test_scale_one_at_the_picture_s_own_shape_is_the_identity_and_flip_one_its_mirror() -> None:
     source = ramp(48, 64)
     for flip, expected in ((0.0, source), (1.0, source[:, ::-1])):
-        image, mask = plain_training((48, 64), (1.0, 1.0), flip)(source, source[..., 1], np.random.default_rng(0))
+        image, mask = plain_training((48, 64), (1.0, 1.0), flip)(
+            source, source[..., 1], np.random.default_rng(0)
+        )
         np.testing.assert_array_equal(image, expected)
         np.testing.assert_array_equal(mask, expected[..., 1])
 
 
 def test_half_the_pictures_are_flipped_at_a_half() -> None:
     source, transform = ramp(48, 64), plain_training((48, 64), (1.0, 1.0), 0.5)
-    flipped = [transform(source, source[..., 1], np.random.default_rng(seed))[1][0, 0] == 63 for seed in range(200)]
+    flipped = [
+        transform(source, source[..., 1], np.random.default_rng(seed))[1][0, 0] == 63
+        for seed in range(200)
+    ]
     assert 70 < sum(flipped) < 130  # 100 ± 4 deviations
 
 
@@ -159,7 +193,10 @@ def test_crops_and_places_reach_every_side() -> None:
     large, small = plain_training((64, 64), (2.0, 2.0)), plain_training((64, 64), (0.5, 0.5))
     corners, places = [], []
     for seed in range(100):
-        crop = [large(source, source[..., axis], np.random.default_rng(seed))[1].astype(int) for axis in (0, 1)]
+        crop = [
+            large(source, source[..., axis], np.random.default_rng(seed))[1].astype(int)
+            for axis in (0, 1)
+        ]
         corners.append((crop[0][0, 0], crop[1][0, 0]))
         assert np.abs(crop[0] - corners[-1][0] - halves[:, None]).max() <= 1
         assert np.abs(crop[1] - corners[-1][1] - halves).max() <= 1
@@ -184,13 +221,18 @@ def test_the_scale_drawn_lies_in_its_bounds_and_fills_them() -> None:
 
 @pytest.mark.parametrize("scale", [(0.0, 1.0), (2.0, 1.0), (-1.0, 1.0)])
 def test_a_scale_that_is_no_range_is_refused(scale: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match=r"scale \(.*\) must be \(low, high\) with 0 < low <= high; give both"):
+    with pytest.raises(
+        ValueError, match=r"scale \(.*\) must be \(low, high\) with 0 < low <= high; give both"
+    ):
         TrainTransform((64, 64), scale=scale)
 
 
 @pytest.mark.parametrize("flip", [-0.1, 1.1])
 def test_a_flip_that_is_no_probability_is_refused(flip: float) -> None:
-    with pytest.raises(ValueError, match=rf"flip {flip} must be a probability in 0\.\.1; give 0 to switch it off"):
+    with pytest.raises(
+        ValueError,
+        match=rf"flip {flip} must be a probability in 0\.\.1; give 0 to switch it off",
+    ):
         TrainTransform((64, 64), flip=flip)
 
 
@@ -198,7 +240,8 @@ def test_colour_changes_the_image_and_not_the_mask() -> None:
     source = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     labels = source[..., 0] % 8
     coloured, plain = (
-        TrainTransform((40, 60), colour=colour)(source, labels, np.random.default_rng(5)) for colour in (True, False)
+        TrainTransform((40, 60), colour=colour)(source, labels, np.random.default_rng(5))
+        for colour in (True, False)
     )
     np.testing.assert_array_equal(coloured[1], plain[1])
     assert (coloured[0] != plain[0]).any()
@@ -207,7 +250,9 @@ def test_colour_changes_the_image_and_not_the_mask() -> None:
 def jittered(*pixels: tuple[int, int, int]) -> np.ndarray:
     """[200, P, 3]: what 200 seeds make of a picture of these pixels."""
     image = np.array([pixels], dtype=np.uint8)
-    return np.stack([jitter_colour(image, np.random.default_rng(seed))[0] for seed in range(200)]).astype(float)
+    return np.stack(
+        [jitter_colour(image, np.random.default_rng(seed))[0] for seed in range(200)]
+    ).astype(float)
 
 
 def assert_fills(values: np.ndarray, low: float, high: float) -> None:
@@ -231,7 +276,10 @@ def test_jitter_changes_contrast_about_the_mean() -> None:
 def test_jitter_changes_saturation_and_hue_to_either_side() -> None:
     colours = jittered((120, 90, 90))
     luma = colours @ [0.299, 0.587, 0.114]
-    in_phase, quadrature = colours @ [0.5959, -0.2746, -0.3213], colours @ [0.2115, -0.5227, 0.3112]
+    in_phase, quadrature = (
+        colours @ [0.5959, -0.2746, -0.3213],
+        colours @ [0.2115, -0.5227, 0.3112],
+    )
     chroma = np.hypot(in_phase, quadrature) / luma
     before = np.hypot(30 * 0.5959, 30 * 0.2115) / (90 + 30 * 0.299)
     share = chroma / before  # of saturation times contrast, as both factors scale it

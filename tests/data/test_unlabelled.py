@@ -37,10 +37,19 @@ def test_the_images_of_a_split_are_those_of_its_samples(tmp_path: Path) -> None:
 
 
 def test_what_tools_leave_in_a_folder_is_no_image(tmp_path: Path) -> None:
-    for name in ("b/1.png", "a.png", ".ipynb_checkpoints/a-checkpoint.png", "@eaDir/a.png", "b/._1.png"):
+    for name in (
+        "b/1.png",
+        "a.png",
+        ".ipynb_checkpoints/a-checkpoint.png",
+        "@eaDir/a.png",
+        "b/._1.png",
+    ):
         write_image(tmp_path / name)
     (tmp_path / "b/again").symlink_to(tmp_path)
-    assert [str(path) for path in list_images(tmp_path)] == [f"{tmp_path}/a.png", f"{tmp_path}/b/1.png"]
+    assert [str(path) for path in list_images(tmp_path)] == [
+        f"{tmp_path}/a.png",
+        f"{tmp_path}/b/1.png",
+    ]
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
@@ -49,7 +58,10 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
         list_images(tmp_path)
 
 
-@pytest.mark.parametrize(("number", "chosen"), [(3, [0, 4, 8]), (5, [0, 2, 4, 7, 9]), (12, range(12)), (99, range(12))])
+@pytest.mark.parametrize(
+    ("number", "chosen"),
+    [(3, [0, 4, 8]), (5, [0, 2, 4, 7, 9]), (12, range(12)), (99, range(12))],
+)
 def test_some_of_many_are_spread_evenly(number: int, chosen: list[int], folder: Path) -> None:
     images = load_images(list_images(folder), number, (20, 30))
     assert [int(image[0, 0, 0]) for image in images] == [*chosen]

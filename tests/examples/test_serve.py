@@ -48,7 +48,11 @@ SMALL = serving.Settings(max_megabytes=1, max_megapixels=1)
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """plain.onnx, and tiny.pth, the checkpoint that it is of."""
     folder, network = tmp_path_factory.mktemp("serve"), tiny_network()
-    save(network, folder / "tiny.pth", extra={"class_names": list(CLASSES), "palette": list(PALETTE)})
+    save(
+        network,
+        folder / "tiny.pth",
+        extra={"class_names": list(CLASSES), "palette": list(PALETTE)},
+    )
     export(network, folder / "plain.onnx", size=SIZE, class_names=CLASSES, palette=PALETTE)
     return folder
 
@@ -61,7 +65,9 @@ def listening_to(app: FastAPI) -> Iterator[httpx2.Client]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        with httpx2.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30) as client:
+        with httpx2.Client(
+            base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30
+        ) as client:
             yield client
     finally:
         server.should_exit = True
@@ -69,7 +75,9 @@ def listening_to(app: FastAPI) -> Iterator[httpx2.Client]:
         listening.close()
 
 
-def server(segmenter: Segmenter, settings: serving.Settings = SMALL) -> AbstractContextManager[httpx2.Client]:
+def server(
+    segmenter: Segmenter, settings: serving.Settings = SMALL
+) -> AbstractContextManager[httpx2.Client]:
     return listening_to(serving.create_app(segmenter, settings))
 
 
@@ -94,7 +102,9 @@ def sent(client: httpx2.Client, data: bytes, kind: str = "mask") -> httpx2.Respo
 
 
 def opened(response: httpx2.Response) -> Image.Image:
-    assert (response.status_code, response.headers["content-type"]) == (200, "image/png"), response.text
+    assert (response.status_code, response.headers["content-type"]) == (200, "image/png"), (
+        response.text
+    )
     return Image.open(io.BytesIO(response.content))
 
 
@@ -112,7 +122,9 @@ def agreement(a: Image.Image, b: Image.Image) -> float:
     return float((np.asarray(a) == np.asarray(b)).mean())
 
 
-def test_masks_and_overlays_are_those_of_segprune_predict(client: httpx2.Client, work: Path, tmp_path: Path) -> None:
+def test_masks_and_overlays_are_those_of_segprune_predict(
+    client: httpx2.Client, work: Path, tmp_path: Path
+) -> None:
     turned = Image.Exif()
     turned[0x0112] = 6  # to be turned by a quarter
     deep = np.asarray(photo().convert("L")).astype(np.uint16) * 257
@@ -151,9 +163,13 @@ def test_shares_are_those_of_the_masks_pixels_largest_first(client: httpx2.Clien
     said = sent(client, data, "shares").json()
     assert said["size"] == [300, 420]
     assert {row["class"]: row["percent"] for row in said["classes"]} == {
-        k: pytest.approx(100 * count / 126000, abs=1e-4) for k, count in enumerate(counts) if count
+        k: pytest.approx(100 * count / 126000, abs=1e-4)
+        for k, count in enumerate(counts)
+        if count
     }
-    assert [row["name"] for row in said["classes"]] == [CLASSES[row["class"]] for row in said["classes"]]
+    assert [row["name"] for row in said["classes"]] == [
+        CLASSES[row["class"]] for row in said["classes"]
+    ]
     percents = [row["percent"] for row in said["classes"]]
     assert percents == sorted(percents, reverse=True)
     assert len(percents) > 1
@@ -169,7 +185,13 @@ def test_classes_and_preprocessing_in_the_file_give_what_eval_scores(tmp_path: P
     path, image = drawn(tmp_path / "baked.onnx", baked=True), photo((150, 200), 1)
     with server(open_segmenter(path, threads=1)) as client:
         mask = opened(sent(client, encoded(image)))
-        assert [row["name"] for row in client.get("/classes").json()] == ["0", "1", "2", "3", "4"]
+        assert [row["name"] for row in client.get("/classes").json()] == [
+            "0",
+            "1",
+            "2",
+            "3",
+            "4",
+        ]
     expected = evaluated(Network(open_exported(path), 5, "cpu", 2), image, SIZE)
     assert (np.asarray(mask) == expected).mean() >= 0.999
     assert len(np.unique(expected)) > 2
@@ -197,27 +219,46 @@ def test_the_page_has_a_form_and_nothing_from_elsewhere(client: httpx2.Client) -
     assert page.headers["content-type"].startswith("text/html")
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     assert '<input type="file" name="image"' in page.text
-    assert not [word for word in ("http:", "https:", "//", "href=", "src=") if word in page.text]
+    assert not [
+        word for word in ("http:", "https:", "//", "href=", "src=") if word in page.text
+    ]
 
 
 def test_classes_and_health_say_what_is_served(client: httpx2.Client) -> None:
     listed = client.get("/classes").json()
     assert [(row["class"], row["name"]) for row in listed] == list(enumerate(CLASSES))
     assert listed[1]["colour"] == "#{:02x}{:02x}{:02x}".format(*PALETTE[3:6])
-    assert client.get("/health").json() == {"status": "ok", "model": "plain.onnx", "input_shape": [64, 96]}
+    assert client.get("/health").json() == {
+        "status": "ok",
+        "model": "plain.onnx",
+        "input_shape": [64, 96],
+    }
 
 
 def claimed(width: int, height: int) -> bytes:
     """A PNG that says it is so large and holds next to nothing."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data))
+            + name
+            + data
+            + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(9)))
+        + chunk(b"IEND", b"")
+    )
 
 
-NO_IMAGE = (415, "The upload is no image that is read here; send one of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP.")
+NO_IMAGE = (
+    415,
+    "The upload is no image that is read here; send one of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP.",
+)
 DAMAGED = (400, "The image is damaged or cut off; send the whole file.")
 TOO_MANY = (413, "The image has more than the 1,000,000 pixels allowed; send a smaller one.")
 TOO_DEEP = (415, "The image has more than 16 bits per channel; send it as 8-bit RGB.")
@@ -243,12 +284,16 @@ TOO_LARGE = (413, "The upload has more than 1 MB; send a smaller file.")
     ],
     ids=lambda value: "" if isinstance(value, bytes) else str(value[0]),
 )
-def test_a_bad_upload_is_refused_in_one_sentence(data: bytes, expected: tuple[int, str], client: httpx2.Client) -> None:
+def test_a_bad_upload_is_refused_in_one_sentence(
+    data: bytes, expected: tuple[int, str], client: httpx2.Client
+) -> None:
     assert refusal(sent(client, data)) == expected
     assert client.get("/health").status_code == 200
 
 
-def test_an_upload_that_does_not_announce_its_length_is_cut_off_too(client: httpx2.Client) -> None:
+def test_an_upload_that_does_not_announce_its_length_is_cut_off_too(
+    client: httpx2.Client,
+) -> None:
     kind = {"content-type": "multipart/form-data; boundary=x"}
     head = b'--x\r\ncontent-disposition: form-data; name="image"; filename="a"\r\n\r\n'
     body = iter([head, *[bytes(1 << 16)] * 32])
@@ -262,7 +307,10 @@ HOW = "send it as the form field image, as in: curl -F image=@photo.jpg URL."
     ("form", "expected"),
     [
         ({"files": {"photo": b"x"}}, (422, f"The form has no file in the field image; {HOW}")),
-        ({"files": {"other": b"x"}, "data": {"image": "x"}}, (422, f"The form has no file in the field image; {HOW}")),
+        (
+            {"files": {"other": b"x"}, "data": {"image": "x"}},
+            (422, f"The form has no file in the field image; {HOW}"),
+        ),
         (
             {"files": [("image", b"x"), ("image", b"y")]},
             (422, "There is more than one image; send one at a time."),
@@ -278,7 +326,10 @@ HOW = "send it as the form field image, as in: curl -F image=@photo.jpg URL."
             (400, f"The form cannot be read; {HOW}"),
         ),
         (
-            {"content": b"--x\r\nbad", "headers": {"content-type": "multipart/form-data; boundary=y"}},
+            {
+                "content": b"--x\r\nbad",
+                "headers": {"content-type": "multipart/form-data; boundary=y"},
+            },
             (400, f"The form cannot be read; {HOW}"),
         ),
     ],
@@ -295,7 +346,10 @@ def test_other_paths_methods_and_kinds_are_told_what_there_is(client: httpx2.Cli
         "GET is not allowed at /predict; images are sent to /predict with POST.",
     )
     assert client.get("/predict").headers["allow"] == "POST"
-    assert refusal(client.post("/")) == (405, "POST is not allowed at /; images are sent to /predict with POST.")
+    assert refusal(client.post("/")) == (
+        405,
+        "POST is not allowed at /; images are sent to /predict with POST.",
+    )
     assert refusal(client.get("/docs")) == (
         404,
         "There is nothing at /docs; there are /, /predict, /classes and /health.",
@@ -332,7 +386,10 @@ def test_work_is_bounded_and_the_server_answers_meanwhile(work: Path) -> None:
         pending = {pool.submit(sent, client, encoded(photo())) for _ in range(4)}
         answered, pending = wait(pending, return_when=FIRST_COMPLETED)
         (last,) = (one.result() for one in answered)
-        assert refusal(last) == (503, "Too many images are being worked on; send it again later.")
+        assert refusal(last) == (
+            503,
+            "Too many images are being worked on; send it again later.",
+        )
         assert last.headers["retry-after"] == "1"
         assert client.get("/health").json()["status"] == "ok"
         gate.set()
@@ -340,7 +397,9 @@ def test_work_is_bounded_and_the_server_answers_meanwhile(work: Path) -> None:
     assert max(most) == 2
 
 
-def test_logits_that_are_no_numbers_are_the_servers_failure_and_it_goes_on(tmp_path: Path) -> None:
+def test_logits_that_are_no_numbers_are_the_servers_failure_and_it_goes_on(
+    tmp_path: Path,
+) -> None:
     segmenter = open_segmenter(drawn(tmp_path / "it.onnx"), (64, 64), threads=1)
     broken = replace(segmenter, run=lambda x: segmenter.run(x) * np.float32("nan"))
     with server(broken) as client:
@@ -349,17 +408,32 @@ def test_logits_that_are_no_numbers_are_the_servers_failure_and_it_goes_on(tmp_p
                 500,
                 "The server failed at this image; its log says why.",
             )
-    with pytest.raises(ArithmeticError, match=r"^it\.onnx gives logits that are NaN or infinite; export another"):
+    with pytest.raises(
+        ArithmeticError,
+        match=r"^it\.onnx gives logits that are NaN or infinite; export another",
+    ):
         broken(np.asarray(photo()))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "There is no model; give an .onnx file that segprune export wrote to app.py, or as SEGPRUNE_MODEL."),
-        ({"MODEL": "no.onnx"}, "no.onnx does not exist; give an .onnx file that segprune export wrote."),
-        ({"MODEL": "text.onnx"}, "text.onnx is no ONNX file, or only a part of one; copy it again, or give another."),
-        ({"MODEL": "cut.onnx"}, "cut.onnx is no ONNX file, or only a part of one; copy it again, or give another."),
+        (
+            {},
+            "There is no model; give an .onnx file that segprune export wrote to app.py, or as SEGPRUNE_MODEL.",
+        ),
+        (
+            {"MODEL": "no.onnx"},
+            "no.onnx does not exist; give an .onnx file that segprune export wrote.",
+        ),
+        (
+            {"MODEL": "text.onnx"},
+            "text.onnx is no ONNX file, or only a part of one; copy it again, or give another.",
+        ),
+        (
+            {"MODEL": "cut.onnx"},
+            "cut.onnx is no ONNX file, or only a part of one; copy it again, or give another.",
+        ),
         (
             {"MODEL": "other.onnx"},
             "other.onnx says nothing of what it takes and returns; give a file that segprune export wrote.",
@@ -376,7 +450,10 @@ def test_logits_that_are_no_numbers_are_the_servers_failure_and_it_goes_on(tmp_p
             {"MODEL": "any.onnx", "INPUT_SHAPE": "512"},
             "The input shape is '512'; give height and width in pixels, as in: 512 512.",
         ),
-        ({"MODEL": "many.onnx"}, "many.onnx has 257 classes, where masks can hold 256; give another file."),
+        (
+            {"MODEL": "many.onnx"},
+            "many.onnx has 257 classes, where masks can hold 256; give another file.",
+        ),
         (
             {"MODEL": "named.onnx"},
             "named.onnx has 5 classes and names for 2; export a checkpoint that names all.",
@@ -397,7 +474,11 @@ def test_logits_that_are_no_numbers_are_the_servers_failure_and_it_goes_on(tmp_p
     ],
 )
 def test_what_cannot_be_served_stops_at_the_start(
-    settings: dict[str, str], message: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, str],
+    message: str,
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(work / "plain.onnx", "plain.onnx")
@@ -420,7 +501,9 @@ def test_settings_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     started: dict[str, Any] = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **where: started.update(where, app=app))
     model = drawn(tmp_path / "any.onnx")
-    monkeypatch.setattr(sys, "argv", ["app.py", model, "--input_shape", "64", "96", "--port", "9"])
+    monkeypatch.setattr(
+        sys, "argv", ["app.py", model, "--input_shape", "64", "96", "--port", "9"]
+    )
     monkeypatch.setenv("SEGPRUNE_MAX_MEGAPIXELS", "2")
     runpy.run_path(str(FOLDER / "app.py"), run_name="__main__")
     assert (started["host"], started["port"]) == ("127.0.0.1", 9)
@@ -440,7 +523,8 @@ def test_without_an_argument_the_model_is_that_of_the_environment(
     monkeypatch.setattr(uvicorn, "run", lambda app, **_: started.append(app))
     monkeypatch.setattr(sys, "argv", ["app.py"])
     with pytest.raises(
-        SystemExit, match=r"Error: There is no model; give an \.onnx file that .* to app\.py, or as SEGPRUNE_MODEL\."
+        SystemExit,
+        match=r"Error: There is no model; give an \.onnx file that .* to app\.py, or as SEGPRUNE_MODEL\.",
     ):
         runpy.run_path(str(FOLDER / "app.py"), run_name="__main__")
     monkeypatch.setenv("SEGPRUNE_MODEL", drawn(tmp_path / "any.onnx"))
@@ -456,20 +540,25 @@ def test_a_number_that_is_no_port_is_refused(
     monkeypatch.setattr(sys, "argv", ["app.py", "a.onnx", f"--port={port}"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(FOLDER / "app.py"), run_name="__main__")
-    assert f"argument --port: '{port}' is no port; give a whole number from 0 to 65535." in capsys.readouterr().err
+    assert (
+        f"argument --port: '{port}' is no port; give a whole number from 0 to 65535."
+        in capsys.readouterr().err
+    )
 
 
-STARTED = (
-    "import runpy, sys; sys.modules.update(torch=None, segprune=None); runpy.run_path('app.py', run_name='__main__')"
-)
+STARTED = "import runpy, sys; sys.modules.update(torch=None, segprune=None); runpy.run_path('app.py', run_name='__main__')"
 
 
-def test_a_copied_folder_serves_where_neither_torch_nor_segprune_is(work: Path, tmp_path: Path) -> None:
+def test_a_copied_folder_serves_where_neither_torch_nor_segprune_is(
+    work: Path, tmp_path: Path
+) -> None:
     shutil.copytree(FOLDER, tmp_path / "serve", ignore=shutil.ignore_patterns("__pycache__"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-c", STARTED, str(work / "plain.onnx"), "--port", str(port)]
-    process = subprocess.Popen(command, cwd=tmp_path / "serve", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=tmp_path / "serve", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
     try:
         assert process.stderr is not None
         assert any(b"Uvicorn running on" in line for line in process.stderr)
@@ -485,7 +574,10 @@ def test_uvicorn_ends_with_the_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "uvicorn", "app:app", "--port", "0"]
     result = subprocess.run(command, cwd=FOLDER, env=env, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr == "Error: no.onnx does not exist; give an .onnx file that segprune export wrote.\n"
+    assert (
+        result.stderr
+        == "Error: no.onnx does not exist; give an .onnx file that segprune export wrote.\n"
+    )
 
 
 def test_images_are_read_as_segprune_reads_them(tmp_path: Path) -> None:

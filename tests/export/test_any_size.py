@@ -16,12 +16,17 @@ def test_onnx_of_any_size_takes_any_and_names_its_free_sides(tmp_path: Path) -> 
     network, path = tiny_network(), tmp_path / "any.onnx"
     manifest, difference = export(network, path, dynamic=True, preprocess=True, size=(64, 96))
     assert manifest.shape is None
-    dims = [dim.dim_param or dim.dim_value for dim in onnx.load(path).graph.input[0].type.tensor_type.shape.dim]
+    dims = [
+        dim.dim_param or dim.dim_value
+        for dim in onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    ]
     assert dims == ["batch", "height", "width", 3]
     assert difference.num_images == 6  # two of the size, one odd, a batch of three
     runtime = open_exported(path)
     for number, size in ((1, (65, 99)), (3, (128, 64))):
-        x = torch.stack([normalise(draw_shapes(9, "train", index, size)[0]) for index in range(number)])
+        x = torch.stack(
+            [normalise(draw_shapes(9, "train", index, size)[0]) for index in range(number)]
+        )
         with torch.no_grad():
             torch.testing.assert_close(runtime(x), network(x), rtol=1e-4, atol=1e-4)
     segmenter = open_segmenter(str(path), (128, 160), threads=1)  # of examples/serve

@@ -27,9 +27,12 @@ def test_the_compiled_package_gives_the_networks_logits(tmp_path: Path) -> None:
     assert difference.agreement == 1.0
 
 
-def test_without_a_compiler_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(
-        ValueError, match=r"^The format aotinductor needs a C\+\+ compiler, and there is none here; install"
+        ValueError,
+        match=r"^The format aotinductor needs a C\+\+ compiler, and there is none here; install",
     ):
         export(tiny_network(), tmp_path / "it.pt2", format="aotinductor", size=(64, 64))

@@ -18,7 +18,10 @@ from segprune.model import SegFormer
 from tests.exporting import tiny_network
 
 SIZE = (64, 96)
-LEFT = {"openvino": ["it.bin", "it.xml"], "ncnn": ["it.ncnn.bin", "it.ncnn.json", "it.ncnn.param"]}
+LEFT = {
+    "openvino": ["it.bin", "it.xml"],
+    "ncnn": ["it.ncnn.bin", "it.ncnn.json", "it.ncnn.param"],
+}
 CASES: dict[str, dict[str, Any]] = {
     "onnx": {"format": "onnx"},
     "onnx baked": {"format": "onnx", "preprocess": True, "argmax": True, "batch": 1},
@@ -48,7 +51,9 @@ def case(
     path = tmp_path_factory.mktemp("export") / f"it{FORMATS[options['format']].suffix}"
     if options.get("precision") == "int8":  # random weights stand it worse than trained ones
         options |= {"images": calibration_images(6), "limits": Limits(None, 0.5)}
-    manifest, difference = export(network, path, size=SIZE, class_names=("sky", "Straße"), **options)
+    manifest, difference = export(
+        network, path, size=SIZE, class_names=("sky", "Straße"), **options
+    )
     return request.param, path, manifest, difference.agreement
 
 
@@ -57,7 +62,9 @@ def calibration_images(number: int) -> list[Any]:
 
 
 def images(number: int, size: tuple[int, int] = SIZE) -> torch.Tensor:
-    return torch.stack([normalise(draw_shapes(9, "train", index, size)[0]) for index in range(number)])
+    return torch.stack(
+        [normalise(draw_shapes(9, "train", index, size)[0]) for index in range(number)]
+    )
 
 
 def relative(runtime: Runtime, network: SegFormer, x: torch.Tensor) -> float:
@@ -76,16 +83,27 @@ def test_the_file_gives_the_networks_logits_in_batches_of_any_size(
         with torch.no_grad():
             assert torch.equal(runtime(x).argmax(1), network(x).argmax(1))
     else:
-        assert relative(runtime, network, x) < {"fp32": 1e-5, "fp16": 1e-2, "int8": 1.0}[manifest.precision], name
+        assert (
+            relative(runtime, network, x)
+            < {"fp32": 1e-5, "fp16": 1e-2, "int8": 1.0}[manifest.precision]
+        ), name
     assert agreement > {"fp32": 0.9999, "fp16": 0.995, "int8": 0.5}[manifest.precision]
 
 
-def test_the_file_itself_says_what_it_takes_and_gives(case: tuple[str, Path, Manifest, float]) -> None:
+def test_the_file_itself_says_what_it_takes_and_gives(
+    case: tuple[str, Path, Manifest, float],
+) -> None:
     name, path, manifest, _ = case
     options = CASES[name]
     assert open_exported(path).manifest == manifest
-    assert (manifest.format, manifest.num_classes, manifest.variant) == (options["format"], 5, "b0")
-    assert manifest.shape == (None if options.get("dynamic") else (options.get("batch", 2), *SIZE))
+    assert (manifest.format, manifest.num_classes, manifest.variant) == (
+        options["format"],
+        5,
+        "b0",
+    )
+    assert manifest.shape == (
+        None if options.get("dynamic") else (options.get("batch", 2), *SIZE)
+    )
     assert manifest.class_names == ("sky", "Straße")
 
 
@@ -101,15 +119,25 @@ def test_a_size_that_the_file_does_not_take_is_refused_and_the_right_one_named(
     runtime = open_exported(path)
     if manifest.shape is None:
         assert relative(runtime, network, images(1, (MIN_DYNAMIC + 1, 109))) < 1e-5
-        with pytest.raises(ValueError, match=r"takes images of 64 pixels a side and more, got 60×96; give a larger"):
+        with pytest.raises(
+            ValueError,
+            match=r"takes images of 64 pixels a side and more, got 60×96; give a larger",
+        ):
             runtime(images(1, (60, 96)))
     else:
-        with pytest.raises(ValueError, match=r"takes images of 64×96 alone, got 96×64; give `input_shape` 64 96, or"):
+        with pytest.raises(
+            ValueError,
+            match=r"takes images of 64×96 alone, got 96×64; give `input_shape` 64 96, or",
+        ):
             runtime(images(1, (96, 64)))
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("onnx")], indirect=True, scope="module")
-def test_onnx_has_an_opset_from_17_up_and_no_batchnorm_left(case: tuple[str, Path, Manifest, float]) -> None:
+@pytest.mark.parametrize(
+    "case", [name for name in CASES if name.startswith("onnx")], indirect=True, scope="module"
+)
+def test_onnx_has_an_opset_from_17_up_and_no_batchnorm_left(
+    case: tuple[str, Path, Manifest, float],
+) -> None:
     _, path, manifest, _ = case
     model = onnx.load(path)
     assert [(o.domain, o.version) for o in model.opset_import if o.domain == ""] == [("", 18)]
@@ -120,7 +148,9 @@ def test_onnx_has_an_opset_from_17_up_and_no_batchnorm_left(case: tuple[str, Pat
     assert (model.graph.input[0].name, model.graph.output[0].name) == names
     if manifest.argmax:  # TensorRT makes uint8 of floats alone
         float32, uint8 = model.graph.node[-2:]
-        assert [onnx.helper.get_attribute_value(cast.attribute[0]) for cast in (float32, uint8)] == [1, 2]
+        assert [
+            onnx.helper.get_attribute_value(cast.attribute[0]) for cast in (float32, uint8)
+        ] == [1, 2]
     weights = {t.data_type for t in model.graph.initializer if len(t.dims) > 1}
     assert {"fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8}.get(
         manifest.precision, onnx.TensorProto.FLOAT
@@ -129,20 +159,41 @@ def test_onnx_has_an_opset_from_17_up_and_no_batchnorm_left(case: tuple[str, Pat
         assert onnx.TensorProto.FLOAT not in weights
 
 
-def test_int8_in_openvino_agrees_and_refuses_to_calibrate_in_batches(network: SegFormer, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"format": "openvino", "precision": "int8", "size": SIZE, "images": calibration_images(4)}
-    _, difference = export(network, tmp_path / "it.xml", **options, limits=Limits(None, 0.5), batch=1)
+def test_int8_in_openvino_agrees_and_refuses_to_calibrate_in_batches(
+    network: SegFormer, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "format": "openvino",
+        "precision": "int8",
+        "size": SIZE,
+        "images": calibration_images(4),
+    }
+    _, difference = export(
+        network, tmp_path / "it.xml", **options, limits=Limits(None, 0.5), batch=1
+    )
     assert difference.agreement > 0.5
-    with pytest.raises(ValueError, match="nncf calibrates on one image at a time; for int8 give `batch_size` 1, or"):
+    with pytest.raises(
+        ValueError,
+        match="nncf calibrates on one image at a time; for int8 give `batch_size` 1, or",
+    ):
         export(network, tmp_path / "it.xml", **options, batch=2)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8"}, "int8 needs images to calibrate on, like those the network will see; give some."),
-        ({"format": "pt2"}, r"it.onnx ends in '.onnx', where a file of the format pt2 ends in .pt2.$"),
-        ({"format": "tflite"}, "The format 'tflite' is unknown; choose one of onnx, openvino, pt2, aotinductor, torch"),
+        (
+            {"precision": "int8"},
+            "int8 needs images to calibrate on, like those the network will see; give some.",
+        ),
+        (
+            {"format": "pt2"},
+            r"it.onnx ends in '.onnx', where a file of the format pt2 ends in .pt2.$",
+        ),
+        (
+            {"format": "tflite"},
+            "The format 'tflite' is unknown; choose one of onnx, openvino, pt2, aotinductor, torch",
+        ),
         ({"size": (31, 64)}, "The input is 31×64 pixels; both sides must be at least 32"),
     ],
 )
@@ -154,9 +205,16 @@ def test_what_cannot_be_exported_is_refused(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("options", [{"dynamic": True}, {"batch": 2}, {"preprocess": True}, {"argmax": True}])
-def test_what_ncnn_cannot_take_is_refused(options: dict[str, Any], network: SegFormer, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"takes one normalised image of one size and returns logits; leave out `dyn"):
+@pytest.mark.parametrize(
+    "options", [{"dynamic": True}, {"batch": 2}, {"preprocess": True}, {"argmax": True}]
+)
+def test_what_ncnn_cannot_take_is_refused(
+    options: dict[str, Any], network: SegFormer, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"takes one normalised image of one size and returns logits; leave out `dyn",
+    ):
         export(network, tmp_path / "it.ncnn.param", format="ncnn", size=SIZE, **options)
 
 
@@ -166,16 +224,22 @@ def test_a_network_that_pnnx_cannot_convert_is_refused(
     import pnnx
 
     monkeypatch.setattr(pnnx, "EXEC_PATH", "false")
-    with pytest.raises(ValueError, match=r"^pnnx could not convert the network \(.*\); choose another format\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^pnnx could not convert the network \(.*\); choose another format\.$",
+    ):
         export(network, tmp_path / "it.ncnn.param", format="ncnn", size=SIZE)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2", ".torchscript", ".ncnn.param"])
-def test_a_file_of_the_right_name_and_the_wrong_content_is_refused(suffix: str, tmp_path: Path) -> None:
+def test_a_file_of_the_right_name_and_the_wrong_content_is_refused(
+    suffix: str, tmp_path: Path
+) -> None:
     path = tmp_path / f"bad{suffix}"
     path.write_bytes(np.random.default_rng(0).bytes(2000))
     with pytest.raises(
-        ValueError, match=r"bad\.[\w.]+ is no file that segprune export wrote \(.+\); export it again\.$"
+        ValueError,
+        match=r"bad\.[\w.]+ is no file that segprune export wrote \(.+\); export it again\.$",
     ):
         open_exported(path)
 
@@ -183,7 +247,12 @@ def test_a_file_of_the_right_name_and_the_wrong_content_is_refused(suffix: str, 
 def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)), str(tmp_path / "other.torchscript"))
-    with pytest.raises(ValueError, match="it holds no description by segprune of what it takes"):
+        torch.jit.save(
+            torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)),
+            str(tmp_path / "other.torchscript"),
+        )
+    with pytest.raises(
+        ValueError, match="it holds no description by segprune of what it takes"
+    ):
         open_exported(tmp_path / "other.torchscript")
     assert not is_compiled(tmp_path / "other.torchscript")

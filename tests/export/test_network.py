@@ -32,7 +32,10 @@ def test_half_precision_takes_and_gives_float32(small_model: SegFormer) -> None:
 def test_a_class_map_of_too_many_classes_is_refused(small_spec: Spec) -> None:
     model = SegFormer(replace(small_spec, num_classes=257))
     Deployed(model)
-    with pytest.raises(ValueError, match="has 257 classes, where a class map can hold 256; leave argmax out of `bake`"):
+    with pytest.raises(
+        ValueError,
+        match="has 257 classes, where a class map can hold 256; leave argmax out of `bake`",
+    ):
         Deployed(model, argmax=True)
 
 
@@ -52,4 +55,6 @@ def test_folding_for_inference_keeps_the_logits_in_float64_and_the_given_network
 
 
 def test_folding_for_inference_leaves_training_mode(small_model: SegFormer) -> None:
-    assert not any(module.training for module in fold_for_inference(small_model.train()).modules())
+    assert not any(
+        module.training for module in fold_for_inference(small_model.train()).modules()
+    )

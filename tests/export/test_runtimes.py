@@ -14,7 +14,9 @@ from segprune.export.runtimes import Runtime, is_exported, require
 
 
 def manifest(
-    shape: tuple[int, int, int] | None = (2, 4, 6), preprocess: bool = False, argmax: bool = False
+    shape: tuple[int, int, int] | None = (2, 4, 6),
+    preprocess: bool = False,
+    argmax: bool = False,
 ) -> Manifest:
     return Manifest("b0", 3, "onnx", "fp32", shape, preprocess, argmax, ("a", "b", "c"))
 
@@ -32,7 +34,9 @@ def test_a_file_written_before_colours_stood_in_it_still_opens() -> None:
     assert parse_manifest(json.dumps(data)) == manifest()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"variant": "b0"}', manifest().text[:-1]])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", "null", '{"variant": "b0"}', manifest().text[:-1]]
+)
 def test_what_is_no_manifest_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="it holds no description by segprune"):
         parse_manifest(text)
@@ -52,7 +56,12 @@ def test_a_fixed_batch_is_filled_up_and_cut_again(number: int) -> None:
 
 
 def test_baked_preprocessing_gets_back_the_pixels_there_were() -> None:
-    pixels = torch.arange(256).repeat_interleave(3)[: 2 * 4 * 6 * 3].reshape(2, 4, 6, 3).to(torch.uint8)
+    pixels = (
+        torch.arange(256)
+        .repeat_interleave(3)[: 2 * 4 * 6 * 3]
+        .reshape(2, 4, 6, 3)
+        .to(torch.uint8)
+    )
     seen = []
 
     def run(x: Tensor) -> Tensor:
@@ -72,14 +81,23 @@ def test_classes_become_logits_whose_highest_they_are() -> None:
 
 
 def test_the_names_of_exported_files_are_known() -> None:
-    assert all(is_exported(f"a/b{suffix}") for suffix in (".onnx", ".xml", ".pt2", ".torchscript", ".ncnn.param"))
-    assert not any(is_exported(name) for name in ("a.pth", "a.pt", "nvidia/segformer", "a.safetensors", "onnx"))
+    assert all(
+        is_exported(f"a/b{suffix}")
+        for suffix in (".onnx", ".xml", ".pt2", ".torchscript", ".ncnn.param")
+    )
+    assert not any(
+        is_exported(name)
+        for name in ("a.pth", "a.pt", "nvidia/segformer", "a.safetensors", "onnx")
+    )
 
 
 @pytest.mark.parametrize(
-    ("package", "missing"), [("onnxruntime", "onnxruntime"), ("onnxruntime.quantization", "onnxruntime")]
+    ("package", "missing"),
+    [("onnxruntime", "onnxruntime"), ("onnxruntime.quantization", "onnxruntime")],
 )
-def test_a_missing_package_is_named_with_the_extra(package: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_the_extra(
+    package: str, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "onnxruntime.quantization", raising=False)
     with pytest.raises(ImportError) as caught:

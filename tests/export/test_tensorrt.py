@@ -6,7 +6,10 @@ from segprune.export.tensorrt import command_line
 
 def test_a_fixed_size_needs_no_more_than_the_file() -> None:
     manifest = Manifest("b0", 5, "onnx", "fp32", (1, 64, 64), preprocess=False, argmax=False)
-    assert command_line(Path("a b/c.onnx"), manifest) == "trtexec '--onnx=a b/c.onnx' '--saveEngine=a b/c.engine'"
+    assert (
+        command_line(Path("a b/c.onnx"), manifest)
+        == "trtexec '--onnx=a b/c.onnx' '--saveEngine=a b/c.engine'"
+    )
 
 
 def test_any_size_gets_a_range_and_half_precision_follows_the_file() -> None:

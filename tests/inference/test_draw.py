@@ -39,7 +39,10 @@ def _fonts_found_anew() -> Iterator[None]:
 
 def test_a_label_is_painted_in_its_palette_colour() -> None:
     labels = np.array([[0, 1, 2], [3, 20, 255]], dtype=np.uint8)
-    published = [[(0, 0, 0), (128, 0, 0), (0, 128, 0)], [(128, 128, 0), (0, 64, 128), (224, 224, 192)]]  # VOC's
+    published = [
+        [(0, 0, 0), (128, 0, 0), (0, 128, 0)],
+        [(128, 128, 0), (0, 64, 128), (224, 224, 192)],
+    ]  # VOC's
     assert paint(labels, PALETTE).tolist() == np.array(published).tolist()
 
 
@@ -75,7 +78,9 @@ def test_side_by_side_has_both_whole_with_white_between() -> None:
 def test_an_error_map_tells_right_wrong_and_ignored_apart() -> None:
     labels = np.array([[1, 1, 255, 255]], dtype=np.uint8)
     predicted = np.array([[1, 2, 1, 255]], dtype=np.uint8)
-    assert error_map(labels, predicted).tolist() == [[list(RIGHT), list(WRONG), list(IGNORED), list(IGNORED)]]
+    assert error_map(labels, predicted).tolist() == [
+        [list(RIGHT), list(WRONG), list(IGNORED), list(IGNORED)]
+    ]
 
 
 def colours_in(picture: Image.Image) -> set[tuple[int, ...]]:
@@ -95,13 +100,17 @@ def test_a_legend_shows_the_colours_that_are_asked_for_and_no_others() -> None:
 
 @pytest.mark.parametrize("width", [160, 400, 900])
 @pytest.mark.parametrize("longest", [1, 20, 200])
-def test_a_legend_is_no_wider_than_allowed_and_cuts_nothing_off(longest: int, width: int) -> None:
+def test_a_legend_is_no_wider_than_allowed_and_cuts_nothing_off(
+    longest: int, width: int
+) -> None:
     names = [*"abcdefg", "m" * longest]
     sheet = np.asarray(legend(names, PALETTE, width=width))
     assert sheet.shape[1] <= width
     assert (sheet[:, -2:] == 255).all()  # paper at the right and below
     assert (sheet[-2:] == 255).all()
-    assert {tuple(PALETTE[3 * k : 3 * k + 3]) for k in range(8)} <= colours_in(Image.fromarray(sheet))
+    assert {tuple(PALETTE[3 * k : 3 * k + 3]) for k in range(8)} <= colours_in(
+        Image.fromarray(sheet)
+    )
 
 
 def test_a_legend_of_nothing_is_blank_paper() -> None:
@@ -113,7 +122,9 @@ def test_ignored_pixels_have_their_own_entry() -> None:
     assert draw._label_text(255, ["c"] * 256) == "255 c"
 
 
-@pytest.mark.parametrize(("name", "text"), [("cat", "0 cat"), (" two\nlines ", "0 two lines"), ("0", "0"), ("", "0")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("cat", "0 cat"), (" two\nlines ", "0 two lines"), ("0", "0"), ("", "0")]
+)
 def test_a_class_is_written_as_number_and_name(name: str, text: str) -> None:
     assert draw._label_text(0, [name]) == text
 
@@ -137,9 +148,16 @@ ENDCHAR
 @pytest.fixture
 def chinese_font(tmp_path: Path) -> Path:
     """A bitmap font that has one Chinese letter, digits' space, and a box for what it lacks."""
-    letters = {"box": (0, "FF\n" + "81\n" * 6 + "FF"), "cat": (ord(CAT), "AA\n55\n" * 4), "zero": (48, "3C\n" * 8)}
+    letters = {
+        "box": (0, "FF\n" + "81\n" * 6 + "FF"),
+        "cat": (ord(CAT), "AA\n55\n" * 4),
+        "zero": (48, "3C\n" * 8),
+    }
     letters["blank"] = (32, "00\n" * 8)
-    body = "".join(LETTER.format(name=name, code=code, rows=rows.strip()) for name, (code, rows) in letters.items())
+    body = "".join(
+        LETTER.format(name=name, code=code, rows=rows.strip())
+        for name, (code, rows) in letters.items()
+    )
     path = tmp_path / "cjk.bdf"
     path.write_text(
         "STARTFONT 2.1\nFONT -test-cjk-medium-r-normal--15-150-72-72-p-80-iso10646-1\nSIZE 15 72 72\n"
@@ -150,7 +168,9 @@ def chinese_font(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_chinese_name_is_written_where_a_font_has_it(chinese_font: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chinese_name_is_written_where_a_font_has_it(
+    chinese_font: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(draw, "FONTS", ("no such font.ttf", str(chinese_font)))
     assert draw._label_text(0, [CAT]) == f"0 {CAT}"
     with_name, without = (np.asarray(legend([name], PALETTE)) for name in (CAT, ""))
@@ -164,23 +184,37 @@ def test_a_name_that_no_font_has_becomes_the_number_and_never_boxes(
     assert draw._label_text(3, ["a", "b", "c", "\u72d7"]) == "3"
     monkeypatch.setattr(draw, "FONTS", ())
     names = [CAT, "\u72d7"]
-    assert np.array_equal(np.asarray(legend(names, PALETTE)), np.asarray(legend(["", ""], PALETTE)))
+    assert np.array_equal(
+        np.asarray(legend(names, PALETTE)), np.asarray(legend(["", ""], PALETTE))
+    )
 
 
-def test_an_image_whose_name_no_font_has_is_captioned_with_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_whose_name_no_font_has_is_captioned_with_question_marks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(draw, "FONTS", ())
     sheets = [
-        np.asarray(contact_sheet([(name, IMAGE, LABELS, LABELS)], PALETTE, [])) for name in (f"{CAT}1.jpg", "?1.jpg")
+        np.asarray(contact_sheet([(name, IMAGE, LABELS, LABELS)], PALETTE, []))
+        for name in (f"{CAT}1.jpg", "?1.jpg")
     ]
     assert np.array_equal(*sheets)
 
 
 def test_a_contact_sheet_shows_image_truth_prediction_and_difference() -> None:
     predicted = np.zeros_like(LABELS)
-    image = np.kron(IMAGE, np.ones((4, 4, 1), dtype=np.uint8))[:, :PANEL]  # no resampling is needed for a panel
-    labels, predicted = (np.kron(x, np.ones((4, 4), dtype=np.uint8))[:, :PANEL] for x in (LABELS, predicted))
+    image = np.kron(IMAGE, np.ones((4, 4, 1), dtype=np.uint8))[
+        :, :PANEL
+    ]  # no resampling is needed for a panel
+    labels, predicted = (
+        np.kron(x, np.ones((4, 4), dtype=np.uint8))[:, :PANEL] for x in (LABELS, predicted)
+    )
     sheet = np.asarray(contact_sheet([("a", image, labels, predicted)], PALETTE, ["zero"]))
-    panels = (image, paint(labels, PALETTE), paint(predicted, PALETTE), error_map(labels, predicted))
+    panels = (
+        image,
+        paint(labels, PALETTE),
+        paint(predicted, PALETTE),
+        error_map(labels, predicted),
+    )
     found = [
         (y, x)
         for x in range(sheet.shape[1] - PANEL)
@@ -196,7 +230,9 @@ def test_a_contact_sheet_shows_image_truth_prediction_and_difference() -> None:
 
 def test_each_image_stands_below_the_one_before() -> None:
     row = ("a", IMAGE, LABELS, LABELS)
-    one, two, five = (contact_sheet([row] * number, PALETTE, ["zero"] * 8) for number in (1, 2, 5))
+    one, two, five = (
+        contact_sheet([row] * number, PALETTE, ["zero"] * 8) for number in (1, 2, 5)
+    )
     assert one.width == two.width == five.width
     assert five.height - one.height == 4 * (two.height - one.height)
 
@@ -205,7 +241,9 @@ def test_images_of_all_sizes_and_names_fit_on_one_sheet() -> None:
     rows = []
     for size in ((1, 1), (3, 900), (900, 3), (32, 32)):
         labels = np.full(size, 255, dtype=np.uint8)
-        rows.append(("n" * 500, np.zeros((*size, 3), dtype=np.uint8), labels, np.zeros_like(labels)))
+        rows.append(
+            ("n" * 500, np.zeros((*size, 3), dtype=np.uint8), labels, np.zeros_like(labels))
+        )
     sheet = contact_sheet(rows, PALETTE, ["zero"])
     assert (np.asarray(sheet)[40:, -2:] == 255).all()
     assert tuple(PALETTE[-3:]) in colours_in(sheet)  # the ignored have an entry
@@ -213,7 +251,8 @@ def test_images_of_all_sizes_and_names_fit_on_one_sheet() -> None:
 
 def test_a_row_of_unequal_sizes_is_refused_by_name() -> None:
     with pytest.raises(
-        ValueError, match=r"^a\.jpg: image, labels and prediction are 40×60, 40×60, 39×60 \(H×W\); give"
+        ValueError,
+        match=r"^a\.jpg: image, labels and prediction are 40×60, 40×60, 39×60 \(H×W\); give",
     ):
         contact_sheet([("a.jpg", IMAGE, LABELS, LABELS[1:])], PALETTE, [])
 

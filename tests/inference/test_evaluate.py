@@ -33,7 +33,9 @@ class ColourModel(nn.Module):
 
 
 def blocks(height: int, width: int, side: int = 8) -> np.ndarray:
-    labels = np.random.default_rng(height * width).integers(0, 4, (height // side, width // side), dtype=np.uint8)
+    labels = np.random.default_rng(height * width).integers(
+        0, 4, (height // side, width // side), dtype=np.uint8
+    )
     return labels.repeat(side, 0).repeat(side, 1)
 
 
@@ -52,37 +54,66 @@ def test_masks_without_a_labelled_pixel_are_refused(tmp_path: Path) -> None:
         evaluate(ColourModel(), [sample], 4, EvalMode(input_shape=(32, 32)))
 
 
-@pytest.mark.parametrize("size", [(32, 64), (64, 32), (64, 128), (128, 64), (16, 32), (64, 64), (24, 64)])
-def test_perfect_predictions_score_one_on_pictures_of_any_shape(tmp_path: Path, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "size", [(32, 64), (64, 32), (64, 128), (128, 64), (16, 32), (64, 64), (24, 64)]
+)
+def test_perfect_predictions_score_one_on_pictures_of_any_shape(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
     samples = [write_sample(tmp_path, blocks(*size))]
     perfect = evaluate(ColourModel(), samples, 4, EvalMode(input_shape=(64, 64)))
     assert (perfect.miou, perfect.pixel_accuracy) == (1.0, 1.0)
 
 
-def test_pictures_of_different_shapes_share_a_batch_and_the_matrix_is_summed_over_them(tmp_path: Path) -> None:
+def test_pictures_of_different_shapes_share_a_batch_and_the_matrix_is_summed_over_them(
+    tmp_path: Path,
+) -> None:
     right, wrong = blocks(32, 64), np.full((64, 48), 1, dtype=np.uint8)
-    samples = [write_sample(tmp_path, right), write_sample(tmp_path, wrong, COLOURS[np.zeros_like(wrong)])]
+    samples = [
+        write_sample(tmp_path, right),
+        write_sample(tmp_path, wrong, COLOURS[np.zeros_like(wrong)]),
+    ]
     tally = Tally(4)
     tally.update(torch.from_numpy(right), torch.from_numpy(right))
     tally.update(torch.zeros(wrong.shape), torch.ones(wrong.shape))
     expected = score(tally.counts, 4, 2)
     assert 0 < expected.miou < 1
     for batch_size in (1, 2, 8):
-        assert evaluate(ColourModel(), samples, 4, EvalMode(input_shape=(64, 64)), batch_size=batch_size) == expected
+        assert (
+            evaluate(
+                ColourModel(), samples, 4, EvalMode(input_shape=(64, 64)), batch_size=batch_size
+            )
+            == expected
+        )
 
 
 def test_ignored_pixels_count_nowhere(tmp_path: Path) -> None:
     labels = blocks(32, 64)
     image = COLOURS[labels]
     image[:, :8] = COLOURS[(labels[:, :8] + 1) % 4]  # predicted wrongly
-    assert evaluate(ColourModel(), [write_sample(tmp_path, labels, image)], 4, EvalMode(input_shape=(64, 64))).miou < 1
+    assert (
+        evaluate(
+            ColourModel(),
+            [write_sample(tmp_path, labels, image)],
+            4,
+            EvalMode(input_shape=(64, 64)),
+        ).miou
+        < 1
+    )
     labels[:, :8] = 255
-    perfect = evaluate(ColourModel(), [write_sample(tmp_path, labels, image)], 4, EvalMode(input_shape=(64, 64)))
+    perfect = evaluate(
+        ColourModel(),
+        [write_sample(tmp_path, labels, image)],
+        4,
+        EvalMode(input_shape=(64, 64)),
+    )
     assert (perfect.miou, perfect.pixel_accuracy) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_scored_in_eval_mode_and_comes_back_in_its_own(tmp_path: Path, training: bool) -> None:
+def test_the_model_is_scored_in_eval_mode_and_comes_back_in_its_own(
+    tmp_path: Path, training: bool
+) -> None:
     model = ColourModel().train(training)
     evaluate(model, [write_sample(tmp_path, blocks(32, 32))], 4, EvalMode(input_shape=(32, 32)))
     assert model.modes == [False]
@@ -114,26 +145,37 @@ def test_progress_counts_pictures_batch_by_batch(tmp_path: Path) -> None:
 
 
 def test_a_function_is_scored_like_the_network_it_calls(tmp_path: Path) -> None:
-    samples, how = [write_sample(tmp_path, blocks(32, 64))], EvalMode(input_shape=(40, 40), boundary=True)
+    samples, how = (
+        [write_sample(tmp_path, blocks(32, 64))],
+        EvalMode(input_shape=(40, 40), boundary=True),
+    )
     model = ColourModel()
-    assert evaluate(lambda pixels: model(pixels), samples, 4, how) == evaluate(model, samples, 4, how)
+    assert evaluate(lambda pixels: model(pixels), samples, 4, how) == evaluate(
+        model, samples, 4, how
+    )
 
 
 @pytest.mark.parametrize("mode", ["letterbox", "whole", "slide"])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_processes_that_share_the_pictures_count_what_one_does(tmp_path: Path, mode: Mode, num_workers: int) -> None:
+def test_processes_that_share_the_pictures_count_what_one_does(
+    tmp_path: Path, mode: Mode, num_workers: int
+) -> None:
     rng = np.random.default_rng(0)
     samples = []
     for size in ((32, 64), (64, 32), (48, 48), (40, 96), (16, 16)):
         labels = blocks(*size)
-        samples.append(write_sample(tmp_path, labels, COLOURS[np.where(rng.random(size) < 0.4, 0, labels)]))
+        samples.append(
+            write_sample(tmp_path, labels, COLOURS[np.where(rng.random(size) < 0.4, 0, labels)])
+        )
     how = EvalMode(mode, (40, 48), boundary=True)
     whole = evaluate(ColourModel(), samples, 4, how, batch_size=2)
     assert 0 < whole.miou < 1
     total, seen = Tally(4, boundary=True).counts, 0
     for process in range(2):
         mine = shard(samples, process, 2)
-        for number, counts in tallies(ColourModel(), mine, 4, how, device="cpu", batch_size=2, num_workers=num_workers):
+        for number, counts in tallies(
+            ColourModel(), mine, 4, how, device="cpu", batch_size=2, num_workers=num_workers
+        ):
             assert counts.dtype == torch.int64
             total += counts  # as it is, outside of inference mode
             seen += number
@@ -151,4 +193,9 @@ def test_boundaries_are_scored_where_asked_for(tmp_path: Path) -> None:
     samples = [write_sample(tmp_path, blocks(32, 64))]
     without = evaluate(ColourModel(), samples, 4, EvalMode(input_shape=(64, 64)))
     assert without.boundary_iou is None
-    assert evaluate(ColourModel(), samples, 4, EvalMode(input_shape=(64, 64), boundary=True)).boundary_miou == 1.0
+    assert (
+        evaluate(
+            ColourModel(), samples, 4, EvalMode(input_shape=(64, 64), boundary=True)
+        ).boundary_miou
+        == 1.0
+    )

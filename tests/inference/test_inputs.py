@@ -24,7 +24,9 @@ def put(path: Path, array: np.ndarray = RGB, **options: object) -> Path:
     return path
 
 
-def test_folders_videos_images_and_cameras_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_videos_images_and_cameras_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.MP4", "b.jpg", "c"):
         Path(name).touch()
@@ -41,9 +43,13 @@ def test_folders_videos_images_and_cameras_are_told_apart(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("source", ["nothing.jpg", "-1", "1.5", "²"])
-def test_what_is_not_there_is_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there_is_refused(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist; give an image, a folder of images"):
+    with pytest.raises(
+        FileNotFoundError, match="does not exist; give an image, a folder of images"
+    ):
         recognise_input(source)
 
 
@@ -56,7 +62,9 @@ def test_images_are_found_below_the_folder_in_order_and_others_counted(tmp_path:
         (root / name).touch()
     images, others = find_images(str(root), str(tmp_path / "out"))
     assert [image.name for image in images] == ["a.webp", "b.JPG", "猫/ü.png", "猫/z/deep.bmp"]
-    assert [Path(image.target) for image in images] == list(map(Path, ["a.png", "b.png", "猫/ü.png", "猫/z/deep.png"]))
+    assert [Path(image.target) for image in images] == list(
+        map(Path, ["a.png", "b.png", "猫/ü.png", "猫/z/deep.png"])
+    )
     assert others == 2
 
 
@@ -65,7 +73,12 @@ def test_images_that_differ_in_their_ending_alone_keep_it(tmp_path: Path) -> Non
         put(tmp_path / "in" / name)
     images, _ = find_images(str(tmp_path / "in"), str(tmp_path / "out"))
     targets = {image.name: image.target for image in images}
-    assert targets == {"a.jpg": "a.jpg.png", "A.png": "A.png.png", "b.jpg": "b.png", "sub/a.jpg": "sub/a.png"}
+    assert targets == {
+        "a.jpg": "a.jpg.png",
+        "A.png": "A.png.png",
+        "b.jpg": "b.png",
+        "sub/a.jpg": "sub/a.png",
+    }
 
 
 def test_what_an_earlier_run_wrote_is_not_read_again(tmp_path: Path) -> None:
@@ -99,13 +112,17 @@ def stored(kind: str, path: Path) -> tuple[Path, np.ndarray]:
             alpha = np.full((40, 60, 1), 7, dtype=np.uint8)
             return put(path.with_suffix(".png"), np.concatenate([RGB, alpha], axis=2)), RGB
         case "16-bit PNG":
-            return put(path.with_suffix(".png"), (GREY * 256.99).astype(np.uint16)), three  # to be rounded up
+            return put(
+                path.with_suffix(".png"), (GREY * 256.99).astype(np.uint16)
+            ), three  # to be rounded up
         case "16-bit TIFF":
             return put(path.with_suffix(".tif"), GREY.astype(np.uint16) * 257), three
         case "32-bit TIFF":
             return put(path.with_suffix(".tif"), GREY.astype(np.int32) * 257), three
         case "black and white":
-            return put(path.with_suffix(".png"), GREY > 127), np.where(three > 127, 255, 0).astype(np.uint8)
+            return put(path.with_suffix(".png"), GREY > 127), np.where(
+                three > 127, 255, 0
+            ).astype(np.uint8)
         case "turned":
             exif = Image.Exif()
             exif[0x0112] = 6  # to be turned by a quarter, clockwise
@@ -123,7 +140,9 @@ def stored(kind: str, path: Path) -> tuple[Path, np.ndarray]:
         "RGB", "grey", "RGBA", "16-bit PNG", "16-bit TIFF", "32-bit TIFF", "black and white", "turned", "turned 16-bit",
     ],
 )  # fmt: skip
-def test_a_image_is_read_upright_in_8_bits_however_it_is_stored(kind: str, tmp_path: Path) -> None:
+def test_a_image_is_read_upright_in_8_bits_however_it_is_stored(
+    kind: str, tmp_path: Path
+) -> None:
     path, meant = stored(kind, tmp_path / "x")
     assert np.array_equal(read_image(path, WHOLE).image, meant)
 
@@ -131,32 +150,47 @@ def test_a_image_is_read_upright_in_8_bits_however_it_is_stored(kind: str, tmp_p
 def test_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
     path = put(tmp_path / "x.tif", np.full((4, 4), 70000, dtype=np.int32))
     with pytest.raises(
-        ValueError, match=r"x\.tif holds values from 70000 to 70000, where 0\.\.65535 is allowed; save it"
+        ValueError,
+        match=r"x\.tif holds values from 70000 to 70000, where 0\.\.65535 is allowed; save it",
     ):
         read_image(path, WHOLE)
 
 
 def test_floating_point_images_are_refused(tmp_path: Path) -> None:
     path = put(tmp_path / "x.tif", np.zeros((4, 4), dtype=np.float32))
-    with pytest.raises(ValueError, match=r"x\.tif has mode F, where 8 or 16 bits per channel are allowed; save it"):
+    with pytest.raises(
+        ValueError,
+        match=r"x\.tif has mode F, where 8 or 16 bits per channel are allowed; save it",
+    ):
         read_image(path, WHOLE)
 
 
 @pytest.mark.parametrize("damage", ["empty", "a text", "half"])
 def test_a_damaged_image_is_refused_by_name(damage: str, tmp_path: Path) -> None:
     path = put(tmp_path / "x.jpg")
-    content = {"empty": b"", "a text": b"no image", "half": path.read_bytes()[: path.stat().st_size // 2]}
+    content = {
+        "empty": b"",
+        "a text": b"no image",
+        "half": path.read_bytes()[: path.stat().st_size // 2],
+    }
     path.write_bytes(content[damage])
-    with pytest.raises(ValueError, match=r"x\.jpg cannot be read as an image \(.+\); replace it\.$"):
+    with pytest.raises(
+        ValueError, match=r"x\.jpg cannot be read as an image \(.+\); replace it\.$"
+    ):
         read_image(path, WHOLE)
 
 
-def test_whatever_a_decoder_stumbles_over_names_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_decoder_stumbles_over_names_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stumble(*args: object, **kwargs: object) -> None:
         raise IndexError("list index out of range")
 
     monkeypatch.setattr("segprune.inference.inputs.load_image", stumble)
-    with pytest.raises(ValueError, match=r"x\.png cannot be read as an image \(list index out of range\); replace"):
+    with pytest.raises(
+        ValueError,
+        match=r"x\.png cannot be read as an image \(list index out of range\); replace",
+    ):
         read_image(put(tmp_path / "x.png"), WHOLE)
 
 

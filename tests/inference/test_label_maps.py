@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from segprune.data import normalise
 from segprune.inference import label_maps as module
-from segprune.inference.label_maps import EvalMode, Network, Predict, label_maps, normalise_pixels, prepare
+from segprune.inference.label_maps import (
+    EvalMode,
+    Network,
+    Predict,
+    label_maps,
+    normalise_pixels,
+    prepare,
+)
 
 K = 5
 
@@ -27,17 +34,26 @@ def predict() -> Predict:
     generator = torch.Generator().manual_seed(1)
     near = torch.randn(K, 3, 9, 9, generator=generator, dtype=torch.float64) / 9
     far = torch.randn(K, 3, generator=generator, dtype=torch.float64)
-    return lambda x: F.conv2d(x.double(), near, padding=4) + (far @ x.double().mean((2, 3)).T).T[:, :, None, None]
+    return lambda x: (
+        F.conv2d(x.double(), near, padding=4)
+        + (far @ x.double().mean((2, 3)).T).T[:, :, None, None]
+    )
 
 
 def picture(height: int, width: int) -> np.ndarray:
     rng = np.random.default_rng(height * 1000 + width)
-    small = rng.integers(0, 256, (math.ceil(height / 8), math.ceil(width / 8), 3), dtype=np.uint8)
+    small = rng.integers(
+        0, 256, (math.ceil(height / 8), math.ceil(width / 8), 3), dtype=np.uint8
+    )
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def labelled(predict: Predict, images: list[np.ndarray], how: EvalMode, batch_size: int = 4) -> list[Tensor]:
-    return label_maps(Network(predict, K, "cpu", batch_size), [prepare(image, how) for image in images], how)
+def labelled(
+    predict: Predict, images: list[np.ndarray], how: EvalMode, batch_size: int = 4
+) -> list[Tensor]:
+    return label_maps(
+        Network(predict, K, "cpu", batch_size), [prepare(image, how) for image in images], how
+    )
 
 
 def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -50,7 +66,9 @@ def padded(image: np.ndarray, height: int, width: int) -> Tensor:
     return normalise(canvas)[None]
 
 
-def slid(predict: Predict, image: np.ndarray, window: tuple[int, int], step: tuple[int, int]) -> Tensor:
+def slid(
+    predict: Predict, image: np.ndarray, window: tuple[int, int], step: tuple[int, int]
+) -> Tensor:
     """Sums and counts over the whole picture, a window at a time, as mmsegmentation lays them out."""
     height, width = image.shape[:2]
     x = padded(image, max(height, window[0]), max(width, window[1]))
@@ -59,7 +77,10 @@ def slid(predict: Predict, image: np.ndarray, window: tuple[int, int], step: tup
     columns = max(x.shape[3] - window[1] + step[1] - 1, 0) // step[1] + 1
     for i in range(rows):
         for j in range(columns):
-            bottom, right = min(i * step[0] + window[0], x.shape[2]), min(j * step[1] + window[1], x.shape[3])
+            bottom, right = (
+                min(i * step[0] + window[0], x.shape[2]),
+                min(j * step[1] + window[1], x.shape[3]),
+            )
             part = (slice(bottom - window[0], bottom), slice(right - window[1], right))
             total[:, :, *part] += predict(x[:, :, *part]).float()
             count[part] += 1
@@ -82,7 +103,12 @@ def test_normalise_pixels_is_the_datas_normalise() -> None:
 
 
 def test_a_whole_picture_is_padded_to_a_multiple_of_32_and_cut_again(predict: Predict) -> None:
-    images = [picture(33, 70), picture(64, 32), picture(50, 90), picture(20, 31)]  # two share a padded size
+    images = [
+        picture(33, 70),
+        picture(64, 32),
+        picture(50, 90),
+        picture(20, 31),
+    ]  # two share a padded size
     for image, found in zip(images, labelled(predict, images, EvalMode("whole")), strict=True):
         height, width = image.shape[:2]
         x = padded(image, math.ceil(height / 32) * 32, math.ceil(width / 32) * 32)
@@ -99,9 +125,14 @@ def test_sliding_windows_are_averaged_where_they_overlap(
     same(found, slid(predict, image, window, step or (22, 27))[0].argmax(0))
 
 
-def test_one_window_that_holds_the_picture_is_the_picture_in_a_letterbox(predict: Predict) -> None:
+def test_one_window_that_holds_the_picture_is_the_picture_in_a_letterbox(
+    predict: Predict,
+) -> None:
     image = picture(64, 96)
-    found = [labelled(predict, [image], EvalMode(mode, (64, 96)))[0] for mode in ("letterbox", "slide", "whole")]
+    found = [
+        labelled(predict, [image], EvalMode(mode, (64, 96)))[0]
+        for mode in ("letterbox", "slide", "whole")
+    ]
     same(found[0], found[1])
     same(found[0], found[2])
 
@@ -126,8 +157,13 @@ def test_strips_change_nothing(
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("mode", ["letterbox", "whole", "slide"])
-def test_the_batch_changes_nothing(predict: Predict, mode: module.Mode, batch_size: int) -> None:
-    images, how = [picture(64, 40), picture(40, 64), picture(64, 50), picture(90, 31)], EvalMode(mode, (32, 48))
+def test_the_batch_changes_nothing(
+    predict: Predict, mode: module.Mode, batch_size: int
+) -> None:
+    images, how = (
+        [picture(64, 40), picture(40, 64), picture(64, 50), picture(90, 31)],
+        EvalMode(mode, (32, 48)),
+    )
     together = labelled(predict, images, how, batch_size)
     for image, found in zip(images, together, strict=True):
         same(found, labelled(predict, [image], how, 3)[0])
@@ -138,7 +174,9 @@ def test_views_vote_with_their_softmax_at_the_pictures_own_size(predict: Predict
     votes = torch.zeros(K, 60, 90)
     for scale in (0.5, 1.0, 1.5):
         height, width = round(60 * scale), round(90 * scale)
-        small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        small = np.asarray(
+            Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        )
         x = padded(small, math.ceil(height / 32) * 32, math.ceil(width / 32) * 32)
         for logits in (predict(x), predict(x.flip(-1)).flip(-1)):
             votes += resized(logits[:, :, :height, :width], (60, 90))[0].softmax(0)
@@ -165,7 +203,9 @@ def test_logits_at_a_lower_resolution_are_resized(predict: Predict, mode: module
     same(labelled(coarse, [image], how)[0], labelled(fine, [image], how)[0])
 
 
-def test_sliding_keeps_only_the_rows_that_are_still_needed(predict: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sliding_keeps_only_the_rows_that_are_still_needed(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     most = 0
     read = module._SlidingWindows.read
 
@@ -193,17 +233,31 @@ def test_a_network_with_other_classes_is_refused() -> None:
     ("settings", "message"),
     [
         ({"mode": "crop"}, "`mode` 'crop' is unknown; choose one of letterbox, whole, slide."),
-        ({"scales": ()}, "`scales` is empty; give at least one, each above 0, such as 0.75 1 1.25."),
-        ({"scales": (1.0, 0.0)}, "`scales` is 1 0; give at least one, each above 0, such as 0.75 1 1.25."),
+        (
+            {"scales": ()},
+            "`scales` is empty; give at least one, each above 0, such as 0.75 1 1.25.",
+        ),
+        (
+            {"scales": (1.0, 0.0)},
+            "`scales` is 1 0; give at least one, each above 0, such as 0.75 1 1.25.",
+        ),
         ({"scales": (math.nan,)}, "`scales` is nan; give at least one, each above 0"),
-        ({"stride": (9, 9)}, "`stride` has no effect in mode letterbox; leave it out, or choose the mode slide."),
+        (
+            {"stride": (9, 9)},
+            "`stride` has no effect in mode letterbox; leave it out, or choose the mode slide.",
+        ),
         (
             {"mode": "slide", "input_shape": (64, 32), "stride": (64, 33)},
             "`stride` is 64×33, where 1×1 to the window's 64×32 is allowed; a longer one would leave pixels out.",
         ),
-        ({"mode": "slide", "stride": (0, 9)}, "`stride` is 0×9, where 1×1 to the window's 512×512 is allowed"),
+        (
+            {"mode": "slide", "stride": (0, 9)},
+            "`stride` is 0×9, where 1×1 to the window's 512×512 is allowed",
+        ),
     ],
 )
-def test_a_mode_that_makes_no_sense_is_refused(settings: dict[str, object], message: str) -> None:
+def test_a_mode_that_makes_no_sense_is_refused(
+    settings: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         EvalMode(**settings)  # type: ignore[arg-type]

@@ -12,7 +12,9 @@ from torchmetrics import Accuracy, JaccardIndex, Precision, Recall
 from segprune.inference.metrics import Score, Tally, score, shard
 
 
-def maps(seed: int, size: tuple[int, ...], values: tuple[int, ...], noise: float = 0.3) -> tuple[Tensor, Tensor]:
+def maps(
+    seed: int, size: tuple[int, ...], values: tuple[int, ...], noise: float = 0.3
+) -> tuple[Tensor, Tensor]:
     """Predictions and labels in blocks of 4 pixels, mostly the same; labels have 255 among them."""
     rng = np.random.default_rng(seed)
     blocks = rng.choice([*values, 255], size=[*size[:-2], -(-size[-2] // 4), -(-size[-1] // 4)])
@@ -22,7 +24,9 @@ def maps(seed: int, size: tuple[int, ...], values: tuple[int, ...], noise: float
     return torch.from_numpy(predicted), torch.from_numpy(labels.astype(np.uint8))
 
 
-def tallied(predicted: Tensor, labels: Tensor, num_classes: int, *, boundary: bool = False) -> Score:
+def tallied(
+    predicted: Tensor, labels: Tensor, num_classes: int, *, boundary: bool = False
+) -> Score:
     tally = Tally(num_classes, boundary=boundary)
     for one, truth in zip(predicted, labels, strict=True):
         tally.update(one, truth)
@@ -43,8 +47,12 @@ def test_every_ratio_is_torchmetrics_even_with_absent_classes(present: tuple[int
         each = theirs(**how, average="none")(predicted, labels.long())
         assert [value or 0.0 for value in per_class] == pytest.approx(each.tolist(), abs=1e-6)
         if mean is not None:
-            assert mean == pytest.approx(float(theirs(**how, average="macro")(predicted, labels.long())), abs=1e-6)
-    assert mine.pixel_accuracy == pytest.approx(float(Accuracy(**how, average="micro")(predicted, labels.long())))
+            assert mean == pytest.approx(
+                float(theirs(**how, average="macro")(predicted, labels.long())), abs=1e-6
+            )
+    assert mine.pixel_accuracy == pytest.approx(
+        float(Accuracy(**how, average="micro")(predicted, labels.long()))
+    )
     assert mine.num_images == 3
 
 
@@ -54,12 +62,18 @@ def test_the_matrix_is_scikit_learns_and_so_are_the_ratios() -> None:
     valid = labels != 255
     truth, guess = labels[valid].numpy(), predicted[valid].numpy()
     assert np.array_equal(mine.confusion, confusion_matrix(truth, guess, labels=range(5)))
-    for theirs, values in ((jaccard_score, mine.iou), (recall_score, mine.recall), (precision_score, mine.precision)):
+    for theirs, values in (
+        (jaccard_score, mine.iou),
+        (recall_score, mine.recall),
+        (precision_score, mine.precision),
+    ):
         expected = theirs(truth, guess, labels=range(5), average=None, zero_division=0)
         assert [value or 0.0 for value in values] == pytest.approx(expected.tolist())
 
 
-def test_a_class_that_is_only_predicted_has_the_iou_zero_no_recall_and_enters_only_the_mean_iou() -> None:
+def test_a_class_that_is_only_predicted_has_the_iou_zero_no_recall_and_enters_only_the_mean_iou() -> (
+    None
+):
     mine = tallied(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 0]]]), 3)
     assert (mine.iou, mine.miou) == ((0.5, 0.0, None), 0.25)
     assert (mine.recall, mine.mean_accuracy) == ((0.5, None, None), 0.5)
@@ -90,7 +104,9 @@ def eroded(mask: np.ndarray) -> np.ndarray:
     return np.logical_and.reduce(parts)
 
 
-def naive_boundary_counts(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+def naive_boundary_counts(
+    predicted: np.ndarray, labels: np.ndarray, num_classes: int
+) -> np.ndarray:
     """Intersection and union of each class's rims, its masks eroded d times as the paper's authors do."""
     distance = max(1, round(0.02 * np.hypot(*labels.shape)))
     found = np.zeros((2, num_classes), dtype=np.int64)
@@ -115,7 +131,9 @@ def test_boundary_counts_are_the_naive_ones(size: tuple[int, int]) -> None:
         assert tally.counts[16:].view(2, 4).tolist() == expected.tolist()
 
 
-def test_boundary_iou_is_one_where_the_prediction_is_right_whatever_it_is_on_ignored_pixels() -> None:
+def test_boundary_iou_is_one_where_the_prediction_is_right_whatever_it_is_on_ignored_pixels() -> (
+    None
+):
     predicted, labels = maps(3, (2, 60, 60), (0, 1, 3), noise=0.0)
     mine = tallied(predicted, labels, 4, boundary=True)
     assert (mine.boundary_iou, mine.boundary_miou) == ((1.0, 1.0, None, 1.0), 1.0)

@@ -20,7 +20,10 @@ def plan_of(groups: list[Group], share: float = 2 / 3) -> Plan:
     keep = {}
     for group in groups:
         width = max(1, int(group.slots * share))
-        parts = [part * group.slots + rng.permutation(group.slots)[:width] for part in range(group.parts)]
+        parts = [
+            part * group.slots + rng.permutation(group.slots)[:width]
+            for part in range(group.parts)
+        ]
         keep[group.name] = tuple(sorted(int(c) for c in np.concatenate(parts)))
     return Plan(keep)
 

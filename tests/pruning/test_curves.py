@@ -45,7 +45,9 @@ def test_a_curve_is_zero_at_the_full_width_and_never_falls_towards_narrower_ones
     model = {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}[kind]
     groups = groups_of(model)
     widths = [range(1, group.slots + 1) for group in groups]
-    for group, curve in zip(groups, measure_curves(model, groups, batches, widths), strict=True):
+    for group, curve in zip(
+        groups, measure_curves(model, groups, batches, widths), strict=True
+    ):
         assert curve.widths[-1] == group.slots
         assert curve.losses[-1] == 0.0
         assert curve.losses[0] > 0.0, group.name
@@ -59,14 +61,18 @@ def test_curves_are_the_same_for_the_same_images_and_the_model_stays_as_it_was(
     widths = [(group.slots // 2, group.slots) for group in groups]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     calls: list[tuple[int, int]] = []
-    first = measure_curves(model, groups, batches, widths, progress=lambda done, total: calls.append((done, total)))
+    first = measure_curves(
+        model, groups, batches, widths, progress=lambda done, total: calls.append((done, total))
+    )
     assert first == measure_curves(model, groups, batches, widths)
     assert calls == [(i + 1, 6) for i in range(6)]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_of_large_images_a_part_is_looked_at(model: SegFormer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_large_images_a_part_is_looked_at(
+    model: SegFormer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups = [group for group in groups_of(model) if group.kind == "decoder"]
     batches = [torch.randn(3, 3, 96, 160).double()]
     widths = [(group.slots // 2, group.slots) for group in groups]
@@ -82,12 +88,16 @@ def test_of_large_images_a_part_is_looked_at(model: SegFormer, monkeypatch: pyte
     assert set(sizes) == {(64, 64)}
 
 
-def test_whole_heads_have_no_curve_and_are_refused_by_name(model: SegFormer, batches: list[Tensor]) -> None:
+def test_whole_heads_have_no_curve_and_are_refused_by_name(
+    model: SegFormer, batches: list[Tensor]
+) -> None:
     with pytest.raises(ValueError, match=r"heads.*kind head.*protect"):
         find_places(model, groups_of(model, heads=True))
 
 
-def seen_at(model: SegFormer, places: Sequence[Place], batches: list[Tensor]) -> tuple[dict[Place, Statistics], ...]:
+def seen_at(
+    model: SegFormer, places: Sequence[Place], batches: list[Tensor]
+) -> tuple[dict[Place, Statistics], ...]:
     """Statistics of every place, and what passed there, as rows."""
     statistics = {place: Statistics() for place in places}
     rows: dict[Place, list[tuple[Tensor, Tensor | None]]] = {place: [] for place in places}
@@ -109,7 +119,9 @@ def test_what_is_lost_of_a_layer_is_what_least_squares_leaves(
     places = find_places(model, [group])
     statistics, rows = seen_at(model, places, batches)
     width = group.slots // 2
-    losses = work_out_losses(model, group, places, [statistics[p] for p in places], [width], damping=1e-9)
+    losses = work_out_losses(
+        model, group, places, [statistics[p] for p in places], [width], damping=1e-9
+    )
     for place, lost in zip(places, losses.lost, strict=True):
         x = torch.cat([x for x, _ in rows[place]])
         x = x - x.mean(0)
@@ -127,11 +139,19 @@ def test_what_is_lost_of_a_layer_is_what_least_squares_leaves(
             assert torch.allclose(error, wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_what_is_lost_of_queries_is_what_the_truncated_products_lack(model: SegFormer, batches: list[Tensor]) -> None:
+def test_what_is_lost_of_queries_is_what_the_truncated_products_lack(
+    model: SegFormer, batches: list[Tensor]
+) -> None:
     group = next(group for group in groups_of(model) if group.kind == "qk" and group.parts > 1)
     (place,) = find_places(model, [group])
     statistics, rows = seen_at(model, [place], batches)
-    lost = work_out_losses(model, group, [place], [statistics[place]], range(1, group.slots + 1), 1e-9).lost[0].double()
+    lost = (
+        work_out_losses(
+            model, group, [place], [statistics[place]], range(1, group.slots + 1), 1e-9
+        )
+        .lost[0]
+        .double()
+    )
     attention = model.get_submodule(place.layer)
     assert isinstance(attention, Attention)
 
@@ -149,7 +169,9 @@ def test_what_is_lost_of_queries_is_what_the_truncated_products_lack(model: SegF
         keys = torch.linalg.cholesky((k.mT @ k).sum(0))
         moment = (changed.mT @ changed).sum(0)
         error = (keys.mT @ moment @ keys).diagonal(dim1=1, dim2=2).sum(1)
-        assert torch.allclose(error, values.square().sum(1), rtol=1e-4, atol=1e-6 * float(error.max()) + 1e-12)
+        assert torch.allclose(
+            error, values.square().sum(1), rtol=1e-4, atol=1e-6 * float(error.max()) + 1e-12
+        )
 
 
 def test_probes_predict_the_divergence_that_a_small_error_causes(model: SegFormer) -> None:
@@ -180,7 +202,9 @@ def least_squares_error(x: Tensor, weight: Tensor, metric: Tensor, kept: list[in
     return float(torch.einsum("ni,ij,nj->", residual, metric, residual))
 
 
-def test_elimination_removes_the_channel_whose_loss_is_least_and_solves_the_readers_anew() -> None:
+def test_elimination_removes_the_channel_whose_loss_is_least_and_solves_the_readers_anew() -> (
+    None
+):
     x = torch.randn(200, 9).double() @ torch.randn(9, 9).double()
     weight, root = torch.randn(3, 9).double(), torch.randn(3, 3).double()
     metric = root.T @ root
@@ -188,7 +212,9 @@ def test_elimination_removes_the_channel_whose_loss_is_least_and_solves_the_read
     assert sorted(result.order.tolist()) == list(range(9))
     kept = list(range(9))
     for gone in result.order.tolist()[:-1]:
-        errors = {j: least_squares_error(x, weight, metric, [i for i in kept if i != j]) for j in kept}
+        errors = {
+            j: least_squares_error(x, weight, metric, [i for i in kept if i != j]) for j in kept
+        }
         assert errors[gone] == pytest.approx(min(errors.values()), rel=1e-6)
         kept.remove(gone)
         lost = result.lost[len(kept)]
@@ -199,7 +225,13 @@ def test_elimination_removes_the_channel_whose_loss_is_least_and_solves_the_read
 def test_a_channel_that_others_repeat_is_removed_first_and_costs_nothing() -> None:
     x = torch.randn(300, 70).double()
     x[:, 69] = x[:, 3] - 2.0 * x[:, 5]
-    result = eliminate(x.T @ x / 300, torch.randn(4, 70).double(), torch.eye(4).double(), [1, 69, 70], damping=1e-9)
+    result = eliminate(
+        x.T @ x / 300,
+        torch.randn(4, 70).double(),
+        torch.eye(4).double(),
+        [1, 69, 70],
+        damping=1e-9,
+    )
     assert int(result.order[0]) in (3, 5, 69)
     error = (x @ result.lost[69].T).square().mean()
     assert float(error) < 1e-6
@@ -209,7 +241,12 @@ def test_a_channel_that_others_repeat_is_removed_first_and_costs_nothing() -> No
 @pytest.fixture
 def priced(model: SegFormer) -> tuple[tuple[Group, ...], Costs, Costs, Costs]:
     groups, rows = groups_of(model), layers(model.spec, (64, 64))
-    return groups, Costs(rows, groups, "params"), Costs(rows, groups, "macs"), time_costs(rows, groups)
+    return (
+        groups,
+        Costs(rows, groups, "params"),
+        Costs(rows, groups, "macs"),
+        time_costs(rows, groups),
+    )
 
 
 def falling(groups: Sequence[Group], scale: Sequence[float]) -> list[Curve]:
@@ -217,7 +254,9 @@ def falling(groups: Sequence[Group], scale: Sequence[float]) -> list[Curve]:
     curves = []
     for group, factor in zip(groups, scale, strict=True):
         widths = tuple(range(1, group.slots + 1))
-        curves.append(Curve(widths, tuple(factor * (1.0 - w / group.slots) ** 2 for w in widths)))
+        curves.append(
+            Curve(widths, tuple(factor * (1.0 - w / group.slots) ** 2 for w in widths))
+        )
     return curves
 
 
@@ -277,7 +316,9 @@ def test_the_widths_are_the_best_there_are_where_all_can_be_tried(
     assert loss(widths) <= 1.02 * best
 
 
-def test_time_is_saved_where_the_loss_is_not_felt(priced: tuple[tuple[Group, ...], Costs, Costs, Costs]) -> None:
+def test_time_is_saved_where_the_loss_is_not_felt(
+    priced: tuple[tuple[Group, ...], Costs, Costs, Costs],
+) -> None:
     """The same curves, hardly felt and felt: with the first the network is faster, and as small."""
     groups, params, _, work = priced
     limit = Limit(params, 0.4)
@@ -306,7 +347,9 @@ def test_time_is_charged_for_hidden_layers_and_not_for_how_narrow_heads_are(
             assert saved > 1.5 * products
 
 
-def test_a_pruner_with_images_decides_by_curves_and_meets_the_rate(small_model: SegFormer) -> None:
+def test_a_pruner_with_images_decides_by_curves_and_meets_the_rate(
+    small_model: SegFormer,
+) -> None:
     images = [torch.randn(3, 3, 64, 64)]
     pruner = Pruner(small_model.float(), 0.5, images=images, round_to=4, input_shape=(64, 64))
     pruned = pruner.prune()
@@ -324,14 +367,18 @@ def test_a_pruner_with_images_decides_by_curves_and_meets_the_rate(small_model: 
     assert all(row["expected_loss"] >= 0.0 for row in rows)
 
 
-def test_the_widths_of_a_plan_carried_out_keep_the_same_channels(small_model: SegFormer) -> None:
+def test_the_widths_of_a_plan_carried_out_keep_the_same_channels(
+    small_model: SegFormer,
+) -> None:
     images = [torch.randn(3, 3, 64, 64)]
     options: dict[str, Any] = {"images": images, "input_shape": (64, 64)}
     plan, groups = Pruner(small_model.float(), 0.5, round_to=4, **options).make_plan()
     widths = {row["name"]: row["width"] for row in plan_rows(plan, groups, {})}
     again, _ = Pruner(small_model, plan=widths, **options).make_plan()
     chosen = [group.name for group in groups if group.kind in ("ffn", "decoder")]
-    assert {name: again.keep[name] for name in chosen} == {name: plan.keep[name] for name in chosen}
+    assert {name: again.keep[name] for name in chosen} == {
+        name: plan.keep[name] for name in chosen
+    }
 
 
 @pytest.mark.parametrize(
@@ -349,7 +396,9 @@ def test_curves_are_for_where_there_are_images_and_no_options_for_scores(
     options: dict[str, Any], with_images: bool, decided_by: str, small_model: SegFormer
 ) -> None:
     images = [torch.randn(1, 3, 64, 64)] if with_images else []
-    pruner = Pruner(small_model.float(), 0.4, images=images, round_to=4, input_shape=(64, 64), **options)
+    pruner = Pruner(
+        small_model.float(), 0.4, images=images, round_to=4, input_shape=(64, 64), **options
+    )
     plan, _ = pruner.make_plan()
     assert plan.decided_by == decided_by
 
@@ -359,8 +408,14 @@ def test_curves_are_for_where_there_are_images_and_no_options_for_scores(
     [
         ({"plan_by": "curve"}, "`plan_by` is 'curve'.*curves, scores"),
         ({"plan_by": "curves", "repair": False}, "`plan_by` curves.*`repair` False"),
-        ({"plan_by": "curves", "heads": True}, "`heads` cannot be combined with `plan_by` curves"),
-        ({"plan_by": "curves", "pruning_method": "taylor"}, "`pruning_method`.*`plan_by` curves"),
+        (
+            {"plan_by": "curves", "heads": True},
+            "`heads` cannot be combined with `plan_by` curves",
+        ),
+        (
+            {"plan_by": "curves", "pruning_method": "taylor"},
+            "`pruning_method`.*`plan_by` curves",
+        ),
         ({"plan_by": "curves", "plan": {"a": 1}}, "`plan_by` has no effect with `plan`"),
     ],
 )

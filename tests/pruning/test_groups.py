@@ -17,7 +17,9 @@ STEM = "encoder.stages.0.patch_embed.proj"
 CLASSIFIER = "decode_head.classifier"
 
 
-def groups_of(model: nn.Module, protected: set[str] = frozenset({STEM, CLASSIFIER}), **options) -> dict[str, Group]:
+def groups_of(
+    model: nn.Module, protected: set[str] = frozenset({STEM, CLASSIFIER}), **options
+) -> dict[str, Group]:
     grouping = find_groups(model, X, protected, **options)
     assert grouping.unsupported == {}
     assert len({group.name for group in grouping.groups}) == len(grouping.groups)
@@ -36,7 +38,9 @@ def test_a_folded_network_has_the_groups_of_the_design(small_model: SegFormer) -
 
 
 def test_heads_are_groups_where_there_are_several(small_model: SegFormer) -> None:
-    heads = {name: g for name, g in groups_of(small_model, heads=True).items() if g.kind == "head"}
+    heads = {
+        name: g for name, g in groups_of(small_model, heads=True).items() if g.kind == "head"
+    }
     assert {name: group.num_channels for name, group in heads.items()} == {
         "encoder.stages.1.blocks.0.attn.heads": 2,
         "encoder.stages.2.blocks.0.attn.heads": 4,
@@ -48,12 +52,20 @@ def test_heads_are_groups_where_there_are_several(small_model: SegFormer) -> Non
 def test_a_stage_width_reaches_every_layer_on_the_residual_path(small_model: SegFormer) -> None:
     group = groups_of(fold_decoder(small_model))["encoder.stages.2.width"]
     stage = "encoder.stages.2"
-    expected = {(f"{stage}.patch_embed.proj", "out"), (f"{stage}.patch_embed.norm", "out"), (f"{stage}.norm", "out")}
+    expected = {
+        (f"{stage}.patch_embed.proj", "out"),
+        (f"{stage}.patch_embed.norm", "out"),
+        (f"{stage}.norm", "out"),
+    }
     for i in range(2):
         block = f"{stage}.blocks.{i}"
         expected |= {(f"{block}.{norm}", "out") for norm in ("norm1", "norm2")}
         expected |= {(f"{block}.attn.{layer}", "in") for layer in ("q", "sr")}
-        expected |= {(f"{block}.attn.proj", "out"), (f"{block}.mlp.fc1", "in"), (f"{block}.mlp.fc2", "out")}
+        expected |= {
+            (f"{block}.attn.proj", "out"),
+            (f"{block}.mlp.fc1", "in"),
+            (f"{block}.mlp.fc2", "out"),
+        }
     expected |= {("encoder.stages.3.patch_embed.proj", "in"), ("decode_head.branches.2", "in")}
     assert sides(group) == expected
     assert group.num_channels == 40
@@ -61,13 +73,19 @@ def test_a_stage_width_reaches_every_layer_on_the_residual_path(small_model: Seg
 
 def test_without_reduction_keys_and_values_read_the_stage(small_model: SegFormer) -> None:
     group = groups_of(fold_decoder(small_model))["encoder.stages.3.width"]
-    assert {(f"encoder.stages.3.blocks.0.attn.{layer}", "in") for layer in "qkv"} <= sides(group)
+    assert {(f"encoder.stages.3.blocks.0.attn.{layer}", "in") for layer in "qkv"} <= sides(
+        group
+    )
 
 
 def test_the_groups_inside_a_block(small_model: SegFormer) -> None:
     groups = groups_of(small_model)
     attn, mlp = "encoder.stages.1.blocks.0.attn", "encoder.stages.1.blocks.0.mlp"
-    assert sides(groups[f"{mlp}.ffn"]) == {(f"{mlp}.fc1", "out"), (f"{mlp}.dwconv", "out"), (f"{mlp}.fc2", "in")}
+    assert sides(groups[f"{mlp}.ffn"]) == {
+        (f"{mlp}.fc1", "out"),
+        (f"{mlp}.dwconv", "out"),
+        (f"{mlp}.fc2", "in"),
+    }
     assert sides(groups[f"{attn}.qk"]) == {(f"{attn}.q", "out"), (f"{attn}.k", "out")}
     assert sides(groups[f"{attn}.v"]) == {(f"{attn}.v", "out"), (f"{attn}.proj", "in")}
     assert sides(groups[f"{attn}.reduction"]) == {
@@ -80,7 +98,10 @@ def test_the_groups_inside_a_block(small_model: SegFormer) -> None:
 def test_the_decode_width_of_a_folded_head(small_model: SegFormer) -> None:
     group = groups_of(fold_decoder(small_model))["decode_head.width"]
     expected = {(f"decode_head.branches.{i}", "out") for i in range(4)}
-    assert sides(group) == expected | {("decode_head.norm", "out"), ("decode_head.classifier", "in")}
+    assert sides(group) == expected | {
+        ("decode_head.norm", "out"),
+        ("decode_head.classifier", "in"),
+    }
 
 
 def test_branches_lie_in_the_fuse_convolution_last_stage_first(small_model: SegFormer) -> None:
@@ -104,7 +125,10 @@ def test_a_branch_of_a_conv_head_is_a_group_with_its_batch_norm(conv_model: SegF
             (f"{head}.branches.{i}", "out"), (f"{head}.branch_norms.{i}", "out"), (f"{head}.fuses.{i}", "in")
         }  # fmt: skip
     expected = {(f"{head}.fuses.{i}", "out") for i in range(4)}
-    assert sides(groups[f"{head}.width"]) == expected | {(f"{head}.norm", "out"), (f"{head}.classifier", "in")}
+    assert sides(groups[f"{head}.width"]) == expected | {
+        (f"{head}.norm", "out"),
+        (f"{head}.classifier", "in"),
+    }
     assert (f"{head}.branches.2", "in") in sides(groups["encoder.stages.2.width"])
 
 
@@ -125,14 +149,24 @@ def test_every_side_of_every_layer_is_covered_once(
     assert set(covered.values()) == {1}
     modules = dict(model.named_modules())
     for layer, side in {(layer, side) for layer, side, _ in covered}:
-        assert sum((layer, side) == key[:2] for key in covered) == width_of(modules[layer], side)
+        assert sum((layer, side) == key[:2] for key in covered) == width_of(
+            modules[layer], side
+        )
 
 
 def test_a_protected_layer_s_outputs_are_in_no_group(small_model: SegFormer) -> None:
     free = groups_of(small_model)
-    protected = {STEM, CLASSIFIER, "encoder.stages.1.blocks.0.mlp.fc1", "encoder.stages.2.blocks.1.attn.k"}
+    protected = {
+        STEM,
+        CLASSIFIER,
+        "encoder.stages.1.blocks.0.mlp.fc1",
+        "encoder.stages.2.blocks.1.attn.k",
+    }
     left = groups_of(small_model, protected)
-    assert free.keys() - left.keys() == {"encoder.stages.1.blocks.0.mlp.ffn", "encoder.stages.2.blocks.1.attn.qk"}
+    assert free.keys() - left.keys() == {
+        "encoder.stages.1.blocks.0.mlp.ffn",
+        "encoder.stages.2.blocks.1.attn.qk",
+    }
 
 
 def test_the_outputs_of_the_network_stay_without_being_named(small_model: SegFormer) -> None:
@@ -145,12 +179,16 @@ def test_the_outputs_of_the_network_stay_without_being_named(small_model: SegFor
 def test_frozen_layers_are_found_and_stay_frozen(small_model: SegFormer, frozen: str) -> None:
     expected = groups_of(small_model)
     small_model.get_submodule(frozen).requires_grad_(False)
-    before = {name: parameter.requires_grad for name, parameter in small_model.named_parameters()}
+    before = {
+        name: parameter.requires_grad for name, parameter in small_model.named_parameters()
+    }
     found = groups_of(small_model)
     assert {name: sides(group) for name, group in found.items()} == {
         name: sides(group) for name, group in expected.items()
     }
-    assert {name: parameter.requires_grad for name, parameter in small_model.named_parameters()} == before
+    assert {
+        name: parameter.requires_grad for name, parameter in small_model.named_parameters()
+    } == before
 
 
 def test_the_network_is_left_as_it_was(small_model: SegFormer) -> None:
@@ -162,7 +200,9 @@ def test_the_network_is_left_as_it_was(small_model: SegFormer) -> None:
     groups_of(small_model)
     assert dict(small_model.named_modules()) == modules
     assert {name: module.training for name, module in modules.items()} == modes
-    assert all(torch.equal(state[name], tensor) for name, tensor in small_model.state_dict().items())
+    assert all(
+        torch.equal(state[name], tensor) for name, tensor in small_model.state_dict().items()
+    )
     assert all(not module._forward_hooks for module in modules.values())
     assert all(parameter.grad is None for parameter in small_model.parameters())
 
@@ -198,7 +238,9 @@ def test_a_concatenation_of_tied_maps_is_cut_in_both_places() -> None:
     places = [m for m in group.members if m.layer == "head"]
     positions = np.concatenate([m.positions for m in places])
     channels = np.concatenate([m.channels for m in places])
-    assert sorted(zip(positions.tolist(), channels.tolist(), strict=True)) == [(p, p % 8) for p in range(16)]
+    assert sorted(zip(positions.tolist(), channels.tolist(), strict=True)) == [
+        (p, p % 8) for p in range(16)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +260,9 @@ def test_what_cannot_be_cut_is_named_and_left_alone(middle: nn.Module, name: str
 
 
 def test_channels_that_a_pixel_shuffle_moves_into_space_are_left_alone() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.PixelShuffle(2), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 2, 1)).double()
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.PixelShuffle(2), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 2, 1)
+    ).double()
     grouping = find_groups(model, X, set())
     assert grouping.unsupported == {"2": "Conv2d"}
     assert [group.name for group in grouping.groups] == ["2"]
@@ -240,6 +284,7 @@ def test_without_torch_pruning_the_pip_command_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(
-        ImportError, match="needs torch-pruning, which is not installed; run: pip install torch-pruning"
+        ImportError,
+        match="needs torch-pruning, which is not installed; run: pip install torch-pruning",
     ):
         find_groups(small_model, X, set())

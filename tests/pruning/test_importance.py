@@ -35,7 +35,9 @@ def scale_channel(model: nn.Module, group: Group, channel: int, factor: float) -
                 weight.transpose(0, int(member.side == "in"))[rows] *= factor
 
 
-def test_every_channel_of_every_group_gets_a_finite_score_above_zero(model: SegFormer, groups) -> None:
+def test_every_channel_of_every_group_gets_a_finite_score_above_zero(
+    model: SegFormer, groups
+) -> None:
     found = score_channels(model, groups)
     assert found.keys() == {group.name for group in groups}
     for group in groups:
@@ -50,7 +52,9 @@ def test_the_same_network_gets_the_same_scores(model: SegFormer, groups) -> None
 
 
 @pytest.mark.parametrize("kind", ["ffn", "qk", "v", "head", "reduction", "stage", "decoder"])
-def test_a_channel_without_weights_scores_least_and_one_with_large_weights_most(model, groups, kind: str) -> None:
+def test_a_channel_without_weights_scores_least_and_one_with_large_weights_most(
+    model, groups, kind: str
+) -> None:
     group = next(group for group in groups if group.kind == kind)
     last = group.num_channels - 1
     scale_channel(model, group, 0, 0.0)
@@ -61,7 +65,9 @@ def test_a_channel_without_weights_scores_least_and_one_with_large_weights_most(
     assert found.argmax() == last
 
 
-def test_scores_follow_their_channels_when_these_are_reordered(model: SegFormer, groups) -> None:
+def test_scores_follow_their_channels_when_these_are_reordered(
+    model: SegFormer, groups
+) -> None:
     group = next(group for group in groups if group.kind == "ffn")
     before = score_channels(model, [group])[group.name]
     order = torch.randperm(group.num_channels)
@@ -70,7 +76,9 @@ def test_scores_follow_their_channels_when_these_are_reordered(model: SegFormer,
         mlp.fc1.weight.copy_(mlp.fc1.weight[order])
         mlp.dwconv.weight.copy_(mlp.dwconv.weight[order])
         mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])
-    np.testing.assert_allclose(score_channels(model, [group])[group.name], before[order.numpy()])
+    np.testing.assert_allclose(
+        score_channels(model, [group])[group.name], before[order.numpy()]
+    )
 
 
 def test_a_layer_of_zeros_scores_zero_and_not_nan(model: SegFormer, groups) -> None:
@@ -81,7 +89,9 @@ def test_a_layer_of_zeros_scores_zero_and_not_nan(model: SegFormer, groups) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_half_precision_ranks_as_double_precision_does(model: SegFormer, groups, dtype: torch.dtype) -> None:
+def test_half_precision_ranks_as_double_precision_does(
+    model: SegFormer, groups, dtype: torch.dtype
+) -> None:
     exact = score_channels(model, groups)
     rounded = score_channels(model.to(dtype), groups)
     for name in exact:
@@ -106,7 +116,9 @@ def images() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_ranks_every_group_and_leaves_the_network_alone(model, groups, images, method: str) -> None:
+def test_every_method_ranks_every_group_and_leaves_the_network_alone(
+    model, groups, images, method: str
+) -> None:
     model.train()
     model.encoder.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -117,15 +129,21 @@ def test_every_method_ranks_every_group_and_leaves_the_network_alone(model, grou
         assert np.isfinite(values).all()
         assert (values >= 0.0).all()
         assert values.mean() == pytest.approx(1.0)
-        assert len(np.unique(values)) > 0.6 * group.num_channels or group.kind == "head"  # some channels are dead
+        assert (
+            len(np.unique(values)) > 0.6 * group.num_channels or group.kind == "head"
+        )  # some channels are dead
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert [p.requires_grad for p in model.encoder.parameters()] == [False] * len(list(model.encoder.parameters()))
+    assert [p.requires_grad for p in model.encoder.parameters()] == [False] * len(
+        list(model.encoder.parameters())
+    )
     assert model.training
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_ranks_the_branches_of_a_conv_head(conv_model: SegFormer, images, method: str) -> None:
+def test_every_method_ranks_the_branches_of_a_conv_head(
+    conv_model: SegFormer, images, method: str
+) -> None:
     found_groups = find_groups(conv_model, torch.zeros(1, 3, 64, 64).double(), set()).groups
     branches = [group for group in found_groups if group.kind in ("branch", "decoder")]
     assert len(branches) == 5
@@ -147,7 +165,13 @@ def test_the_same_call_gives_the_same_scores(model, groups, images, method: str)
 @pytest.fixture
 def pair() -> tuple[nn.Sequential, Group]:
     """Channels of the first convolution: its rows, a BatchNorm, a depth-wise convolution, the last one's columns."""
-    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 1)]
+    layers = [
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, groups=6),
+        nn.Conv2d(6, 4, 1),
+    ]
     network = nn.Sequential(*layers).double().eval()
     fill(network)
     (group,) = find_groups(network, torch.zeros(1, 3, 8, 8).double(), set()).groups
@@ -184,12 +208,18 @@ def _squared_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_l1_and_l2_are_norms_of_a_channels_weights(pair) -> None:
     for method, power in (("l1", 1), ("l2", 2)):
-        layers = [np.array([np.linalg.norm(row, power) for row in layer.numpy()]) for layer in slices(pair[0])]
+        layers = [
+            np.array([np.linalg.norm(row, power) for row in layer.numpy()])
+            for layer in slices(pair[0])
+        ]
         np.testing.assert_allclose(raw_scores(method, pair), relative(*layers))
 
 
 def test_fpgm_is_the_sum_of_distances_to_the_other_channels(pair) -> None:
-    layers = [np.array([sum(float((a - b).norm()) for b in layer) for a in layer]) for layer in slices(pair[0])]
+    layers = [
+        np.array([sum(float((a - b).norm()) for b in layer) for a in layer])
+        for layer in slices(pair[0])
+    ]
     np.testing.assert_allclose(raw_scores("fpgm", pair), relative(*layers))
 
 
@@ -197,7 +227,12 @@ def test_fpgm_compares_whole_heads(model: SegFormer, groups) -> None:
     group = next(group for group in groups if group.kind == "head")
     attention = model.get_submodule(group.name.removesuffix(".heads"))
     layers = []
-    for weight in (attention.q.weight, attention.k.weight, attention.v.weight, attention.proj.weight.T):
+    for weight in (
+        attention.q.weight,
+        attention.k.weight,
+        attention.v.weight,
+        attention.proj.weight.T,
+    ):
         heads = weight.detach().unflatten(0, (attention.num_heads, -1)).flatten(1)
         layers.append(np.array([sum(float((a - b).norm()) for b in heads) for a in heads]))
     found = raw_scores("fpgm", (model, group))
@@ -228,13 +263,18 @@ def squared_logits(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return model(batch).square().mean()
 
 
-def products(network: nn.Sequential, batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def products(
+    network: nn.Sequential, batch: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(weights, gradients) of the six channels: rows, biases, gains, columns."""
     network.zero_grad()
     squared_logits(network, batch).backward()
     found = [(p, p.grad) for layer in network[:4] for p in layer.parameters()]
     found.append((network[4].weight.transpose(0, 1), network[4].weight.grad.transpose(0, 1)))
-    return [(p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None], g.reshape(6, -1)) for p, g in found]
+    return [
+        (p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None], g.reshape(6, -1))
+        for p, g in found
+    ]
 
 
 @pytest.mark.usefixtures("_squared_loss")
@@ -261,7 +301,9 @@ def test_taylor_foretells_what_a_slightly_weaker_channel_does_to_the_loss(pair, 
 
 
 @pytest.mark.usefixtures("_squared_loss")
-def test_fisher_is_half_the_squared_weight_times_the_squared_gradient_of_each_image(pair, x) -> None:
+def test_fisher_is_half_the_squared_weight_times_the_squared_gradient_of_each_image(
+    pair, x
+) -> None:
     expected = np.zeros(6)
     for image in x.split(1):
         parts = products(pair[0], image)
@@ -269,7 +311,9 @@ def test_fisher_is_half_the_squared_weight_times_the_squared_gradient_of_each_im
     np.testing.assert_allclose(raw_scores("fisher", pair, list(x.split(2))), expected)
 
 
-def test_the_networks_own_decisions_are_the_labels(pair, x, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_networks_own_decisions_are_the_labels(
+    pair, x, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         logits = model(batch)
         return nn.functional.cross_entropy(logits, logits.argmax(1))
@@ -279,7 +323,9 @@ def test_the_networks_own_decisions_are_the_labels(pair, x, monkeypatch: pytest.
     np.testing.assert_allclose(own, raw_scores("taylor", pair, [x]), 1e-5)
 
 
-def test_bn_ranks_by_gains_and_by_l1_where_there_are_none(pair, model: SegFormer, groups) -> None:
+def test_bn_ranks_by_gains_and_by_l1_where_there_are_none(
+    pair, model: SegFormer, groups
+) -> None:
     gains = pair[0][1].weight.detach().abs().numpy()
     np.testing.assert_allclose(raw_scores("bn", pair), gains / gains.mean())
     mixed, weights = score_channels(model, groups, "bn"), score_channels(model, groups)
@@ -289,9 +335,14 @@ def test_bn_ranks_by_gains_and_by_l1_where_there_are_none(pair, model: SegFormer
 
 
 def test_random_depends_on_seed_and_group_alone(model: SegFormer, groups) -> None:
-    every, one = score_channels(model, groups, "random"), score_channels(model, groups[:1], "random")
+    every, one = (
+        score_channels(model, groups, "random"),
+        score_channels(model, groups[:1], "random"),
+    )
     assert np.array_equal(every[groups[0].name], one[groups[0].name])
-    assert not np.array_equal(score_channels(model, groups[:1], "random", seed=1)[groups[0].name], one[groups[0].name])
+    assert not np.array_equal(
+        score_channels(model, groups[:1], "random", seed=1)[groups[0].name], one[groups[0].name]
+    )
 
 
 # Refusals

@@ -56,7 +56,9 @@ class Fake:
     formula: Callable[[Shape], float] = bilinear_ms
     asked: list[Shape] = field(default_factory=list)
 
-    def __call__(self, shapes: Sequence[Shape], place: Place, progress: object = None) -> list[float]:
+    def __call__(
+        self, shapes: Sequence[Shape], place: Place, progress: object = None
+    ) -> list[float]:
         self.asked += shapes
         return [self.formula(shape) for shape in shapes]
 
@@ -65,11 +67,15 @@ class Fake:
 def b0(request: pytest.FixtureRequest) -> tuple[SegFormer, tuple[Group, ...]]:
     torch.manual_seed(0)
     spec = standard_spec("b0", 8)
-    model = fold_decoder(SegFormer(spec if request.param == "folded" else replace(spec, head="conv")))
+    model = fold_decoder(
+        SegFormer(spec if request.param == "folded" else replace(spec, head="conv"))
+    )
     return model, find_groups(model, torch.zeros(1, 3, 64, 64), PROTECTED, heads=True).groups
 
 
-def costs_of(b0: tuple[SegFormer, tuple[Group, ...]], formula: Callable[[Shape], float] = bilinear_ms) -> LatencyCosts:
+def costs_of(
+    b0: tuple[SegFormer, tuple[Group, ...]], formula: Callable[[Shape], float] = bilinear_ms
+) -> LatencyCosts:
     return LatencyCosts(b0[0].spec, b0[1], LatencyTable(measure=Fake(formula)), SHAPE)
 
 
@@ -77,7 +83,9 @@ HEADS = ({}, {"branch_dims": None}, {"head": "conv"})
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_every_layer_that_works_is_a_side_of_a_step(small_spec: Spec, head: dict[str, Any]) -> None:
+def test_every_layer_that_works_is_a_side_of_a_step(
+    small_spec: Spec, head: dict[str, Any]
+) -> None:
     spec = replace(small_spec, **head)
     named = {name for step in steps(spec, SHAPE) for name, _ in step.sides}
     assert {row.name for row in layers(spec, SHAPE) if row.kind != "norm"} <= named
@@ -98,14 +106,20 @@ def test_a_step_by_itself_gives_the_shape_and_layout_that_its_layer_gives_in_the
     seen: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda _m, _x, out, name=name: seen.update({name: out}))
-    last = {"embed": ("proj", "norm"), "reduction": ("sr", "norm"), "depthwise": ("dwconv", "act")}
+    last = {
+        "embed": ("proj", "norm"),
+        "reduction": ("sr", "norm"),
+        "depthwise": ("dwconv", "act"),
+    }
     with torch.inference_mode():
         model(torch.randn(2, 3, *SHAPE))
         for step in steps(model.spec, SHAPE, batch=2):
             name, kind = step.sides[0][0], step.shape.kind
             out = build_step(step.shape, HERE)()
             if kind in ("linear", "norm", "pointwise", *last):
-                there = seen[name.removesuffix(last[kind][0]) + last[kind][1] if kind in last else name]
+                there = seen[
+                    name.removesuffix(last[kind][0]) + last[kind][1] if kind in last else name
+                ]
                 assert (out.shape, out.stride()) == (there.shape, there.stride()), (name, kind)
             elif kind == "attention":
                 assert out.shape[:2] == seen[f"{name}.q"].shape[:2]
@@ -119,19 +133,30 @@ def test_a_step_by_itself_gives_the_shape_and_layout_that_its_layer_gives_in_the
 
 @pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_latency_of_any_widths_is_the_sum_over_the_cut_network_s_steps(b0, seed: int, heads: bool) -> None:
+def test_the_latency_of_any_widths_is_the_sum_over_the_cut_network_s_steps(
+    b0, seed: int, heads: bool
+) -> None:
     model, groups = b0
     groups = tuple(group for group in groups if heads or group.kind != "head")
     rng = np.random.default_rng(seed)
-    lowest = [-(-g.slots // 2) if g.kind in ("head", "qk", "v") else max(8, g.slots // 4) for g in groups]
-    widths = np.array([rng.integers(low, g.slots + 1) for low, g in zip(lowest, groups, strict=True)])
+    lowest = [
+        -(-g.slots // 2) if g.kind in ("head", "qk", "v") else max(8, g.slots // 4)
+        for g in groups
+    ]
+    widths = np.array(
+        [rng.integers(low, g.slots + 1) for low, g in zip(lowest, groups, strict=True)]
+    )
     keep = {
         g.name: tuple(part * g.slots + slot for part in range(g.parts) for slot in range(width))
         for g, width in zip(groups, widths.tolist(), strict=True)
     }
     spec = cut_copy(model, list(groups), Plan(keep)).spec
-    predicted = LatencyCosts(model.spec, groups, LatencyTable(measure=Fake()), SHAPE).total(widths)
-    assert predicted == pytest.approx(sum(bilinear_ms(step.shape) for step in steps(spec, SHAPE)))
+    predicted = LatencyCosts(model.spec, groups, LatencyTable(measure=Fake()), SHAPE).total(
+        widths
+    )
+    assert predicted == pytest.approx(
+        sum(bilinear_ms(step.shape) for step in steps(spec, SHAPE))
+    )
 
 
 def test_full_widths_take_the_sum_over_all_steps(b0) -> None:
@@ -146,7 +171,10 @@ def test_at_measured_widths_a_step_takes_what_was_measured() -> None:
     curve = np.array([1.0, 2.0, 5.0, 10.0, 17.0, 17.0])
     values = np.repeat(curve[None, :, None], 6, axis=2)
     one = np.array([1.0])
-    at = [float(costs._interpolate(grid, values, np.array([float(x)]), one)[0]) for x in (4, 8, 16, 24, 32, 48, 56, 64)]
+    at = [
+        float(costs._interpolate(grid, values, np.array([float(x)]), one)[0])
+        for x in (4, 8, 16, 24, 32, 48, 56, 64)
+    ]
     assert at == [1.0, 1.0, 2.0, 3.5, 5.0, 10.0, 13.5, 17.0]
 
 
@@ -159,7 +187,9 @@ def test_two_widths_are_interpolated_as_a_bilinear_patch() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nothing_gets_slower_by_becoming_narrower_however_measurements_scatter(b0, seed: int) -> None:
+def test_nothing_gets_slower_by_becoming_narrower_however_measurements_scatter(
+    b0, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     found = costs_of(b0, lambda shape: float(rng.uniform(1.0, 2.0)))
     widths = found.full.copy()
@@ -176,7 +206,11 @@ def test_a_grid_stays_coarse_and_protected_widths_are_measured_once(b0) -> None:
     assert len(fake.asked) == len(set(fake.asked)) < 600
     stems = [shape for shape in fake.asked if shape.kind == "embed" and shape.dims[0] == 3]
     assert [shape.dims for shape in stems] == [(3, 32)]
-    hidden = {shape.dims[0] for shape in fake.asked if shape.kind == "depthwise" and shape.sizes[1:3] == (16, 24)}
+    hidden = {
+        shape.dims[0]
+        for shape in fake.asked
+        if shape.kind == "depthwise" and shape.sizes[1:3] == (16, 24)
+    }
     assert hidden == {16, 32, 64, 96, 128}
 
 
@@ -185,13 +219,21 @@ def test_a_plan_meets_a_rate_of_the_latency(b0, rate: float) -> None:
     model, groups = b0
     found = costs_of(b0)
     weights = loss_weights(layers(model.spec, SHAPE), groups, "latency")
-    plan = solve([Limit(found, rate, "latency")], groups, score_channels(model, groups), weights)
+    plan = solve(
+        [Limit(found, rate, "latency")], groups, score_channels(model, groups), weights
+    )
     widths = np.array([len(plan.keep[group.name]) // group.parts for group in groups])
     assert plan.removed["latency"] == pytest.approx(rate, abs=AIM)
-    assert plan.removed["latency"] == pytest.approx(1.0 - found.total(widths) / found.total(found.full))
+    assert plan.removed["latency"] == pytest.approx(
+        1.0 - found.total(widths) / found.total(found.full)
+    )
 
 
-SHAPES = [Shape("linear", (1, 4), (8, 16)), Shape("norm", (1, 4), (8,)), Shape("norm", (1, 9), (8,))]
+SHAPES = [
+    Shape("linear", (1, 4), (8, 16)),
+    Shape("norm", (1, 4), (8,)),
+    Shape("norm", (1, 9), (8,)),
+]
 
 
 def test_what_a_table_holds_is_not_measured_again(tmp_path: Path) -> None:
@@ -207,7 +249,9 @@ def test_what_a_table_holds_is_not_measured_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [again.path.name]
 
 
-def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     LatencyTable(measure=Fake()).require(SHAPES)
@@ -223,7 +267,13 @@ def test_a_table_of_another_device_precision_threads_or_torch_is_not_used(
         torch.set_num_threads(2)
     if other == "torch":
         monkeypatch.setattr(torch, "__version__", "0.0.1")
-    place = {"device": "meta"} if other == "device" else {"precision": "bf16"} if other == "precision" else {}
+    place = (
+        {"device": "meta"}
+        if other == "device"
+        else {"precision": "bf16"}
+        if other == "precision"
+        else {}
+    )
     fake = Fake()
     LatencyTable(**place, folder=tmp_path, measure=fake).require(SHAPES)
     assert len(fake.asked) == len(SHAPES)
@@ -263,10 +313,14 @@ def test_bytes_that_are_no_text_are_a_damaged_table_too(tmp_path: Path) -> None:
     table = LatencyTable(folder=tmp_path, measure=Fake())
     tmp_path.joinpath(table.path.name).write_bytes(b"\xff\xfe\x00")
     LatencyTable(folder=tmp_path, measure=Fake()).require(SHAPES)
-    assert json.loads(table.path.read_text(encoding="utf-8"))["times_ms"].keys() == set(map(str, SHAPES))
+    assert json.loads(table.path.read_text(encoding="utf-8"))["times_ms"].keys() == set(
+        map(str, SHAPES)
+    )
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").touch()
     fake = Fake()
     with pytest.raises(OSError, match="could not be written") as caught:
@@ -280,7 +334,9 @@ def test_a_shape_that_was_never_required_is_not_guessed() -> None:
         LatencyTable(measure=Fake()).time_ms(SHAPES[0])
 
 
-def test_tables_lie_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tables_lie_where_the_system_keeps_caches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "segprune"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -288,7 +344,11 @@ def test_tables_lie_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPatc
 
 
 def test_measuring_times_every_kind_of_step_and_moves_no_random_state(small_spec: Spec) -> None:
-    shapes = [step.shape for spec in (small_spec, replace(small_spec, branch_dims=None)) for step in steps(spec, SHAPE)]
+    shapes = [
+        step.shape
+        for spec in (small_spec, replace(small_spec, branch_dims=None))
+        for step in steps(spec, SHAPE)
+    ]
     by_kind = list({shape.kind: shape for shape in shapes}.values())
     assert len(by_kind) == 12
     state, calls = torch.get_rng_state(), []
@@ -299,13 +359,23 @@ def test_measuring_times_every_kind_of_step_and_moves_no_random_state(small_spec
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_predictions_are_tied_to_what_is_measured_of_the_same_network(b0, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_tied_to_what_is_measured_of_the_same_network(
+    b0, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, dense, found = b0[0], nn.Identity(), costs_of(b0)
     predicted = found.total(found.full)
 
-    def measured(models: Sequence[nn.Module], shape: tuple[int, int], **options: object) -> list[Latency]:
-        assert (shape, options["device"], options["precision"]) == (SHAPE, torch.device("cpu"), "fp32")
-        return [took(1.3 * predicted * (2.0 if network is dense else 1.0)) for network in models]
+    def measured(
+        models: Sequence[nn.Module], shape: tuple[int, int], **options: object
+    ) -> list[Latency]:
+        assert (shape, options["device"], options["precision"]) == (
+            SHAPE,
+            torch.device("cpu"),
+            "fp32",
+        )
+        return [
+            took(1.3 * predicted * (2.0 if network is dense else 1.0)) for network in models
+        ]
 
     monkeypatch.setattr(costs, "measure_latency", measured)
     assert dense_in_predicted_ms(dense, model, found) == pytest.approx(2.0 * predicted)
@@ -333,7 +403,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("timed")
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
-def test_a_constant_that_no_cut_removes_and_a_factor_are_corrected_by_measuring(share: float) -> None:
+def test_a_constant_that_no_cut_removes_and_a_factor_are_corrected_by_measuring(
+    share: float,
+) -> None:
     asked = []
 
     def prune(target_ms: float) -> tuple[nn.Module, float]:
@@ -355,10 +427,19 @@ def test_what_the_dense_network_would_be_predicted_is_all_that_the_first_plan_ne
 
 
 @pytest.mark.usefixtures("timed")
-def test_a_target_that_is_never_measured_is_refused_with_the_least_and_the_rate_that_reaches_it() -> None:
+def test_a_target_that_is_never_measured_is_refused_with_the_least_and_the_rate_that_reaches_it() -> (
+    None
+):
     with pytest.raises(ValueError, match="could not be met") as caught:
         meet(0.2, Timed(100.0), 100.0, lambda ms: (Timed(max(30.0, 2 * ms)), ms), SHAPE, HERE)
-    for fact in ("0.200", "within 5%", "in 3 measured tries", "0.300 of it", "30.00 of 100.00 ms", "a rate of 0.700"):
+    for fact in (
+        "0.200",
+        "within 5%",
+        "in 3 measured tries",
+        "0.300 of it",
+        "30.00 of 100.00 ms",
+        "a rate of 0.700",
+    ):
         assert fact in str(caught.value)
 
 
@@ -379,7 +460,9 @@ def test_a_correction_out_of_the_plan_s_reach_is_refused_with_what_was_reached()
             raise ValueError("Rate 0.7 is out of reach.")
         return Timed(1.5 * target_ms), target_ms
 
-    with pytest.raises(ValueError, match=r"in 1 measured try; .* 0\.750 of it, .* a rate of 0\.250"):
+    with pytest.raises(
+        ValueError, match=r"in 1 measured try; .* 0\.750 of it, .* a rate of 0\.250"
+    ):
         meet(0.5, Timed(100.0), 100.0, prune, SHAPE, HERE)
     with pytest.raises(ValueError, match=r"Rate 0\.7 is out of reach"):
         meet(0.3, Timed(100.0), 100.0, prune, SHAPE, HERE)
@@ -387,7 +470,9 @@ def test_a_correction_out_of_the_plan_s_reach_is_refused_with_what_was_reached()
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, 2.0])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=f"is {share:g} of the dense network's; give a share between 0 and 1"):
+    with pytest.raises(
+        ValueError, match=f"is {share:g} of the dense network's; give a share between 0 and 1"
+    ):
         meet(share, Timed(1.0), 1.0, lambda ms: (Timed(ms), ms), SHAPE, HERE)
 
 
@@ -409,15 +494,22 @@ def test_the_pruner_meets_a_latency_alone_and_beside_other_budgets(
     work = Pruner(dense, budgets, latency_table=table)
     pruned = work.prune(torch.empty(1, 3, *SHAPE, device="meta"))
     left = {"latency": ms(pruned) / ms(dense)}
-    left["params"] = sum(p.numel() for p in pruned.parameters()) / sum(p.numel() for p in dense.parameters())
+    left["params"] = sum(p.numel() for p in pruned.parameters()) / sum(
+        p.numel() for p in dense.parameters()
+    )
     for unit, rate in budgets.items():
         assert left[unit] < 1 - rate + 0.05
         assert work.plan.removed[unit] == pytest.approx(1 - left[unit], abs=0.02)
-    assert any(left[unit] == pytest.approx(1 - rate, abs=0.05) for unit, rate in budgets.items())
+    assert any(
+        left[unit] == pytest.approx(1 - rate, abs=0.05) for unit, rate in budgets.items()
+    )
     assert dense.training  # left as it was
 
 
 def test_the_latency_of_a_network_that_is_no_segformer_is_refused() -> None:
     network = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 4))
-    with pytest.raises(ValueError, match=r"Sequential is not a stock SegFormer; its latency cannot be predicted: ask"):
+    with pytest.raises(
+        ValueError,
+        match=r"Sequential is not a stock SegFormer; its latency cannot be predicted: ask",
+    ):
         Pruner(network, 0.5, rate_of="latency").prune(torch.zeros(1, 4))

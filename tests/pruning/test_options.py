@@ -31,7 +31,11 @@ def test_how_much_is_removed_can_be_said_in_several_ways(
 
 def test_a_plan_leaves_no_rate_and_text_says_what_python_does() -> None:
     assert PruneOptions(plan={"a": 1}).budgets == {}
-    assert PruneOptions(max_rate="0.8").max_rate == PruneOptions(max_rate=0.8).max_rate == {"*": 0.8}
+    assert (
+        PruneOptions(max_rate="0.8").max_rate
+        == PruneOptions(max_rate=0.8).max_rate
+        == {"*": 0.8}
+    )
     assert PruneOptions(ignore="a.*, b") == PruneOptions(ignore=["a.*", "b"])
     assert not PruneOptions(pruning_rate=0.1).removes_nothing
     assert PruneOptions(pruning_rate=0.0).removes_nothing
@@ -50,15 +54,28 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input_shape": (16, 16)}, "must be at least 32"),
     ({"plan": {"a": 1}, "scope": "local"}, "`scope` has no effect with `plan`"),
     ({"plan": "plan.json", "pruning_rate": 0.5}, "`pruning_rate` has no effect with `plan`"),
-    ({"pruning_rate": "head=0.5", "max_rate": 0.8}, "`max_rate` has no effect where `pruning_rate` gives the share"),
-    ({"scope": "local", "sensitivity": {"a": 1.0}}, "`sensitivity` has no effect with `scope` local"),
-    ({"scope": "isomorphic", "normalise": "max"}, "`normalise` has no effect with `scope` isomorphic"),
+    (
+        {"pruning_rate": "head=0.5", "max_rate": 0.8},
+        "`max_rate` has no effect where `pruning_rate` gives the share",
+    ),
+    (
+        {"scope": "local", "sensitivity": {"a": 1.0}},
+        "`sensitivity` has no effect with `scope` local",
+    ),
+    (
+        {"scope": "isomorphic", "normalise": "max"},
+        "`normalise` has no effect with `scope` isomorphic",
+    ),
     ({"uniform": True, "heads": True}, "`heads` cannot be combined with `uniform`"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[", ".join(changes) for changes, _ in REFUSED])
-def test_what_is_out_of_range_or_contradicts_is_refused(changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"), REFUSED, ids=[", ".join(changes) for changes, _ in REFUSED]
+)
+def test_what_is_out_of_range_or_contradicts_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=r"\.$") as refusal:
         PruneOptions(**changes)
     assert message in str(refusal.value)

@@ -52,7 +52,11 @@ def assert_trains(model: nn.Module, *shape: int) -> None:
     logits = logits_of(model.train()(torch.randn(2, 3, *shape)))
     assert logits.isfinite().all()
     logits.square().mean().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ] == []
 
 
 # A stock SegFormer
@@ -80,7 +84,10 @@ def test_a_network_of_mmsegmentation_is_pruned_by_the_rate(
     model = build(from_state_dict(reference("mmseg", trained_like).state_dict()))
     pruned = L1Pruner(model, rate, rate_of=rate_of).prune(X)
     assert isinstance(pruned, SegFormer)
-    gone = {"params": removed(model, pruned), "macs": 1 - macs(pruned, 64, 64) / macs(model, 64, 64)}
+    gone = {
+        "params": removed(model, pruned),
+        "macs": 1 - macs(pruned, 64, 64) / macs(model, 64, 64),
+    }
     assert gone[rate_of] == pytest.approx(rate, abs=0.01)
     assert pruned.spec.head == "conv"
     assert min(pruned.spec.branch_dims) < 256
@@ -93,7 +100,9 @@ def test_a_network_of_mmsegmentation_is_pruned_by_the_rate(
 
 
 @pytest.mark.parametrize("option", ["keep_decoder", "uniform"])
-def test_what_a_conv_head_cannot_be_asked_is_refused(conv_model: SegFormer, option: str) -> None:
+def test_what_a_conv_head_cannot_be_asked_is_refused(
+    conv_model: SegFormer, option: str
+) -> None:
     with pytest.raises(ValueError, match=f"^`{option}` is for decode heads as published"):
         L1Pruner(conv_model, 0.5, **{option: True})
 
@@ -115,7 +124,9 @@ def test_the_channels_fall_by_the_rate() -> None:
     assert 1 - sum(map(len, pruner.plan.keep.values())) / dense == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_decoder": True}, {"scope": "local"}, {"round_to": 1, "heads": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"keep_decoder": True}, {"scope": "local"}, {"round_to": 1, "heads": True}]
+)
 def test_the_given_network_is_left_as_it_was(small_model: SegFormer, options: dict) -> None:
     model = small_model.train()
     model.encoder.stages[0].eval()
@@ -123,7 +134,9 @@ def test_the_given_network_is_left_as_it_was(small_model: SegFormer, options: di
     modes = [module.training for module in model.modules()]
     pruned = L1Pruner(model, 0.5, **({"round_to": 2} | options)).prune()
     assert pruned is not model
-    assert not {p.data_ptr() for p in pruned.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert not {p.data_ptr() for p in pruned.parameters()} & {
+        p.data_ptr() for p in model.parameters()
+    }
     assert model.spec is spec
     assert stock_spec(model) == spec
     assert [module.training for module in model.modules()] == modes
@@ -137,7 +150,9 @@ def test_mode_and_dtype_follow_into_the_pruned_network(small_model: SegFormer) -
         assert all(p.dtype == torch.float64 for p in pruned.parameters())
 
 
-def test_the_first_convolution_and_the_classifier_keep_their_outputs(small_model: SegFormer) -> None:
+def test_the_first_convolution_and_the_classifier_keep_their_outputs(
+    small_model: SegFormer,
+) -> None:
     pruned = L1Pruner(small_model, 0.8, round_to=1).prune()
     assert pruned.spec.stages[0].width == 16
     assert pruned.spec.num_classes == 5
@@ -145,7 +160,10 @@ def test_the_first_convolution_and_the_classifier_keep_their_outputs(small_model
 
 
 def test_ignored_layers_keep_their_outputs(small_model: SegFormer) -> None:
-    ignored = [small_model.encoder.stages[1].blocks[0].mlp.fc1, small_model.encoder.stages[2].blocks[0].attn]
+    ignored = [
+        small_model.encoder.stages[1].blocks[0].mlp.fc1,
+        small_model.encoder.stages[2].blocks[0].attn,
+    ]
     pruned = L1Pruner(small_model, 0.5, ignored_layers=ignored, round_to=1).prune()
     old, new = small_model.spec.stages, pruned.spec.stages
     assert new[1].blocks[0].ffn_dim == old[1].blocks[0].ffn_dim
@@ -156,19 +174,30 @@ def test_ignored_layers_keep_their_outputs(small_model: SegFormer) -> None:
 
 @pytest.mark.parametrize(
     ("layer", "names"),
-    [("", ["fuse", "branches.0", "branches.3"]), (".fuse", ["fuse"]), (".branches.1", ["branches.1"])],
+    [
+        ("", ["fuse", "branches.0", "branches.3"]),
+        (".fuse", ["fuse"]),
+        (".branches.1", ["branches.1"]),
+    ],
 )
-def test_an_ignored_layer_that_folding_would_remove_stays(small_model: SegFormer, layer: str, names: list[str]) -> None:
+def test_an_ignored_layer_that_folding_would_remove_stays(
+    small_model: SegFormer, layer: str, names: list[str]
+) -> None:
     ignored = small_model.get_submodule(f"decode_head{layer}")
     head = L1Pruner(small_model, 0.4, ignored_layers=[ignored], round_to=1).prune().decode_head
     for name in names:
-        assert width_of(head.get_submodule(name), "out") == width_of(small_model.decode_head.get_submodule(name), "out")
+        assert width_of(head.get_submodule(name), "out") == width_of(
+            small_model.decode_head.get_submodule(name), "out"
+        )
 
 
 def test_collect_ignored_layers_may_be_overridden(small_model: SegFormer) -> None:
     class Careful(L1Pruner):
         def _collect_ignored_layers(self) -> list[nn.Module]:
-            return [*super()._collect_ignored_layers(), *(m for m in self.model.modules() if isinstance(m, Attention))]
+            return [
+                *super()._collect_ignored_layers(),
+                *(m for m in self.model.modules() if isinstance(m, Attention)),
+            ]
 
     class Careless(L1Pruner):
         def _collect_ignored_layers(self) -> list[nn.Module]:
@@ -203,7 +232,11 @@ def test_a_head_whose_weights_are_tiny_is_removed() -> None:
     pruner = L1Pruner(model, 0.3, heads=True)
     pruned = pruner.prune()
     assert pruner.plan.keep["encoder.stages.2.blocks.0.attn.heads"] == (0, 1, 3, 4)
-    assert pruned.spec.stages[2].blocks[0].num_heads == pruned.encoder.stages[2].blocks[0].attn.num_heads == 4
+    assert (
+        pruned.spec.stages[2].blocks[0].num_heads
+        == pruned.encoder.stages[2].blocks[0].attn.num_heads
+        == 4
+    )
     assert removed(model, pruned) == pytest.approx(0.3, abs=0.01)
     assert_trains(pruned, 64, 64)
 
@@ -254,12 +287,18 @@ def test_rate_zero_is_a_plain_copy(small_model: SegFormer) -> None:
     pruned = L1Pruner(small_model, 0.0).prune()
     assert pruned is not small_model
     assert pruned.spec == small_model.spec
-    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), small_model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(pruned.parameters(), small_model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 50.0, float("nan")])
 def test_a_rate_outside_zero_to_one_is_refused(small_model: SegFormer, rate: float) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"`pruning_rate` is {rate:g}; it must be at least 0 and below 1")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"`pruning_rate` is {rate:g}; it must be at least 0 and below 1"),
+    ):
         L1Pruner(small_model, rate)
 
 
@@ -270,17 +309,28 @@ def test_a_rate_outside_zero_to_one_is_refused(small_model: SegFormer, rate: flo
             {"rate_of": "flops"},
             "`rate_of` is 'flops', which is unknown; choose one of params, macs, ",
         ),
-        ({"scope": "block"}, "`scope` is 'block', which is unknown; choose one of global, local, isomorphic."),
-        ({"round_to": 0}, "`round_to` is 0; widths are kept multiples of a whole number from 1 up."),
+        (
+            {"scope": "block"},
+            "`scope` is 'block', which is unknown; choose one of global, local, isomorphic.",
+        ),
+        (
+            {"round_to": 0},
+            "`round_to` is 0; widths are kept multiples of a whole number from 1 up.",
+        ),
     ],
 )
-def test_an_unknown_option_is_refused_with_what_is_allowed(small_model: SegFormer, options: dict, message: str) -> None:
+def test_an_unknown_option_is_refused_with_what_is_allowed(
+    small_model: SegFormer, options: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         L1Pruner(small_model, 0.5, **options)
 
 
 def test_a_rate_out_of_reach_is_refused_with_the_nearest(small_model: SegFormer) -> None:
-    with pytest.raises(ValueError, match=r"Rate 0\.99 is out of reach; the most that can be removed here is 0\.\d+, "):
+    with pytest.raises(
+        ValueError,
+        match=r"Rate 0\.99 is out of reach; the most that can be removed here is 0\.\d+, ",
+    ):
         L1Pruner(small_model, 0.99).prune()
 
 
@@ -291,7 +341,9 @@ def test_a_rate_below_what_folding_saves_is_refused() -> None:
 
 
 def test_an_example_input_too_small_is_refused(small_model: SegFormer) -> None:
-    with pytest.raises(ValueError, match="The input is 16×16 pixels; both sides must be at least 32"):
+    with pytest.raises(
+        ValueError, match="The input is 16×16 pixels; both sides must be at least 32"
+    ):
         L1Pruner(small_model, 0.5).prune(torch.zeros(1, 3, 16, 16))
 
 
@@ -332,7 +384,9 @@ class OwnDecoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = (-(-x.shape[2] // 4), -(-x.shape[3] // 4))
         maps = [reduce(m) for reduce, m in zip(self.reduce, self.encoder(x), strict=True)]
-        x = self.mix(torch.cat([F.interpolate(m, size=size, mode="bilinear") for m in maps], dim=1))
+        x = self.mix(
+            torch.cat([F.interpolate(m, size=size, mode="bilinear") for m in maps], dim=1)
+        )
         return self.out(F.relu(self.up(F.relu(self.norm(x)))))
 
 
@@ -352,7 +406,9 @@ class Inverted(nn.Module):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU6())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU6()
+        )
         self.body = nn.Sequential(
             nn.Conv2d(32, 128, 1, bias=False),
             nn.BatchNorm2d(128),
@@ -395,12 +451,18 @@ def test_a_user_s_own_network_loses_the_rate(
     model = build(small_spec)
     pruner = L1Pruner(model, rate, rate_of=rate_of, round_to=1)
     pruned = pruner.prune(X)
-    found = removed(model, pruned) if rate_of == "params" else 1 - macs(pruned, 64, 64) / macs(model, 64, 64)
+    found = (
+        removed(model, pruned)
+        if rate_of == "params"
+        else 1 - macs(pruned, 64, 64) / macs(model, 64, 64)
+    )
     assert found == pytest.approx(rate, abs=0.01)
     assert pruner.plan.removed[rate_of] == pytest.approx(found, abs=1e-3)
     assert pruned(X).shape == model(X).shape
     assert_trains(pruned, 96, 65)
-    assert removed(pruned, L1Pruner(pruned, 0.2, round_to=1).prune(X)) == pytest.approx(0.2, abs=0.01)
+    assert removed(pruned, L1Pruner(pruned, 0.2, round_to=1).prune(X)) == pytest.approx(
+        0.2, abs=0.01
+    )
 
 
 def mask_outputs(model: nn.Module, pruner: L1Pruner) -> None:
@@ -413,13 +475,19 @@ def mask_outputs(model: nn.Module, pruner: L1Pruner) -> None:
                 layer = model.get_submodule(member.layer)
                 mask = torch.empty(width_of(layer, "out"), dtype=torch.float64)
                 mask[member.positions] = kept[member.channels]
-                layer.register_forward_hook(lambda _, inputs, output, mask=mask[:, None, None]: output * mask)
+                layer.register_forward_hook(
+                    lambda _, inputs, output, mask=mask[:, None, None]: output * mask
+                )
 
 
 @pytest.mark.parametrize("build", [OwnDecoder, Inverted])
-def test_cutting_convolutions_equals_zeroing_them(build, small_spec: Spec, trained_like) -> None:
+def test_cutting_convolutions_equals_zeroing_them(
+    build, small_spec: Spec, trained_like
+) -> None:
     model = trained_like(build(small_spec).double().eval())
-    ignored = [model.encoder] if build is OwnDecoder else []  # a LayerNorm's statistics change when channels go
+    ignored = (
+        [model.encoder] if build is OwnDecoder else []
+    )  # a LayerNorm's statistics change when channels go
     pruner = L1Pruner(model, 0.2, ignored_layers=ignored, round_to=1)
     pruned = pruner.prune(X.double())
     x = torch.randn(2, 3, 65, 96).double()
@@ -436,16 +504,24 @@ def test_the_groups_of_our_attention_are_cut_in_a_user_s_network(small_spec: Spe
             assert new.attn.q.out_features == new.attn.k.out_features
             assert new.attn.q.out_features % new.attn.num_heads == 0
             assert new.attn.qk_scale == block.qk_scale
-    assert any(m.q.out_features != m.v.out_features for m in pruned.modules() if isinstance(m, Attention))
+    assert any(
+        m.q.out_features != m.v.out_features
+        for m in pruned.modules()
+        if isinstance(m, Attention)
+    )
 
 
-def test_a_user_s_network_in_training_mode_keeps_its_statistics_and_mode(small_spec: Spec) -> None:
+def test_a_user_s_network_in_training_mode_keeps_its_statistics_and_mode(
+    small_spec: Spec,
+) -> None:
     model = ExtraBranch(small_spec).train()
     state = copy.deepcopy(model.state_dict())
     pruned = L1Pruner(model, 0.4, round_to=1).prune(X)
     assert all(module.training for module in pruned.modules())
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    counted = {name: t for name, t in pruned.named_buffers() if name.endswith("num_batches_tracked")}
+    counted = {
+        name: t for name, t in pruned.named_buffers() if name.endswith("num_batches_tracked")
+    }
     assert counted
     assert not any(t.any() for t in counted.values())
 
@@ -458,7 +534,9 @@ def test_a_frozen_network_of_the_user_s_is_pruned(small_spec: Spec) -> None:
 
 
 @pytest.mark.parametrize("inputs", [{"images": X}, (X,), [X, 2.0], {"gain": 0.5, "images": X}])
-def test_example_inputs_may_be_a_dict_a_tuple_or_a_list(inputs: object, small_spec: Spec) -> None:
+def test_example_inputs_may_be_a_dict_a_tuple_or_a_list(
+    inputs: object, small_spec: Spec
+) -> None:
     model = Wrapped(small_spec)
     pruned = L1Pruner(model, 0.5, round_to=1).prune(inputs)
     assert removed(model, pruned) == pytest.approx(0.5, abs=0.01)
@@ -481,11 +559,15 @@ class Recurrent(nn.Module):
         return self.out(self.tail(x))
 
 
-def test_a_layer_that_runs_three_times_has_its_parameters_once_and_its_macs_three_times() -> None:
+def test_a_layer_that_runs_three_times_has_its_parameters_once_and_its_macs_three_times() -> (
+    None
+):
     model = Recurrent()
     pruned = L1Pruner(model, 0.2, ignored_layers=[model.tail], round_to=1).prune(X)
     assert removed(model, pruned) == pytest.approx(0.2, abs=0.01)
-    pruned = L1Pruner(model, 0.4, ignored_layers=[model.tail], rate_of="macs", round_to=1).prune(X)
+    pruned = L1Pruner(
+        model, 0.4, ignored_layers=[model.tail], rate_of="macs", round_to=1
+    ).prune(X)
     assert 1 - macs(pruned, 64, 64) / macs(model, 64, 64) == pytest.approx(0.4, abs=0.01)
 
 
@@ -500,20 +582,32 @@ def hf() -> SegformerForSemanticSegmentation:
 
 @pytest.mark.parametrize("rate_of", ["params", "macs"])
 @pytest.mark.parametrize("inputs", [X, {"pixel_values": X}])
-def test_a_hugging_face_network_is_pruned_around_its_attention(hf: nn.Module, inputs: object, rate_of: str) -> None:
-    with pytest.warns(UserWarning, match=r"attention that segprune does not know: SegformerAttention \(4, ") as caught:
+def test_a_hugging_face_network_is_pruned_around_its_attention(
+    hf: nn.Module, inputs: object, rate_of: str
+) -> None:
+    with pytest.warns(
+        UserWarning, match=r"attention that segprune does not know: SegformerAttention \(4, "
+    ) as caught:
         pruned = L1Pruner(hf, 0.25, rate_of=rate_of, round_to=1).prune(inputs)
     assert len(caught) == 1
-    found = removed(hf, pruned) if rate_of == "params" else 1 - macs(pruned, 64, 64) / macs(hf, 64, 64)
+    found = (
+        removed(hf, pruned)
+        if rate_of == "params"
+        else 1 - macs(pruned, 64, 64) / macs(hf, 64, 64)
+    )
     assert found == pytest.approx(0.25, abs=0.01)
     assert pruned(X).logits.shape == hf(X).logits.shape
     assert_trains(pruned, 96, 64)
 
 
-def test_a_hugging_face_network_beyond_its_reach_is_refused_with_the_nearest(hf: nn.Module) -> None:
+def test_a_hugging_face_network_beyond_its_reach_is_refused_with_the_nearest(
+    hf: nn.Module,
+) -> None:
     with (
         pytest.warns(UserWarning, match="SegformerAttention"),
-        pytest.raises(ValueError, match=r"Rate 0\.9 is out of reach; the most that can be removed here is") as refusal,
+        pytest.raises(
+            ValueError, match=r"Rate 0\.9 is out of reach; the most that can be removed here is"
+        ) as refusal,
     ):
         L1Pruner(hf, 0.9, round_to=1).prune(X)
     nearest = float(re.search(r"removed here is ([\d.]+),", str(refusal.value))[1])
@@ -536,9 +630,15 @@ def test_torch_s_attention_is_left_alone_with_one_warning(small_spec: Spec) -> N
 
 def test_layers_that_cannot_be_cut_are_named_in_the_warning() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.GroupNorm(4, 32), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 5, 1)
+        nn.Conv2d(3, 16, 3),
+        nn.Conv2d(16, 32, 3),
+        nn.GroupNorm(4, 32),
+        nn.Conv2d(32, 64, 3),
+        nn.Conv2d(64, 5, 1),
     )
-    with pytest.warns(UserWarning, match=r"layers that it cannot cut: GroupNorm \(1, first 2\)\.$") as caught:
+    with pytest.warns(
+        UserWarning, match=r"layers that it cannot cut: GroupNorm \(1, first 2\)\.$"
+    ) as caught:
         pruned = L1Pruner(model, 0.3, round_to=1).prune(X)
     assert len(caught) == 1
     assert [m.out_channels for m in pruned if isinstance(m, nn.Conv2d)][:2] == [16, 32]
@@ -549,7 +649,11 @@ class RootAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.qkv, self.out = nn.Conv2d(3, 16, 8, stride=8), nn.Linear(16, 48), nn.Linear(16, 4)
+        self.embed, self.qkv, self.out = (
+            nn.Conv2d(3, 16, 8, stride=8),
+            nn.Linear(16, 48),
+            nn.Linear(16, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.embed(x).flatten(2).mT).chunk(3, dim=-1)
@@ -559,7 +663,10 @@ class RootAttention(nn.Module):
 def test_attention_in_the_outermost_module_protects_all_and_says_so() -> None:
     with (
         pytest.warns(UserWarning, match=r"RootAttention \(1, first the network itself\)"),
-        pytest.raises(ValueError, match="Nothing in RootAttention can be pruned: every group of channels is protected"),
+        pytest.raises(
+            ValueError,
+            match="Nothing in RootAttention can be pruned: every group of channels is protected",
+        ),
     ):
         L1Pruner(RootAttention(), 0.3).prune(X)
 
@@ -569,7 +676,11 @@ class Halved(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.wide, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 256, 3), nn.Conv2d(128, 4, 1)
+        self.stem, self.wide, self.out = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 256, 3),
+            nn.Conv2d(128, 4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.wide(self.stem(x))
@@ -577,7 +688,10 @@ class Halved(nn.Module):
 
 
 def test_a_network_that_no_longer_runs_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"Halved no longer runs once its channels are cut .* in ignored_layers\."):
+    with pytest.raises(
+        ValueError,
+        match=r"Halved no longer runs once its channels are cut .* in ignored_layers\.",
+    ):
         L1Pruner(Halved(), 0.3, round_to=1).prune(X)
 
 
@@ -610,7 +724,9 @@ def test_nothing_is_warned_about_where_everything_can_be_cut(small_spec: Spec) -
 
 
 @pytest.mark.parametrize("head", ["mlp", "conv"])
-def test_a_stock_network_is_counted_by_the_same_formula_when_traced(small_spec: Spec, head: Head) -> None:
+def test_a_stock_network_is_counted_by_the_same_formula_when_traced(
+    small_spec: Spec, head: Head
+) -> None:
     """The plan of a traced copy equals that of the formula: one channel more nowhere."""
     model = fold_decoder(SegFormer(replace(small_spec, head=head)))
     wrapped = Wrapped(model.spec)
@@ -619,7 +735,9 @@ def test_a_stock_network_is_counted_by_the_same_formula_when_traced(small_spec: 
     stock.prune(X)
     traced.prune((X,))
     assert {f"net.{name}": keep for name, keep in stock.plan.keep.items()} == traced.plan.keep
-    assert sum(row.cost("params") for row in layers(model.spec, (64, 64))) == num_parameters(wrapped)
+    assert sum(row.cost("params") for row in layers(model.spec, (64, 64))) == num_parameters(
+        wrapped
+    )
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5])

@@ -26,7 +26,9 @@ def folded(small_model: SegFormer) -> SegFormer:
     return fold_decoder(small_model)
 
 
-_FOUND: dict[tuple[str, bool], tuple[Group, ...]] = {}  # tracing takes most of a second, and only the widths matter
+_FOUND: dict[
+    tuple[str, bool], tuple[Group, ...]
+] = {}  # tracing takes most of a second, and only the widths matter
 
 
 def groups_of(model: SegFormer, *kinds: str) -> list[Group]:
@@ -46,7 +48,11 @@ DenseOf = Callable[[str], SegFormer]
 @pytest.fixture
 def dense_of(small_model: SegFormer, conv_model: SegFormer) -> DenseOf:
     """The small network with each kind of head."""
-    return {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}.__getitem__
+    return {
+        "mlp": small_model,
+        "folded": fold_decoder(small_model),
+        "conv": conv_model,
+    }.__getitem__
 
 
 @torch.no_grad()
@@ -57,11 +63,15 @@ def error(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> float:
 
 
 def states_equal(first: nn.Module, second: nn.Module) -> bool:
-    return all(torch.equal(t, second.state_dict()[name]) for name, t in first.state_dict().items())
+    return all(
+        torch.equal(t, second.state_dict()[name]) for name, t in first.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_where_nothing_is_cut_nothing_changes(dense_of: DenseOf, batches: list[Tensor], head: str) -> None:
+def test_where_nothing_is_cut_nothing_changes(
+    dense_of: DenseOf, batches: list[Tensor], head: str
+) -> None:
     dense = dense_of(head)
     repaired = repair(copy.deepcopy(dense), dense, [], Plan({}), batches)
     for name, tensor in dense.state_dict().items():
@@ -81,7 +91,10 @@ def test_logits_come_nearer_to_the_dense_ones_on_images_never_seen(
     groups = groups_of(dense, *kinds)
     plan = plan_of(groups)
     pruned = cut_copy(dense, groups, plan)
-    batches = [*batches, torch.randn(5, 3, 64, 64).double()]  # of noise there must be a little more than of pictures
+    batches = [
+        *batches,
+        torch.randn(5, 3, 64, 64).double(),
+    ]  # of noise there must be a little more than of pictures
     repaired = repair(pruned, dense, groups, plan, batches)
     others = [torch.randn(2, 3, 64, 64).double()]
     assert error(repaired, dense, batches) < 0.8 * error(pruned, dense, batches)
@@ -112,7 +125,10 @@ def lower_rank(model: SegFormer, layer: str) -> None:
         if hasattr(module, "qk_scale"):
             linear = getattr(module, layer)
             dim = linear.out_features // module.num_heads
-            weight, bias = linear.weight.unflatten(0, (-1, dim)), linear.bias.unflatten(0, (-1, dim))
+            weight, bias = (
+                linear.weight.unflatten(0, (-1, dim)),
+                linear.bias.unflatten(0, (-1, dim)),
+            )
             mix = torch.randn(dim - dim // 2, dim // 2).double()
             weight[:, dim // 2 :] = mix @ weight[:, : dim // 2]
             bias[:, dim // 2 :] = bias[:, : dim // 2] @ mix.T
@@ -157,7 +173,9 @@ MAKE_DEPENDENT: dict[str, Callable[[SegFormer], None]] = {
 
 
 @pytest.mark.parametrize("kind", MAKE_DEPENDENT)
-def test_dependent_channels_go_without_a_trace(folded: SegFormer, batches: list[Tensor], kind: str) -> None:
+def test_dependent_channels_go_without_a_trace(
+    folded: SegFormer, batches: list[Tensor], kind: str
+) -> None:
     check_dependent(folded, kind, MAKE_DEPENDENT[kind], batches)
 
 
@@ -168,12 +186,19 @@ def test_dependent_channels_of_a_branch_with_batch_norm_go_without_a_trace(
 
 
 def check_dependent(
-    dense: SegFormer, kind: str, make_dependent: Callable[[SegFormer], None], batches: list[Tensor]
+    dense: SegFormer,
+    kind: str,
+    make_dependent: Callable[[SegFormer], None],
+    batches: list[Tensor],
 ) -> None:
     make_dependent(dense)
     groups = groups_of(dense, kind)
     first_half = {
-        g.name: tuple(p * g.slots + i for p in range(g.parts) for i in range(g.slots // 2 + (kind == "reduction")))
+        g.name: tuple(
+            p * g.slots + i
+            for p in range(g.parts)
+            for i in range(g.slots // 2 + (kind == "reduction"))
+        )
         for g in groups
     }
     plan = Plan(first_half)
@@ -184,22 +209,31 @@ def check_dependent(
 
 
 @torch.no_grad()
-def test_a_stage_whose_stream_has_few_directions_goes_without_a_trace(folded: SegFormer, batches: list[Tensor]) -> None:
+def test_a_stage_whose_stream_has_few_directions_goes_without_a_trace(
+    folded: SegFormer, batches: list[Tensor]
+) -> None:
     """Equal gains in the patch embedding, so that its LayerNorm can be turned; half of all that is written twice."""
     stage = folded.encoder.stages[1]
     half = folded.spec.stages[1].width // 2
     stage.patch_embed.norm.weight.fill_(0.7)
-    writers = [stage.patch_embed.proj, *(layer for b in stage.blocks for layer in (b.attn.proj, b.mlp.fc2))]
+    writers = [
+        stage.patch_embed.proj,
+        *(layer for b in stage.blocks for layer in (b.attn.proj, b.mlp.fc2)),
+    ]
     for layer in writers:
         layer.weight[half:] = layer.weight[:half]
         layer.bias[half:] = layer.bias[:half]
     stage.patch_embed.norm.bias[half:] = stage.patch_embed.norm.bias[:half]
-    groups = [group for group in groups_of(folded, "stage") if group.name == "encoder.stages.1.width"]
+    groups = [
+        group for group in groups_of(folded, "stage") if group.name == "encoder.stages.1.width"
+    ]
     plan = Plan({groups[0].name: tuple(range(half + 1))})
     pruned = cut_copy(folded, groups, plan)
     repaired = repair(pruned, folded, groups, plan, batches, damping=1e-12)
     assert error(pruned, folded, batches) > 1e-2
-    assert error(repaired, folded, batches) < 1e-3  # the closing LayerNorm's bias and padding leave something
+    assert (
+        error(repaired, folded, batches) < 1e-3
+    )  # the closing LayerNorm's bias and padding leave something
 
 
 # Layer by layer
@@ -213,7 +247,12 @@ def outputs(model: SegFormer, name: str, batches: list[Tensor]) -> Tensor:
         for x in batches:
             model(x)
     hook.remove()
-    return torch.cat([out.flatten(0, -2) if out.dim() == 3 else out.movedim(1, -1).flatten(0, -2) for out in seen])
+    return torch.cat(
+        [
+            out.flatten(0, -2) if out.dim() == 3 else out.movedim(1, -1).flatten(0, -2)
+            for out in seen
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +282,13 @@ def test_the_reader_of_what_was_cut_says_more_nearly_what_it_said(
 
 
 @pytest.mark.parametrize(
-    ("head", "name"), [("folded", "norm"), ("conv", "norm"), ("conv", "branch_norms.0"), ("conv", "branch_norms.3")]
+    ("head", "name"),
+    [
+        ("folded", "norm"),
+        ("conv", "norm"),
+        ("conv", "branch_norms.0"),
+        ("conv", "branch_norms.3"),
+    ],
 )
 def test_the_logits_do_not_move_when_the_statistics_of_batch_norm_do(
     dense_of: DenseOf, batches: list[Tensor], head: str, name: str
@@ -258,12 +303,16 @@ def test_the_logits_do_not_move_when_the_statistics_of_batch_norm_do(
     for model in (dense, repaired):
         seen: list[Tensor] = []
         norm = model.decode_head.get_submodule(name)
-        norm.register_forward_pre_hook(lambda m, inputs, seen=seen: seen.append(inputs[0].clone()))
+        norm.register_forward_pre_hook(
+            lambda m, inputs, seen=seen: seen.append(inputs[0].clone())
+        )
         with torch.no_grad():
             for x in batches:
                 model(x)
         rows = torch.cat([x.movedim(1, -1).flatten(0, -2) for x in seen])
-        observed.append((rows.mean(0) - norm.running_mean, rows.var(0, correction=0) / norm.running_var))
+        observed.append(
+            (rows.mean(0) - norm.running_mean, rows.var(0, correction=0) / norm.running_var)
+        )
     (shift, ratio), (new_shift, new_ratio) = observed
     torch.testing.assert_close(new_shift, shift)
     torch.testing.assert_close(new_ratio, ratio)
@@ -278,7 +327,9 @@ def repaired_once(model: SegFormer, batches: list[Tensor], **settings: object) -
     return repair(cut_copy(model, groups, plan), model, groups, plan, batches, **settings)
 
 
-def test_the_same_images_give_the_same_network(folded: SegFormer, batches: list[Tensor]) -> None:
+def test_the_same_images_give_the_same_network(
+    folded: SegFormer, batches: list[Tensor]
+) -> None:
     assert error(repaired_once(folded, batches), repaired_once(folded, batches), batches) < 1e-9
 
 
@@ -301,16 +352,22 @@ def test_neither_network_is_touched(folded: SegFormer, batches: list[Tensor]) ->
     assert not folded.training
     assert repaired.training  # as it was given
     frozen = {name for name, p in repaired.named_parameters() if not p.requires_grad}
-    assert frozen == {name for name, _ in repaired.named_parameters() if name.startswith("encoder.")}
+    assert frozen == {
+        name for name, _ in repaired.named_parameters() if name.startswith("encoder.")
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_precisions_are_repaired_too(folded: SegFormer, batches: list[Tensor], dtype: torch.dtype) -> None:
+def test_other_precisions_are_repaired_too(
+    folded: SegFormer, batches: list[Tensor], dtype: torch.dtype
+) -> None:
     model = copy.deepcopy(folded).to(dtype)
     exact = repaired_once(copy.deepcopy(model).double(), batches)
     repaired = repaired_once(model, [x.to(dtype) for x in batches])
     assert {p.dtype for p in repaired.parameters()} == {dtype}
-    assert error(copy.deepcopy(repaired).double(), exact, batches) < (1e-3 if dtype == torch.float32 else 0.1)
+    assert error(copy.deepcopy(repaired).double(), exact, batches) < (
+        1e-3 if dtype == torch.float32 else 0.1
+    )
 
 
 def test_progress_counts_blocks_and_head(folded: SegFormer, batches: list[Tensor]) -> None:
@@ -319,7 +376,9 @@ def test_progress_counts_blocks_and_head(folded: SegFormer, batches: list[Tensor
     assert steps == [(i, 7) for i in range(1, 8)]
 
 
-def test_memory_does_not_grow_with_the_number_of_images_by_more_than_their_activations(folded: SegFormer) -> None:
+def test_memory_does_not_grow_with_the_number_of_images_by_more_than_their_activations(
+    folded: SegFormer,
+) -> None:
     """No matrix of all rows is ever there: the largest tensor made belongs to one batch, however many there are."""
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -351,7 +410,10 @@ def refusal(call: Callable[[], object]) -> str:
 def test_no_images_are_refused(folded: SegFormer) -> None:
     for batches in ([], [torch.zeros(0, 3, 64, 64).double()]):
         text = refusal(lambda batches=batches: repaired_once(folded, batches))
-        assert text == "Repair needs images, and there are none; give a few dozen, labels are not needed."
+        assert (
+            text
+            == "Repair needs images, and there are none; give a few dozen, labels are not needed."
+        )
 
 
 def test_images_of_another_shape_are_refused(folded: SegFormer) -> None:
@@ -363,11 +425,16 @@ def test_values_that_are_not_finite_are_refused(folded: SegFormer) -> None:
     x = torch.zeros(1, 3, 64, 64).double()
     x[0, 1, 2, 3] = float("nan")
     text = refusal(lambda: repaired_once(folded, [x]))
-    assert text == "An image holds values that are not finite; check how the images are normalised."
+    assert (
+        text
+        == "An image holds values that are not finite; check how the images are normalised."
+    )
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
-def test_damping_not_above_zero_is_refused(folded: SegFormer, batches: list[Tensor], damping: float) -> None:
+def test_damping_not_above_zero_is_refused(
+    folded: SegFormer, batches: list[Tensor], damping: float
+) -> None:
     text = refusal(lambda: repaired_once(folded, batches, damping=damping))
     assert text == f"The repair's damping is {damping:g}; it must be above 0."
 
@@ -379,7 +446,13 @@ def test_networks_that_do_not_belong_together_are_refused(
     plan = plan_of(groups)
     pruned = cut_copy(folded, groups, plan)
     other = plan_of(groups, 0.5)
-    wrong = [(pruned, small_model, groups, plan), (pruned, folded, groups, other), (pruned, folded, groups[1:], plan)]
+    wrong = [
+        (pruned, small_model, groups, plan),
+        (pruned, folded, groups, other),
+        (pruned, folded, groups[1:], plan),
+    ]
     for network, dense, some, what in wrong:
         text = refusal(lambda a=network, b=dense, c=some, d=what: repair(a, b, c, d, batches))
-        assert text.startswith("The pruned network is not what the plan makes of the dense one; give the network")
+        assert text.startswith(
+            "The pruned network is not what the plan makes of the dense one; give the network"
+        )

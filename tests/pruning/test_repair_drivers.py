@@ -37,7 +37,9 @@ def another_driver() -> Iterator[list[str]]:
     lstsq, eigh, svd = torch.linalg.lstsq, torch.linalg.eigh, torch.linalg.svd
 
     def random_signs(vectors: Tensor) -> Tensor:
-        return (torch.randint(2, (*vectors.shape[:-2], 1, vectors.shape[-1])) * 2 - 1).to(vectors)
+        return (torch.randint(2, (*vectors.shape[:-2], 1, vectors.shape[-1])) * 2 - 1).to(
+            vectors
+        )
 
     def refuse_what_is_not_finite(name: str, matrix: Tensor) -> None:
         taken.append(name)
@@ -69,7 +71,11 @@ def another_driver() -> Iterator[list[str]]:
 @pytest.fixture
 def dense_of(small_model: SegFormer, conv_model: SegFormer) -> Callable[[str], SegFormer]:
     """The small network with each kind of head: folded, as published (keep_decoder), mmsegmentation's."""
-    return {"mlp": small_model, "folded": fold_decoder(small_model), "conv": conv_model}.__getitem__
+    return {
+        "mlp": small_model,
+        "folded": fold_decoder(small_model),
+        "conv": conv_model,
+    }.__getitem__
 
 
 @torch.no_grad()
@@ -86,7 +92,9 @@ def cut_to_two_thirds(dense: SegFormer, method: str, batches: list[Tensor]) -> C
     """The network, what was cut of it, and how: the channels that the method ranks highest are kept."""
     groups = list(find_groups(dense, batches[0][:1], {STEM}).groups)
     ranks = score_channels(dense, groups, method, batches)
-    plan = keep_best(groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups]))
+    plan = keep_best(
+        groups, ranks, np.array([max(1, 2 * group.slots // 3) for group in groups])
+    )
     return cut_copy(dense, groups, plan), dense, groups, plan
 
 
@@ -110,7 +118,9 @@ def test_the_repair_gives_the_same_network_with_another_driver(
         other = repair(pruned, dense, groups, plan, batches)
 
     assert {"eigh", "svd"} <= set(taken)
-    before, after, between = (error(*pair, batches) for pair in ((pruned, dense), (usual, dense), (other, usual)))
+    before, after, between = (
+        error(*pair, batches) for pair in ((pruned, dense), (usual, dense), (other, usual))
+    )
     assert after < before
     assert between < 1e-8
     assert_same(other, usual)
@@ -167,6 +177,10 @@ def test_least_squares_that_need_full_rank_are_nowhere_in_the_package() -> None:
     for path in Path(segprune.__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        linalg = [call for call in calls if isinstance(call, ast.Attribute) and "torch" in ast.unparse(call.value)]
+        linalg = [
+            call
+            for call in calls
+            if isinstance(call, ast.Attribute) and "torch" in ast.unparse(call.value)
+        ]
         used = {call.attr for call in linalg} & refused
         assert not used, f"{path}: {used}; take pinv, or cholesky of a damped matrix"

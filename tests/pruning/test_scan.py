@@ -14,7 +14,9 @@ def num_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def test_each_finding_measures_a_network_in_which_only_its_part_was_cut(small_model: SegFormer) -> None:
+def test_each_finding_measures_a_network_in_which_only_its_part_was_cut(
+    small_model: SegFormer,
+) -> None:
     before = {name: p.clone() for name, p in small_model.state_dict().items()}
     cut: list[SegFormer] = []
     findings = scan(small_model, lambda model: float(cut.append(model) or len(cut)), (0.5,))
@@ -28,7 +30,9 @@ def test_each_finding_measures_a_network_in_which_only_its_part_was_cut(small_mo
     assert all(torch.equal(p, before[name]) for name, p in small_model.state_dict().items())
 
 
-def test_the_distance_of_a_network_from_itself_is_nothing_and_grows_with_what_is_cut(small_model: SegFormer) -> None:
+def test_the_distance_of_a_network_from_itself_is_nothing_and_grows_with_what_is_cut(
+    small_model: SegFormer,
+) -> None:
     torch.manual_seed(0)
     measure = output_distance(small_model, [torch.randn(n, 3, 64, 64).double() for n in (2, 1)])
     assert measure(small_model) == pytest.approx(0.0, abs=1e-6)
@@ -49,7 +53,10 @@ def test_sensitivities_are_relative_to_the_average_part_and_bounded() -> None:
 
 
 def test_a_scan_in_which_nothing_happens_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Nothing in the scan changed the network's output; scan higher rates or"):
+    with pytest.raises(
+        ValueError,
+        match=r"Nothing in the scan changed the network's output; scan higher rates or",
+    ):
         sensitivities([Finding("head", ("a",), 0.5, 0.0)])
 
 
@@ -57,7 +64,8 @@ def test_a_part_that_is_sensitive_is_spared(small_model: SegFormer) -> None:
     names = [group.name for group in Pruner(small_model).prepare().groups]
     spared = next(name for name in names if name.endswith("stages.2.blocks.0.mlp.ffn"))
     plain, careful = (
-        Pruner(small_model, 0.5, round_to=1, sensitivity=factors).make_plan()[0] for factors in ({}, {spared: 9.0})
+        Pruner(small_model, 0.5, round_to=1, sensitivity=factors).make_plan()[0]
+        for factors in ({}, {spared: 9.0})
     )
     assert len(careful.keep[spared]) > len(plain.keep[spared])
 
@@ -65,12 +73,15 @@ def test_a_part_that_is_sensitive_is_spared(small_model: SegFormer) -> None:
 def test_a_scan_of_another_network_is_refused(small_model: SegFormer) -> None:
     mixed = {"encoder.stages.1.width": 2.0, "stages.9.width": 2.0}
     with pytest.raises(
-        ValueError, match=r"The sensitivities are of another network: this one has no group stages\.9\.width; scan it"
+        ValueError,
+        match=r"The sensitivities are of another network: this one has no group stages\.9\.width; scan it",
     ):
         Pruner(small_model, 0.5, round_to=1, sensitivity=mixed).make_plan()
 
 
 def test_a_scan_may_name_what_is_protected_now(small_model: SegFormer) -> None:
     spared = {"encoder.stages.1.width": 2.0, "encoder.stages.2.blocks.0.mlp.ffn": 3.0}
-    plan, _ = Pruner(small_model, 0.5, round_to=1, sensitivity=spared, ignore=["stages.1"]).make_plan()
+    plan, _ = Pruner(
+        small_model, 0.5, round_to=1, sensitivity=spared, ignore=["stages.1"]
+    ).make_plan()
     assert "encoder.stages.1.width" not in plan.keep

@@ -15,7 +15,11 @@ X = torch.zeros(1, 3, 64, 64).double()
 
 
 def groups_of(model: SegFormer, kinds: set[str]) -> list[Group]:
-    return [group for group in find_groups(model, X, {STEM}, heads="head" in kinds).groups if group.kind in kinds]
+    return [
+        group
+        for group in find_groups(model, X, {STEM}, heads="head" in kinds).groups
+        if group.kind in kinds
+    ]
 
 
 @torch.no_grad()
@@ -40,7 +44,9 @@ def zero_channels(model: SegFormer, groups: list[Group], plan: Plan) -> None:
                 zero_rows(owner.norm, gone)
             case "branch":
                 norm = group.name.replace("branches", "branch_norms")  # of a head that has some
-                zero_rows(model.get_submodule(norm if model.spec.head == "conv" else group.name), gone)
+                zero_rows(
+                    model.get_submodule(norm if model.spec.head == "conv" else group.name), gone
+                )
             case _:
                 raise AssertionError(group.kind)
 
@@ -52,7 +58,15 @@ def zero_rows(layer: nn.Module, rows: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "kinds",
-    [{"ffn"}, {"qk"}, {"v"}, {"head"}, {"decoder"}, {"head", "qk", "v"}, {"ffn", "qk", "v", "head", "decoder"}],
+    [
+        {"ffn"},
+        {"qk"},
+        {"v"},
+        {"head"},
+        {"decoder"},
+        {"head", "qk", "v"},
+        {"ffn", "qk", "v", "head", "decoder"},
+    ],
     ids=lambda kinds: "+".join(sorted(kinds)),
 )
 def test_cutting_equals_zeroing(small_model: SegFormer, kinds: set[str]) -> None:
@@ -84,7 +98,12 @@ def test_cutting_equals_zeroing_in_a_head_that_is_not_folded(
 
 @pytest.mark.parametrize("head", ["mlp", "folded", "conv"])
 @pytest.mark.parametrize(
-    "kinds", [{"reduction"}, {"stage"}, {"stage", "reduction", "ffn", "qk", "v", "head", "decoder", "branch"}]
+    "kinds",
+    [
+        {"reduction"},
+        {"stage"},
+        {"stage", "reduction", "ffn", "qk", "v", "head", "decoder", "branch"},
+    ],
 )
 def test_a_cut_network_is_what_its_spec_builds(
     small_model: SegFormer, conv_model: SegFormer, kinds: set[str], head: str
@@ -102,15 +121,22 @@ def test_a_cut_network_is_what_its_spec_builds(
 
 
 def test_a_stage_keeps_exactly_the_chosen_channels(small_model: SegFormer) -> None:
-    groups = [g for g in groups_of(small_model, {"stage"}) if g.name == "encoder.stages.1.width"]
+    groups = [
+        g for g in groups_of(small_model, {"stage"}) if g.name == "encoder.stages.1.width"
+    ]
     plan = plan_of(groups)
     kept = list(plan.keep["encoder.stages.1.width"])
-    old, new = small_model.encoder.stages[1], cut_copy(small_model, groups, plan).encoder.stages[1]
+    old, new = (
+        small_model.encoder.stages[1],
+        cut_copy(small_model, groups, plan).encoder.stages[1],
+    )
     assert torch.equal(new.patch_embed.proj.weight, old.patch_embed.proj.weight[kept])
     assert torch.equal(new.norm.bias, old.norm.bias[kept])
     old_block, new_block = old.blocks[0], new.blocks[0]
     assert torch.equal(new_block.attn.sr.weight, old_block.attn.sr.weight[:, kept])
-    assert torch.equal(new_block.attn.k.weight, old_block.attn.k.weight)  # reads the reduction, not the stage
+    assert torch.equal(
+        new_block.attn.k.weight, old_block.attn.k.weight
+    )  # reads the reduction, not the stage
     assert torch.equal(new_block.attn.proj.weight, old_block.attn.proj.weight[kept])
     assert torch.equal(new_block.mlp.fc1.weight, old_block.mlp.fc1.weight[:, kept])
 
@@ -119,7 +145,9 @@ def test_the_attention_scale_is_kept(small_model: SegFormer) -> None:
     groups = groups_of(small_model, {"qk", "head"})
     pruned = cut_copy(small_model, groups, plan_of(groups))
     scales = {n: m.qk_scale for n, m in small_model.named_modules() if isinstance(m, Attention)}
-    assert {n: m.qk_scale for n, m in pruned.named_modules() if isinstance(m, Attention)} == scales
+    assert {
+        n: m.qk_scale for n, m in pruned.named_modules() if isinstance(m, Attention)
+    } == scales
     assert [[b.qk_scale for b in s.blocks] for s in pruned.spec.stages] == [
         [b.qk_scale for b in s.blocks] for s in small_model.spec.stages
     ]
@@ -130,16 +158,26 @@ def test_a_plan_that_keeps_all_changes_nothing(small_model: SegFormer) -> None:
     plan = Plan({group.name: tuple(range(group.num_channels)) for group in groups})
     pruned = cut_copy(small_model, groups, plan)
     assert pruned.spec == small_model.spec
-    assert all(torch.equal(t, pruned.state_dict()[name]) for name, t in small_model.state_dict().items())
+    assert all(
+        torch.equal(t, pruned.state_dict()[name])
+        for name, t in small_model.state_dict().items()
+    )
 
 
 def test_frozen_parameters_stay_frozen_and_own_their_memory(small_model: SegFormer) -> None:
     small_model.encoder.requires_grad_(False)
     groups = groups_of(small_model, {"ffn", "stage"})
     pruned = cut_copy(small_model, groups, plan_of(groups))
-    frozen = {name for name, parameter in pruned.named_parameters() if not parameter.requires_grad}
-    assert frozen == {name for name, _ in pruned.named_parameters() if name.startswith("encoder.")}
-    assert all(p.is_contiguous() and p.untyped_storage().nbytes() == p.nbytes for p in pruned.parameters())
+    frozen = {
+        name for name, parameter in pruned.named_parameters() if not parameter.requires_grad
+    }
+    assert frozen == {
+        name for name, _ in pruned.named_parameters() if name.startswith("encoder.")
+    }
+    assert all(
+        p.is_contiguous() and p.untyped_storage().nbytes() == p.nbytes
+        for p in pruned.parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +189,9 @@ def test_frozen_parameters_stay_frozen_and_own_their_memory(small_model: SegForm
         (nn.BatchNorm2d(12, affine=False, track_running_stats=False), (2, 12, 3, 3)),
     ],
 )
-def test_every_kind_of_batch_norm_is_cut_as_its_channels(norm: nn.Module, shape: tuple[int, ...]) -> None:
+def test_every_kind_of_batch_norm_is_cut_as_its_channels(
+    norm: nn.Module, shape: tuple[int, ...]
+) -> None:
     model = nn.Sequential(nn.Conv2d(3, 12, 1), norm, nn.ReLU(), nn.Conv2d(12, 2, 1))
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
@@ -170,7 +210,9 @@ def test_every_kind_of_batch_norm_is_cut_as_its_channels(norm: nn.Module, shape:
 
 
 def test_a_layer_norm_without_weights_is_cut() -> None:
-    model = nn.Sequential(nn.Linear(3, 12), nn.LayerNorm(12, elementwise_affine=False), nn.Linear(12, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 12), nn.LayerNorm(12, elementwise_affine=False), nn.Linear(12, 2)
+    )
     groups = find_groups(model, torch.randn(1, 5, 3), set()).groups
     cut_channels(model, groups, Plan({"0": (0, 3, 7)}))
     assert model[1].normalized_shape == (3,)
@@ -180,7 +222,10 @@ def test_a_layer_norm_without_weights_is_cut() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_transposed_convolution_is_cut_on_both_sides(bias: bool) -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 10, 3, stride=2, bias=bias), nn.ReLU(), nn.Conv2d(10, 2, 1)
+        nn.Conv2d(3, 6, 1),
+        nn.ConvTranspose2d(6, 10, 3, stride=2, bias=bias),
+        nn.ReLU(),
+        nn.Conv2d(10, 2, 1),
     )
     x = torch.randn(1, 3, 5, 7)
     groups = find_groups(model, x, set()).groups

@@ -6,9 +6,13 @@ from segprune.model import SegFormer
 from segprune.pruning.synthetic import synthetic_images
 
 
-def test_images_come_in_batches_of_the_size_asked_for_and_are_the_same_each_time(small_model: SegFormer) -> None:
+def test_images_come_in_batches_of_the_size_asked_for_and_are_the_same_each_time(
+    small_model: SegFormer,
+) -> None:
     calls: list[tuple[int, int]] = []
-    batches = synthetic_images(small_model, (64, 96), count=10, progress=lambda *step: calls.append(step))
+    batches = synthetic_images(
+        small_model, (64, 96), count=10, progress=lambda *step: calls.append(step)
+    )
     assert [tuple(batch.shape) for batch in batches] == [(8, 3, 64, 96), (2, 3, 64, 96)]
     assert batches[0].dtype == torch.float64
     assert calls[-1] == (40, 40)
@@ -16,12 +20,16 @@ def test_images_come_in_batches_of_the_size_asked_for_and_are_the_same_each_time
     assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
 
 
-def test_those_are_chosen_whose_statistics_are_the_ones_the_network_remembers(small_model: SegFormer) -> None:
+def test_those_are_chosen_whose_statistics_are_the_ones_the_network_remembers(
+    small_model: SegFormer,
+) -> None:
     """A norm that saw bright images only gets bright ones."""
     norm = small_model.decode_head.norm
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    every = torch.stack([normalise(draw_leaves(0, index, (64, 64))) for index in range(32)]).double()
+    every = torch.stack(
+        [normalise(draw_leaves(0, index, (64, 64))) for index in range(32)]
+    ).double()
     bright = every[every.mean((1, 2, 3)).argsort()[-8:]]
     with torch.no_grad():
         fused = small_model.decode_head.fused(small_model.encoder(bright)).double()

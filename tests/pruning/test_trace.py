@@ -49,7 +49,10 @@ def test_macs_of_all_convolutions_equal_those_that_torch_counts() -> None:
 
 def test_costs_are_for_one_sample() -> None:
     model = Convolutions()
-    assert trace(model, torch.zeros(3, 3, 22, 30)).layers == trace(model, torch.zeros(1, 3, 22, 30)).layers
+    assert (
+        trace(model, torch.zeros(3, 3, 22, 30)).layers
+        == trace(model, torch.zeros(1, 3, 22, 30)).layers
+    )
 
 
 class Product(nn.Module):
@@ -75,14 +78,18 @@ class Product(nn.Module):
         lambda x, y: torch.einsum("bnc,bmc->bnm", x, y),
     ],
 )
-def test_a_product_of_activations_is_attention(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_a_product_of_activations_is_attention(
+    product: Callable[[Tensor, Tensor], Tensor],
+) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Product(product))
     assert trace(model, torch.zeros(1, 4, 4)).unknown_attention == {"1": "Product"}
 
 
 def test_torch_s_own_attention_is_seen() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    assert trace(layer, torch.zeros(1, 5, 8)).unknown_attention == {"self_attn": "MultiheadAttention"}
+    assert trace(layer, torch.zeros(1, 5, 8)).unknown_attention == {
+        "self_attn": "MultiheadAttention"
+    }
 
 
 def test_a_product_with_a_parameter_is_not_attention() -> None:
@@ -95,7 +102,9 @@ def test_tracing_leaves_modes_statistics_and_hooks() -> None:
     trace(model, torch.ones(2, 3, 8, 8))
     assert [module.training for module in model] == [True, False, True]
     assert model[1].num_batches_tracked == 0
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
 
 
 def test_modes_come_back_after_an_error() -> None:
@@ -116,7 +125,9 @@ def test_inputs_are_passed_as_they_are_shaped(inputs: Any) -> None:
 
 def test_tensors_are_found_in_nested_outputs() -> None:
     a, b, c = torch.zeros(1), torch.ones(1), torch.ones(2)
-    assert [t.data_ptr() for t in tensors_in({"x": a, "y": [b, (c, None, 3)]})] == [t.data_ptr() for t in (a, b, c)]
+    assert [t.data_ptr() for t in tensors_in({"x": a, "y": [b, (c, None, 3)]})] == [
+        t.data_ptr() for t in (a, b, c)
+    ]
     assert tensors_in(None) == []
 
 
@@ -145,5 +156,7 @@ def test_depthwise_is_one_filter_per_channel(layer: nn.Module, depthwise: bool) 
         (nn.BatchNorm2d(7, affine=False), (7, 7)),
     ],
 )
-def test_a_layer_s_width_is_known_without_its_weights(layer: nn.Module, widths: tuple[int, int]) -> None:
+def test_a_layer_s_width_is_known_without_its_weights(
+    layer: nn.Module, widths: tuple[int, int]
+) -> None:
     assert (width_of(layer, "in"), width_of(layer, "out")) == widths

@@ -26,7 +26,9 @@ def dense(trained_like: Fill) -> SegFormer:
     spec = standard_spec("b0", 5)
     widths = zip(spec.stages, (16, 32, 40, 64), (1, 2, 5, 8), (64, 128, 160, 256), strict=True)
     stages = tuple(with_widths(*row) for row in widths)
-    model = trained_like(SegFormer(replace(spec, stages=stages, decoder_dim=64, branch_dims=(64,) * 4)).eval())
+    model = trained_like(
+        SegFormer(replace(spec, stages=stages, decoder_dim=64, branch_dims=(64,) * 4)).eval()
+    )
     assert isinstance(model, SegFormer)
     return model
 
@@ -49,12 +51,18 @@ def test_a_uniform_plan_meets_its_rate_and_every_rule(rate: float, dense: SegFor
     assert pruned.spec.stages[0].width == 16  # the first convolution's outputs are protected
     assert all(stage.width % 8 == 0 for stage in pruned.spec.stages)
     assert pruner.plan is not None
-    assert (pruner.plan.removed["params"], pruner.plan.removed["macs"]) == pytest.approx(removed(pruned, dense))
+    assert (pruner.plan.removed["params"], pruner.plan.removed["macs"]) == pytest.approx(
+        removed(pruned, dense)
+    )
 
 
 def test_rates_of_macs_and_several_at_once_are_met(dense: SegFormer) -> None:
-    assert removed(Pruner(dense, 0.6, rate_of="macs", uniform=True).prune(X), dense)[1] == pytest.approx(0.6, abs=0.02)
-    params, macs = removed(Pruner(dense, {"params": 0.3, "macs": 0.6}, uniform=True).prune(X), dense)
+    assert removed(Pruner(dense, 0.6, rate_of="macs", uniform=True).prune(X), dense)[
+        1
+    ] == pytest.approx(0.6, abs=0.02)
+    params, macs = removed(
+        Pruner(dense, {"params": 0.3, "macs": 0.6}, uniform=True).prune(X), dense
+    )
     assert params > 0.28
     assert macs > 0.58
     assert min(params - 0.3, macs - 0.6) < 0.02
@@ -100,15 +108,22 @@ def test_a_step_narrows_one_thing_with_nothing_in_between(dense: SegFormer) -> N
     assert (start.stages, start.decoder_dim) == (((16, 4), (32, 4), (40, 4), (64, 4)), 64)
     steps = list(space.steps(start))
     assert all(
-        sum(a != b for a, b in zip(start.stages, step.stages, strict=True)) + (step.decoder_dim != 64) == 1
+        sum(a != b for a, b in zip(start.stages, step.stages, strict=True))
+        + (step.decoder_dim != 64)
+        == 1
         for step in steps
     )
     assert {step.stages[1] for step in steps} == {(32, 4), (32, 3), (24, 5), (16, 8)}
-    assert {step.stages[2] for step in steps} == {(40, 4), (40, 3)}  # 5 heads and steps of 8 leave 40 alone
+    assert {step.stages[2] for step in steps} == {
+        (40, 4),
+        (40, 3),
+    }  # 5 heads and steps of 8 leave 40 alone
     assert {step.decoder_dim for step in steps} == {64, 56}
 
 
-def test_a_uniform_network_is_priced_by_its_parameters_unless_told_otherwise(dense: SegFormer) -> None:
+def test_a_uniform_network_is_priced_by_its_parameters_unless_told_otherwise(
+    dense: SegFormer,
+) -> None:
     assert Pruner(dense).options.group_price == "both"
     specs = {}
     for price in (None, "params", "both"):
@@ -125,7 +140,9 @@ def test_repair_comes_nearer_and_stays_uniform(dense: SegFormer) -> None:
     assert isinstance(repaired, SegFormer)
     assert uniform_problem(repaired.spec) is None
     with torch.inference_mode():
-        far, near = ((model(images[0]) - dense(images[0])).square().mean() for model in (plain, repaired))
+        far, near = (
+            (model(images[0]) - dense(images[0])).square().mean() for model in (plain, repaired)
+        )
     assert near < 0.5 * far
 
 
@@ -148,10 +165,10 @@ def test_what_has_no_meaning_for_uniform_stages_is_refused(
         Pruner(dense, uniform=True, **options)  # type: ignore[arg-type]
 
 
-def test_a_rate_that_uniform_stages_cannot_meet_is_refused_with_the_nearest(dense: SegFormer) -> None:
-    message = (
-        r"Rate 0\.97 of the params cannot be met within 2% by uniform stages; ask for the nearest, 0\.\d+, or prune"
-    )
+def test_a_rate_that_uniform_stages_cannot_meet_is_refused_with_the_nearest(
+    dense: SegFormer,
+) -> None:
+    message = r"Rate 0\.97 of the params cannot be met within 2% by uniform stages; ask for the nearest, 0\.\d+, or prune"
     with pytest.raises(ValueError, match=message):
         Pruner(dense, 0.97, uniform=True).prune(X)
 
@@ -161,7 +178,8 @@ def test_a_plan_that_is_not_uniform_is_refused(dense: SegFormer) -> None:
     widths = {group.name: len(plan.keep[group.name]) // group.parts for group in groups}
     widths["encoder.stages.3.blocks.1.mlp.ffn"] -= 1
     with pytest.raises(
-        ValueError, match=r"The plan is not uniform, since block 1 of stage 4 has an FFN of width .*; edit"
+        ValueError,
+        match=r"The plan is not uniform, since block 1 of stage 4 has an FFN of width .*; edit",
     ):
         Pruner(dense, uniform=True, plan=widths).prune(X)
 
@@ -174,8 +192,11 @@ def test_stages_that_cannot_be_uniform_are_refused(dense: SegFormer, small_spec:
     bare = replace(stage, blocks=(stage.blocks[0].without_ffn(), stage.blocks[1]))
     spec = replace(dense.spec, stages=(*dense.spec.stages[:2], bare, dense.spec.stages[3]))
     with pytest.raises(
-        ValueError, match="Stage 3 has blocks without attention or FFN, or with different numbers of heads"
+        ValueError,
+        match="Stage 3 has blocks without attention or FFN, or with different numbers of heads",
     ):
         Pruner(SegFormer(spec), 0.5, uniform=True).prune(X)
-    with pytest.raises(ValueError, match="Sequential is not a stock SegFormer; only those have uniform stages"):
+    with pytest.raises(
+        ValueError, match="Sequential is not a stock SegFormer; only those have uniform stages"
+    ):
         L1Pruner(nn.Sequential(dense), 0.5, uniform=True).prune(X)

@@ -32,7 +32,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name], other[name]) for name in one
+    )
 
 
 def test_averages_follow_the_recurrence_with_its_ramp() -> None:
@@ -44,7 +46,9 @@ def test_averages_follow_the_recurrence_with_its_ramp() -> None:
         decay = min(0.25, (1 + n) / (10 + n))  # 1/10, 2/11, then 1/4
         for name, tensor in model.state_dict().items():
             counter = not tensor.is_floating_point()
-            expected[name] = tensor.clone() if counter else decay * expected[name] + (1 - decay) * tensor
+            expected[name] = (
+                tensor.clone() if counter else decay * expected[name] + (1 - decay) * tensor
+            )
     assert expected["1.num_batches_tracked"] == 6
     for name, average in ema.averages.items():
         torch.testing.assert_close(average, expected[name])
@@ -52,7 +56,10 @@ def test_averages_follow_the_recurrence_with_its_ramp() -> None:
 
 def test_after_the_ramp_it_is_torch_s_averaged_model() -> None:
     model = network()
-    ema, theirs = Ema(model, decay=0.1), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.1), use_buffers=True)
+    ema, theirs = (
+        Ema(model, decay=0.1),
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.1), use_buffers=True),
+    )
     theirs.update_parameters(model)  # its first update copies
     for _ in steps(model, 4):
         ema.update(model)
@@ -132,13 +139,20 @@ def test_a_saved_state_does_not_move_with_the_average() -> None:
     assert saved["num_updates"] == 0
 
 
-@pytest.mark.parametrize("other", [nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(3, 5, 1), *network()[1:])])
+@pytest.mark.parametrize(
+    "other", [nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(3, 5, 1), *network()[1:])]
+)
 def test_averages_of_another_network_are_refused(other: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"The saved averages are another network's \(\d+ tensors differ, .* first\);"):
+    with pytest.raises(
+        ValueError,
+        match=r"The saved averages are another network's \(\d+ tensors differ, .* first\);",
+    ):
         Ema(network()).load_state_dict(Ema(other).state_dict())
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
 def test_a_decay_out_of_range_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match=rf"The average's decay is {decay}; it must be from 0 to below 1\."):
+    with pytest.raises(
+        ValueError, match=rf"The average's decay is {decay}; it must be from 0 to below 1\."
+    ):
         Ema(network(), decay=decay)

@@ -28,14 +28,18 @@ from tests.training.tiny import (
 )
 
 
-def test_the_loss_falls_when_a_few_pictures_are_learnt_by_heart(data: Path, cpu: Accelerator) -> None:
+def test_the_loss_falls_when_a_few_pictures_are_learnt_by_heart(
+    data: Path, cpu: Accelerator
+) -> None:
     config = config_of(data, epochs=40, batch_size=4, lr=1e-2, scale=(1.0, 1.0), eval_every=40)
     _, results, _ = recorded(tiny_model(), config, cpu)
     losses = [result.loss for result in results]
     assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
 
 
-def test_the_network_trains_in_training_mode_after_every_score_too(data: Path, cpu: Accelerator) -> None:
+def test_the_network_trains_in_training_mode_after_every_score_too(
+    data: Path, cpu: Accelerator
+) -> None:
     model, modes = tiny_model().eval(), []
     on_step = lambda done, total, loss, lr: modes.append([m.training for m in model.modules()])  # noqa: E731
     train(model, *config_of(data), accelerator=cpu, on_step=on_step)
@@ -43,7 +47,9 @@ def test_the_network_trains_in_training_mode_after_every_score_too(data: Path, c
     assert all(all(mode) for mode in modes)
 
 
-def test_two_runs_of_one_seed_are_the_same_to_the_bit_and_of_another_seed_not(data: Path, cpu: Accelerator) -> None:
+def test_two_runs_of_one_seed_are_the_same_to_the_bit_and_of_another_seed_not(
+    data: Path, cpu: Accelerator
+) -> None:
     runs = []
     for seed in (1, 1, 2):
         model = tiny_model()
@@ -54,11 +60,15 @@ def test_two_runs_of_one_seed_are_the_same_to_the_bit_and_of_another_seed_not(da
     assert not same(runs[0], runs[2])
 
 
-def test_the_score_is_that_of_evaluate_and_the_last_one_is_returned(data: Path, cpu: Accelerator) -> None:
+def test_the_score_is_that_of_evaluate_and_the_last_one_is_returned(
+    data: Path, cpu: Accelerator
+) -> None:
     model = tiny_model()
     score, results, _ = recorded(model, config_of(data), cpu)
     assert (
-        score == results[-1].score == evaluate(model, splits_of(data).val, NUM_CLASSES, EvalMode(input_shape=(32, 32)))
+        score
+        == results[-1].score
+        == evaluate(model, splits_of(data).val, NUM_CLASSES, EvalMode(input_shape=(32, 32)))
     )
 
 
@@ -93,11 +103,19 @@ def test_weights_that_the_last_step_ruined_are_not_saved(data: Path, cpu: Accele
             next(model.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(ValueError, match="A weight became NaN or infinite in epoch 1"):
-        train(model, *config, accelerator=cpu, on_step=ruin, on_epoch=lambda *given: saved.append(given))
+        train(
+            model,
+            *config,
+            accelerator=cpu,
+            on_step=ruin,
+            on_epoch=lambda *given: saved.append(given),
+        )
     assert not saved
 
 
-def test_scores_come_every_so_many_epochs_and_after_the_last(data: Path, cpu: Accelerator) -> None:
+def test_scores_come_every_so_many_epochs_and_after_the_last(
+    data: Path, cpu: Accelerator
+) -> None:
     _, results, _ = recorded(Pointwise(), config_of(data, epochs=5, eval_every=2), cpu)
     assert [result.epoch for result in results] == [1, 2, 3, 4, 5]
     assert [result.score is not None for result in results] == [False, True, False, True, True]
@@ -112,10 +130,17 @@ def test_best_is_only_what_beats_all_scores_before(data: Path, cpu: Accelerator)
     assert [result.best for result in results] == [True, False]
 
 
-def test_steps_are_counted_and_the_rate_follows_the_schedule(data: Path, cpu: Accelerator) -> None:
+def test_steps_are_counted_and_the_rate_follows_the_schedule(
+    data: Path, cpu: Accelerator
+) -> None:
     seen: list[tuple[int, int, float]] = []
     config = config_of(data, warmup=0.25, lr=0.01)
-    train(Pointwise(), *config, accelerator=cpu, on_step=lambda done, total, loss, lr: seen.append((done, total, lr)))
+    train(
+        Pointwise(),
+        *config,
+        accelerator=cpu,
+        on_step=lambda done, total, loss, lr: seen.append((done, total, lr)),
+    )
     rates = [0.01 * factor for factor in [1 / 3, 2 / 3, 1, *(1 - i / 9 for i in range(9))]]
     assert [(done, total) for done, total, _ in seen] == [(i, 12) for i in range(1, 13)]
     assert [lr for _, _, lr in seen] == pytest.approx(rates)
@@ -140,12 +165,19 @@ def test_an_epoch_shows_every_picture_at_most_once_in_an_order_of_its_own(
     assert len({tuple(indices) for indices in shown}) == 3
 
 
-def test_fewer_pictures_than_a_batch_make_one_short_batch(tmp_path: Path, cpu: Accelerator) -> None:
+def test_fewer_pictures_than_a_batch_make_one_short_batch(
+    tmp_path: Path, cpu: Accelerator
+) -> None:
     write_shapes(tmp_path, num_train=3, num_val=1, size=(32, 48))
     few, exact = tiny_model(), tiny_model()
     seen: list[tuple[int, int]] = []
     for model, batch_size in ((few, 8), (exact, 3)):
         config = config_of(tmp_path, epochs=2, batch_size=batch_size)
-        train(model, *config, accelerator=cpu, on_step=lambda done, total, loss, lr: seen.append((done, total)))
+        train(
+            model,
+            *config,
+            accelerator=cpu,
+            on_step=lambda done, total, loss, lr: seen.append((done, total)),
+        )
     assert seen == [(1, 2), (2, 2)] * 2
     assert same(weights_of(few), weights_of(exact))

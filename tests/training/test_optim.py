@@ -34,10 +34,17 @@ def test_weights_decay_but_biases_and_norms_do_not(small_model: SegFormer) -> No
         assert decay == (0.05 if plain else 0.0), name
 
 
-def test_the_decode_head_has_its_factor_and_the_rest_the_run_s_rate(small_model: SegFormer) -> None:
+def test_the_decode_head_has_its_factor_and_the_rest_the_run_s_rate(
+    small_model: SegFormer,
+) -> None:
     scales = by_name(small_model, parameter_groups(small_model, 0.01, 10.0), "lr_scale")
-    assert all(scale == (10.0 if name.startswith("decode_head.") else 1.0) for name, scale in scales.items())
-    assert set(by_name(small_model, parameter_groups(small_model, 0.01), "lr_scale").values()) == {1.0}
+    assert all(
+        scale == (10.0 if name.startswith("decode_head.") else 1.0)
+        for name, scale in scales.items()
+    )
+    assert set(
+        by_name(small_model, parameter_groups(small_model, 0.01), "lr_scale").values()
+    ) == {1.0}
 
 
 def test_a_shared_parameter_is_trained_once() -> None:
@@ -48,7 +55,10 @@ def test_a_shared_parameter_is_trained_once() -> None:
 
 def test_a_rate_for_the_head_needs_one() -> None:
     assert len(parameter_groups(nn.Linear(2, 2), 0.01)) == 2  # without it any module will do
-    with pytest.raises(ValueError, match="`head_lr` needs a submodule `decode_head`, which Linear lacks; set it to 1"):
+    with pytest.raises(
+        ValueError,
+        match="`head_lr` needs a submodule `decode_head`, which Linear lacks; set it to 1",
+    ):
         parameter_groups(nn.Linear(2, 2), 0.01, head_lr=10.0)
 
 
@@ -60,7 +70,10 @@ def test_the_first_step_of_each_group_is_its_scale_times_as_long(name: Optimizer
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    steps = [(old - new.detach()).unique() for old, new in zip(before, model.parameters(), strict=True)]
+    steps = [
+        (old - new.detach()).unique()
+        for old, new in zip(before, model.parameters(), strict=True)
+    ]
     expected = [0.01, 0.01, 0.1, 0.1]
     assert [float(step.mean()) for step in steps] == pytest.approx(expected)
     for group in optimizer.param_groups:  # as the loop sets it

@@ -44,7 +44,9 @@ def test_a_frozen_encoder_stands_still_and_then_trains(data: Path, cpu: Accelera
     assert same(start, first, "encoder.")
     assert not same(start, first, "decode_head.")
     moved = [
-        name for name, _ in model.encoder.named_parameters(prefix="encoder") if not second[name].equal(first[name])
+        name
+        for name, _ in model.encoder.named_parameters(prefix="encoder")
+        if not second[name].equal(first[name])
     ]
     assert len(moved) > 20
 
@@ -62,13 +64,16 @@ def test_what_was_frozen_is_trainable_again_afterwards_and_what_was_not_stays(
         interrupt(model, config, cpu, 3)
     else:
         train(model, *config, accelerator=cpu)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert {
+        name: parameter.requires_grad for name, parameter in model.named_parameters()
+    } == before
     assert same(start, weights_of(model), "encoder.")
 
 
 def test_freezing_needs_an_encoder(data: Path, cpu: Accelerator) -> None:
     with pytest.raises(
-        ValueError, match="`freeze_epochs` needs a submodule `encoder`, which Pointwise lacks; set it to 0"
+        ValueError,
+        match="`freeze_epochs` needs a submodule `encoder`, which Pointwise lacks; set it to 0",
     ):
         train(Pointwise(), *config_of(data, freeze_epochs=1), accelerator=cpu)
 
@@ -94,9 +99,15 @@ def test_freezing_needs_an_encoder(data: Path, cpu: Accelerator) -> None:
         ({"ema": 1.0}, r"`ema` is 1\.0; it must be a share from 0 to below 1"),
         ({"momentum": 1.0}, r"`momentum` is 1\.0; it must be a share"),
         ({"lr_rule": "voc", "warmup": 0.1}, "`warmup` has no effect with `lr_rule` voc"),
-        ({"lr_rule": "voc", "warmup": None, "decay": "poly"}, "`decay` has no effect with `lr_rule` voc"),
+        (
+            {"lr_rule": "voc", "warmup": None, "decay": "poly"},
+            "`decay` has no effect with `lr_rule` voc",
+        ),
         ({"loss": "mse"}, "Loss 'mse' in 'mse' is unknown"),
-        ({"class_weights": "rare"}, "`class_weights` is 'rare'; give enet, median, or one number per class"),
+        (
+            {"class_weights": "rare"},
+            "`class_weights` is 'rare'; give enet, median, or one number per class",
+        ),
         ({"class_weights": "enet", "loss": "dice"}, "`class_weights` has no effect on dice"),
         ({"distill_pixel": -1.0}, r"The pixel weight is -1\.0"),
     ],
@@ -114,7 +125,11 @@ def test_weights_decay_but_biases_and_norms_do_not(tmp_path: Path, cpu: Accelera
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
-    train(model, *config_of(tmp_path, epochs=1, lr=0.1, weight_decay=0.5, warmup=0.0), accelerator=cpu)
+    train(
+        model,
+        *config_of(tmp_path, epochs=1, lr=0.1, weight_decay=0.5, warmup=0.0),
+        accelerator=cpu,
+    )
     for name, parameter in model.named_parameters():
         expected = 0.95 if parameter.dim() > 1 else 1.0
         assert torch.allclose(parameter, torch.tensor(expected)), name
@@ -124,7 +139,9 @@ def test_mixed_precision_is_used_and_leaves_no_trace_on_the_model(data: Path) ->
     AcceleratorState._reset_state(reset_partial_state=True)
     seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
     model = tiny_model()
-    model.decode_head.classifier.register_forward_hook(lambda m, args, out: seen[m.training].add(out.dtype))
+    model.decode_head.classifier.register_forward_hook(
+        lambda m, args, out: seen[m.training].add(out.dtype)
+    )
     try:
         config = config_of(data, epochs=1, amp="bf16")
         train(model, *config, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
@@ -135,7 +152,10 @@ def test_mixed_precision_is_used_and_leaves_no_trace_on_the_model(data: Path) ->
 
 
 def test_mixed_precision_must_be_the_accelerator_s(data: Path, cpu: Accelerator) -> None:
-    with pytest.raises(ValueError, match="`amp` is bf16, the accelerator's mixed_precision no; give both the same"):
+    with pytest.raises(
+        ValueError,
+        match="`amp` is bf16, the accelerator's mixed_precision no; give both the same",
+    ):
         train(Pointwise(), *config_of(data, amp="bf16"), accelerator=cpu)
 
 
@@ -143,15 +163,30 @@ def steps_of(
     model: nn.Module, data: Path, accelerator: Accelerator, **changes: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights before and after a run of plain gradient descent, so that a step is the gradient times the rate."""
-    plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "warmup": 0.0, "decay": "constant", "lr": 0.1}
+    plain = {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "warmup": 0.0,
+        "decay": "constant",
+        "lr": 0.1,
+    }
     before = weights_of(model)
     train(model, *config_of(data, **plain | {"epochs": 1} | changes), accelerator=accelerator)
     return before, weights_of(model)
 
 
 @pytest.mark.parametrize("pieces", [2, 4])
-def test_a_batch_in_pieces_takes_the_steps_of_the_whole(pieces: int, data: Path, cpu: Accelerator) -> None:
-    changes = {"batch_size": 4, "epochs": 3, "loss": "ce+0.5*dice", "label_smoothing": 0.1, "clip_norm": 0.5}
+def test_a_batch_in_pieces_takes_the_steps_of_the_whole(
+    pieces: int, data: Path, cpu: Accelerator
+) -> None:
+    changes = {
+        "batch_size": 4,
+        "epochs": 3,
+        "loss": "ce+0.5*dice",
+        "label_smoothing": 0.1,
+        "clip_norm": 0.5,
+    }
     _, whole = steps_of(Pointwise(), data, cpu, **changes)
     start, parts = steps_of(Pointwise(), data, cpu, **changes, accumulate=pieces)
     for name, tensor in whole.items():
@@ -183,8 +218,12 @@ def test_the_average_is_scored_and_shown_while_states_keep_the_weights_of_their_
 def test_a_step_is_clipped_to_the_norm_that_was_asked_for(data: Path, cpu: Accelerator) -> None:
     lengths = []
     for clip_norm in (0.0, 0.01):
-        before, after = steps_of(Pointwise(), data, cpu, batch_size=8, clip_norm=clip_norm)  # one step
-        lengths.append(torch.cat([(after[name] - before[name]).flatten() for name in before]).norm().item())
+        before, after = steps_of(
+            Pointwise(), data, cpu, batch_size=8, clip_norm=clip_norm
+        )  # one step
+        lengths.append(
+            torch.cat([(after[name] - before[name]).flatten() for name in before]).norm().item()
+        )
     assert lengths[1] == pytest.approx(0.1 * 0.01, rel=1e-3)
     assert lengths[0] > 2 * lengths[1]
 
@@ -194,7 +233,9 @@ def test_the_heads_rate_is_its_factor_times_the_encoders(data: Path, cpu: Accele
     _, fast = steps_of(tiny_model(), data, cpu, batch_size=8, lr=0.5, head_lr=8.0)
     assert same(slow, fast, "encoder.")
     name = "decode_head.classifier.weight"
-    torch.testing.assert_close(fast[name] - start[name], 8 * (slow[name] - start[name]), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        fast[name] - start[name], 8 * (slow[name] - start[name]), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_computing_the_blocks_twice_changes_no_bit(data: Path, cpu: Accelerator) -> None:
@@ -228,24 +269,32 @@ def test_the_network_is_compiled_if_asked_for_and_again_when_more_of_it_trains(
     assert numbers == [0, 1, 3]
 
 
-def test_weights_need_a_teacher_and_a_teacher_must_fit_the_student(data: Path, cpu: Accelerator) -> None:
+def test_weights_need_a_teacher_and_a_teacher_must_fit_the_student(
+    data: Path, cpu: Accelerator
+) -> None:
     plain = config_of(data)
     five = SegFormer(replace(tiny_model().spec, num_classes=5))
     with pytest.raises(ValueError, match="`distill_channel` has no effect without `teacher`"):
         train(tiny_model(), *config_of(data, distill_channel=0.5), accelerator=cpu)
     with pytest.raises(
-        ValueError, match="The student is a Pointwise; distillation compares the maps of two SegFormers"
+        ValueError,
+        match="The student is a Pointwise; distillation compares the maps of two SegFormers",
     ):
         train(Pointwise(), *plain, accelerator=cpu, teacher=tiny_model())
     with pytest.raises(
-        ValueError, match="The teacher has 5 classes and the student 8; give a teacher that was trained"
+        ValueError,
+        match="The teacher has 5 classes and the student 8; give a teacher that was trained",
     ):
         train(tiny_model(), *plain, accelerator=cpu, teacher=five)
 
 
-def test_a_student_comes_nearer_to_its_teacher_than_the_labels_bring_it(data: Path, cpu: Accelerator) -> None:
+def test_a_student_comes_nearer_to_its_teacher_than_the_labels_bring_it(
+    data: Path, cpu: Accelerator
+) -> None:
     teacher, x = quiet_model(7), torch.randn(2, 3, 32, 32)
-    nn.init.normal_(teacher.decode_head.classifier.weight)  # so that it is surer than one just made
+    nn.init.normal_(
+        teacher.decode_head.classifier.weight
+    )  # so that it is surer than one just made
     before = weights_of(teacher)
 
     def distance(student: nn.Module) -> float:
@@ -268,13 +317,18 @@ def test_a_compiled_student_takes_the_steps_of_one_that_is_not(
     data: Path, cpu: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_ = nn.Module.compile
-    monkeypatch.setattr(Student, "compile", lambda student: compile_(student, backend="aot_eager"))  # without C++
+    monkeypatch.setattr(
+        Student, "compile", lambda student: compile_(student, backend="aot_eager")
+    )  # without C++
     losses: dict[bool, list[float]] = {}
     weights = {}
     for compiled in (False, True):
         model = quiet_model()
         losses[compiled], _ = losses_of(
-            model, taught(data, epochs=1, freeze_epochs=0, compile=compiled), cpu, quiet_model(7)
+            model,
+            taught(data, epochs=1, freeze_epochs=0, compile=compiled),
+            cpu,
+            quiet_model(7),
         )
         weights[compiled] = weights_of(model)
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
@@ -292,6 +346,10 @@ def test_what_was_not_given_is_completed_once(monkeypatch: pytest.MonkeyPatch) -
         complete(TrainOptions(), device)
 
 
-def test_weights_of_the_classes_that_need_the_data_are_not_trained_with(data: Path, cpu: Accelerator) -> None:
-    with pytest.raises(ValueError, match="`class_weights` is 'enet', which needs the data's pixel counts"):
+def test_weights_of_the_classes_that_need_the_data_are_not_trained_with(
+    data: Path, cpu: Accelerator
+) -> None:
+    with pytest.raises(
+        ValueError, match="`class_weights` is 'enet', which needs the data's pixel counts"
+    ):
         train(Pointwise(), *config_of(data, class_weights="enet"), accelerator=cpu)

@@ -30,14 +30,19 @@ def test_processes_that_accelerate_did_not_join_are_refused(
     data: Path, cpu: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="4 processes were started but only 1 joined; start them with torchrun"):
+    with pytest.raises(
+        ValueError, match="4 processes were started but only 1 joined; start them with torchrun"
+    ):
         train(Pointwise(), *config_of(data), accelerator=cpu)
 
 
-def test_sharding_the_network_itself_is_refused(data: Path, cpu: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharding_the_network_itself_is_refused(
+    data: Path, cpu: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch --use_fsdp does
     with pytest.raises(
-        ValueError, match=r"FSDP was asked for, but .*; leave it out and start with torchrun, which gives"
+        ValueError,
+        match=r"FSDP was asked for, but .*; leave it out and start with torchrun, which gives",
     ):
         train(Pointwise(), *config_of(data), accelerator=cpu)
 
@@ -45,7 +50,11 @@ def test_sharding_the_network_itself_is_refused(data: Path, cpu: Accelerator, mo
 @pytest.mark.parametrize(
     ("processes", "changes", "said"),
     [
-        (9, {"batch_size": 9}, "8 training images came for 9 processes and 1 pieces; start fewer, so that each gets"),
+        (
+            9,
+            {"batch_size": 9},
+            "8 training images came for 9 processes and 1 pieces; start fewer, so that each gets",
+        ),
         (
             2,
             {"batch_size": 3},
@@ -62,7 +71,11 @@ def test_what_several_processes_cannot_do_is_refused(
     data: Path, processes: int, changes: dict[str, Any], said: str
 ) -> None:
     several = SimpleNamespace(
-        num_processes=processes, process_index=0, mixed_precision="no", is_main_process=True, device=torch.device("cpu")
+        num_processes=processes,
+        process_index=0,
+        mixed_precision="no",
+        is_main_process=True,
+        device=torch.device("cpu"),
     )
     with pytest.raises(ValueError, match=said):
         train(tiny_model(), *config_of(data, **changes), accelerator=several)
@@ -86,11 +99,23 @@ accelerator.end_training()
 """
 
 
-def test_two_processes_take_the_steps_of_one_with_the_same_batch(tmp_path: Path, data: Path, cpu: Accelerator) -> None:
+def test_two_processes_take_the_steps_of_one_with_the_same_batch(
+    tmp_path: Path, data: Path, cpu: Accelerator
+) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     subprocess.run([*command, script, data, tmp_path], check=True, timeout=300, env=environment)
     first, second = (torch.load(tmp_path / f"{process}.pt") for process in (0, 1))
     assert same(first["weights"], second["weights"])

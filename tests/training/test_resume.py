@@ -29,7 +29,9 @@ from tests.training.tiny import (
 )
 
 
-@pytest.mark.parametrize("step", [1, 4, 6, 11])  # at an epoch's start, its end, in the next one, just before the end
+@pytest.mark.parametrize(
+    "step", [1, 4, 6, 11]
+)  # at an epoch's start, its end, in the next one, just before the end
 @pytest.mark.parametrize("changes", [{}, {"freeze_epochs": 2}, {"ema": 0.9}], ids=str)
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     data: Path, cpu: Accelerator, step: int, changes: dict[str, Any]
@@ -48,10 +50,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 def test_a_run_goes_on_from_the_state_of_any_epoch(data: Path, cpu: Accelerator) -> None:
     whole = tiny_model()
     score, results, states = recorded(whole, config_of(data), cpu)
-    assert [(state.epoch, state.step, state.losses) for state in states] == [(1, 0, []), (2, 0, []), (3, 0, [])]
+    assert [(state.epoch, state.step, state.losses) for state in states] == [
+        (1, 0, []),
+        (2, 0, []),
+        (3, 0, []),
+    ]
     for state in states[:2]:
         resumed = tiny_model(seed=9)
-        assert recorded(resumed, config_of(data), cpu, state)[:2] == (score, results[state.epoch :])
+        assert recorded(resumed, config_of(data), cpu, state)[:2] == (
+            score,
+            results[state.epoch :],
+        )
         assert same(weights_of(resumed), weights_of(whole))
 
 
@@ -60,9 +69,19 @@ def test_states_come_every_so_many_steps_within_epochs_and_a_run_goes_on_from_ea
 ) -> None:
     whole = tiny_model()
     train(whole, *config_of(data), accelerator=cpu)
-    for every, expected in ((0, []), (3, [(0, 3), (1, 3), (2, 3)]), (4, []), (2, [(0, 2), (1, 2), (2, 2)])):
+    for every, expected in (
+        (0, []),
+        (3, [(0, 3), (1, 3), (2, 3)]),
+        (4, []),
+        (2, [(0, 2), (1, 2), (2, 2)]),
+    ):
         states: list[TrainState] = []
-        train(tiny_model(), *config_of(data, save_steps=every), accelerator=cpu, on_state=states.append)
+        train(
+            tiny_model(),
+            *config_of(data, save_steps=every),
+            accelerator=cpu,
+            on_state=states.append,
+        )
         # the first one comes before the first step, and after an epoch's last one `on_epoch` has it
         assert [(state.epoch, state.step) for state in states] == [(0, 0), *expected]
     for state in (states[0], *map(through_a_file, states[1:])):
@@ -72,7 +91,10 @@ def test_states_come_every_so_many_steps_within_epochs_and_a_run_goes_on_from_ea
 
 
 def test_sigterm_stops_a_run_as_ctrl_c_does(data: Path, cpu: Accelerator) -> None:
-    states = [interrupt(tiny_model(), config_of(data), cpu, 6, by) for by in (signal.SIGINT, signal.SIGTERM)]
+    states = [
+        interrupt(tiny_model(), config_of(data), cpu, 6, by)
+        for by in (signal.SIGINT, signal.SIGTERM)
+    ]
     assert (states[0].epoch, states[0].step) == (states[1].epoch, states[1].step) == (1, 2)
     assert same(states[0].model, states[1].model)
 
@@ -88,7 +110,9 @@ def test_a_state_is_a_copy_that_training_on_leaves_alone(data: Path, cpu: Accele
     assert (state.epoch, state.step, state.losses) == (before.epoch, before.step, before.losses)
 
 
-def test_a_run_that_was_complete_is_scored_again_and_not_trained(data: Path, cpu: Accelerator) -> None:
+def test_a_run_that_was_complete_is_scored_again_and_not_trained(
+    data: Path, cpu: Accelerator
+) -> None:
     score, _, states = recorded(tiny_model(), config_of(data), cpu)
     resumed = tiny_model(seed=9)
     assert recorded(resumed, config_of(data), cpu, states[-1]) == (score, [], [])
@@ -111,11 +135,16 @@ def test_a_run_does_not_go_on_with_other_settings(
     data: Path, cpu: Accelerator, name: str, value: object, said: str
 ) -> None:
     state = interrupt(Pointwise(), config_of(data), cpu, 1)
-    with pytest.raises(ValueError, match=f"The run to resume had {said}; resume with the same settings, or start anew"):
+    with pytest.raises(
+        ValueError,
+        match=f"The run to resume had {said}; resume with the same settings, or start anew",
+    ):
         train(Pointwise(), *config_of(data, **{name: value}), accelerator=cpu, state=state)
 
 
-def test_a_run_does_not_go_on_with_other_images(tmp_path: Path, data: Path, cpu: Accelerator) -> None:
+def test_a_run_does_not_go_on_with_other_images(
+    tmp_path: Path, data: Path, cpu: Accelerator
+) -> None:
     state = interrupt(Pointwise(), config_of(data), cpu, 1)
     write_shapes(tmp_path, num_train=7, num_val=1, size=(32, 48))
     with pytest.raises(ValueError, match="The run to resume had other images"):
@@ -133,7 +162,9 @@ def test_a_run_goes_on_when_the_data_moved_and_the_scores_come_at_other_times(
     assert same(weights_of(resumed), weights_of(whole))
 
 
-def test_the_handlers_of_signals_are_put_back_however_a_run_ends(data: Path, cpu: Accelerator) -> None:
+def test_the_handlers_of_signals_are_put_back_however_a_run_ends(
+    data: Path, cpu: Accelerator
+) -> None:
     handlers = lambda: [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]  # noqa: E731
     before = handlers()
     train(Pointwise(), *config_of(data, epochs=1), accelerator=cpu)
@@ -159,9 +190,13 @@ def test_a_second_ctrl_c_interrupts_at_once(data: Path, cpu: Accelerator) -> Non
         train(Pointwise(), *config_of(data), accelerator=cpu, on_step=press_twice)
 
 
-def test_outside_the_main_thread_a_run_leaves_signals_alone(data: Path, cpu: Accelerator) -> None:
+def test_outside_the_main_thread_a_run_leaves_signals_alone(
+    data: Path, cpu: Accelerator
+) -> None:
     scores: list[Score] = []
-    thread = threading.Thread(target=lambda: scores.append(train(Pointwise(), *config_of(data), accelerator=cpu)))
+    thread = threading.Thread(
+        target=lambda: scores.append(train(Pointwise(), *config_of(data), accelerator=cpu))
+    )
     thread.start()
     thread.join()
     assert len(scores) == 1
@@ -190,6 +225,7 @@ def test_the_scale_of_the_loss_goes_on_where_it_stopped(data: Path) -> None:
 def test_a_state_that_does_not_say_its_teacher_goes_on_with_any() -> None:
     check_same_run({"lr": 0.1}, {"lr": 0.1, "teacher": "0123"})
     with pytest.raises(
-        ValueError, match=r"^The run to resume had another teacher \(its weights differ\); give the same"
+        ValueError,
+        match=r"^The run to resume had another teacher \(its weights differ\); give the same",
     ):
         check_same_run({"lr": 0.1, "teacher": "4567"}, {"lr": 0.1, "teacher": "0123"})

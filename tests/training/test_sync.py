@@ -40,24 +40,38 @@ def network() -> nn.Sequential:
 
 def images() -> Tensor:
     torch.manual_seed(1)
-    return 2 * torch.randn(sum(SPLIT), 3, 6, 5, dtype=torch.float64) + torch.arange(5.0)[:, None, None, None]
+    return (
+        2 * torch.randn(sum(SPLIT), 3, 6, 5, dtype=torch.float64)
+        + torch.arange(5.0)[:, None, None, None]
+    )
 
 
 def trained(model: nn.Module, own: slice) -> dict[str, Any]:
     """Two forward and backward passes on the own images."""
     x = images()[own].requires_grad_()
-    target = torch.sin(torch.arange(sum(SPLIT) * 24.0, dtype=torch.float64)).view(5, 2, 4, 3)[own]
+    target = torch.sin(torch.arange(sum(SPLIT) * 24.0, dtype=torch.float64)).view(5, 2, 4, 3)[
+        own
+    ]
     for _ in range(2):
         out = model.train()(x)
-        (out * target + out**3).sum().backward()  # the processes' losses add up to the whole batch's
+        (
+            out * target + out**3
+        ).sum().backward()  # the processes' losses add up to the whole batch's
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {"out": out.detach(), "x": x.grad, "gradients": gradients, "state": model.state_dict()}
+    return {
+        "out": out.detach(),
+        "x": x.grad,
+        "gradients": gradients,
+        "state": model.state_dict(),
+    }
 
 
 def work(rank: int, folder: str) -> None:
     """What each of the two processes runs; it leaves its results in `folder`."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SPLIT))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SPLIT)
+    )
     try:
         model, own = network(), slice(sum(SPLIT[:rank]), sum(SPLIT[: rank + 1]))
         with synced(model):
@@ -75,7 +89,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two_processes")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(len(SPLIT))]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=environment)
+        for rank in range(len(SPLIT))
+    ]
     try:
         assert [process.wait(TIMEOUT_S) for process in processes] == [0, 0]
     finally:
@@ -94,23 +111,31 @@ def test_two_processes_give_the_outputs_and_input_gradients_of_one(
     both: list[dict[str, Any]], whole: dict[str, Any]
 ) -> None:
     for key in ("out", "x"):
-        torch.testing.assert_close(torch.cat([results[key] for results in both]), whole[key], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            torch.cat([results[key] for results in both]), whole[key], rtol=1e-9, atol=1e-9
+        )
 
 
-def test_the_processes_gradients_add_up_to_those_of_one(both: list[dict[str, Any]], whole: dict[str, Any]) -> None:
+def test_the_processes_gradients_add_up_to_those_of_one(
+    both: list[dict[str, Any]], whole: dict[str, Any]
+) -> None:
     one, other = (results["gradients"] for results in both)
     assert one.keys() == whole["gradients"].keys()
     for name, gradient in whole["gradients"].items():
         torch.testing.assert_close(one[name] + other[name], gradient, rtol=1e-9, atol=1e-9)
 
 
-def test_both_processes_keep_the_running_statistics_of_one(both: list[dict[str, Any]], whole: dict[str, Any]) -> None:
+def test_both_processes_keep_the_running_statistics_of_one(
+    both: list[dict[str, Any]], whole: dict[str, Any]
+) -> None:
     assert torch.equal(both[0]["state"]["1.running_var"], both[1]["state"]["1.running_var"])
     for results in both:
         torch.testing.assert_close(results["state"], whole["state"], rtol=1e-12, atol=1e-12)
 
 
-def test_half_precision_maps_stay_so_and_are_normalised_in_float32(both: list[dict[str, Any]]) -> None:
+def test_half_precision_maps_stay_so_and_are_normalised_in_float32(
+    both: list[dict[str, Any]],
+) -> None:
     expected = nn.BatchNorm2d(3)(images().bfloat16().float())
     out = torch.cat([results["half"] for results in both])
     assert out.dtype == torch.bfloat16
@@ -119,7 +144,10 @@ def test_half_precision_maps_stay_so_and_are_normalised_in_float32(both: list[di
 
 def test_synced_changes_classes_only_and_changes_them_back() -> None:
     model = network()
-    modules, tensors = list(model.modules()), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    modules, tensors = (
+        list(model.modules()),
+        {**dict(model.named_parameters()), **dict(model.named_buffers())},
+    )
     names = list(model.state_dict())
     with synced(model):
         assert [type(model[i]) for i in (1, 3, 5)] == [SyncedBatchNorm2d] * 3

@@ -31,7 +31,14 @@ def tiny_model(seed: int = 0) -> SegFormer:
     stages = []
     for stage in spec.stages:
         reduction_dim = None if stage.reduction_ratio == 1 else 8
-        block = BlockSpec(num_heads=1, qk_dim=8, v_dim=8, ffn_dim=16, reduction_dim=reduction_dim, qk_scale=8**-0.5)
+        block = BlockSpec(
+            num_heads=1,
+            qk_dim=8,
+            v_dim=8,
+            ffn_dim=16,
+            reduction_dim=reduction_dim,
+            qk_scale=8**-0.5,
+        )
         stages.append(replace(stage, width=8, blocks=(block,)))
     torch.manual_seed(seed)
     return SegFormer(replace(spec, stages=tuple(stages)))
@@ -41,7 +48,9 @@ def quiet_model(seed: int = 0) -> SegFormer:
     """The tiny one without dropout and stochastic depth, whose random numbers differ between processes."""
     spec = tiny_model().spec
     torch.manual_seed(seed)
-    return SegFormer(replace(spec, numerics=replace(spec.numerics, head_dropout=0.0, drop_path=0.0)))
+    return SegFormer(
+        replace(spec, numerics=replace(spec.numerics, head_dropout=0.0, drop_path=0.0))
+    )
 
 
 class Pointwise(nn.Module):
@@ -63,7 +72,15 @@ def splits_of(data: Path) -> Splits:
 
 def config_of(data: Path, **changes: Any) -> Setup:
     plain = TrainOptions(
-        NUM_CLASSES, (32, 32), epochs=3, batch_size=2, lr=3e-3, num_workers=0, warmup=0.1, amp="no", tf32=False
+        NUM_CLASSES,
+        (32, 32),
+        epochs=3,
+        batch_size=2,
+        lr=3e-3,
+        num_workers=0,
+        warmup=0.1,
+        amp="no",
+        tf32=False,
     )
     return replace(plain, **changes), splits_of(data)
 
@@ -101,7 +118,11 @@ def through_a_file(state: TrainState) -> TrainState:
 
 
 def interrupt(
-    model: nn.Module, config: Setup, accelerator: Accelerator, step: int, by: signal.Signals = signal.SIGINT
+    model: nn.Module,
+    config: Setup,
+    accelerator: Accelerator,
+    step: int,
+    by: signal.Signals = signal.SIGINT,
 ) -> TrainState:
     """Train until Ctrl-C, or another signal, in the given step; the state that comes with the exception."""
 
@@ -124,7 +145,11 @@ def recorded(
         results.append(result)
         states.append(state)
 
-    return train(model, *config, accelerator=accelerator, state=state, on_epoch=note), results, states
+    return (
+        train(model, *config, accelerator=accelerator, state=state, on_epoch=note),
+        results,
+        states,
+    )
 
 
 def losses_of(
@@ -132,4 +157,6 @@ def losses_of(
 ) -> tuple[list[float], Score]:
     losses: list[float] = []
     on_step = lambda done, total, loss, lr: losses.append(loss)  # noqa: E731
-    return losses, train(model, *setup, accelerator=accelerator, teacher=teacher, on_step=on_step)
+    return losses, train(
+        model, *setup, accelerator=accelerator, teacher=teacher, on_step=on_step
+    )

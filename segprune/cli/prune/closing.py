@@ -13,7 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from segprune.checkpoint import Checkpoint
-from segprune.cli.console import console, eager_beside, latency_text, measured_on, number_of, show_table
+from segprune.cli.console import (
+    console,
+    eager_beside,
+    latency_text,
+    measured_on,
+    number_of,
+    show_table,
+)
 from segprune.cli.prune.flags import StepFlags
 from segprune.files import write_json
 from segprune.inference.evaluate import Score
@@ -98,7 +105,8 @@ def results_record(
         "pruning_config": dict(how),
         "original_model": network_record(original, latencies[0], scores.get("dense")),
         "folded_model": network_size(folded),
-        "pruned_model": network_record(after, latencies[1], scores.get("pruned")) | {"spec": spec_to_dict(pruned.spec)},
+        "pruned_model": network_record(after, latencies[1], scores.get("pruned"))
+        | {"spec": spec_to_dict(pruned.spec)},
         "reduction": reduction_record(original, folded, after) | {"speedup": speedup},
         "settings": dict(settings),
         "environment": environment(),
@@ -112,7 +120,9 @@ def finetuned_folder(path: Path) -> Path:
 
 def add_finetuned(record: dict[str, Any], done: Fit, folder: Path) -> None:
     """Put what fine-tuning gave into the record, and the record into the folder."""
-    record["finetuned_model"] = record["pruned_model"] | score_record(done.score) | {"best_epoch": done.epoch}
+    record["finetuned_model"] = (
+        record["pruned_model"] | score_record(done.score) | {"best_epoch": done.epoch}
+    )
     record["finetuned_save_path"] = str(done.path)
     write_json(record, folder / RESULTS)
 
@@ -128,13 +138,17 @@ def unfinished(tuned: Path, epochs: int) -> dict[str, Any] | None:
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     of_it = finetuned_folder(Path(record["model_save_path"])).name == tuned.name
     # It is that run if it has the same epochs and no fine-tuned network yet.
-    waits = record.get("settings", {}).get("epochs") == epochs and "finetuned_model" not in record
+    waits = (
+        record.get("settings", {}).get("epochs") == epochs and "finetuned_model" not in record
+    )
     return record if of_it and waits else None
 
 
 def show_closing(record: dict[str, Any], folder: Path) -> None:
     """The closing table."""
-    latencies = {name: Latency(**record[name]["latency"]) for name in ("original_model", "pruned_model")}
+    latencies = {
+        name: Latency(**record[name]["latency"]) for name in ("original_model", "pruned_model")
+    }
     dense, pruned = (latency_text(latency) for latency in latencies.values())
     networks = [("dense", "original_model", dense), ("pruned", "pruned_model", pruned)]
     # Folding gets a row only where it saved something.
@@ -148,12 +162,16 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
     for name, key, latency in networks:
         values = record[key]
         miou = f"{values['miou']:.4f}" if "miou" in values else "–"
-        rows.append([name, f"{values['parameters_M']:.3f}", f"{values['macs_G']:.3f}", latency, miou])
+        rows.append(
+            [name, f"{values['parameters_M']:.3f}", f"{values['macs_G']:.3f}", latency, miou]
+        )
     show_table("Results", ["network", "params (M)", "MACs (G)", "latency (ms)", "mIoU"], rows)
 
     how = record["pruning_config"]
     if how["repaired"]:
-        console.print(f"Repaired with {number_of(how['num_images'], 'image')}, before any training.")
+        console.print(
+            f"Repaired with {number_of(how['num_images'], 'image')}, before any training."
+        )
     reduction = record["reduction"]
     console.print(
         f"Parameters −{reduction['parameters_reduction_percent']:.1f} % "

@@ -116,7 +116,9 @@ def run(
     show_notes(fitted if tune.data else ())
 
     # Open the data, and check its labels.
-    source, pixels = _open_data(network, tune, opened, options.seed) if tune.data else (None, ())
+    source, pixels = (
+        _open_data(network, tune, opened, options.seed) if tune.data else (None, ())
+    )
     check_writable(folder)
     # The dense network is never changed: it is scored and timed beside the pruned one.
     dense = checkpoint.build(opened).to(device)
@@ -135,7 +137,11 @@ def run(
 
     # Nothing is cut, scored or timed for a plan alone.
     if out.plan_only:
-        _show_plan(make_pruner(dense, images=batches, options=options, latency_table=table), settings, folder / PLAN)
+        _show_plan(
+            make_pruner(dense, images=batches, options=options, latency_table=table),
+            settings,
+            folder / PLAN,
+        )
         return
 
     # Rank, decide, cut and repair: before any scoring, so that what cannot be met is said at once.
@@ -165,7 +171,9 @@ def run(
         )
     else:
         with progress_bar("pruning") as advance:
-            pruner = make_pruner(dense, images=batches, options=options, latency_table=table, progress=advance)
+            pruner = make_pruner(
+                dense, images=batches, options=options, latency_table=table, progress=advance
+            )
             cut = pruner.prune()
         assert isinstance(cut, SegFormer)
         pruned = cut
@@ -185,14 +193,18 @@ def run(
             precision=choose_precision(tune.amp, device),
             progress=advance,
         )
-    record = results_record(opened, pruned, latencies, scores, how, settings) | {"model_save_path": str(path)}
+    record = results_record(opened, pruned, latencies, scores, how, settings) | {
+        "model_save_path": str(path)
+    }
     # Written before fine-tuning too, which may not come to its end.
     write_json(record, folder / RESULTS)
 
     # Fine-tune, and report.
     if tuning is not None:
         if "lr" not in given and "lr" in opened.extra and tune_options.lr is not None:
-            show_notes(advise_rate(scores["dense"].miou, scores["pruned"].miou, tune_options.lr))
+            show_notes(
+                advise_rate(scores["dense"].miou, scores["pruned"].miou, tune_options.lr)
+            )
         # The dense network is needed no more, and training needs its memory.
         del dense, start
         console.print("\nFine-tuning the pruned network", style="bold")
@@ -216,7 +228,10 @@ def _read_network(network: NetworkFlags, seed: int) -> Checkpoint:
     """Returns the checkpoint, or a random network with a note that says so loudly."""
     if network.model_path:
         opened = checkpoint.read(
-            network.model_path, dialect=network.dialect, variant=network.phi, num_classes=network.num_classes
+            network.model_path,
+            dialect=network.dialect,
+            variant=network.phi,
+            num_classes=network.num_classes,
         )
         # A backbone has no decode head, so there is no whole network to prune.
         if opened.backbone_only:
@@ -227,18 +242,28 @@ def _read_network(network: NetworkFlags, seed: int) -> Checkpoint:
         return opened
 
     if network.dialect is not None:
-        raise ValueError("`dialect` was given without `model_path`; it says who wrote a checkpoint.")
+        raise ValueError(
+            "`dialect` was given without `model_path`; it says who wrote a checkpoint."
+        )
     # Sizes and speed do not depend on weights, so random ones do for a dry run.
     torch.manual_seed(seed)
-    model = SegFormer(standard_spec(network.phi or "b2", 8 if network.num_classes is None else network.num_classes))
+    model = SegFormer(
+        standard_spec(
+            network.phi or "b2", 8 if network.num_classes is None else network.num_classes
+        )
+    )
     note = (
         "NO --model_path: THE WEIGHTS ARE RANDOM. This is a dry run: sizes and speed are true, "
         "but the pruned network has learnt nothing."
     )
-    return Checkpoint(model.spec, model.state_dict(), "segprune", (note,), backbone_only=False, extra={})
+    return Checkpoint(
+        model.spec, model.state_dict(), "segprune", (note,), backbone_only=False, extra={}
+    )
 
 
-def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint, seed: int) -> tuple[Source, tuple[int, ...]]:
+def _open_data(
+    network: NetworkFlags, tune: TuneFlags, opened: Checkpoint, seed: int
+) -> tuple[Source, tuple[int, ...]]:
     """Returns the data set, its labels checked, and the labelled pixels of each class."""
     assert tune.num_workers is not None
     # Labels and teacher must mean the same classes; without a teacher nothing can clash.
@@ -267,7 +292,9 @@ def _open_data(network: NetworkFlags, tune: TuneFlags, opened: Checkpoint, seed:
     return source, labels.pixels
 
 
-def _load_images(options: PruneOptions, images: ImageFlags, source: Source | None) -> list[Tensor]:
+def _load_images(
+    options: PruneOptions, images: ImageFlags, source: Source | None
+) -> list[Tensor]:
     """Returns images for the plan, the method and the repair: none where none were given, or the data has none."""
     # Images that were given come before those of the data set.
     origin = images.images or source
@@ -286,7 +313,9 @@ def _load_images(options: PruneOptions, images: ImageFlags, source: Source | Non
 
 def _draw_images(dense: SegFormer, options: PruneOptions, number: int) -> list[Tensor]:
     with progress_bar("drawing images") as advance:
-        batches = synthetic_images(dense, options.input_shape, count=number, seed=options.seed, progress=advance)
+        batches = synthetic_images(
+            dense, options.input_shape, count=number, seed=options.seed, progress=advance
+        )
     show_notes(
         (
             f"No images were given: {number} synthetic ones stand in for them, for the plan and the repair. Real ones "
@@ -308,7 +337,9 @@ def _show_plan(pruner: Pruner, settings: dict[str, Any], path: Path) -> None:
         # Groups of several parts, such as heads, are told as parts × channels.
         times = f"{group.parts} × " if group.parts > 1 else ""
         name = group.name.removeprefix("encoder.")
-        rows.append([name, f"{times}{group.slots}", f"{times}{width}", f"{1 - width / group.slots:.0%}"])
+        rows.append(
+            [name, f"{times}{group.slots}", f"{times}{width}", f"{1 - width / group.slots:.0%}"]
+        )
     show_table("Plan", ["group", "channels", "kept", "removed"], rows)
 
     left_alone = sorted(name.removeprefix("encoder.") for name in pruner.left_alone(prepared))
@@ -316,10 +347,15 @@ def _show_plan(pruner: Pruner, settings: dict[str, Any], path: Path) -> None:
         console.print(f"Left alone by --ignore: {', '.join(left_alone)}.", soft_wrap=True)
     write_plan(plan, plan_rows(plan, prepared.groups, group_shares(prepared)), settings, path)
     removed = ", ".join(f"{share:.1%} of the {unit}" for unit, share in plan.removed.items())
-    console.print(f"Removes {removed}. Nothing was cut; --plan carries this file out: {path}", soft_wrap=True)
+    console.print(
+        f"Removes {removed}. Nothing was cut; --plan carries this file out: {path}",
+        soft_wrap=True,
+    )
 
 
-def _remove_branches(dense: SegFormer, options: PruneOptions, depth: float, images: Sequence[Tensor]) -> SegFormer:
+def _remove_branches(
+    dense: SegFormer, options: PruneOptions, depth: float, images: Sequence[Tensor]
+) -> SegFormer:
     with progress_bar("skipping one branch at a time") as advance:
         model, names = prune_depth(dense, depth, options, images, advance)
     short = ", ".join(name.removeprefix("encoder.") for name in names)
@@ -328,7 +364,12 @@ def _remove_branches(dense: SegFormer, options: PruneOptions, depth: float, imag
 
 
 def _score(
-    model: SegFormer, source: Source, options: PruneOptions, tune: TuneFlags, device: torch.device, text: str
+    model: SegFormer,
+    source: Source,
+    options: PruneOptions,
+    tune: TuneFlags,
+    device: torch.device,
+    text: str,
 ) -> Score:
     assert tune.num_workers is not None
     with progress_bar(text) as advance:
@@ -345,7 +386,12 @@ def _score(
 
 
 def _tune_settings(
-    network: NetworkFlags, options: PruneOptions, tune: TuneFlags, out: RunFlags, opened: Checkpoint, path: Path
+    network: NetworkFlags,
+    options: PruneOptions,
+    tune: TuneFlags,
+    out: RunFlags,
+    opened: Checkpoint,
+    path: Path,
 ) -> TrainSettings:
     """Returns the settings of `segprune train` that fine-tune the network in `path`, the dense one as its teacher."""
     # The dense checkpoint teaches; its dialect was perhaps given, and it is read again.
@@ -365,7 +411,8 @@ def _tune_settings(
     train_options = TrainOptions(
         num_classes=opened.spec.num_classes,
         input_shape=options.input_shape,
-        epochs=tune.epochs or 1,  # without fine-tuning, only what is chosen for the machine is used
+        epochs=tune.epochs
+        or 1,  # without fine-tuning, only what is chosen for the machine is used
         batch_size=tune.batch_size,
         lr=tune.lr,
         amp=tune.amp,  # type: ignore[arg-type]

@@ -40,9 +40,15 @@ class NetworkFlags:
     ] = ""
     num_classes: Annotated[
         int | None,
-        Option("--num_classes", help="Channels of the logits, background included; read off the checkpoint, else 8."),
+        Option(
+            "--num_classes",
+            help="Channels of the logits, background included; read off the checkpoint, else 8.",
+        ),
     ] = None
-    phi: Annotated[str | None, Option("--phi", help="MiT variant b0 … b5; read off the checkpoint, else b2.")] = None
+    phi: Annotated[
+        str | None,
+        Option("--phi", help="MiT variant b0 … b5; read off the checkpoint, else b2."),
+    ] = None
     dialect: Dialect = None
 
 
@@ -58,7 +64,9 @@ class ImageFlags:
             "of --data; without either, synthetic images.",
         ),
     ] = ""
-    num_images: Annotated[int, Option("--num_images", min=1, help="How many of them are used.")] = 64
+    num_images: Annotated[
+        int, Option("--num_images", min=1, help="How many of them are used.")
+    ] = 64
 
 
 @dataclass(frozen=True)
@@ -100,8 +108,14 @@ class StepFlags:
 
     def __post_init__(self) -> None:
         words = self.steps.split(",")
-        if len(words) > 2 or not all(word.strip().isdecimal() for word in words) or int(words[0]) < 1:
-            raise ValueError(f"`steps` is {self.steps!r}; give a number from 1 up, or with epochs, as 3,2.")
+        if (
+            len(words) > 2
+            or not all(word.strip().isdecimal() for word in words)
+            or int(words[0]) < 1
+        ):
+            raise ValueError(
+                f"`steps` is {self.steps!r}; give a number from 1 up, or with epochs, as 3,2."
+            )
         if not 0.0 <= self.depth < 1.0:
             raise ValueError(f"`depth` is {self.depth:g}; it must be at least 0 and below 1.")
 
@@ -111,15 +125,23 @@ class TuneFlags:
     PANELS: ClassVar[Mapping[str, str]] = {"data": "Scoring and fine-tuning"}
 
     data: Annotated[
-        str, Option("--data", help="Data set, in any layout of docs/data.md: score on its val part before and after.")
+        str,
+        Option(
+            "--data",
+            help="Data set, in any layout of docs/data.md: score on its val part before and after.",
+        ),
     ] = ""
     layout: Layout = None
     label_offset: LabelOffset = 0
     val_split: ValSplit = ""
     val_share: ValShare = None
     skip_bad: SkipBad = False
-    epochs: Annotated[int, Option("--epochs", min=0, help="Fine-tune this many epochs on --data; 0: do not.")] = 0
-    batch_size: Annotated[int, Option("--batch_size", min=1, help="Images per step, of fine-tuning and scoring.")] = 8
+    epochs: Annotated[
+        int, Option("--epochs", min=0, help="Fine-tune this many epochs on --data; 0: do not.")
+    ] = 0
+    batch_size: Annotated[
+        int, Option("--batch_size", min=1, help="Images per step, of fine-tuning and scoring.")
+    ] = 8
     lr: Annotated[
         float | None,
         Option(
@@ -129,7 +151,11 @@ class TuneFlags:
         ),
     ] = None
     no_distill: Annotated[
-        bool, switch("--no_distill", "Fine-tune on the labels alone; else the dense network is the teacher.")
+        bool,
+        switch(
+            "--no_distill",
+            "Fine-tune on the labels alone; else the dense network is the teacher.",
+        ),
     ] = False
     num_workers: LoaderProcesses = None
     amp: Amp = AUTO
@@ -139,11 +165,13 @@ class TuneFlags:
 class RunFlags:
     PANELS: ClassVar[Mapping[str, str]] = {"plan_only": "The run"}
 
-    plan_only: Annotated[bool, switch("--plan_only", "Only decide: show the widths and save them as plan.json.")] = (
-        False
-    )
+    plan_only: Annotated[
+        bool, switch("--plan_only", "Only decide: show the widths and save them as plan.json.")
+    ] = False
     cuda: Annotated[bool, switch("--cuda", "Use the GPU; without it the CPU.")] = False
-    save_dir: Annotated[str, Option("--save_dir", help="Files are written to SAVE_DIR/METHOD/PHI.")] = "logs_pruning"
+    save_dir: Annotated[
+        str, Option("--save_dir", help="Files are written to SAVE_DIR/METHOD/PHI.")
+    ] = "logs_pruning"
     verbose: Verbose = False
 
 
@@ -158,7 +186,12 @@ def merge_settings(*records: Any) -> dict[str, Any]:
 def needs_images(options: PruneOptions, steps: StepFlags, run: RunFlags) -> bool:
     """Returns whether images, if there are some, are of use: to plan, repair, method or the choice of branches."""
     will_repair = options.repair is not False and not run.plan_only
-    return will_repair or options.may_use_curves or options.pruning_method in NEED_IMAGES or steps.depth > 0.0
+    return (
+        will_repair
+        or options.may_use_curves
+        or options.pruning_method in NEED_IMAGES
+        or steps.depth > 0.0
+    )
 
 
 def may_draw_images(options: PruneOptions, images: ImageFlags, tune: TuneFlags) -> bool:
@@ -183,18 +216,28 @@ def check_flags(
             f"`pruning_method` {options.pruning_method} needs images; give them as `images` DIR or `data`, labels are "
             "not needed."
         )
-    if (options.repair or options.plan_by == "curves") and not (some_images or network.model_path):
+    if (options.repair or options.plan_by == "curves") and not (
+        some_images or network.model_path
+    ):
         name = "repair" if options.repair else "plan_by"
-        raise ValueError(f"`{name}` has no effect on random weights without images; give `model_path`.")
+        raise ValueError(
+            f"`{name}` has no effect on random weights without images; give `model_path`."
+        )
     if tune.epochs and not tune.data:
         raise ValueError("`epochs` was given without `data`; say what to fine-tune on.")
     if run.plan_only and options.plan is not None:
-        raise ValueError("`plan_only` has no effect with `plan`, which is decided already; leave one of them out.")
+        raise ValueError(
+            "`plan_only` has no effect with `plan`, which is decided already; leave one of them out."
+        )
     if steps.depth and run.plan_only:
         raise ValueError("`depth` cannot be combined with `plan_only`; leave one of them out.")
     if steps.epochs and not (steps.count > 1 and tune.epochs):
-        raise ValueError("`steps` gives epochs between two steps; that needs 2 steps or more, and `epochs`.")
-    if steps.count > 1 and (run.plan_only or options.shares_by_name or options.plan is not None):
+        raise ValueError(
+            "`steps` gives epochs between two steps; that needs 2 steps or more, and `epochs`."
+        )
+    if steps.count > 1 and (
+        run.plan_only or options.shares_by_name or options.plan is not None
+    ):
         raise ValueError(
             "`steps` cannot be combined with `plan`, `plan_only` or shares by name; leave one of them out."
         )
@@ -204,7 +247,11 @@ def check_flags(
     refuse_without_effect(
         given,
         ("epochs", run.plan_only, "with `plan_only`, which cuts nothing"),
-        ("repair", run.plan_only and options.repair is True, "with `plan_only`, which cuts nothing"),
+        (
+            "repair",
+            run.plan_only and options.repair is True,
+            "with `plan_only`, which cuts nothing",
+        ),
         ("lr", not tune.epochs, "without `epochs`"),
         ("amp", not (tune.epochs or run.cuda), "on a CPU without `epochs`"),
         ("no_distill", not tune.epochs, "without `epochs`"),
@@ -215,7 +262,11 @@ def check_flags(
         ("skip_bad", not tune.data, "without `data`"),
         ("batch_size", not tune.data, "without `data`"),
         ("num_workers", not tune.data, "without `data`"),
-        ("num_images", not (some_images or network.model_path), "on random weights, without `images` or `data`"),
+        (
+            "num_images",
+            not (some_images or network.model_path),
+            "on random weights, without `images` or `data`",
+        ),
         ("images", unused, "where nothing is repaired or ranked by images"),
         ("num_images", unused, "where nothing is repaired or ranked by images"),
     )

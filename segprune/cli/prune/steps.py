@@ -55,7 +55,9 @@ def prune_in_steps(
     model = start
     for step in range(steps):
         # The options are shares of the dense network; a step needs shares of its own.
-        budgets = budgets_of_step(options, dense.spec, start.spec, model.spec, step=step, steps=steps)
+        budgets = budgets_of_step(
+            options, dense.spec, start.spec, model.spec, step=step, steps=steps
+        )
         shares: dict[str, float] = dict(budgets.items())
         # The shares name their units, so `rate_of`, which names a single one, is cleared.
         own_options = replace(options, pruning_rate=shares, rate_of=None)
@@ -66,7 +68,11 @@ def prune_in_steps(
         text = "pruning" if steps == 1 else f"pruning, step {step + 1} of {steps}"
         with progress_bar(text) as advance:
             pruner = make_pruner(
-                model, images=images, options=own_options, latency_table=latency_table, progress=advance
+                model,
+                images=images,
+                options=own_options,
+                latency_table=latency_table,
+                progress=advance,
             )
             pruned = pruner.prune()
         assert isinstance(pruned, SegFormer)
@@ -79,7 +85,9 @@ def prune_in_steps(
     return model
 
 
-def _train_between(model: SegFormer, step: int, epochs: int, tuning: Tuning, path: Path) -> SegFormer:
+def _train_between(
+    model: SegFormer, step: int, epochs: int, tuning: Tuning, path: Path
+) -> SegFormer:
     console.print(f"\nFine-tuning after step {step}", style="bold")
     device = next(model.parameters()).device
     # The run's settings name the network that it starts from, so that file is written.
@@ -94,5 +102,13 @@ def _train_between(model: SegFormer, step: int, epochs: int, tuning: Tuning, pat
         run=replace(tuning.settings.run, save_dir=str(finetuned_folder(start))),
     )
     # A part of the whole command, which --resume could not take up.
-    fit = fit_with(settings, model, tuning.source, tuning.pixels, tuning.extra, tuning.teacher, resumable=False)
+    fit = fit_with(
+        settings,
+        model,
+        tuning.source,
+        tuning.pixels,
+        tuning.extra,
+        tuning.teacher,
+        resumable=False,
+    )
     return checkpoint.load(fit.path).to(device)

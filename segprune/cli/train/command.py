@@ -13,7 +13,14 @@ import torch
 
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
-from segprune.cli.console import choose_device, console, open_data, show_notes, show_score, show_settings
+from segprune.cli.console import (
+    choose_device,
+    console,
+    open_data,
+    show_notes,
+    show_score,
+    show_settings,
+)
 from segprune.cli.prune.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.train.flags import RunFlags, StartFlags, TrainSettings, check_effects
 from segprune.cli.train.view import training_view
@@ -83,7 +90,10 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
         choices=DataChoices(start.label_offset, start.val_split, start.val_share, options.seed),
         skip_bad=start.skip_bad,
         num_workers=options.num_workers,
-        trained=run.resume or bool(start.model_path and "num_classes" not in given),  # a bare backbone needs the flag
+        trained=run.resume
+        or bool(
+            start.model_path and "num_classes" not in given
+        ),  # a bare backbone needs the flag
         classes=check_names,
     )
     check_writable(folder)
@@ -95,7 +105,9 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
 
     # A run of `segprune prune` that stopped while it fine-tuned is closed here.
     record = unfinished(folder, options.epochs) if resumed else None
-    if record is not None and os.environ.get("RANK", "0") == "0":  # one of several processes writes
+    if (
+        record is not None and os.environ.get("RANK", "0") == "0"
+    ):  # one of several processes writes
         add_finetuned(record, fitted, folder.resolve().parent)
         show_closing(record, folder.resolve().parent)
 
@@ -118,7 +130,9 @@ def fit_with(
     """
     options, run = settings.options, settings.run
     # Rules for class weights need the labels' counts, which are known by now.
-    options = replace(options, class_weights=compute_class_weights(options.class_weights, pixels))
+    options = replace(
+        options, class_weights=compute_class_weights(options.class_weights, pixels)
+    )
 
     # Later runs take a tenth of `lr`, the rate from scratch, or `finetuned_lr` as it is.
     if "lr" not in extra:
@@ -159,14 +173,19 @@ def _start_network(
 
     # From scratch; the seed that was set above decides the weights.
     if not start.model_path:
-        spec = standard_spec(start.phi or "b2", 8 if options.num_classes is None else options.num_classes)
+        spec = standard_spec(
+            start.phi or "b2", 8 if options.num_classes is None else options.num_classes
+        )
         model = SegFormer(_with_drop_path(spec, start.drop_path))
         notes: tuple[str, ...] = ()
         extra: dict[str, Any] = {}
         options, reason = choose_rates(options, extra, from_scratch=True)
     else:
         opened = checkpoint.read(
-            start.model_path, dialect=start.dialect, variant=start.phi, num_classes=options.num_classes
+            start.model_path,
+            dialect=start.dialect,
+            variant=start.phi,
+            num_classes=options.num_classes,
         )
         # Stochastic depth is a setting of training, so files do not decide it alone.
         opened = replace(opened, spec=_with_drop_path(opened.spec, start.drop_path))
@@ -181,7 +200,9 @@ def _start_network(
 
 
 def _with_drop_path(spec: Spec, rate: float | None) -> Spec:
-    return spec if rate is None else replace(spec, numerics=replace(spec.numerics, drop_path=rate))
+    return (
+        spec if rate is None else replace(spec, numerics=replace(spec.numerics, drop_path=rate))
+    )
 
 
 def _read_teacher(settings: TrainSettings, num_classes: int) -> Checkpoint | None:
@@ -191,7 +212,9 @@ def _read_teacher(settings: TrainSettings, num_classes: int) -> Checkpoint | Non
         return None
 
     try:
-        teacher = checkpoint.read(path, dialect=settings.start.teacher_dialect)  # refuses a bare backbone
+        teacher = checkpoint.read(
+            path, dialect=settings.start.teacher_dialect
+        )  # refuses a bare backbone
     except FileNotFoundError as error:
         # A resumed run remembers a path, and the file may have been moved since.
         if not settings.run.resume:
@@ -210,7 +233,9 @@ def _read_teacher(settings: TrainSettings, num_classes: int) -> Checkpoint | Non
     return teacher
 
 
-def check_teacher_names(flag: str, teacher: Checkpoint | None, names: tuple[str, ...], remedy: str) -> None:
+def check_teacher_names(
+    flag: str, teacher: Checkpoint | None, names: tuple[str, ...], remedy: str
+) -> None:
     """Raises ValueError if the teacher, which `flag` gave, and the data name a class differently, as far as both do.
 
     Another tool's file may have other words for the same classes; there the name must be that of another class.
@@ -223,17 +248,24 @@ def check_teacher_names(flag: str, teacher: Checkpoint | None, names: tuple[str,
     theirs = teacher.extra.get("class_names", ())
     for number, (their, our) in enumerate(zip(theirs, names, strict=False)):
         if their != our and (not own_words or their in names):
-            raise ValueError(f"{flag} calls class {number} {their!r} and the data {our!r}; {remedy}.")
+            raise ValueError(
+                f"{flag} calls class {number} {their!r} and the data {our!r}; {remedy}."
+            )
 
 
-def _restore_settings(settings: TrainSettings, given: frozenset[str], resumed: Resumable) -> TrainSettings:
+def _restore_settings(
+    settings: TrainSettings, given: frozenset[str], resumed: Resumable
+) -> TrainSettings:
     """Returns the settings of the run to resume, and beside them the flags that were given now.
 
     Those that cannot change are refused here, and by the loop. Data and teacher may lie elsewhere now; the loop knows
     whether they are the same.
     """
     # The file holds lists where the flags hold tuples.
-    old = {name: tuple(value) if isinstance(value, list) else value for name, value in resumed.settings.items()}
+    old = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in resumed.settings.items()
+    }
     now = {name: value for name, value in settings.merged().items() if name in given}
 
     # These decide which network it is, how fast it learns and on what it is scored.
@@ -248,16 +280,24 @@ def _restore_settings(settings: TrainSettings, given: frozenset[str], resumed: R
     if wrong:
         name = wrong[0]
         before, after = _word(old.get(name)), _word(now[name])
-        raise ValueError(f"The run to resume had `{name}` {before}, now it is {after}; leave the flag out.")
+        raise ValueError(
+            f"The run to resume had `{name}` {before}, now it is {after}; leave the flag out."
+        )
 
-    merged = {"tf32": False} | old | now | {"resume": True}  # what earlier versions did without saying
+    merged = (
+        {"tf32": False} | old | now | {"resume": True}
+    )  # what earlier versions did without saying
 
     def restore(record: Any) -> Any:
         # Each record takes the settings that are its own.
         known = {field.name for field in fields(record)}
-        return replace(record, **{name: value for name, value in merged.items() if name in known})
+        return replace(
+            record, **{name: value for name, value in merged.items() if name in known}
+        )
 
-    restored = TrainSettings(restore(settings.start), restore(settings.options), restore(settings.run))
+    restored = TrainSettings(
+        restore(settings.start), restore(settings.options), restore(settings.run)
+    )
     check_effects(restored, given)
     return restored
 

@@ -41,10 +41,17 @@ class StartFlags:
     val_share: ValShare = None
     skip_bad: SkipBad = False
     model_path: Annotated[
-        str, Option("--model_path", help="Checkpoint to start from, pruned or not; empty: from scratch.")
+        str,
+        Option(
+            "--model_path", help="Checkpoint to start from, pruned or not; empty: from scratch."
+        ),
     ] = ""
     phi: Annotated[
-        str | None, Option("--phi", help="MiT variant b0 … b5; read off the checkpoint if there is one, else b2.")
+        str | None,
+        Option(
+            "--phi",
+            help="MiT variant b0 … b5; read off the checkpoint if there is one, else b2.",
+        ),
     ] = None
     drop_path: Annotated[
         float | None,
@@ -57,9 +64,14 @@ class StartFlags:
     ] = None
     dialect: Dialect = None
     teacher: Annotated[
-        str, Option("--teacher", help="Dense checkpoint to learn from beside the labels (distillation).")
+        str,
+        Option(
+            "--teacher", help="Dense checkpoint to learn from beside the labels (distillation)."
+        ),
     ] = ""
-    teacher_dialect: Annotated[str | None, Option("--teacher_dialect", help="As --dialect, for the --teacher.")] = None
+    teacher_dialect: Annotated[
+        str | None, Option("--teacher_dialect", help="As --dialect, for the --teacher.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +80,24 @@ class RunFlags:
 
     PANELS: ClassVar[Mapping[str, str]] = {"keep": "What is saved, and when", "cuda": "The run"}
 
-    keep: Annotated[int, Option("--keep", min=0, help="Keep the weights of this many latest epochs as files.")] = 0
-    tensorboard: Annotated[bool, switch("--tensorboard", "Write logs for TensorBoard too.")] = False
-    cuda: Annotated[bool, switch("--cuda", "Use the GPU; several GPUs by torchrun train.py …")] = False
-    save_dir: Annotated[str, Option("--save_dir", help="Folder for checkpoints and results.")] = "logs"
+    keep: Annotated[
+        int,
+        Option("--keep", min=0, help="Keep the weights of this many latest epochs as files."),
+    ] = 0
+    tensorboard: Annotated[bool, switch("--tensorboard", "Write logs for TensorBoard too.")] = (
+        False
+    )
+    cuda: Annotated[
+        bool, switch("--cuda", "Use the GPU; several GPUs by torchrun train.py …")
+    ] = False
+    save_dir: Annotated[
+        str, Option("--save_dir", help="Folder for checkpoints and results.")
+    ] = "logs"
     resume: Annotated[
-        bool, switch("--resume", "Continue the run in --save_dir, with the settings it was started with.")
+        bool,
+        switch(
+            "--resume", "Continue the run in --save_dir, with the settings it was started with."
+        ),
     ] = False
     verbose: Verbose = False
 
@@ -101,4 +125,6 @@ def check_effects(settings: TrainSettings, given: frozenset[str]) -> None:
         ("tf32", bool(settings.options.tf32) and not settings.run.cuda, "on a CPU"),
     )
     if start.dialect is not None and not start.model_path:
-        raise ValueError("`dialect` was given without `model_path`; it says who wrote a checkpoint.")
+        raise ValueError(
+            "`dialect` was given without `model_path`; it says who wrote a checkpoint."
+        )

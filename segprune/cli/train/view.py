@@ -24,7 +24,9 @@ class TrainingView:
         self.task = self.bar.add_task("training", total=None, text="")
 
     def step(self, done: int, total: int, loss: float, lr: float) -> None:
-        self.bar.update(self.task, completed=done, total=total, text=f"loss {loss:.3f}  lr {lr:.1e}")
+        self.bar.update(
+            self.task, completed=done, total=total, text=f"loss {loss:.3f}  lr {lr:.1e}"
+        )
 
     def epoch(self, result: EpochResult) -> None:
         score = result.score
@@ -44,7 +46,9 @@ class TrainingView:
         if not console.is_terminal:
             line = f"epoch {result.epoch}: loss {result.loss:.4f}"
             if score is not None:
-                line += f", val mIoU {score.miou:.4f}" + (" (best so far)" if result.best else "")
+                line += f", val mIoU {score.miou:.4f}" + (
+                    " (best so far)" if result.best else ""
+                )
             console.print(f"{line}, {result.images_per_second:.1f} images/s")
 
     def __rich__(self) -> Group:
@@ -53,7 +57,10 @@ class TrainingView:
     def _table(self) -> Table:
         # All epochs of a long run would not fit on the screen.
         left_out = len(self.rows) - SHOWN
-        table = Table(caption="* best so far" + (f"; {left_out} earlier epochs not shown" if left_out > 0 else ""))
+        table = Table(
+            caption="* best so far"
+            + (f"; {left_out} earlier epochs not shown" if left_out > 0 else "")
+        )
         for name in ("epoch", "loss", "val mIoU", "pixel accuracy", "lr", "images/s"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows[-SHOWN:]:

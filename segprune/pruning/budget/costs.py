@@ -65,7 +65,11 @@ class Costs:
                     else:
                         self._per_slot[side, row, g] += len(member.positions) / group.slots
 
-        self.coefficients = _coefficients(layers, groups, rate_of, rows) if coefficients is None else coefficients
+        self.coefficients = (
+            _coefficients(layers, groups, rate_of, rows)
+            if coefficients is None
+            else coefficients
+        )
 
     def total(self, widths: Widths) -> float:
         return self._cost(widths) + self.rest
@@ -105,7 +109,9 @@ def mix_costs(parts: Sequence[tuple[float, Costs]]) -> Costs:
     first = parts[0][1]
 
     # A cost is linear in its coefficients (3 L), so costs are mixed by mixing these.
-    coefficients = sum(weight / cost.total(cost.full) * cost.coefficients for weight, cost in parts)
+    coefficients = sum(
+        weight / cost.total(cost.full) * cost.coefficients for weight, cost in parts
+    )
     assert isinstance(coefficients, np.ndarray)
     return Costs(first.layers, first.groups, "macs", coefficients=coefficients)
 
@@ -194,7 +200,9 @@ def loss_weights(
 
     # A rate of the channels is priced in channels
     # too, unless the caller asks for another price.
-    parts: dict[RateOf, float] = {"channels": 1.0} if (price, rate_of) == ("both", "channels") else price_parts(price)
+    parts: dict[RateOf, float] = (
+        {"channels": 1.0} if (price, rate_of) == ("both", "channels") else price_parts(price)
+    )
     costs = {unit: Costs(layers, groups, unit) for unit in parts}
 
     # A group that costs nothing would otherwise divide by zero.

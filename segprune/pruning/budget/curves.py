@@ -86,7 +86,10 @@ def solve_by_curves(
         if limits:
             widths = save_time(measured, limits, allowed, time)
         check_met(limits, groups, widths, options)
-        losses = {g.name: curve.at(int(w)) for g, curve, w in zip(groups, measured, widths, strict=True)}
+        losses = {
+            g.name: curve.at(int(w))
+            for g, curve, w in zip(groups, measured, widths, strict=True)
+        }
         return replace(keep_best(groups, ranks, widths), decided_by="curves", losses=losses)
 
     return solve
@@ -121,10 +124,14 @@ def _measure(
     model = prepared.model
     assert isinstance(model, SegFormer)
     batches = checked_images(model, images)
-    return measure_curves(model, prepared.groups, batches, widths, seed=options.seed, progress=progress)
+    return measure_curves(
+        model, prepared.groups, batches, widths, seed=options.seed, progress=progress
+    )
 
 
-def _with_orders(scores: Mapping[str, Scores], groups: Sequence[Group], curves: Sequence[Curve]) -> dict[str, Scores]:
+def _with_orders(
+    scores: Mapping[str, Scores], groups: Sequence[Group], curves: Sequence[Curve]
+) -> dict[str, Scores]:
     """Returns the scores, replaced by the rank of each channel where it was found what is needed least."""
     ranks = dict(scores)
     for group, curve in zip(groups, curves, strict=True):
@@ -136,10 +143,15 @@ def _with_orders(scores: Mapping[str, Scores], groups: Sequence[Group], curves: 
 
 
 def save_time(
-    curves: Sequence[Curve], limits: Sequence[Limit], allowed: Sequence[Sequence[int]], time: Costs
+    curves: Sequence[Curve],
+    limits: Sequence[Limit],
+    allowed: Sequence[Sequence[int]],
+    time: Costs,
 ) -> Widths:
     """Returns the fastest of several allocations whose loss is not felt, or hardly larger than the least."""
-    formulas = [limit.cost for limit in limits if isinstance(limit.cost, Costs)]  # a measured latency is time, too
+    formulas = [
+        limit.cost for limit in limits if isinstance(limit.cost, Costs)
+    ]  # a measured latency is time, too
 
     # The more time weighs in the charge for a channel, the
     # faster the plan tends to be and the more it loses.

@@ -47,13 +47,20 @@ def by_rate(prepared: Prepared, scores: Mapping[str, Scores], options: PruneOpti
 
     # The first budget decides whether groups are
     # priced in channels, or in parameters and MACs.
-    weights = loss_weights(prepared.rows, prepared.groups, next(iter(options.budgets), "params"), options.group_price)
+    weights = loss_weights(
+        prepared.rows,
+        prepared.groups,
+        next(iter(options.budgets), "params"),
+        options.group_price,
+    )
     plan = solve(limits, prepared.groups, scores, weights, options)
     return with_shares(prepared, plan, limits)
 
 
 def limit_of(prepared: Prepared, unit: RateOf, rate: float) -> Limit:
-    costs = Costs(prepared.rows, prepared.groups, unit, prepared.rest if unit == "params" else 0)
+    costs = Costs(
+        prepared.rows, prepared.groups, unit, prepared.rest if unit == "params" else 0
+    )
     return Limit(costs, rate, unit, prepared.wholes.get(unit))
 
 
@@ -122,20 +129,28 @@ def check_reach(limit: Limit, narrowest: Widths, options: PruneOptions) -> None:
 
     # Say which setting is in the way: one limit for all groups, or several by name.
     by_name = options.limits_by_name.keys() - {"*"}
-    share = "what `max_rate` allows" if by_name else f"{options.limits_by_name.get('*', MAX_RATE):g} (`max_rate`)"
+    share = (
+        "what `max_rate` allows"
+        if by_name
+        else f"{options.limits_by_name.get('*', MAX_RATE):g} (`max_rate`)"
+    )
     raise ValueError(
         f"Rate {limit.rate:g} is out of reach; the most that can be removed here is {int(most * 1000) / 1000:g}, "
         f"since no group loses more of its channels than {share}, and protected layers keep all."
     )
 
 
-def check_least(limit: Limit, groups: Sequence[Group], options: PruneOptions, *, depth: float = 0.0) -> None:
+def check_least(
+    limit: Limit, groups: Sequence[Group], options: PruneOptions, *, depth: float = 0.0
+) -> None:
     """Raises ValueError if folding (or shares by name) alone already removes more than the requested share.
 
     `depth`: the share asked for whole branches, which were removed before, if they count towards the limit.
     """
     # The network as folding and the shares by name leave it, with nothing else removed.
-    widest = np.array([widths[-1] for widths in allowed_widths(groups, options)], dtype=np.int64)
+    widest = np.array(
+        [widths[-1] for widths in allowed_widths(groups, options)], dtype=np.int64
+    )
     least = limit.removed(widest)
     if limit.rate > least:
         return
@@ -143,13 +158,19 @@ def check_least(limit: Limit, groups: Sequence[Group], options: PruneOptions, *,
     # Each cause has its own remedy.
     by_name = bool(options.shares_by_name)
     cause = "the shares by name" if by_name else "folding the decode head"
-    removes = f"`depth` {depth:g} and {cause} together remove" if depth else f"{cause} alone removes"
+    removes = (
+        f"`depth` {depth:g} and {cause} together remove" if depth else f"{cause} alone removes"
+    )
     remedy = "" if by_name else ", or keep the head with `keep_decoder`"
     remedy += ", or less depth" if depth else ""
-    raise ValueError(f"Rate {limit.rate:g} is less than {removes} ({least:.3f}); ask for a higher rate{remedy}.")
+    raise ValueError(
+        f"Rate {limit.rate:g} is less than {removes} ({least:.3f}); ask for a higher rate{remedy}."
+    )
 
 
-def check_met(limits: Sequence[Limit], groups: Sequence[Group], widths: Widths, options: PruneOptions) -> None:
+def check_met(
+    limits: Sequence[Limit], groups: Sequence[Group], widths: Widths, options: PruneOptions
+) -> None:
     """Raises ValueError where nothing is removed, and where the tightest budget is missed."""
     # Finer steps exist only where a step is more than one channel.
     finer = ", or for finer steps with `round_to` 1" if options.round_to > 1 else ""
@@ -202,7 +223,10 @@ def allowed_widths(groups: Sequence[Group], options: PruneOptions) -> list[list[
 
 
 def rank_slots(
-    groups: Sequence[Group], scores: Mapping[str, Scores], weights: Sequence[float], options: PruneOptions
+    groups: Sequence[Group],
+    scores: Mapping[str, Scores],
+    weights: Sequence[float],
+    options: PruneOptions,
 ) -> list[Scores]:
     """Returns for each group, in ascending order of its slots, what is compared: the lowest of all is removed first."""
     # Local: a slot counts by its position in its
@@ -218,7 +242,9 @@ def rank_slots(
     sensitivity = options.sensitivity if isinstance(options.sensitivity, Mapping) else {}
     ranked = []
     for group, weight, own in zip(groups, weights, slots, strict=True):
-        ranked.append(weight * sensitivity.get(group.name, 1.0) * _losses(own, options.normalise))
+        ranked.append(
+            weight * sensitivity.get(group.name, 1.0) * _losses(own, options.normalise)
+        )
     return ranked
 
 
@@ -296,7 +322,9 @@ def _widths_at(threshold: float, ranked: list[Scores], allowed: list[list[int]])
     return np.array(widths, dtype=np.int64)
 
 
-def _spend_rest(limits: Sequence[Limit], ranked: list[Scores], allowed: list[list[int]], widths: Widths) -> Widths:
+def _spend_rest(
+    limits: Sequence[Limit], ranked: list[Scores], allowed: list[list[int]], widths: Widths
+) -> Widths:
     """Takes further single steps, those of the lowest mean loss first, while one overshoots by no more than `AIM`."""
     while _shortfall(limits, widths) > AIM:
         candidates = _narrow_one_group(ranked, allowed, widths)  # cheapest loss first
@@ -314,7 +342,9 @@ def _spend_rest(limits: Sequence[Limit], ranked: list[Scores], allowed: list[lis
     return widths
 
 
-def _narrow_one_group(ranked: list[Scores], allowed: list[list[int]], widths: Widths) -> list[Widths]:
+def _narrow_one_group(
+    ranked: list[Scores], allowed: list[list[int]], widths: Widths
+) -> list[Widths]:
     """Returns the widths after one step in each group that has one, in ascending order of the step's mean loss."""
     steps = []
     for g, options in enumerate(allowed):

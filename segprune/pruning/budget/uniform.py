@@ -32,19 +32,25 @@ from segprune.pruning.surgery import cut_channels, read_spec
 from segprune.spec import Spec, StageSpec, block_name, stage_name, with_unfolded_head
 from segprune.stats import Counts, Layer, count, removed_shares
 
-TOLERANCE = 0.02  # how far, as a share of the whole, the result may be from the rate: steps are coarse
+TOLERANCE = (
+    0.02  # how far, as a share of the whole, the result may be from the rate: steps are coarse
+)
 NEAR = 0.005
 HEAD = "decode_head.width"
 
 
-def by_uniform_stages(prepared: Prepared, scores: Mapping[str, Scores], options: PruneOptions) -> Plan:
+def by_uniform_stages(
+    prepared: Prepared, scores: Mapping[str, Scores], options: PruneOptions
+) -> Plan:
     """Decides on widths that keep every stage uniform and remove the shares asked for, within `TOLERANCE`.
 
     Of several shares, of parameters and MACs, each is met at least and one about exactly. Raises ValueError for a
     network whose stages cannot be uniform, a rate that cannot be met, and a plan that is not uniform.
     """
     if not prepared.stock:
-        raise ValueError(f"{type(prepared.dense).__name__} is not a stock SegFormer; only those have uniform stages.")
+        raise ValueError(
+            f"{type(prepared.dense).__name__} is not a stock SegFormer; only those have uniform stages."
+        )
 
     # Search for widths, or take those that somebody has decided.
     if options.plan is None:
@@ -67,14 +73,18 @@ def by_uniform_stages(prepared: Prepared, scores: Mapping[str, Scores], options:
     # A plan from a file may break uniformity.
     problem = uniform_problem(pruned)
     if problem is not None:
-        raise ValueError(f"The plan is not uniform, since {problem}; edit it, or leave out `uniform`.")
+        raise ValueError(
+            f"The plan is not uniform, since {problem}; edit it, or leave out `uniform`."
+        )
 
     # Counted anew, since an unfolded head costs more than the folded one that was cut.
     shape = prepared.input_shape
     return replace(plan, removed=removed_shares(count(dense.spec, shape), count(pruned, shape)))
 
 
-def _search(prepared: Prepared, scores: Mapping[str, Scores], options: PruneOptions) -> dict[str, int]:
+def _search(
+    prepared: Prepared, scores: Mapping[str, Scores], options: PruneOptions
+) -> dict[str, int]:
     """Returns widths by group that keep the network uniform and meet the budgets."""
     space, search = start_search(prepared, scores, options)
     choice = search.descend(options.budgets)
@@ -91,7 +101,9 @@ def _search(prepared: Prepared, scores: Mapping[str, Scores], options: PruneOpti
     return space.widths(choice)
 
 
-def start_search(prepared: Prepared, scores: Mapping[str, Scores], options: PruneOptions) -> tuple[Space, Search]:
+def start_search(
+    prepared: Prepared, scores: Mapping[str, Scores], options: PruneOptions
+) -> tuple[Space, Search]:
     """Returns the choices there are, and what each of them costs and loses."""
     dense, model, groups = prepared.dense, prepared.model, prepared.groups
     assert isinstance(dense, SegFormer)
@@ -193,7 +205,9 @@ class Space:
         """Returns the width of every free group, per part, in the groups' order."""
         # Widths of everything first. Only groups that are free are returned.
         chosen = {HEAD: choice.decoder_dim}
-        for i, (stage, (width, ratio)) in enumerate(zip(self.spec.stages, choice.stages, strict=True)):
+        for i, (stage, (width, ratio)) in enumerate(
+            zip(self.spec.stages, choice.stages, strict=True)
+        ):
             chosen |= {name: new for name, new, _ in stage_widths(i, stage, width, ratio)}
         return {name: chosen.get(name, slots) for name, slots in self._slots.items()}
 
@@ -202,9 +216,13 @@ class Space:
         for i, now in enumerate(choice.stages):
             # Options are ordered only in part: one is narrower if neither the stage nor its
             # FFNs grow. A step goes to those with no other option in between.
-            narrower = [option for option in self.stages[i] if option != now and _is_within(option, now)]
+            narrower = [
+                option for option in self.stages[i] if option != now and _is_within(option, now)
+            ]
             for option in narrower:
-                between = (other for other in narrower if other != option and _is_within(option, other))
+                between = (
+                    other for other in narrower if other != option and _is_within(option, other)
+                )
                 if not any(between):
                     yield _with_stage(choice, i, option)
 
@@ -231,7 +249,9 @@ def _with_stage(choice: Choice, i: int, option: tuple[int, int]) -> Choice:
     return replace(choice, stages=(*choice.stages[:i], option, *choice.stages[i + 1 :]))
 
 
-def stage_widths(i: int, stage: StageSpec, width: int, ratio: int) -> Iterator[tuple[str, int, int]]:
+def stage_widths(
+    i: int, stage: StageSpec, width: int, ratio: int
+) -> Iterator[tuple[str, int, int]]:
     """Yields name, width per part and width now, of every group of stage `i`, made uniform."""
     yield f"{stage_name(i)}.width", width, stage.width
     for j, block in enumerate(stage.blocks):
@@ -249,7 +269,11 @@ class Search:
     _units: tuple[RateOf, ...] = ("params", "macs")
 
     def __init__(
-        self, problem: Problem, space: Space, losses: Mapping[str, Scores], price: Mapping[RateOf, float]
+        self,
+        problem: Problem,
+        space: Space,
+        losses: Mapping[str, Scores],
+        price: Mapping[RateOf, float],
     ) -> None:
         """`losses`: by group, of its slots, ascending. `price`: how much each unit weighs (costs.price_parts)."""
         self._problem, self._space, self._losses, self._price = problem, space, losses, price
@@ -294,7 +318,9 @@ class Search:
     def loss_per_price(self, now: Choice, then: Choice) -> float:
         """Returns what a step loses for what it saves."""
         before, after = self.removed(now), self.removed(then)
-        saved = sum(weight * (after[unit] - before[unit]) for unit, weight in self._price.items())
+        saved = sum(
+            weight * (after[unit] - before[unit]) for unit, weight in self._price.items()
+        )
         return (self._loss(then) - self._loss(now)) / max(saved, 1e-12)
 
     def descend(self, budgets: Mapping[RateOf, float]) -> Choice:
@@ -310,7 +336,9 @@ class Search:
         choice = self._space.widest()
         while shortfall(choice) > AIM:
             now = choice
-            steps = sorted(self._space.steps(now), key=lambda step: self.loss_per_price(now, step))
+            steps = sorted(
+                self._space.steps(now), key=lambda step: self.loss_per_price(now, step)
+            )
 
             # Prefer the cheapest step that does not overshoot.
             for step in steps:
@@ -322,11 +350,17 @@ class Search:
 
         return choice
 
-    def _nearest(self, starts: Sequence[Choice], shortfall: Callable[[Choice], float]) -> Choice:
+    def _nearest(
+        self, starts: Sequence[Choice], shortfall: Callable[[Choice], float]
+    ) -> Choice:
         # Each start, and everything that differs from one of them in one place.
         around = list(starts)
         for start in starts:
             around += self._space.changed(start)
 
         near = [choice for choice in around if abs(shortfall(choice)) <= NEAR]
-        return min(near, key=self._loss) if near else min(around, key=lambda choice: abs(shortfall(choice)))
+        return (
+            min(near, key=self._loss)
+            if near
+            else min(around, key=lambda choice: abs(shortfall(choice)))
+        )

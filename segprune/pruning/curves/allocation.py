@@ -34,7 +34,10 @@ def allocate(
     """
     # Each curve becomes a table over the widths that its group may take.
     options = [np.array(widths, dtype=np.int64) for widths in allowed]
-    losses = [np.array([curve.at(int(w)) for w in ws]) for curve, ws in zip(curves, options, strict=True)]
+    losses = [
+        np.array([curve.at(int(w)) for w in ws])
+        for curve, ws in zip(curves, options, strict=True)
+    ]
 
     # Bisection on the logarithm of the price, for the
     # highest one at which something is still to be removed.
@@ -81,7 +84,11 @@ def _settle(price: float, losses: list[Floats], options: list[Widths], charge: C
 
 
 def _spend_rest(
-    limits: Sequence[Limit], losses: list[Floats], options: list[Widths], charge: Costs, widths: Widths
+    limits: Sequence[Limit],
+    losses: list[Floats],
+    options: list[Widths],
+    charge: Costs,
+    widths: Widths,
 ) -> Widths:
     """Takes single steps while one overshoots by no more than `AIM`; where all do, the one that lands nearest."""
     while missing(limits, widths) > AIM:
@@ -100,7 +107,9 @@ def _spend_rest(
 
         # Prefer the cheapest step that does not overshoot. Where all do, land nearest.
         in_order = [narrower for *_, narrower in sorted(steps, key=lambda step: step[:2])]
-        gentle = next((narrower for narrower in in_order if missing(limits, narrower) >= -AIM), None)
+        gentle = next(
+            (narrower for narrower in in_order if missing(limits, narrower) >= -AIM), None
+        )
         if gentle is None:
             return min([widths, *in_order], key=lambda trial: abs(missing(limits, trial)))
         widths = gentle

@@ -24,7 +24,9 @@ class Elimination:
     lost: dict[int, Tensor]
 
 
-def eliminate(covariance: Tensor, weight: Tensor, metric: Tensor, widths: list[int], damping: float) -> Elimination:
+def eliminate(
+    covariance: Tensor, weight: Tensor, metric: Tensor, widths: list[int], damping: float
+) -> Elimination:
     """Removes channels until the least of `widths` is left.
 
     `covariance` (p p) is that of the channels, `weight` (q p) reads them, and the error of what is read counts as
@@ -35,7 +37,9 @@ def eliminate(covariance: Tensor, weight: Tensor, metric: Tensor, widths: list[i
     # Ridge: a share of the mean variance on the
     # diagonal. `tiny` is for channels that are all zero.
     damped = covariance.clone()
-    damped.diagonal().add_(damping * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny)
+    damped.diagonal().add_(
+        damping * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+    )
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     current = weight.clone()
     order: list[int] = []
@@ -52,7 +56,9 @@ def eliminate(covariance: Tensor, weight: Tensor, metric: Tensor, widths: list[i
     return Elimination(torch.tensor(order + kept), lost)
 
 
-def _remove_block(inverse: Tensor, current: Tensor, metric: Tensor, removed: list[int], count: int) -> list[int]:
+def _remove_block(
+    inverse: Tensor, current: Tensor, metric: Tensor, removed: list[int], count: int
+) -> list[int]:
     """Removes `count` channels; `inverse` and `current` are updated in place at the end, once."""
     size = len(inverse)
 

@@ -46,7 +46,10 @@ class Statistics:
 
             # The image's tokens by head, h N d. Softmax
             # does not see what all keys have in common.
-            q, k = (x[0].double().unflatten(1, (attention.num_heads, -1)).transpose(0, 1) for x in (item.x, item.keys))
+            q, k = (
+                x[0].double().unflatten(1, (attention.num_heads, -1)).transpose(0, 1)
+                for x in (item.x, item.keys)
+            )
             k = k - k.mean(1, keepdim=True)
             self.queries = _plus(self.queries, q.mT @ q)
             self.keys = _plus(self.keys, k.mT @ k)
@@ -91,7 +94,9 @@ def work_out_losses(
         # Channels are eliminated one by one, with
         # the gradient's second moment as the metric.
         weight = _columns(model, places[0])
-        result = eliminate(first.moments.covariances[0], weight, first.gradient, list(widths), damping)
+        result = eliminate(
+            first.moments.covariances[0], weight, first.gradient, list(widths), damping
+        )
         lost = torch.stack([result.lost[width] for width in widths])
         return Losses([lost.float()], tuple(result.order.tolist()))
 
@@ -111,7 +116,9 @@ def work_out_losses(
 
     # A stream has one basis for all of its readers.
     # LayerNorm takes the mean, so one channel less counts.
-    basis = leading_directions(torch.stack([item.moments.products for item in statistics]).sum(0)).T
+    basis = leading_directions(
+        torch.stack([item.moments.products for item in statistics]).sum(0)
+    ).T
     full = torch.eye(group.slots).to(basis)
     kept = [full if width == group.slots else basis[: width - 1] for width in widths]
     lost_here = []
@@ -131,7 +138,9 @@ def _columns(model: SegFormer, place: Place) -> Tensor:
     return layer.weight.detach().flatten(1)[:, list(place.positions)].double()
 
 
-def _unread(weight: Tensor, covariance: Tensor, kept: Sequence[Tensor], damping: float) -> Tensor:
+def _unread(
+    weight: Tensor, covariance: Tensor, kept: Sequence[Tensor], damping: float
+) -> Tensor:
     """For each of `kept` (k p), weight (q p) less what the best reader of kept @ x says of it."""
     # Least squares of weight @ x on rows @ x by the normal equations (k k), damped.
     ridge = damping * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny

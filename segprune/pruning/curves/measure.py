@@ -71,7 +71,11 @@ def measure_curves(
 
     # One in `UNSEEN` images is for the second pass.
     # Where there are fewer, all serve for both.
-    fitted = [image for i, image in enumerate(images) if (i + 1) % UNSEEN] if len(images) >= UNSEEN else images
+    fitted = (
+        [image for i, image in enumerate(images) if (i + 1) % UNSEEN]
+        if len(images) >= UNSEEN
+        else images
+    )
     unseen = images[UNSEEN - 1 :: UNSEEN] if len(images) >= UNSEEN else images
     total = len(fitted) + len(unseen)
 
@@ -97,7 +101,11 @@ def measure_curves(
             here = [place for place in places if place.group == g]
             known = [statistics[place] for place in here]
             losses.append(work_out_losses(model, group, here, known, steps[g], DAMPING))
-        means = {place: statistics[place].moments.means[0] for place in places if place.kind != "products"}
+        means = {
+            place: statistics[place].moments.means[0]
+            for place in places
+            if place.kind != "products"
+        }
         lost = _by_place(places, losses)
 
         # Second pass, over other images: how far the errors of
@@ -117,12 +125,17 @@ def measure_curves(
                         # The sum over positions of gradient · (lost @ x) is lost ·
                         # (gradientᵀ x), so one product serves all widths.
                         product = gradients[place][0].T @ x  # out in
-                        changes[place.group] += (lost[place] * product).sum((1, 2)).double().cpu()
+                        changes[place.group] += (
+                            (lost[place] * product).sum((1, 2)).double().cpu()
+                        )
                     for g, change in enumerate(changes):
                         samples[g].append(change)
                 step(len(fitted) + i + 1)
 
-    return [_curve(ws, torch.stack(rows), item.order) for ws, rows, item in zip(steps, samples, losses, strict=True)]
+    return [
+        _curve(ws, torch.stack(rows), item.order)
+        for ws, rows, item in zip(steps, samples, losses, strict=True)
+    ]
 
 
 def _crop(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -58,7 +58,9 @@ def find_places(model: SegFormer, groups: Sequence[Group]) -> list[Place]:
             assert isinstance(stage, Stage)
             places += [Place(g, "stream", f"{prefix}.{name}") for name in _stream_norms(stage)]
         else:
-            raise ValueError(f"No curve can be measured for {group.name}, which is of kind {group.kind}; protect it.")
+            raise ValueError(
+                f"No curve can be measured for {group.name}, which is of kind {group.kind}; protect it."
+            )
     return places
 
 
@@ -91,10 +93,14 @@ def watch(model: SegFormer, places: Sequence[Place]) -> Iterator[dict[Place, Pas
     passing: dict[Place, Passing] = {}
     queries: dict[str, Tensor] = {}
 
-    def keep_queries(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep_queries(
+        name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
         queries[name] = output
 
-    def keep(place: Place, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(
+        place: Place, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
         x = inputs[0].detach()
         if place.kind == "products":
             # This is the keys' layer, which runs after the queries'.
@@ -122,7 +128,9 @@ def watch(model: SegFormer, places: Sequence[Place]) -> Iterator[dict[Place, Pas
             hook.remove()
 
 
-def probe_logits(logits: Tensor, passing: dict[Place, Passing], generator: torch.Generator) -> dict[Place, Tensor]:
+def probe_logits(
+    logits: Tensor, passing: dict[Place, Passing], generator: torch.Generator
+) -> dict[Place, Tensor]:
     """Returns by place the gradient (B N C) of one random direction of the logits (B K H W), image by image.
 
     For a small error e at a place, (Σ gradient · e)² / 2 is on average over directions the Kullback-Leibler divergence
@@ -137,7 +145,9 @@ def probe_logits(logits: Tensor, passing: dict[Place, Passing], generator: torch
     # Over the root of the number of pixels, so that the square is per pixel.
     area = logits.shape[2] * logits.shape[3]
     total = (direction * logits).sum() / area**0.5
-    gradients = torch.autograd.grad(total, [item.y for item in passing.values()], retain_graph=True)
+    gradients = torch.autograd.grad(
+        total, [item.y for item in passing.values()], retain_graph=True
+    )
     return {
         place: gradient if gradient.dim() == 3 else to_tokens(gradient)
         for place, gradient in zip(passing, gradients, strict=True)

@@ -29,7 +29,9 @@ class Branch:
     @property
     def singles(self) -> tuple[str, ...]:
         """The names of the one or two residual branches that it is made of."""
-        return (f"{self.name}.attn", f"{self.name}.mlp") if self.kind == "block" else (self.name,)
+        return (
+            (f"{self.name}.attn", f"{self.name}.mlp") if self.kind == "block" else (self.name,)
+        )
 
 
 def branches(spec: Spec) -> list[Branch]:
@@ -55,7 +57,9 @@ def singles(spec: Spec, names: Collection[str]) -> set[str]:
     known = {branch.name: branch for branch in branches(spec)}
     unknown = sorted(set(names) - known.keys())
     if unknown:
-        raise ValueError(f"{unknown[0]} is no branch of this network; give names such as {next(iter(known))}.")
+        raise ValueError(
+            f"{unknown[0]} is no branch of this network; give names such as {next(iter(known))}."
+        )
 
     # A block stands for its two branches, so that later code has to know branches alone.
     every: set[str] = set()
@@ -92,7 +96,9 @@ def without(spec: Spec, names: Collection[str]) -> Spec:
     return replace(spec, stages=tuple(stages))
 
 
-def branch_costs(spec: Spec, unit: Unit, input_shape: tuple[int, int]) -> tuple[dict[str, int], int]:
+def branch_costs(
+    spec: Spec, unit: Unit, input_shape: tuple[int, int]
+) -> tuple[dict[str, int], int]:
     """Returns the parameters or MACs of every branch by name, its LayerNorm's with it; and of the network.
 
     MACs are for one image of (H, W) pixels.

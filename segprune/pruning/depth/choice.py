@@ -33,7 +33,9 @@ def choose(
     singles(spec, scores)  # refuses names that are no branches
     for name, score in scores.items():
         if not math.isfinite(score):
-            raise ValueError(f"The score of {name} is {score}; scores must be finite, so check weights and images.")
+            raise ValueError(
+                f"The score of {name} is {score}; scores must be finite, so check weights and images."
+            )
 
     # Cheapest loss for what is saved first.
     costs, whole = branch_costs(spec, unit, input_shape)
@@ -60,7 +62,9 @@ def choose(
     return [branch.name for branch in chosen]
 
 
-def _take_fitting(spec: Spec, ranked: Sequence[Branch], costs: Mapping[str, int], budget: float) -> list[Branch]:
+def _take_fitting(
+    spec: Spec, ranked: Sequence[Branch], costs: Mapping[str, int], budget: float
+) -> list[Branch]:
     """Takes branches in the order given while they fit, are still whole and are not the last of their stage."""
     # Single branches that each stage still has; a block counts for two of them.
     remaining = Counter(branch.stage for branch in branches(spec) if branch.kind != "block")

@@ -69,14 +69,20 @@ def check_depth(depth: float, options: PruneOptions) -> None:
 
     # Branches have a cost in parameters and MACs only, and a plan leaves no rate to share.
     if options.plan is not None or {"latency", "channels"} & options.budgets.keys():
-        raise ValueError("`depth` needs a rate of params or macs, and no plan; leave one of them out.")
+        raise ValueError(
+            "`depth` needs a rate of params or macs, and no plan; leave one of them out."
+        )
     if options.uniform:
-        raise ValueError("`depth` removes parts of blocks, which `uniform` keeps; leave one of them out.")
+        raise ValueError(
+            "`depth` removes parts of blocks, which `uniform` keeps; leave one of them out."
+        )
     for unit, rate in options.budgets.items():
         # The share of depth is a part of the rate: it must leave something for the
         # channels.
         if depth >= rate > 0.0:
-            raise ValueError(f"`depth` is {depth:g}, a part of the rate of the {unit}, {rate:g}; it must be below it.")
+            raise ValueError(
+                f"`depth` is {depth:g}, a part of the rate of the {unit}, {rate:g}; it must be below it."
+            )
 
 
 def without_missing(options: PruneOptions, model: SegFormer) -> PruneOptions:
@@ -89,5 +95,9 @@ def without_missing(options: PruneOptions, model: SegFormer) -> PruneOptions:
 
     # A group is called after the module that holds it: "…mlp.ffn" needs "…mlp".
     modules = {name for name, _ in model.named_modules()}
-    kept = {name: factor for name, factor in sensitivity.items() if name.rpartition(".")[0] in modules}
+    kept = {
+        name: factor
+        for name, factor in sensitivity.items()
+        if name.rpartition(".")[0] in modules
+    }
     return replace(options, sensitivity=kept)

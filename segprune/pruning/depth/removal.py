@@ -17,7 +17,9 @@ from segprune.spec import block_name
 
 
 @torch.no_grad()
-def remove(model: SegFormer, names: Collection[str], batches: Iterable[Tensor] = ()) -> SegFormer:
+def remove(
+    model: SegFormer, names: Collection[str], batches: Iterable[Tensor] = ()
+) -> SegFormer:
     """A new network without these branches; a block that loses both goes, and those behind it move up.
 
     With `batches` (normalised images B 3 H W) the mean of what a removed branch puts out on them stays, in the bias of
@@ -46,7 +48,9 @@ def remove(model: SegFormer, names: Collection[str], batches: Iterable[Tensor] =
                     bias = (module.proj if isinstance(module, Attention) else module.fc2).bias
 
         # Blocks that have lost both branches disappear.
-        stage.blocks = nn.ModuleList(block for block in stage.list_blocks() if block.list_branches())
+        stage.blocks = nn.ModuleList(
+            block for block in stage.list_blocks() if block.list_branches()
+        )
 
     # Stochastic depth is spread anew over the blocks that remain.
     rates = iter(drop_path_rates(spec))
@@ -65,7 +69,9 @@ def _drop(block: Block, kind: str) -> None:
         block.norm2, block.mlp = None, None
 
 
-def _mean_outputs(model: SegFormer, names: Collection[str], images: list[Tensor]) -> dict[str, Tensor]:
+def _mean_outputs(
+    model: SegFormer, names: Collection[str], images: list[Tensor]
+) -> dict[str, Tensor]:
     """What each single branch puts out, averaged over images and positions; in float64."""
     # Hooks add up every branch's outputs in one pass over the images; no map is stored.
     sums: dict[str, Tensor] = {}

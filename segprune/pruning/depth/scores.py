@@ -35,7 +35,9 @@ def branch_scores(
     """
     images = checked_images(model, batches)
     if not images:
-        raise ValueError("Scoring branches needs images, and there are none; give a few dozen, labels are not needed.")
+        raise ValueError(
+            "Scoring branches needs images, and there are none; give a few dozen, labels are not needed."
+        )
 
     # Branches of one block share what runs before it.
     by_block: dict[BlockIndex, list[Branch]] = {}
@@ -52,7 +54,9 @@ def branch_scores(
             for place, tokens, maps, size in _walk(model, x):
                 for branch in by_block[place]:
                     stream = _skipping(model, branch, tokens, size)
-                    totals[branch.name] += len(x) * _divergence(dense, _finish(model, place, stream, maps, size))
+                    totals[branch.name] += len(x) * _divergence(
+                        dense, _finish(model, place, stream, maps, size)
+                    )
                 done += 1
                 if progress is not None:
                     progress(done, steps)
@@ -62,7 +66,9 @@ def branch_scores(
     return {name: total / count for name, total in totals.items()}
 
 
-def _walk(model: SegFormer, x: Tensor) -> Iterator[tuple[BlockIndex, Tensor, list[Tensor], Size]]:
+def _walk(
+    model: SegFormer, x: Tensor
+) -> Iterator[tuple[BlockIndex, Tensor, list[Tensor], Size]]:
     """Yields before every block: where, the stream B N C, the maps of the stages behind, the size."""
     maps: list[Tensor] = []
     for i, stage in enumerate(model.list_stages()):
@@ -86,7 +92,9 @@ def _skipping(model: SegFormer, branch: Branch, tokens: Tensor, size: Size) -> T
     return tokens
 
 
-def _finish(model: SegFormer, place: BlockIndex, tokens: Tensor, maps: list[Tensor], size: Size) -> Tensor:
+def _finish(
+    model: SegFormer, place: BlockIndex, tokens: Tensor, maps: list[Tensor], size: Size
+) -> Tensor:
     """Returns the logits B K H/4 W/4 that come of the stream behind the block at `place`."""
     stages = model.list_stages()
     stage = stages[place[0]]

@@ -32,7 +32,12 @@ NEED_IMAGES = ("taylor", "fisher", "wanda")
 
 
 def score_channels(
-    model: nn.Module, groups: Iterable[Group], method: str = "l1", images: Iterable[Any] = (), *, seed: int = 0
+    model: nn.Module,
+    groups: Iterable[Group],
+    method: str = "l1",
+    images: Iterable[Any] = (),
+    *,
+    seed: int = 0,
 ) -> dict[str, Scores]:
     """Returns for each group by name one score per channel, 0 or above and 1 in the mean; the model stays as it was.
 
@@ -41,13 +46,17 @@ def score_channels(
     """
     groups = list(groups)
     if method not in METHODS:
-        raise ValueError(f"`pruning_method` is {method!r}, which is unknown; choose one of {', '.join(METHODS)}.")
+        raise ValueError(
+            f"`pruning_method` is {method!r}, which is unknown; choose one of {', '.join(METHODS)}."
+        )
 
     # Images given to a method that reads weights alone are not used for it; they may be
     # there for the repair.
     batches = list(images) if method in NEED_IMAGES else []
     if method in NEED_IMAGES and not batches:
-        raise ValueError(f"Method {method} needs `images`, and there are none; give a few dozen, without labels.")
+        raise ValueError(
+            f"Method {method} needs `images`, and there are none; give a few dozen, without labels."
+        )
 
     # Coarser products would make a GPU rank other channels than a CPU.
     with tf32_products(False):

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from segprune.pruning.groups import Group, Member
-from segprune.pruning.importance.settings import Scores, Settings, average_layers, sum_per_channel, weighted_members
+from segprune.pruning.importance.settings import (
+    Scores,
+    Settings,
+    average_layers,
+    sum_per_channel,
+    weighted_members,
+)
 from segprune.pruning.trace import TRANSPOSED_CONVS, eval_mode, is_depthwise, run
 
 
@@ -29,7 +35,9 @@ def wanda(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict
     for group in groups:
         sums = []
         for member, module in weighted_members(model, group):
-            sums.append(sum_per_channel(group, member, _sums(module, member, norms[member.layer])))
+            sums.append(
+                sum_per_channel(group, member, _sums(module, member, norms[member.layer]))
+            )
         scores[group.name] = average_layers(group, sums)
     return scores
 
@@ -53,7 +61,9 @@ def _sums(module: nn.Module, member: Member, norms: Tensor) -> Tensor:
     return products[torch.from_numpy(member.positions).to(products.device)]
 
 
-def _input_norms(model: nn.Module, layers: dict[str, nn.Module], data: list[Any]) -> dict[str, Tensor]:
+def _input_norms(
+    model: nn.Module, layers: dict[str, nn.Module], data: list[Any]
+) -> dict[str, Tensor]:
     """Returns per input channel of each layer the Euclidean norm over all images and positions."""
     squares: dict[str, Tensor] = {}
 

@@ -83,9 +83,13 @@ def _average_batches(
         # By identity, since layers may share a parameter. A parameter without gradient was
         # not used.
         measured = {}
-        for parameter, gradient in zip(parameters, _gradients(model, batch, parameters), strict=True):
+        for parameter, gradient in zip(
+            parameters, _gradients(model, batch, parameters), strict=True
+        ):
             if gradient is not None:
-                measured[id(parameter)] = measure(parameter.detach().double(), gradient.double())
+                measured[id(parameter)] = measure(
+                    parameter.detach().double(), gradient.double()
+                )
 
         # Summed over all layers of a channel before `finish`, since taylor lets opposite
         # signs cancel.
@@ -97,7 +101,9 @@ def _average_batches(
     return totals
 
 
-def _gradients(model: nn.Module, batch: Any, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+def _gradients(
+    model: nn.Module, batch: Any, parameters: list[nn.Parameter]
+) -> tuple[Tensor | None, ...]:
     """Returns gradients in evaluation mode, frozen parameters' too; nobody's .grad is touched."""
     # Frozen layers are scored like all others; autograd.grad leaves every .grad as it is.
     frozen = [p for p in parameters if not p.requires_grad]
@@ -105,13 +111,17 @@ def _gradients(model: nn.Module, batch: Any, parameters: list[nn.Parameter]) -> 
         parameter.requires_grad_(True)
     try:
         with eval_mode(model), torch.enable_grad():
-            return torch.autograd.grad(self_labelled_loss(model, batch), parameters, allow_unused=True)
+            return torch.autograd.grad(
+                self_labelled_loss(model, batch), parameters, allow_unused=True
+            )
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
 
 
-def _sum_member(module: nn.Module, member: Member, group: Group, measured: dict[int, Tensor]) -> Scores:
+def _sum_member(
+    module: nn.Module, member: Member, group: Group, measured: dict[int, Tensor]
+) -> Scores:
     """Sums over the weights at the member's positions, and over biases where the channel is put out."""
     total = np.zeros(group.num_channels)
     for name, parameter in module.named_parameters(recurse=False):
@@ -123,5 +133,7 @@ def _sum_member(module: nn.Module, member: Member, group: Group, measured: dict[
         one_sided = parameter.dim() == 1 or isinstance(module, NORMS) or is_depthwise(module)
         dim = 0 if one_sided else channel_dim(module, member)
         sums = values.movedim(dim, 0).flatten(1).sum(1) if values.dim() > 1 else values
-        total += sum_per_channel(group, member, sums[torch.from_numpy(member.positions).to(sums.device)])
+        total += sum_per_channel(
+            group, member, sums[torch.from_numpy(member.positions).to(sums.device)]
+        )
     return total

@@ -32,7 +32,10 @@ def l1(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[st
 
 def l2(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[str, Scores]:
     """The Euclidean norm of a channel's weights in each layer: "Soft Filter Pruning" (arXiv 1808.06866)."""
-    return {group.name: average_layers(group, map(np.sqrt, _sums(model, group, 2))) for group in groups}
+    return {
+        group.name: average_layers(group, map(np.sqrt, _sums(model, group, 2)))
+        for group in groups
+    }
 
 
 def fpgm(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[str, Scores]:
@@ -42,7 +45,10 @@ def fpgm(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[
     """
     scores = {}
     for group in groups:
-        layers = [_distances(group, member, module) for member, module in weighted_members(model, group)]
+        layers = [
+            _distances(group, member, module)
+            for member, module in weighted_members(model, group)
+        ]
         scores[group.name] = average_layers(group, layers)
     return scores
 
@@ -52,7 +58,10 @@ def lamp(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[
 
     "Layer-adaptive sparsity for the Magnitude-based Pruning" (arXiv 2010.07611), for channels in place of weights.
     """
-    return {group.name: _share_of_stronger(average_layers(group, _sums(model, group, 2))) for group in groups}
+    return {
+        group.name: _share_of_stronger(average_layers(group, _sums(model, group, 2)))
+        for group in groups
+    }
 
 
 def random(model: nn.Module, groups: Sequence[Group], settings: Settings) -> dict[str, Scores]:
@@ -95,13 +104,16 @@ def _distances(group: Group, member: Member, module: nn.Module) -> Scores:
     # A channel may lie at several positions of the layer: their weights, one after the other, are its vector. Channels
     # with fewer positions than others are filled up with zeros.
     order = np.argsort(member.channels, kind="stable")
-    channels, starts, counts = np.unique(member.channels[order], return_index=True, return_counts=True)
+    channels, starts, counts = np.unique(
+        member.channels[order], return_index=True, return_counts=True
+    )
     channel_of_row = np.repeat(np.arange(len(channels)), counts)
     place_of_row = np.arange(len(order)) - np.repeat(starts, counts)
 
     vectors = rows.new_zeros(len(channels), counts.max(), rows.shape[1])
     owners, places, sources = (
-        torch.from_numpy(index).to(rows.device) for index in (channel_of_row, place_of_row, order)
+        torch.from_numpy(index).to(rows.device)
+        for index in (channel_of_row, place_of_row, order)
     )
     vectors[owners, places] = rows[sources]
 
@@ -130,5 +142,7 @@ def _gains(model: nn.Module, group: Group) -> list[Scores]:
         module = model.get_submodule(member.layer)
         if isinstance(module, NORMS) and isinstance(module.weight, Tensor):
             positions = torch.from_numpy(member.positions).to(module.weight.device)
-            gains.append(sum_per_channel(group, member, module.weight.detach().abs()[positions]))
+            gains.append(
+                sum_per_channel(group, member, module.weight.detach().abs()[positions])
+            )
     return gains

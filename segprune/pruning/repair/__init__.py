@@ -34,7 +34,9 @@ from segprune.pruning.trace import eval_mode
 from segprune.spec import stage_name
 from segprune.timing import tf32_products
 
-DAMPING = 3e-3  # of the mean variance of what a layer reads; 1e-4 to 1e-2 make little difference
+DAMPING = (
+    3e-3  # of the mean variance of what a layer reads; 1e-4 to 1e-2 make little difference
+)
 
 
 @torch.no_grad()
@@ -70,7 +72,9 @@ def repair(
 
     images = checked_images(reference, batches)
     if not images:
-        raise ValueError("Repair needs images, and there are none; give a few dozen, labels are not needed.")
+        raise ValueError(
+            "Repair needs images, and there are none; give a few dozen, labels are not needed."
+        )
 
     # TF32 has as few digits as half precision.
     with eval_mode(reference), eval_mode(result), tf32_products(False):
@@ -97,17 +101,25 @@ def _repair(
     # Each stage reads the maps of the one before it, which may lie in other coordinates in the pruned network.
     maps, into = Pairs(images, images, []), Reads()
     all_maps, all_reads = [], []
-    for i, (dense, pruned) in enumerate(zip(reference.list_stages(), result.list_stages(), strict=True)):
-        maps, into = repair_stage(stage_name(i), dense, pruned, into, removed, maps, damping, step)
+    for i, (dense, pruned) in enumerate(
+        zip(reference.list_stages(), result.list_stages(), strict=True)
+    ):
+        maps, into = repair_stage(
+            stage_name(i), dense, pruned, into, removed, maps, damping, step
+        )
         all_maps.append(maps)
         all_reads.append(into)
 
     # The head reads the maps of all stages, each in its own coordinates.
-    repair_head(reference.decode_head, result.decode_head, all_reads, removed, all_maps, damping)
+    repair_head(
+        reference.decode_head, result.decode_head, all_reads, removed, all_maps, damping
+    )
     step()
 
 
-def _check_networks(pruned: SegFormer, dense: SegFormer, groups: list[Group], plan: Plan) -> None:
+def _check_networks(
+    pruned: SegFormer, dense: SegFormer, groups: list[Group], plan: Plan
+) -> None:
     # Cuts a network without weights by the plan, and compares its widths with the pruned
     # one's.
     with torch.device("meta"):

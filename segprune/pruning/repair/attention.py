@@ -25,7 +25,15 @@ from segprune.pruning.repair.basis import (
     second_moment,
     signs_of_columns,
 )
-from segprune.pruning.repair.layers import Pairs, Removed, assign, conv_rows, fit_layer, flat, kept
+from segprune.pruning.repair.layers import (
+    Pairs,
+    Removed,
+    assign,
+    conv_rows,
+    fit_layer,
+    flat,
+    kept,
+)
 from segprune.pruning.repair.moments import Moments, fit
 
 Affine = tuple[Tensor, Tensor]  # weight out in, bias out; float64
@@ -112,7 +120,9 @@ def _repair_reduction(
     reduced = [to_tokens(dense.sr(x)) for x in maps.dense]
     basis = Basis()
     if pruned.sr.out_channels < dense.sr.out_channels:
-        basis = principal(second_moment(normalised(dense.norm, x) for x in reduced), pruned.sr.out_channels)
+        basis = principal(
+            second_moment(normalised(dense.norm, x) for x in reduced), pruned.sr.out_channels
+        )
 
     # The convolution's dense weights, in the new coordinates of its inputs and its outputs,
     # are what the fit is pulled towards where the images say nothing.
@@ -126,7 +136,9 @@ def _repair_reduction(
     return source.through(dense.norm, pruned.norm), how
 
 
-def _fit_full(layer: nn.Linear, rows: Tensor, into: Reads, inputs: Pairs, damping: float) -> Affine:
+def _fit_full(
+    layer: nn.Linear, rows: Tensor, into: Reads, inputs: Pairs, damping: float
+) -> Affine:
     """Returns the dense layer's `rows`, fitted to what the pruned network gives to read; none is removed."""
     pairs = ((flat(x), flat(layer(x_dense)[..., rows])) for x_dense, x in inputs)
     return fit(pairs, into.columns(layer.weight)[rows], damping)
@@ -167,10 +179,14 @@ def _shorten_values(columns: Tensor, moments: Moments, pruned: Attention) -> Aff
     dim = columns.shape[1] // heads
 
     # Head by head: the second moment of the values, and the output product's share of them.
-    covariance = moments.covariances[0].unflatten(0, (heads, dim)).unflatten(2, (heads, dim))  # h d h d
+    covariance = (
+        moments.covariances[0].unflatten(0, (heads, dim)).unflatten(2, (heads, dim))
+    )  # h d h d
     covariance = covariance.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # h d d
     products = columns.unflatten(1, (heads, dim)).transpose(0, 1)  # h D' d
-    first, second = nearest_products(products.mT @ products, covariance, pruned.v.out_features // heads)
+    first, second = nearest_products(
+        products.mT @ products, covariance, pruned.v.out_features // heads
+    )
 
     # Full values are about A · (B^T · values): B^T moves into `v`, A into the output
     # product.
@@ -189,7 +205,9 @@ def nearest_products(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Te
     # A = R V S^-1/2 and B = L U S^-1/2 give L^T A B^T R = U S V^T, each side scaled alike.
     # Where s is nothing but rounding, 1/sqrt(s) would be huge: those directions become
     # zero.
-    inverse = torch.where(s > s.amax(-1, keepdim=True) * 1e-10, s.clamp_min(1e-300).rsqrt(), 0.0)[..., None, :]
+    inverse = torch.where(
+        s > s.amax(-1, keepdim=True) * 1e-10, s.clamp_min(1e-300).rsqrt(), 0.0
+    )[..., None, :]
     first, second = b @ v * inverse, a @ u * inverse
 
     # A pair's sign is the driver's choice: the product does not depend on it, and the weights should not either.
@@ -222,5 +240,12 @@ def _from_mean(x: Tensor) -> Tensor:
 def _attend(pruned: Attention, x: Tensor, source: Tensor, value: Affine) -> Tensor:
     """The heads' outputs B N h·d before the output product, with these values in place of the layer's."""
     # B h N d each. The scale is the trained one, and not that of the narrower heads.
-    q, k, v = (_split(t, pruned.num_heads) for t in (pruned.q(x), pruned.k(source), _affine(source, value)))
-    return F.scaled_dot_product_attention(q, k, v, scale=pruned.qk_scale).transpose(1, 2).flatten(2)
+    q, k, v = (
+        _split(t, pruned.num_heads)
+        for t in (pruned.q(x), pruned.k(source), _affine(source, value))
+    )
+    return (
+        F.scaled_dot_product_attention(q, k, v, scale=pruned.qk_scale)
+        .transpose(1, 2)
+        .flatten(2)
+    )

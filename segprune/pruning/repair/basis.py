@@ -33,11 +33,17 @@ class Basis:
         """D' D; x is about project(x) @ back."""
         # matrix^T @ matrix is D' / D times the projection onto the directions that are
         # kept, so dividing by it leads back.
-        return None if self.matrix is None else self.matrix * (self.matrix.shape[1] / self.matrix.shape[0])
+        return (
+            None
+            if self.matrix is None
+            else self.matrix * (self.matrix.shape[1] / self.matrix.shape[0])
+        )
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight of a layer that writes D channels, D in [kernel], made to write the coordinates."""
-        return weight if self.matrix is None else torch.tensordot(self.matrix, weight.double(), 1)
+        return (
+            weight if self.matrix is None else torch.tensordot(self.matrix, weight.double(), 1)
+        )
 
 
 class Reads:
@@ -51,7 +57,11 @@ class Reads:
 
     def columns(self, weight: Tensor) -> Tensor:
         """Weight out D [kernel] to out D' [kernel]."""
-        return weight if self.matrix is None else torch.einsum("oc...,dc->od...", weight.double(), self.matrix)
+        return (
+            weight
+            if self.matrix is None
+            else torch.einsum("oc...,dc->od...", weight.double(), self.matrix)
+        )
 
 
 def principal(second_moment: Tensor, width: int) -> Basis:
@@ -110,7 +120,11 @@ def normalised(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def fit_norm(
-    dense: nn.LayerNorm, pruned: nn.LayerNorm, basis: Basis, inputs: Iterable[tuple[Tensor, Tensor]], damping: float
+    dense: nn.LayerNorm,
+    pruned: nn.LayerNorm,
+    basis: Basis,
+    inputs: Iterable[tuple[Tensor, Tensor]],
+    damping: float,
 ) -> Reads:
     """Sets gain and bias of the pruned LayerNorm so that it puts out what the dense one does, in the coordinates.
 
@@ -120,7 +134,12 @@ def fit_norm(
     # As wide as before: the readers' weights fit as they are, only gain and bias are
     # solved.
     if basis.back is None:
-        fit_lines(pruned, ((x, dense(x_dense)) for x_dense, x in inputs), dense.weight.double(), damping)
+        fit_lines(
+            pruned,
+            ((x, dense(x_dense)) for x_dense, x in inputs),
+            dense.weight.double(),
+            damping,
+        )
         return Reads()
 
     # Back to D channels, times the dense gain: what readers have to multiply with first.
@@ -131,13 +150,21 @@ def fit_norm(
     inverse = torch.linalg.pinv(reads, rtol=RANK_TOLERANCE)  # D D'
     offset = dense.bias.double() @ inverse
 
-    pairs = ((x, basis.project(normalised(dense, x_dense)).double() + offset) for x_dense, x in inputs)
+    pairs = (
+        (x, basis.project(normalised(dense, x_dense)).double() + offset)
+        for x_dense, x in inputs
+    )
     fit_lines(pruned, pairs, None, damping)
     return Reads(reads)
 
 
 @torch.no_grad()
-def fit_lines(norm: nn.LayerNorm, pairs: Iterable[tuple[Tensor, Tensor]], gain: Tensor | None, damping: float) -> None:
+def fit_lines(
+    norm: nn.LayerNorm,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    gain: Tensor | None,
+    damping: float,
+) -> None:
     """Sets gain and bias by least squares, each channel by itself, from (inputs, wanted outputs), channels last.
 
     The ridge pulls towards `gain`, by default the one number that fits all channels together.
@@ -163,7 +190,11 @@ class _Lines:
 
         # Four sums per channel are all that a line's least squares need.
         new = [x.sum(0), y.sum(0), (x * x).sum(0), (x * y).sum(0)]
-        self.sums = [old + more for old, more in zip(self.sums, new, strict=True)] if self.count else new
+        self.sums = (
+            [old + more for old, more in zip(self.sums, new, strict=True)]
+            if self.count
+            else new
+        )
         self.count += len(x)
 
     def solve(self, slope: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:

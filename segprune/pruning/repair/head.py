@@ -18,19 +18,29 @@ from segprune.pruning.repair.basis import Reads
 from segprune.pruning.repair.layers import Pairs, Removed, assign, fit_layer, flat, kept
 from segprune.pruning.repair.moments import Moments, Rows, fit
 
-POSITIONS = 2**15  # of all images' quarter-size maps are looked at; neighbours there say much the same
+POSITIONS = (
+    2**15
+)  # of all images' quarter-size maps are looked at; neighbours there say much the same
 Maps = list[Tensor]  # one per stage, 1 C H W
 
 
 def repair_head(
-    dense: DecodeHead, pruned: DecodeHead, into: list[Reads], removed: Removed, maps: list[Pairs], damping: float
+    dense: DecodeHead,
+    pruned: DecodeHead,
+    into: list[Reads],
+    removed: Removed,
+    maps: list[Pairs],
+    damping: float,
 ) -> None:
     """Repairs in place; `maps` (one per stage, B C H W) are what both read, `into` how."""
     pairs = _Sampled(maps)
     stays = kept(removed, "decode_head.classifier", "in", dense.classifier)
 
     # What is fused: the stages' products themselves where the head is folded, else what a layer makes of branches.
-    weights = [how.columns(branch.weight).double() for how, branch in zip(into, _layers(dense.branches), strict=True)]
+    weights = [
+        how.columns(branch.weight).double()
+        for how, branch in zip(into, _layers(dense.branches), strict=True)
+    ]
     if dense.fuse is None and dense.fuses is None:
         weight = torch.cat(weights, dim=1)
     else:
@@ -44,7 +54,10 @@ def repair_head(
     _move_statistics(dense.norm, pruned.norm, stays, bias, variance, _spread(weight, moments))
 
     # The classifier, for the dense logits.
-    rows = ((pairs.rows(pruned.act(pruned.norm(pruned.fused(new)))), pairs.rows(dense(old))) for old, new in pairs)
+    rows = (
+        (pairs.rows(pruned.act(pruned.norm(pruned.fused(new)))), pairs.rows(dense(old)))
+        for old, new in pairs
+    )
     fit_layer(pruned.classifier, rows, dense.classifier.weight[:, stays], damping)
 
 
@@ -81,7 +94,9 @@ def _fuse_columns(dense: DecodeHead, removed: Removed) -> Tensor:
     """Returns what fuses the branches, D by all their channels that are kept, in the order of `_read`."""
     if dense.fuses is None:
         assert dense.fuse is not None
-        return dense.fuse.weight.flatten(1)[:, kept(removed, "decode_head.fuse", "in", dense.fuse)].double()
+        return dense.fuse.weight.flatten(1)[
+            :, kept(removed, "decode_head.fuse", "in", dense.fuse)
+        ].double()
 
     # A branch's channels that were removed have no columns any more.
     columns = []
@@ -139,7 +154,12 @@ def _assign_fused(pruned: DecodeHead, weight: Tensor) -> None:
 
 @torch.no_grad()
 def _repair_branches(
-    dense: DecodeHead, pruned: DecodeHead, weights: list[Tensor], removed: Removed, maps: list[Pairs], damping: float
+    dense: DecodeHead,
+    pruned: DecodeHead,
+    weights: list[Tensor],
+    removed: Removed,
+    maps: list[Pairs],
+    damping: float,
 ) -> None:
     """Repairs each branch for what the dense one puts out.
 
@@ -150,7 +170,10 @@ def _repair_branches(
         # Targets are the dense branch's outputs before any norm, at the channels that are
         # kept (n D').
         stays = kept(removed, f"decode_head.branches.{i}", "out", old)
-        rows = ((flat(to_tokens(x)), flat(old(to_tokens(x_dense))[..., stays])) for x_dense, x in pairs)
+        rows = (
+            (flat(to_tokens(x)), flat(old(to_tokens(x_dense))[..., stays]))
+            for x_dense, x in pairs
+        )
         if dense.branch_norms is None or pruned.branch_norms is None:
             assign(new, *fit(rows, weight[stays], damping))
             continue
@@ -169,7 +192,12 @@ def _repair_branches(
 
 @torch.no_grad()
 def _move_statistics(
-    dense: nn.BatchNorm2d, pruned: nn.BatchNorm2d, stays: Tensor, bias: Tensor, before: Tensor, after: Tensor
+    dense: nn.BatchNorm2d,
+    pruned: nn.BatchNorm2d,
+    stays: Tensor,
+    bias: Tensor,
+    before: Tensor,
+    after: Tensor,
 ) -> None:
     """Sets the BatchNorm so that the logits stay: its mean takes what the pruned sum lacks, its variance follows.
 
@@ -186,5 +214,7 @@ def _move_statistics(
     new["running_var"].copy_(moved)
 
     # The gain makes up for the other variance.
-    pruned.weight.copy_(dense.weight[stays].double() * ((moved + dense.eps) / (variance + dense.eps)).sqrt())
+    pruned.weight.copy_(
+        dense.weight[stays].double() * ((moved + dense.eps) / (variance + dense.eps)).sqrt()
+    )
     pruned.bias.copy_(dense.bias[stays])

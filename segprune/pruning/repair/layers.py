@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,12 @@ class Pairs:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(zip(self.dense, self.pruned, strict=True))
 
-    def through(self, dense: Callable[[Tensor], Tensor], pruned: Callable[[Tensor], Tensor]) -> Pairs:
-        return Pairs([dense(x) for x in self.dense], [pruned(x) for x in self.pruned], self.sizes)
+    def through(
+        self, dense: Callable[[Tensor], Tensor], pruned: Callable[[Tensor], Tensor]
+    ) -> Pairs:
+        return Pairs(
+            [dense(x) for x in self.dense], [pruned(x) for x in self.pruned], self.sizes
+        )
 
     def as_maps(self) -> Pairs:
         dense, pruned = (
@@ -83,5 +88,6 @@ def conv_rows(layer: nn.Conv2d, maps: list[Tensor], targets: list[Tensor]) -> Ro
         step = max(1, CHUNK // patches)
         for some, wanted in zip(x.split(step), y.split(step), strict=True):
             # Patches B C·k·k L, turned to B L C·k·k: one row for each output position.
-            unfolded = F.unfold(some, layer.kernel_size, padding=layer.padding, stride=layer.stride)  # type: ignore[arg-type]
+            padding: Any = layer.padding  # never a word here
+            unfolded = F.unfold(some, layer.kernel_size, padding=padding, stride=layer.stride)
             yield flat(unfolded.transpose(1, 2)), flat(wanted)

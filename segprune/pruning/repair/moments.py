@@ -29,7 +29,11 @@ class Moments:
 
         # Sums only, p + q + p p + p q numbers; they are added to in place.
         new = (x.sum(0), y.sum(0), x.T @ x, x.T @ y)
-        self._sums = tuple(old.add_(more) for old, more in zip(self._sums, new, strict=True)) if self.count else new
+        self._sums = (
+            tuple(old.add_(more) for old, more in zip(self._sums, new, strict=True))
+            if self.count
+            else new
+        )
         self.count += len(x)
 
     @property
@@ -46,7 +50,9 @@ class Moments:
         """Of x with itself (p p) and with y (p q)."""
         # E[x x^T] − E[x] E[x]^T, and the same with y.
         x, y = self.means
-        return self._sums[2] / self.count - torch.outer(x, x), self._sums[3] / self.count - torch.outer(x, y)
+        return self._sums[2] / self.count - torch.outer(x, x), self._sums[
+            3
+        ] / self.count - torch.outer(x, y)
 
     def through(self, matrix: Tensor) -> Moments:
         """Returns the moments as they would be with inputs x @ matrix.T."""
@@ -66,7 +72,10 @@ class Moments:
         unexplained = xy - xx @ weight.T  # by the given weight
 
         # The second term is above what rounding leaves where all rows are the same.
-        ridge = damping * float(xx.diagonal().mean()) + ROUNDING * float(self._sums[2].diagonal().mean()) / self.count
+        ridge = (
+            damping * float(xx.diagonal().mean())
+            + ROUNDING * float(self._sums[2].diagonal().mean()) / self.count
+        )
         if ridge > 0.0:
             # Cxx + r I is symmetric and positive definite, which Cholesky needs.
             damped = xx.clone()

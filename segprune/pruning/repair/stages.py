@@ -12,7 +12,15 @@ from torch import Tensor
 
 from segprune.model import Block, Mlp, Stage, to_map, to_tokens
 from segprune.pruning.repair.attention import repair_attention
-from segprune.pruning.repair.basis import Basis, Reads, fit_lines, fit_norm, normalised, principal, second_moment
+from segprune.pruning.repair.basis import (
+    Basis,
+    Reads,
+    fit_lines,
+    fit_norm,
+    normalised,
+    principal,
+    second_moment,
+)
 from segprune.pruning.repair.layers import Pairs, Removed, conv_rows, fit_layer, flat, kept
 
 
@@ -38,11 +46,16 @@ def repair_stage(
     basis = Basis()
     if pruned.norm.normalized_shape < dense.norm.normalized_shape:
         starts = [dense.patch_embed.norm(x) for x in embedded]
-        basis = principal(second_moment(_normalised_stream(dense, starts, sizes)), pruned.norm.normalized_shape[0])
+        basis = principal(
+            second_moment(_normalised_stream(dense, starts, sizes)),
+            pruned.norm.normalized_shape[0],
+        )
 
     # In order of execution: each part is solved on what the repaired ones before it put
     # out.
-    tokens = _repair_embedding(dense, pruned, into, basis, maps.pruned, embedded, sizes, damping)
+    tokens = _repair_embedding(
+        dense, pruned, into, basis, maps.pruned, embedded, sizes, damping
+    )
     for j, (old, new) in enumerate(zip(dense.list_blocks(), pruned.list_blocks(), strict=True)):
         tokens = _repair_block(f"{name}.blocks.{j}", old, new, basis, removed, tokens, damping)
         step()
@@ -53,7 +66,9 @@ def repair_stage(
     return tokens.through(dense.norm, pruned.norm).as_maps(), reads
 
 
-def _normalised_stream(dense: Stage, tokens: list[Tensor], sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+def _normalised_stream(
+    dense: Stage, tokens: list[Tensor], sizes: list[tuple[int, int]]
+) -> Iterator[Tensor]:
     """Yields the dense stream B N D as each of its LayerNorms sees it."""
     # A dense forward pass, batch by batch, that stops before each LayerNorm.
     for x, size in zip(tokens, sizes, strict=True):
@@ -90,7 +105,12 @@ def _repair_embedding(
         turn = Basis(scaled - scaled.mean(1, keepdim=True))
         weight, targets, prior = turn.rows(weight), [turn.project(x) for x in embedded], None
 
-    fit_layer(pruned.patch_embed.proj, conv_rows(pruned.patch_embed.proj, maps, targets), weight, damping)
+    fit_layer(
+        pruned.patch_embed.proj,
+        conv_rows(pruned.patch_embed.proj, maps, targets),
+        weight,
+        damping,
+    )
 
     # Then the LayerNorm, for what the dense one puts out.
     written = [to_tokens(pruned.patch_embed.proj(x)) for x in maps]
@@ -101,7 +121,13 @@ def _repair_embedding(
 
 
 def _repair_block(
-    name: str, dense: Block, pruned: Block, basis: Basis, removed: Removed, tokens: Pairs, damping: float
+    name: str,
+    dense: Block,
+    pruned: Block,
+    basis: Basis,
+    removed: Removed,
+    tokens: Pairs,
+    damping: float,
 ) -> Pairs:
     """Repairs in place, and returns the stream behind the block. Both blocks have the same branches."""
     if dense.norm1 is not None and dense.attn is not None:
@@ -113,8 +139,20 @@ def _repair_block(
         into = fit_norm(dense.norm1, pruned.norm1, basis, tokens, damping)
         inputs = tokens.through(dense.norm1, pruned.norm1)
         after, targets = _aim(dense.attn, basis, inputs, tokens)
-        repair_attention(f"{name}.attn", dense.attn, pruned.attn, into, basis, removed, inputs, targets, damping)
-        tokens = Pairs(after, _add(pruned.attn, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
+        repair_attention(
+            f"{name}.attn",
+            dense.attn,
+            pruned.attn,
+            into,
+            basis,
+            removed,
+            inputs,
+            targets,
+            damping,
+        )
+        tokens = Pairs(
+            after, _add(pruned.attn, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes
+        )
 
     if dense.norm2 is not None and dense.mlp is not None:
         assert pruned.norm2 is not None
@@ -125,8 +163,12 @@ def _repair_block(
         into = fit_norm(dense.norm2, pruned.norm2, basis, tokens, damping)
         inputs = tokens.through(dense.norm2, pruned.norm2)
         after, targets = _aim(dense.mlp, basis, inputs, tokens)
-        _repair_mlp(f"{name}.mlp", dense.mlp, pruned.mlp, into, basis, removed, inputs, targets, damping)
-        tokens = Pairs(after, _add(pruned.mlp, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes)
+        _repair_mlp(
+            f"{name}.mlp", dense.mlp, pruned.mlp, into, basis, removed, inputs, targets, damping
+        )
+        tokens = Pairs(
+            after, _add(pruned.mlp, inputs.pruned, tokens.pruned, tokens.sizes), tokens.sizes
+        )
 
     return tokens
 
@@ -140,7 +182,10 @@ def _aim(
 
 
 def _add(
-    branch: Callable[..., Tensor], inputs: list[Tensor], tokens: list[Tensor], sizes: list[tuple[int, int]]
+    branch: Callable[..., Tensor],
+    inputs: list[Tensor],
+    tokens: list[Tensor],
+    sizes: list[tuple[int, int]],
 ) -> list[Tensor]:
     return [old + branch(x, *size) for x, old, size in zip(inputs, tokens, sizes, strict=True)]
 

@@ -20,9 +20,16 @@ from segprune.spec import Spec
 from segprune.stats import layers
 from segprune.timing import Progress, measure_latency
 
-SHARES = (0.125, 0.25, 0.5, 0.75)  # of a width, at which its steps are measured, beside the whole
+SHARES = (
+    0.125,
+    0.25,
+    0.5,
+    0.75,
+)  # of a width, at which its steps are measured, beside the whole
 MULTIPLE = 8  # of which the measured widths are multiples; below it nothing gets faster
-NUM_POINTS = len(SHARES) + 2  # the whole width, and one point beyond it that every axis is padded with
+NUM_POINTS = (
+    len(SHARES) + 2
+)  # the whole width, and one point beyond it that every axis is padded with
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Axes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -76,7 +83,9 @@ class LatencyCosts:
 
         # The wider one counts where a step has two widths for
         # its first: queries and values of attention, per head.
-        first = np.maximum(dims[self._first], dims[self._other]) / (self._num_heads * head_shares)
+        first = np.maximum(dims[self._first], dims[self._other]) / (
+            self._num_heads * head_shares
+        )
         times_ms = _interpolate(self._grid, self._times_ms, first, dims[self._second])
         return float((head_shares * times_ms).sum())
 
@@ -92,7 +101,9 @@ class LatencyCosts:
             place[name, 0] = i
             place[name, 1] = len(names) + i
         head_group = {
-            group.name.removesuffix(".heads"): g for g, group in enumerate(self.groups) if group.kind == "head"
+            group.name.removesuffix(".heads"): g
+            for g, group in enumerate(self.groups)
+            if group.kind == "head"
         }
         one, no_group = 2 * len(names), len(self.groups)
 
@@ -112,13 +123,20 @@ class LatencyCosts:
         table = np.array(columns, dtype=np.int64)  # S 5
         self._first, self._other, self._second, self._num_heads, self._head_group = table.T
 
-    def _measure(self, all_steps: Sequence[Step], axes: Sequence[Axes], progress: Progress | None) -> None:
+    def _measure(
+        self, all_steps: Sequence[Step], axes: Sequence[Axes], progress: Progress | None
+    ) -> None:
         """Sets `_grid` (S 2 P), the widths of every step at which it was measured, and `_times_ms` there (S P P)."""
         # Ask for all shapes together, so that they are measured in turns.
-        shapes = [_shapes_on_grid(step.shape, pair) for step, pair in zip(all_steps, axes, strict=True)]
+        shapes = [
+            _shapes_on_grid(step.shape, pair)
+            for step, pair in zip(all_steps, axes, strict=True)
+        ]
         self.table.require(chain.from_iterable(shapes), progress)
 
-        self._grid = np.array([[_padded(first), _padded(second)] for first, second in axes], dtype=np.float64)
+        self._grid = np.array(
+            [[_padded(first), _padded(second)] for first, second in axes], dtype=np.float64
+        )
         self._times_ms = np.empty((len(all_steps), NUM_POINTS, NUM_POINTS))
 
         for i, (first, second) in enumerate(axes):
@@ -141,7 +159,11 @@ def dense_in_predicted_ms(dense: nn.Module, model: nn.Module, costs: LatencyCost
     """
     place = costs.table.place
     before, after = measure_latency(
-        [dense, model], costs.input_shape, device=place.device, precision=place.precision, max_runs=100
+        [dense, model],
+        costs.input_shape,
+        device=place.device,
+        precision=place.precision,
+        max_runs=100,
     )
     return costs.total(costs.full) * before.median_ms / after.median_ms
 

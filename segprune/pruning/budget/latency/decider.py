@@ -47,10 +47,16 @@ def by_latency(
     # The latency of any widths is predicted from
     # measured steps, without building a network.
     table = table or LatencyTable(next(model.parameters()).device)
-    costs = LatencyCosts(model.spec, prepared.groups, table, prepared.input_shape, progress=progress)
-    weights = loss_weights(prepared.rows, prepared.groups, next(iter(options.budgets)), options.group_price)
+    costs = LatencyCosts(
+        model.spec, prepared.groups, table, prepared.input_shape, progress=progress
+    )
+    weights = loss_weights(
+        prepared.rows, prepared.groups, next(iter(options.budgets)), options.group_price
+    )
     if solver is None:
-        solver = partial(solve, groups=prepared.groups, scores=scores, weights=weights, options=options)
+        solver = partial(
+            solve, groups=prepared.groups, scores=scores, weights=weights, options=options
+        )
 
     # Each try leaves its plan here. The one that `meet` accepts is the last.
     plans: list[Plan] = []

@@ -34,7 +34,9 @@ Kind = Literal[
     "pointwise",  # B H W; in, out
     "activation",  # B H W; width
 ]
-Side = tuple[str, Literal[0, 1]]  # the name of a row of `stats.layers`, and which of its widths: 0 in, 1 out
+Side = tuple[
+    str, Literal[0, 1]
+]  # the name of a row of `stats.layers`, and which of its widths: 0 in, 1 out
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,13 @@ def steps(spec: Spec, input_shape: tuple[int, int], batch: int = 1) -> list[Step
         for j, block in enumerate(stage.blocks):
             name = block_name(i, j)
             if f"{name}.attn" in rows:
-                all_steps += _attention_steps(rows, name, stage, block.num_heads, (batch, height, width))
+                all_steps += _attention_steps(
+                    rows, name, stage, block.num_heads, (batch, height, width)
+                )
             if f"{name}.mlp.fc1" in rows:
-                all_steps += _ffn_steps(rows, name, (batch, height, width), tanh=spec.numerics.gelu == "tanh")
+                all_steps += _ffn_steps(
+                    rows, name, (batch, height, width), tanh=spec.numerics.gelu == "tanh"
+                )
 
         all_steps.append(_plain(rows, "norm", (batch, height * width), f"{prefix}.norm"))
         maps.append((height, width))
@@ -89,7 +95,11 @@ def steps(spec: Spec, input_shape: tuple[int, int], batch: int = 1) -> list[Step
 
 
 def _attention_steps(
-    rows: Mapping[str, Layer], name: str, stage: StageSpec, num_heads: int, size: tuple[int, int, int]
+    rows: Mapping[str, Layer],
+    name: str,
+    stage: StageSpec,
+    num_heads: int,
+    size: tuple[int, int, int],
 ) -> Iterator[Step]:
     batch, area = size[0], size[1] * size[2]
     attn = f"{name}.attn"
@@ -106,14 +116,19 @@ def _attention_steps(
     # The wider of queries and values decides: where torch
     # has no kernel for both, the narrower one is filled up.
     head_dim = max(rows[attn].in_dim, rows[attn].out_dim) // num_heads
-    yield Step(Shape("attention", (batch, num_heads, area, reduced), (head_dim,)), ((attn, 0), (attn, 1)))
+    yield Step(
+        Shape("attention", (batch, num_heads, area, reduced), (head_dim,)),
+        ((attn, 0), (attn, 1)),
+    )
 
     # The output product, then the residual addition.
     yield _product(rows, "linear", (batch, area), f"{attn}.proj")
     yield _plain(rows, "add", (batch, area), f"{attn}.proj")
 
 
-def _ffn_steps(rows: Mapping[str, Layer], name: str, size: tuple[int, int, int], *, tanh: bool) -> Iterator[Step]:
+def _ffn_steps(
+    rows: Mapping[str, Layer], name: str, size: tuple[int, int, int], *, tanh: bool
+) -> Iterator[Step]:
     flat = (size[0], size[1] * size[2])
     yield _plain(rows, "norm", flat, f"{name}.norm2")
     yield _product(rows, "linear", flat, f"{name}.mlp.fc1")
@@ -124,7 +139,9 @@ def _ffn_steps(rows: Mapping[str, Layer], name: str, size: tuple[int, int, int],
     yield _plain(rows, "add", flat, f"{name}.mlp.fc2")
 
 
-def _head_steps(rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: tuple[int, int, int]) -> Iterator[Step]:
+def _head_steps(
+    rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: tuple[int, int, int]
+) -> Iterator[Step]:
     batch, height, width = whole[0], *maps[0]
     concatenated = "decode_head.fuse" in rows
 
@@ -156,7 +173,9 @@ def _head_steps(rows: Mapping[str, Layer], maps: list[tuple[int, int]], whole: t
 
 
 def _product(rows: Mapping[str, Layer], kind: Kind, sizes: tuple[int, ...], name: str) -> Step:
-    return Step(Shape(kind, sizes, (rows[name].in_dim, rows[name].out_dim)), ((name, 0), (name, 1)))
+    return Step(
+        Shape(kind, sizes, (rows[name].in_dim, rows[name].out_dim)), ((name, 0), (name, 1))
+    )
 
 
 def _plain(rows: Mapping[str, Layer], kind: Kind, sizes: tuple[int, ...], name: str) -> Step:
@@ -204,10 +223,16 @@ def build_step(shape: Shape, place: Place) -> Runner:
 
 def _embed(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
     batch, height, width, kernel, stride = sizes
-    module = place.module(lambda: PatchEmbed(dims[0], StageSpec(dims[1], kernel, stride, 1, ()), 1e-5))
+    module = place.module(
+        lambda: PatchEmbed(dims[0], StageSpec(dims[1], kernel, stride, 1, ()), 1e-5)
+    )
 
     # Images lie as B 3 H W in memory, the maps between stages channels-last.
-    x = place.ones((batch, 3, height), width) if dims[0] == 3 else place.map((batch, height, width), dims[0])
+    x = (
+        place.ones((batch, 3, height), width)
+        if dims[0] == 3
+        else place.map((batch, height, width), dims[0])
+    )
     return lambda: module(x)[0]
 
 

@@ -21,11 +21,22 @@ import torch
 
 from segprune.files import check_writable, write_json
 from segprune.pruning.budget.latency.steps import Place, Shape, build_step
-from segprune.timing import Call, GraphRecorder, Precision, Progress, Turn, tf32_products, time_in_turns
+from segprune.timing import (
+    Call,
+    GraphRecorder,
+    Precision,
+    Progress,
+    Turn,
+    tf32_products,
+    time_in_turns,
+)
 
 Measure = Callable[[Sequence[Shape], Place, Progress | None], list[float]]
 FORMAT = 2
-MIN_ROUNDS, MAX_ROUNDS = 3, 7  # in each of which every shape is timed once, after a round that only warms up
+MIN_ROUNDS, MAX_ROUNDS = (
+    3,
+    7,
+)  # in each of which every shape is timed once, after a round that only warms up
 MAX_SECONDS = 30.0  # no further round is begun after that
 GRAPH_STEPS = 20  # of a shape in one CUDA graph, so that the launch of the graph hardly counts
 
@@ -98,7 +109,9 @@ def default_folder() -> Path:
     return Path(base) / "segprune"
 
 
-def measure_shapes(shapes: Sequence[Shape], place: Place, progress: Progress | None = None) -> list[float]:
+def measure_shapes(
+    shapes: Sequence[Shape], place: Place, progress: Progress | None = None
+) -> list[float]:
     """Returns the median ms of each shape over rounds that time all of them in turn.
 
     So a shape finds the caches as other work left them, like in a network, and a disturbance of the machine falls on
@@ -109,7 +122,10 @@ def measure_shapes(shapes: Sequence[Shape], place: Place, progress: Progress | N
         # A step is built anew for each turn: all of them together may not fit into memory.
         if on_gpu:
             recorder = GraphRecorder(place.device)
-            turns = [Turn(partial(_record, shape, place, recorder), place.device, GRAPH_STEPS) for shape in shapes]
+            turns = [
+                Turn(partial(_record, shape, place, recorder), place.device, GRAPH_STEPS)
+                for shape in shapes
+            ]
         else:
             turns = [Turn(partial(build_step, shape, place), place.device) for shape in shapes]
 

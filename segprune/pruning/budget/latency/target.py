@@ -71,7 +71,11 @@ def meet(
             raise ValueError(_refusal(target_share, tried)) from error
 
         before, after = measure_latency(
-            [dense, network], input_shape, device=place.device, precision=place.precision, max_seconds=max_seconds
+            [dense, network],
+            input_shape,
+            device=place.device,
+            precision=place.precision,
+            max_seconds=max_seconds,
         )
         met = Met(network, predicted_ms, before, after, tries=len(tried) + 1)
         excess = met.share / target_share - 1.0
@@ -94,7 +98,9 @@ def _refusal(target_share: float, tried: Sequence[Met]) -> str:
         f"the least reached was {least.share:.3f} of it, {least.pruned.median_ms:.2f} of {least.dense.median_ms:.2f} ms"
     )
 
-    rate = math.floor(1000.0 * (1.0 - least.share)) / 1000.0  # rounded down, so that it can be reached
+    rate = (
+        math.floor(1000.0 * (1.0 - least.share)) / 1000.0
+    )  # rounded down, so that it can be reached
     if rate <= 0.0:
         return f"{unmet}, so removing channels saves no time here: ask for a rate of params or macs instead."
     return f"{unmet}: ask for a rate of {rate:.3f}, or try again while nothing else runs."
