@@ -55,6 +55,7 @@ def bars(values: Sequence[float | None], names: Sequence[str], title: str, path:
             color=GREY if value is None else "black",
         )
 
+    # Shares end at 1; the room beyond is for the numbers.
     axes.set_title(title)
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -75,6 +76,7 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path)
     number = len(matrix)
     # A class without a label has a sum of 0, hence `or 1`.
     shares = [[count / (sum(row) or 1) for count in row] for row in matrix]
+    # A large matrix gets smaller cells, and no numbers in them.
     cell = 0.5 if number <= FEW_CLASSES else max(0.13, 12 / number)  # inches
     figure = Figure(figsize=(2.6 + cell * number, 1.9 + cell * number))
     axes = figure.subplots()

@@ -74,6 +74,7 @@ ARGUMENTS = {
     "dialect": "--dialect",
     "num_classes": "--num_classes",
     "uniform": "--uniform",
+    "dynamic": "--dynamic",
 }
 # The flags of the command that runs, by the arguments that they stand for.
 _flags: ContextVar[Mapping[str, str]] = ContextVar("flags", default=MappingProxyType(ARGUMENTS))

@@ -116,9 +116,10 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
     if opened.shape is not None and "input_shape" not in given:
         flags = replace(flags, input_shape=opened.shape)
     how = _eval_mode(flags, given)
-    show_settings(
-        "Evaluation", asdict(flags), given, opened.read | {"num_classes": opened.num_classes}
-    )
+    read = opened.read | {"num_classes": opened.num_classes}
+    if flags.mode != "whole":
+        read["input_shape"] = flags.input_shape
+    show_settings("Evaluation", asdict(flags), given, read)
     show_notes((*opened.notes, *chosen))
     # Scoring takes long, so find out now whether its results can be saved.
     if flags.save_dir:
@@ -208,6 +209,7 @@ def _open_network(flags: EvalFlags, given: frozenset[str], device: torch.device)
         "precision": manifest.precision,
     }
 
+    # Most files take images of one size only.
     shape = None if manifest.shape is None else manifest.shape[1:]
     if shape is not None and flags.mode == "whole":
         raise ValueError(

@@ -197,6 +197,7 @@ def _check_flags(flags: ExportFlags, given: frozenset[str], baked: frozenset[str
             "--data and --calibration are two sources of the same images; give one of them."
         )
 
+    # Quantising needs images.
     images = flags.data or flags.calibration
     if flags.precision == "int8" and not images:
         raise ValueError(

@@ -54,6 +54,7 @@ def run(flags: InfoFlags) -> None:
         )
         return
 
+    # The whole network.
     facts = {
         "dialect": opened.dialect,
         "variant": spec.variant,

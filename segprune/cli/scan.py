@@ -2,7 +2,7 @@
 
 scan.json  all numbers; `segprune prune --sensitivity scan.json` weighs the groups by them
 scan.csv   a row per part and rate
-scan.png   the same as a picture, the dearest parts dark
+scan.png   the same as an image, the most expensive parts dark
 """
 
 from __future__ import annotations

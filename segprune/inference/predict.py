@@ -168,6 +168,7 @@ def _read_ahead(
     ]  # None: nothing more to load, only to yield
     for start in starts:
         if start is not None:
+            # Start loading this batch before the one before it is yielded.
             batch = images[start : start + job.batch_size]
             ahead.append(
                 (start + len(batch), [(image, pool.submit(load, image)) for image in batch])

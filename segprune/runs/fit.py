@@ -70,6 +70,7 @@ def fit(
     # Checkpointing computes the encoder's activations twice, which saves their memory.
     model.encoder.checkpointing = options.checkpointing
 
+    # What is written, and what of it only one of several processes writes.
     state = None if resumed is None else resumed.state
     # Of several processes the main one alone writes.
     saving = replace(saving, tensorboard=saving.tensorboard and accelerator.is_main_process)
@@ -90,6 +91,7 @@ def fit(
             on_step(done, total, loss, lr)
         journal.step_done(done, total, loss, lr)
 
+    # The epoch is written before it is shown, so that what is shown is on disk.
     def epoch_done(result: EpochResult, state: TrainState) -> None:
         # The files first: what is shown is then on the disk already.
         journal.epoch_done(result, state)

@@ -42,6 +42,8 @@ class Learner:
         # `bare` is the network without DDP around it, which is averaged, scored and saved.
         self.bare = model.to(accelerator.device)
         self.encoder = _encoder_parameters(model) if options.freeze_epochs else []
+
+        # What a step minimises.
         self.schedule = options.schedule()
         # Without a teacher there is nothing to distil; with one, it only answers.
         distillation = None if teacher is None else options.distillation()

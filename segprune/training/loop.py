@@ -252,6 +252,7 @@ class _Run:
         self.losses = []
         self.seconds, self.images = 0.0, 0
 
+        # The last epoch is always scored.
         value, best = None, False
         # The last epoch is always scored, so that every run ends with a score.
         if self.epoch % self.options.eval_every == 0 or self.epoch == self.options.epochs:

@@ -338,6 +338,7 @@ def class_weights_from_counts(pixels: Sequence[int], rule: WeightRule) -> tuple[
             "No class has a labelled pixel, so classes cannot be weighed; check the masks' values."
         )
 
+    # Rare classes weigh more; the factor that all of a rule's weights share falls out below.
     shares = [count / total for count in pixels]
     raw = []
     for p in shares:

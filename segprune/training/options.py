@@ -128,6 +128,7 @@ class TrainOptions:
     seed: int = option(11, "Of weights, order and augmentation.")
 
     def __post_init__(self) -> None:
+        # Words.
         for name, words in (
             ("optimizer", OPTIMIZERS),
             ("lr_rule", ("", "voc")),
@@ -143,7 +144,7 @@ class TrainOptions:
         # None means "not given" and is settled later; NaN fails all comparisons below.
         for name in ("epochs", "batch_size", "accumulate", "lr", "head_lr", "eval_every"):
             value = getattr(self, name)
-            if value is not None and not value > 0:  # NaN neither
+            if value is not None and not value > 0:
                 raise ValueError(f"`{name}` is {value}; it must be above 0.")
         for name in (
             "weight_decay",

@@ -11,7 +11,10 @@ from types import FrameType
 
 @contextmanager
 def stop_flag() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM sets the flag, so that a step is never cut in half; a second Ctrl-C ends at once."""
+    """Yields a flag that the first Ctrl-C or SIGTERM sets, so that a step is never cut in half.
+
+    A second Ctrl-C ends at once.
+    """
     flag = threading.Event()
     # Python allows signal handlers in the main thread only; elsewhere nothing is caught.
     if threading.current_thread() is not threading.main_thread():
