@@ -128,7 +128,7 @@ class TrainOptions:
     seed: int = option(11, "Of weights, order and augmentation.")
 
     def __post_init__(self) -> None:
-        # Words.
+        # Words, each one of a few.
         for name, words in (
             ("optimizer", OPTIMIZERS),
             ("lr_rule", ("", "voc")),

@@ -264,8 +264,8 @@ def damaged(data: Path, folder: Path, kind: str) -> Path:
         / f"VOCdevkit/VOC2007/SegmentationClass/{(lists / 'val.txt').read_text().split()[0]}.png"
     )
     labels = np.zeros((32, 32), dtype=np.uint8)
-    if kind == "no lists":
-        shutil.rmtree(lists)
+    if kind == "no list":
+        (lists / "val.txt").unlink()
     elif kind == "no mask":
         mask.unlink()
     elif kind == "0 and 255":
@@ -281,7 +281,7 @@ def damaged(data: Path, folder: Path, kind: str) -> Path:
 
 
 BAD_DATA = {
-    "no lists": r"\.txt is missing, the list of the split's images; write it with one image name per line",
+    "no list": r"val\.txt is missing, the list of the split's images",
     "no mask": r"Mask \S+\.png is missing \(1 of 3 masks of val\.txt are\); add it or take its name off val\.txt\.",
     "0 and 255": r"hold only 0 and 255, where the pixel value must be the class .*; paint the object 1 instead of 255",
     "out of range": r"holds the label 200, where 0\.\.7 and 255 \(ignored\) are allowed with 8 classes; relabel",
