@@ -81,5 +81,5 @@ def test_a_file_where_the_folder_should_be_is_named_with_the_remedy(tmp_path: Pa
     said = refused("shapes", tmp_path / "file" / "new", "--num_train", 1, "--num_val", 1)
     assert said.startswith(f"{tmp_path}/file/new")
     assert said.endswith(
-        "Not a directory; give another place, or see to it that it exists, is yours and has free space."
+        "Not a directory; give another place, or check that it exists, is yours and has free space."
     )

@@ -18,7 +18,7 @@ def test_one_call_prunes_repairs_and_says_what_it_did(
     images = [torch.randn(2, 3, 64, 64).double() for _ in range(2)]
     state, seen = copy.deepcopy(small_model.state_dict()), []
 
-    options = PruneOptions(round_to=2, input_shape=(64, 96))
+    options = PruneOptions(round_to=2, input_shape=(64, 96), plan_by="scores")
     plain = segprune.prune(small_model, 0.5, options=options)
     repaired = segprune.prune(
         small_model,

@@ -9,7 +9,7 @@ multiples of `round_to`; what rounding leaves of the budget is spent on the rema
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -24,6 +24,7 @@ from segprune.pruning.plan import Plan, Widths, keep_best, widths_of
 from segprune.pruning.prepare import Prepared
 
 TOLERANCE = 0.01  # how far, as a share of the whole, the result may be from the rate
+ADVISED_TRIES = 5  # for a rate that a refusal can advise
 AIM = 0.001  # how near it is tried to come
 
 
@@ -110,13 +111,14 @@ def solve(
         check_reach(limit, narrowest, options)
         check_least(limit, groups, options)
 
-    if limits:
+    def search(limits: Sequence[Limit]) -> Widths:
         # One threshold moves many groups at once and stops
         # short of the budget. Single steps spend the rest.
-        widths = _bisect(limits, ranked, allowed)
-        widths = _spend_rest(limits, ranked, allowed, widths)
+        return _spend_rest(limits, ranked, allowed, _bisect(limits, ranked, allowed))
 
-    check_met(limits, groups, widths, options)
+    if limits:
+        widths = search(limits)
+    check_met(limits, groups, widths, options, search)
     removed = {limit.rate_of: limit.removed(widths) for limit in limits}
     return replace(keep_best(groups, scores, widths), removed=removed)
 
@@ -169,9 +171,16 @@ def check_least(
 
 
 def check_met(
-    limits: Sequence[Limit], groups: Sequence[Group], widths: Widths, options: PruneOptions
+    limits: Sequence[Limit],
+    groups: Sequence[Group],
+    widths: Widths,
+    options: PruneOptions,
+    search: Callable[[Sequence[Limit]], Widths] | None = None,
 ) -> None:
-    """Raises ValueError where nothing is removed, and where the tightest budget is missed."""
+    """Raises ValueError where nothing is removed, and where the tightest budget is missed.
+
+    With `search`, which finds widths for budgets, the rate that is advised is one that it meets.
+    """
     # Finer steps exist only where a step is more than one channel.
     finer = ", or for finer steps with `round_to` 1" if options.round_to > 1 else ""
     if all(width == group.slots for width, group in zip(widths.tolist(), groups, strict=True)):
@@ -187,6 +196,14 @@ def check_met(
         tightest = min(limits, key=lambda limit: limit.removed(widths) - limit.rate)
         removed = tightest.removed(widths)
         if abs(removed - tightest.rate) > TOLERANCE:
+            # Coarse steps lead to other widths for another rate,
+            # so what was reached once may not be reached again.
+            for _ in range(ADVISED_TRIES if search is not None else 0):
+                assert search is not None
+                again = tightest.removed(search([replace(tightest, rate=removed)]))
+                if abs(again - removed) <= TOLERANCE:
+                    break
+                removed = again
             raise ValueError(
                 f"Rate {tightest.rate:g} of the {tightest.rate_of} cannot be met within {TOLERANCE:.0%} in steps of "
                 f"{options.round_to} channels; ask for the nearest, {removed:.3f}{finer}."
