@@ -181,7 +181,7 @@ def test_lists_from_windows_pandas_and_other_machines_are_read(
 
 
 @pytest.mark.parametrize(
-    "line", ["a", "a.jpg", "images/a.jpg", "D:\\set\\images\\a.jpg", "/root/images/train/a.jpg"]
+    "line", ["a", "a.jpg", "images/a.jpg", "D:\\set\\images\\a.jpg", "/data/images/train/a.jpg"]
 )
 def test_lists_of_names_may_say_paths(tmp_path: Path, line: str) -> None:
     write_pair(tmp_path, "images/a.jpg", "masks/a.png")

@@ -65,9 +65,10 @@ def listening_to(app: FastAPI) -> Iterator[httpx2.Client]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        with httpx2.Client(
-            base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30
-        ) as client:
+        # A server closes the connection after an error of its own, so none is kept for the next request.
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        single_use = httpx2.Limits(max_keepalive_connections=0)
+        with httpx2.Client(base_url=address, timeout=30, limits=single_use) as client:
             yield client
     finally:
         server.should_exit = True
