@@ -12,9 +12,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -57,8 +59,25 @@ def _shield_worker(worker: int) -> None:
     """Lets the worker live on when its group is signalled. Called in each worker before it loads anything."""
     # Ctrl-C reaches the main process as well, which then ends the workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _print_unless_orphaned
     if _KNOWS_SENDERS:
         threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _print_unless_orphaned(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Prints an error of the worker's background threads, as Python does, but not that its parent died.
+
+    A parent that is killed while it fetches a batch breaks the connection to the thread that hands tensors over.
+    """
+    parent = multiprocessing.parent_process()
+    if isinstance(error, (ConnectionError, EOFError)) and parent is not None:
+        # Its connections close a moment before it counts as dead.
+        parent.join(_POLL_SECONDS)
+        if not parent.is_alive():
+            return
+    sys.__excepthook__(kind, error, trace)
 
 
 def _end_with_parent() -> None:
