@@ -21,15 +21,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from segprune.training.config import TrainConfig
 from torch import Tensor, nn
 
 import segprune
-from benchmarks.baselines import num_macs, num_parameters, prune_to
+from benchmarks.baselines import Baseline, num_macs, num_parameters, prune_to
 from benchmarks.recovery import spread
 from segprune import SegFormer, checkpoint
 from segprune.cli.console import keep_freed_memory
@@ -40,8 +39,8 @@ from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.pruning.pruner import Pruner
 from segprune.pruning.synthetic import synthetic_images
 from segprune.spec import standard_spec
-from segprune.training.distill import Distillation
 from segprune.training.loop import train
+from segprune.training.options import TrainOptions
 from segprune.training.state import Splits
 
 BUDGETS = (
@@ -58,11 +57,11 @@ EPOCHS, LR, HEAD_LR = 40, 2e-4, 5.0  # of the dense network, batches of 8
 TUNED_SHARE = 0.1  # of the dense network's epochs, for fine-tuning
 RATES = (0.1, 0.5)  # of fine-tuning, as shares of LR; the better one on val counts
 
-THEIRS = {
+THEIRS: dict[str, Baseline] = {
     "torch-pruning global L1": "global L1",
     "torch-pruning isomorphic L1": "isomorphic L1",
 }
-THEIRS_LABELS = {"torch-pruning Taylor": "Taylor"}
+THEIRS_LABELS: dict[str, Baseline] = {"torch-pruning Taylor": "Taylor"}
 OURS: dict[str, tuple[str, int, dict[str, Any]]] = {  # images, how many, options
     "l1, no repair": ("none", 0, {"repair": False}),
     "l1 + repair, train images": ("train", NUM_IMAGES, {"plan_by": "scores"}),
@@ -183,16 +182,14 @@ class Bench:
         return Row(**results[key])
 
     @property
-    def config(self) -> TrainConfig:
-        return TrainConfig(
+    def options(self) -> TrainOptions:
+        return TrainOptions(
             self.flags.num_classes,
             input_shape=self.shape,
             epochs=EPOCHS,
             lr=LR,
-            head_lr_factor=HEAD_LR,
+            head_lr=HEAD_LR,
             eval_every=EPOCHS,
-            mixed_precision="bf16" if self.flags.cuda else "no",
-            num_workers=8 if self.flags.cuda else 1,
             seed=self.seed,
         )
 
@@ -205,7 +202,7 @@ class Bench:
                 self.flags.backbone, variant="b0", num_classes=self.flags.num_classes
             )
             model.load_state_dict(model.state_dict() | opened.state_dict)
-        train(model, self.config, self.split_train(), accelerator=self.accelerator)
+        train(model, self.options, self.split_train(), accelerator=self.accelerator)
         return model
 
     def split_train(self) -> Splits:
@@ -271,16 +268,18 @@ class Bench:
     def finetune(self, model: nn.Module, rate: float) -> nn.Module:
         """Trains with the dense network as the teacher, the same steps for all."""
         epochs = max(1, round(TUNED_SHARE * EPOCHS))
-        config = replace(self.config, epochs=epochs, lr=rate * LR, eval_every=epochs)
-        config = replace(
-            config, distillation=Distillation(feature=0.0)
-        )  # torch-pruning's widths are in no spec
+
+        # No features: torch-pruning's widths are in no spec.
+        options = replace(
+            self.options, epochs=epochs, lr=rate * LR, eval_every=epochs, distill_feature=0.0
+        )
         teacher = fold_decoder(self.dense)
-        train(model, config, self.split_train(), accelerator=self.accelerator, teacher=teacher)
+        train(model, options, self.split_train(), accelerator=self.accelerator, teacher=teacher)
         return model
 
     def prune(self, method: str, budget: str) -> nn.Module:
-        unit, _, share = budget.partition("=")
+        word, _, share = budget.partition("=")
+        unit: Literal["params", "macs"] = "params" if word == "params" else "macs"
         rate, x = float(share), torch.randn(1, 3, *self.shape, device=self.device)
         if method in OURS:
             origin, count, options = OURS[method]
