@@ -11,6 +11,7 @@ export extra.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,10 +46,10 @@ def main() -> None:
     keep_freed_memory()  # as the commands do
     with TemporaryDirectory() as folder:
         dense, pruned = _write(flags.variant, flags.rate, Path(folder))
-        how = {"sizes": (SHAPE,), "threads": (flags.threads,)}
-        cases = grid([dense, *_write_original(dense, Path(folder))], **how)
-        cases += grid([dense, pruned], runtimes=RUNTIMES, **how)
-        cases += grid([pruned], fold=True, **how)
+        make_cases = partial(grid, sizes=(SHAPE,), threads=(flags.threads,))
+        cases = make_cases([dense, *_write_original(dense, Path(folder))])
+        cases += make_cases([dense, pruned], runtimes=RUNTIMES)
+        cases += make_cases([pruned], fold=True)
         opened = [open_case(case) for case in export_cases(cases, Path(folder))]
         rows, peaks = measure(opened, max_rounds=flags.rounds, max_seconds=flags.seconds)
     peak = f"peak {peaks[flags.threads]:.0f} GMAC/s"

@@ -42,10 +42,10 @@ def main() -> None:
     flags = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
-    b0, b2 = load(flags.checkpoint), fill(SegFormer(standard_spec("b2", 8)).eval())
-    assert isinstance(b2, SegFormer)
+    b0, b2 = load(flags.checkpoint), SegFormer(standard_spec("b2", 8)).eval()
+    fill(b2)
     example = torch.randn(1, 3, *flags.size)
-    networks = {"b0 dense": b0, "b0 pruned": L1Pruner(b0, 0.5).prune(example)}
+    networks: dict[str, Any] = {"b0 dense": b0, "b0 pruned": L1Pruner(b0, 0.5).prune(example)}
     _int8(networks, flags)
     networks |= {"b2 dense": b2, "b2 pruned": L1Pruner(b2, 0.5).prune(example)}
     print(f"\ntorch {torch.__version__}, {flags.size[0]}×{flags.size[1]}, batch 1")

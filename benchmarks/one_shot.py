@@ -19,13 +19,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from benchmarks.baselines import num_macs, num_parameters, prune_to
+from benchmarks.baselines import Baseline, num_macs, num_parameters, prune_to
 from benchmarks.recovery import DENSE, NUM_TRAIN, SIZE, Bench, spread
 from segprune.cli.console import keep_freed_memory
 from segprune.data import EvalTransform, SegmentationData
@@ -42,7 +42,7 @@ NUM_IMAGES, EPOCHS, LR = (
     1.0,
 )  # epochs over a part of the pictures; the rate as a share of the dense one's
 BUDGETS = ("params=0.3", "params=0.5", "params=0.7", "macs=0.9")
-THEIRS = ("global L1", "isomorphic L1", "Taylor")
+THEIRS = get_args(Baseline)
 OURS: dict[str, dict[str, Any]] = {
     "l1, no data": {"repair": False},
     "random + repair": {"pruning_method": "random"},
@@ -99,7 +99,8 @@ def main() -> None:
 
 def methods(bench: Bench, budget: str) -> dict[str, Callable[[], nn.Module]]:
     """By name, what prunes the bench's dense network to the budget."""
-    unit, _, share = budget.partition("=")
+    word, _, share = budget.partition("=")
+    unit: Literal["params", "macs"] = "params" if word == "params" else "macs"
     rate, x = float(share), torch.randn(1, 3, *SIZE)
     batches = _training_batches(bench)
     images = [batch[0] for batch in batches]
@@ -158,9 +159,10 @@ def _measured(bench: Bench, prune: Callable[[], nn.Module], *, taught: bool) -> 
 def _tell_widths(model: nn.Module) -> None:
     """torch-pruning knows no spec, which distillation reads the stages' widths off."""
     assert isinstance(model, SegFormer)
-    stages = zip(model.spec.stages, model.encoder.stages, strict=True)
+    parameters = dict(model.named_parameters())
     widths = tuple(
-        replace(spec, width=stage.norm.normalized_shape[0]) for spec, stage in stages
+        replace(spec, width=parameters[f"encoder.stages.{index}.norm.weight"].numel())
+        for index, spec in enumerate(model.spec.stages)
     )
     model.spec = replace(model.spec, stages=widths)
 

@@ -35,12 +35,13 @@ from segprune.training.options import TrainOptions
 from segprune.training.state import Splits
 
 SIZE, NUM_TRAIN, NUM_VAL = (64, 64), 2000, 200
+DENSE_LR = 1e-3
 DENSE = TrainOptions(
     len(CLASS_NAMES),
     input_shape=SIZE,
     epochs=8,
     batch_size=16,
-    lr=1e-3,
+    lr=DENSE_LR,
     scale=(0.75, 1.5),
     num_workers=1,
     eval_every=99,
@@ -66,7 +67,7 @@ class Setting:
 TAUGHT = Distillation()
 
 
-def weights_of(distillation: Distillation | None) -> dict[str, float]:
+def weights_of(distillation: Distillation | None) -> dict[str, Any]:
     """Returns the weights as options of training."""
     if distillation is None:
         return {}
@@ -159,11 +160,9 @@ def main() -> None:
     print("| study | setting | dense | pruned | fine-tuned | of dense |")
     print("|---|---|---|---|---|---|")
     for (study, name), values in rows.items():
-        dense, before, after = zip(*values, strict=True)
-        shares = [100 * a / d for d, _, a in values]
-        cells = [spread(column, ".3f") for column in (dense, before, after)] + [
-            spread(shares, ".1f") + " %"
-        ]
+        columns = zip(*values, strict=True)
+        shares = [100 * after / dense for dense, _, after in values]
+        cells = [spread(column, ".3f") for column in columns] + [spread(shares, ".1f") + " %"]
         print(f"| {study} | {name} | {' | '.join(cells)} |")
 
 
@@ -180,8 +179,14 @@ class Bench:
         self.folder, self.seed, self.accelerator = folder, seed, accelerator
         self.num_classes = len(CONTEXT_CLASS_NAMES if context else CLASS_NAMES)
         if not (folder / "shapes").is_dir():
-            numbers = {"num_train": NUM_TRAIN, "num_val": NUM_VAL}
-            write_shapes(folder / "shapes", **numbers, size=SIZE, seed=seed, context=context)
+            write_shapes(
+                folder / "shapes",
+                num_train=NUM_TRAIN,
+                num_val=NUM_VAL,
+                size=SIZE,
+                seed=seed,
+                context=context,
+            )
         source = open_source(folder / "shapes")
         self.splits = Splits(source.split("train"), source.split("val"))
         path = folder / "dense.pth"
@@ -219,7 +224,7 @@ class Bench:
 
     def config(self, epochs: int, lr: float) -> TrainOptions:
         """Of fine-tuning; `lr` as a share of the dense network's."""
-        return replace(self.dense_config, epochs=epochs, lr=lr * DENSE.lr)
+        return replace(self.dense_config, epochs=epochs, lr=lr * DENSE_LR)
 
     def recovered(self, setting: Setting) -> tuple[float, float]:
         """mIoU after pruning and after fine-tuning."""
@@ -234,13 +239,12 @@ class Bench:
         )
         model = pruner.prune(torch.empty(1, 3, *SIZE, device="meta"))
         yield self.score(model)
-        epochs = (
-            4  # of a part of the pictures, so that an encoder can be frozen for one of them
-        )
+        # Of a part of the images, so that an encoder can be frozen for one of them.
+        epochs = 4
         steps = round(setting.share * DENSE.epochs * (NUM_TRAIN // DENSE.batch_size) / epochs)
         part = Splits(self.splits.train[: steps * DENSE.batch_size], self.splits.val)
-        config = replace(self.config(epochs, setting.lr), **weights_of(setting.distillation))
-        config = replace(config, **dict(setting.changes))
+        changes = weights_of(setting.distillation) | dict(setting.changes)
+        config = replace(self.config(epochs, setting.lr), **changes)
         teacher = None if setting.distillation is None else fold_decoder(self.dense)
         train(model, config, part, accelerator=self.accelerator, teacher=teacher)
         yield self.score(model)

@@ -43,7 +43,7 @@ def main(variants: list[str]) -> None:
 
 def _write(source: str, variant: str, folder: Path) -> Path:
     if source == "HF folder":
-        hf_model(variant, fill).save_pretrained(folder / "hf")  # type: ignore[operator]
+        hf_model(variant, fill).save_pretrained(folder / "hf")
         return folder / "hf"
     path = folder / "ep100.pth"
     torch.save(reference("bubbliiiing", fill, variant, NUM_CLASSES).state_dict(), path)
