@@ -7,11 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segprune.api import evaluate, export_model, finetune, load_images
+    from segprune.api import evaluate, export_model, finetune, load_images, prune
     from segprune.checkpoint import load, save
     from segprune.fold import fold_decoder
     from segprune.model import SegFormer
-    from segprune.pruning.prune import prune
     from segprune.pruning.pruner_l1 import L1Pruner
     from segprune.stats import count
 
@@ -40,7 +39,7 @@ _HOMES = {
     "fold_decoder": "segprune.fold",
     "load": "segprune.checkpoint",
     "load_images": "segprune.api",
-    "prune": "segprune.pruning.prune",
+    "prune": "segprune.api",
     "save": "segprune.checkpoint",
 }
 

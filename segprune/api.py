@@ -1,14 +1,14 @@
-"""The whole job in Python: score a network, fine-tune it, export it, and load images for its repair.
+"""The whole job in Python: prune a network, score it, fine-tune it, export it, and load images for its repair.
 
 Nothing is printed and no file is written but those that are named. `progress` is called with (done, in all). A network
-that is given is left as it was. Pruning itself is `segprune.prune`.
+that is given is left as it was.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,11 +32,16 @@ from segprune.data import (
 )
 from segprune.export import Manifest, export
 from segprune.fold import fold_decoder
+from segprune.inference.drop import DropScorer
 from segprune.inference.evaluate import Score
 from segprune.inference.evaluate import evaluate as score_samples
 from segprune.inference.label_maps import EvalMode, Predict
 from segprune.machine import choose_workers, fit_to_machine
 from segprune.model import SegFormer
+from segprune.pruning.budget import Trial
+from segprune.pruning.options import PruneOptions
+from segprune.pruning.prune import Pruned, make_pruner, with_counts
+from segprune.pruning.prune import prune as prune_network
 from segprune.runs.fit import fit
 from segprune.runs.folder import Saving
 from segprune.training.loop import train
@@ -48,6 +53,7 @@ from segprune.training.state import EpochResult, Splits, TrainState
 
 Data = str | os.PathLike[str] | Source
 Progress = Callable[[int, int], None]
+NUM_IMAGES = 64  # that the repair uses
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class FineTuned:
 
 
 def load_images(
-    data: Data, number: int = 64, input_shape: tuple[int, int] = (512, 512)
+    data: Data, number: int = NUM_IMAGES, input_shape: tuple[int, int] = (512, 512)
 ) -> list[Tensor]:
     """Returns batches B 3 H W of `number` images, normalised, from a data set's train part or a folder of images.
 
@@ -70,6 +76,83 @@ def load_images(
     return unlabelled.batch_images(
         unlabelled.load_images(_find_images(data), number, input_shape)
     )
+
+
+def prune(
+    model: nn.Module,
+    pruning_rate: float | str | Mapping[str, float] | None = None,
+    *,
+    data: Data | None = None,
+    images: Iterable[Tensor] = (),
+    options: PruneOptions | None = None,
+    progress: Progress | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
+    example_inputs: Any = None,
+    ignored_layers: Iterable[nn.Module] = (),
+    **changes: Any,
+) -> Pruned:
+    """Returns `model` pruned by the share `pruning_rate` of its parameters, or as far as `max_drop` allows.
+
+    `images`: batches of normalised images B 3 H W without labels, which the repair and the plan use; with `data` 64
+    images of its train part if none are given. With `max_drop` networks of several rates are scored on the val part
+    of `data`, the smallest within so many points of the dense mIoU is returned, and `on_trial` is given each of
+    them when it was scored. The other arguments are those of `Pruner`, and `changes` single options of `PruneOptions`.
+
+    >>> from segprune.spec import standard_spec
+    >>> pruned = prune(SegFormer(standard_spec("b0", 8)), 0.5)
+    >>> round(1 - pruned.after.parameters / pruned.before.parameters, 1)
+    0.5
+    """
+    if pruning_rate is not None:
+        changes["pruning_rate"] = pruning_rate
+    options = replace(options or PruneOptions(), **changes)
+    if options.max_drop is not None:
+        if data is None:
+            raise ValueError(
+                "`max_drop` needs `data`, a data set on whose val part networks are scored."
+            )
+        if not isinstance(model, SegFormer):
+            raise ValueError(
+                f"`max_drop` needs a SegFormer, whose classes can be scored, and this is a {type(model).__name__}; "
+                "prune it by a rate."
+            )
+
+    images = list(images)
+    if data is not None and not images and options.repair is not False:
+        images = load_images(data, NUM_IMAGES, options.input_shape)
+    if options.max_drop is None:
+        return prune_network(
+            model,
+            images=images,
+            options=options,
+            progress=progress,
+            example_inputs=example_inputs,
+            ignored_layers=ignored_layers,
+        )
+
+    # Open the data, and check its labels, before anything long begins.
+    assert data is not None
+    num_classes, num_workers = _count_classes(model), choose_workers()
+    source, _ = _open(data, num_classes, ("val",), False, num_workers)
+    pruner = make_pruner(
+        model,
+        ignored_layers=ignored_layers,
+        images=images,
+        options=options,
+        progress=progress,
+    )
+    scorer = DropScorer(
+        model,
+        source.split("val"),
+        num_classes,
+        EvalMode(input_shape=options.input_shape),
+        device=_device_of(model),
+        num_workers=num_workers,
+        seed=options.seed,
+        progress=progress,
+    )
+    search = pruner.search(scorer.drop, on_trial, example_inputs)
+    return with_counts(pruner, search.chosen.network, search)
 
 
 def evaluate(

@@ -61,7 +61,7 @@ def evaluate(
     total = Tally(num_classes, boundary=how.boundary, device=device).counts
     done = 0
 
-    for seen, counts in tallies(
+    for counts in tallies(
         predict,
         samples,
         num_classes,
@@ -70,8 +70,8 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
     ):
-        total += counts
-        done += seen
+        total += counts.sum(0)
+        done += len(counts)
         if progress is not None:
             progress(done, len(samples))
 
@@ -87,8 +87,8 @@ def tallies(
     device: torch.device | str,
     batch_size: int,
     num_workers: int,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yields each batch's number of images and a `Tally`'s counts, to be added up and given to `score`.
+) -> Iterator[Tensor]:
+    """Yields batch by batch a `Tally`'s counts, a row for each image, to be added up and given to `score`.
 
     Nothing is drawn from torch's global generator.
     """
@@ -103,15 +103,16 @@ def tallies(
     network = Network(predict, num_classes, device, batch_size)
     with _in_eval_mode(predict):
         for images, labels in batches:
-            # A tally per batch, so that callers can show progress between two of them.
-            tally = Tally(num_classes, boundary=how.boundary, device=device)
+            rows = []
             # Not around the yield, which would leave inference mode on in the caller.
             with torch.inference_mode():
                 for predicted, truth in zip(
                     label_maps(network, images, how), labels, strict=True
                 ):
+                    tally = Tally(num_classes, boundary=how.boundary, device=device)
                     tally.update(predicted, truth.to(device))
-            yield len(images), tally.counts
+                    rows.append(tally.counts)
+            yield torch.stack(rows)
 
 
 def _load_batch(

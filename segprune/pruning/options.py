@@ -50,6 +50,12 @@ class PruneOptions:
         None,
         "What the rate is a share of: params, macs, channels, latency. If not given: params.",
     )
+    max_drop: float | None = option(
+        None,
+        "Instead of a rate: the smallest network that loses no more than so many points of mIoU on the val part of "
+        "`data`, after the repair and before fine-tuning.",
+        metavar="POINTS",
+    )
     plan_by: PlanBy | None = option(
         None,
         "How widths are decided. curves: by what each group loses after the repair, measured on images; scores: by "
@@ -120,6 +126,7 @@ class PruneOptions:
         check_input((1, 3, *self.input_shape))
         _check_words(self)
         _check_shares(self)
+        _check_max_drop(self)
         _check_plan(self)
         _check_uniform(self)
         _check_curves(self)
@@ -264,6 +271,21 @@ def _check_shares(options: PruneOptions) -> None:
                 raise ValueError(
                     f"`{argument}` is {share:g}{of}; it must be at least 0 and below 1."
                 )
+
+
+def _check_max_drop(options: PruneOptions) -> None:
+    """What may be lost decides how much is removed."""
+    if options.max_drop is None:
+        return
+    if not 0.0 < options.max_drop < 100.0:
+        raise ValueError(
+            f"`max_drop` is {options.max_drop:g}; give the points of mIoU that may be lost, above 0 and below 100."
+        )
+    for name in ("pruning_rate", "plan"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"`max_drop` cannot be combined with `{name}`, which says how much is removed; leave one of them out."
+            )
 
 
 PLANNING = (

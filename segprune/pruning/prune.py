@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from segprune.model import SegFormer
+from segprune.pruning.budget import Search
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.plan import Plan
 from segprune.pruning.pruner import Pruner
@@ -20,14 +21,15 @@ from segprune.stats import Counts, count
 class Pruned:
     """A pruned network. `plan`: the channels kept, None where nothing was to be removed.
 
-    `before` and `after` are parameters and MACs of the network as given and as pruned; None for what is not a
-    SegFormer as its spec builds it.
+    `search`: with `max_drop`, all that was tried. `before` and `after` are parameters and MACs of the network as given
+    and as pruned; None for what is not a SegFormer as its spec builds it.
     """
 
     network: nn.Module
     plan: Plan | None
     before: Counts | None
     after: Counts | None
+    search: Search | None = None
 
 
 def prune(
@@ -60,15 +62,18 @@ def prune(
         progress=progress,
         **changes,
     )
-    network = pruner.prune(example_inputs)
+    return with_counts(pruner, pruner.prune(example_inputs))
 
+
+def with_counts(pruner: Pruner, network: nn.Module, search: Search | None = None) -> Pruned:
+    """Returns what a pruner made, counted before and after."""
     shape = pruner.options.input_shape
     # Both are counted from specs, which only a SegFormer has.
     before, after = (
         count(net.spec, shape) if isinstance(net, SegFormer) else None
-        for net in (model, network)
+        for net in (pruner.model, network)
     )
-    return Pruned(network, pruner.plan, before, after)
+    return Pruned(network, pruner.plan, before, after, search)
 
 
 def make_pruner(

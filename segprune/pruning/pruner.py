@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from segprune.fold import unfold_decoder
+from segprune.inference.drop import Drop
 from segprune.model import DecodeHead, SegFormer
 from segprune.pruning.budget import (
+    Search,
+    Trial,
+    by_accuracy,
     by_curves,
     by_latency,
     by_rate,
@@ -21,6 +26,7 @@ from segprune.pruning.budget import (
     solve_by_curves,
 )
 from segprune.pruning.budget.latency import LatencyTable
+from segprune.pruning.budget.rate import reach
 from segprune.pruning.groups import Group, group_names, is_protected
 from segprune.pruning.importance import Scores, score_channels
 from segprune.pruning.options import PruneOptions
@@ -29,6 +35,9 @@ from segprune.pruning.plan import Plan, read_sensitivity
 from segprune.pruning.prepare import Prepared, check_head, prepare
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut
+from segprune.timing import measure_latency
+
+HIGHEST_RATE = 0.99  # that is tried where the most that can be removed is not known beforehand
 
 
 class Pruner:
@@ -95,8 +104,54 @@ class Pruner:
         prepared = self.prepare(example_inputs)
         scores = self.score(prepared)
         self.plan = self.decide(prepared, scores)
-        pruned = cut(prepared, self.plan)
-        pruned = self.repair(prepared, self.plan, pruned)
+        return self.carry_out(prepared, self.plan)
+
+    def search(
+        self,
+        score: Callable[[nn.Module, bool], Drop],
+        on_trial: Callable[[Trial], None] | None = None,
+        example_inputs: Any = None,
+    ) -> Search:
+        """Returns the smallest network that loses no more than `max_drop`, with all that were tried.
+
+        `score` says what a network loses, on a part of the images or (True) on all; `on_trial` is given each trial
+        when it was scored. ValueError with the least loss that was seen where every network loses more.
+        """
+        assert self.options.max_drop is not None
+        prepared = self.prepare(example_inputs)
+        decide = self.make_decider(prepared, self.score(prepared))
+        search = by_accuracy(
+            self.options,
+            self._reach(prepared),
+            decide,
+            partial(self.carry_out, prepared),
+            score,
+            on_trial,
+        )
+        self.plan = search.chosen.plan
+        return search
+
+    def _reach(self, prepared: Prepared) -> tuple[float, float]:
+        """Returns what folding removes alone, and the most that can be removed, as far as it is known beforehand."""
+        (unit,) = self.options.budgets
+        if self.options.uniform:
+            return 0.0, HIGHEST_RATE
+        if unit != "latency":
+            return reach(prepared, unit, self.options)
+
+        # In turns, so that both see the machine in the same state.
+        place = self._table().place
+        dense, folded = measure_latency(
+            [prepared.dense, prepared.model],
+            prepared.input_shape,
+            device=place.device,
+            precision=place.precision,
+        )
+        return max(0.0, 1.0 - folded.median_ms / dense.median_ms), HIGHEST_RATE
+
+    def carry_out(self, prepared: Prepared, plan: Plan) -> nn.Module:
+        """Returns a new network, cut as planned, and repaired if that is wanted."""
+        pruned = self.repair(prepared, plan, cut(prepared, plan))
 
         # Stock classes know the published decode head alone.
         return (
@@ -137,10 +192,10 @@ class Pruner:
 
     def decide(self, prepared: Prepared, scores: Mapping[str, Scores]) -> Plan:
         """Returns which channels are kept; nothing is cut."""
-        # The classes of transformers allow few widths, so that these have a search of their
-        # own.
-        if self.options.uniform:
-            return by_uniform_stages(prepared, scores, self.options)
+        if self.options.max_drop is not None:
+            raise ValueError(
+                "`max_drop` needs networks to be scored; call segprune.prune, or Pruner.search, which do."
+            )
 
         # A plan fixes the widths. Which channels fill them is open: with images that can be
         # measured.
@@ -151,21 +206,43 @@ class Pruner:
                 )
             return by_widths(prepared, scores, self.options)
 
+        return self.make_decider(prepared, scores)(self.options)
+
+    def make_decider(
+        self, prepared: Prepared, scores: Mapping[str, Scores]
+    ) -> Callable[[PruneOptions], Plan]:
+        """Returns what makes plans of options that differ from the pruner's in their rates alone.
+
+        What the rate does not change is measured here, once: the curves, and the times of single steps.
+        """
+        # The classes of transformers allow few widths, so that these have a search of their
+        # own.
+        if self.options.uniform:
+            return partial(by_uniform_stages, prepared, scores)
+
+        solver = None
+        if self._uses_curves(prepared):
+            solver = solve_by_curves(prepared, scores, self.images, self.options, self.progress)
+
         # Latency is predicted, measured and corrected, around a solver for ordinary
         # budgets: the curves' if there are any, else the scores'.
-        use_curves = self._uses_curves(prepared)
         if "latency" in self.options.budgets:
-            solver = None
-            if use_curves:
-                solver = solve_by_curves(
-                    prepared, scores, self.images, self.options, self.progress
-                )
-            return by_latency(
-                prepared, scores, self.options, self.latency_table, self.progress, solver
+            return partial(
+                by_latency,
+                prepared,
+                scores,
+                table=self._table(),
+                progress=self.progress,
+                solver=solver,
             )
-        if use_curves:
-            return by_curves(prepared, scores, self.images, self.options, self.progress)
-        return by_rate(prepared, scores, self.options)
+        if solver is not None:
+            return partial(by_curves, prepared, solver)
+        return partial(by_rate, prepared, scores)
+
+    def _table(self) -> LatencyTable:
+        if self.latency_table is None:
+            self.latency_table = LatencyTable(next(self.model.parameters()).device)
+        return self.latency_table
 
     def _uses_curves(self, prepared: Prepared) -> bool:
         """Whether widths are decided by curves; ValueError where that is asked for and cannot be."""

@@ -265,7 +265,7 @@ class _Run:
         """Scores this process's share of the validation images; the counts of all processes are added up."""
         # Only counts are exchanged: they add up exactly, whatever process saw which image.
         total = Tally(self.num_classes, device=self.device).counts
-        for _, counts in tallies(
+        for counts in tallies(
             self.model,
             shard(self.splits.val, self.process, self.processes),
             self.num_classes,
@@ -274,7 +274,7 @@ class _Run:
             batch_size=self.batch_size // self.processes,
             num_workers=self.num_workers,
         ):
-            total += counts
+            total += counts.sum(0)
         return score(self.learner.summed(total), self.num_classes, len(self.splits.val))
 
     def state_is_due(self) -> bool:

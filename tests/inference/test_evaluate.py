@@ -173,12 +173,12 @@ def test_processes_that_share_the_pictures_count_what_one_does(
     total, seen = Tally(4, boundary=True).counts, 0
     for process in range(2):
         mine = shard(samples, process, 2)
-        for number, counts in tallies(
+        for counts in tallies(
             ColourModel(), mine, 4, how, device="cpu", batch_size=2, num_workers=num_workers
         ):
             assert counts.dtype == torch.int64
-            total += counts  # as it is, outside of inference mode
-            seen += number
+            total += counts.sum(0)  # as it is, outside of inference mode
+            seen += len(counts)
     assert score(total, 4, seen) == whole
 
 

@@ -40,6 +40,7 @@ from segprune.cli.prune.flags import (
     merge_settings,
     needs_images,
 )
+from segprune.cli.prune.search import save_neighbours, search_rate, search_record
 from segprune.cli.prune.steps import Tuning, prune_in_steps
 from segprune.cli.train import flags as train
 from segprune.cli.train.command import check_teacher_names, fit_with
@@ -144,9 +145,18 @@ def run(
         )
         return
 
+    # With a budget of accuracy networks are scored now, and a rate is what comes out.
+    search = None
+    scores: dict[str, Score] = {}
+    if options.max_drop is not None:
+        assert source is not None
+        search, scores = search_rate(dense, source, batches, options, tune, table, device)
+        options = replace(options, max_drop=None, pruning_rate=search.chosen.rate)
+
     # Rank, decide, cut and repair: before any scoring, so that what cannot be met is said at once.
     classes = {} if source is None else classes_of(source, opened.spec.num_classes)
     how = pruning_config(options, steps, batches, synthetic=synthetic)
+    how["max_drop"] = None if search is None else search.max_drop
     # The checkpoint's own class names win over those of the data set.
     extra = classes | opened.extra | {"pruning": how}
     tuning = None
@@ -170,19 +180,24 @@ def run(
             latency_table=table,
         )
     else:
-        with progress_bar("pruning") as advance:
-            pruner = make_pruner(
-                dense, images=batches, options=options, latency_table=table, progress=advance
-            )
-            cut = pruner.prune()
+        cut = None if search is None else search.chosen.network
+        if cut is None:
+            with progress_bar("pruning") as advance:
+                pruner = make_pruner(
+                    dense,
+                    images=batches,
+                    options=options,
+                    latency_table=table,
+                    progress=advance,
+                )
+                cut = pruner.prune()
         assert isinstance(cut, SegFormer)
         pruned = cut
     # Saved before scoring, which takes long and can be interrupted.
     checkpoint.save(pruned, path, extra=extra)
 
     # Score and time the two networks.
-    scores: dict[str, Score] = {}
-    if source is not None:
+    if source is not None and not scores:
         scores["dense"] = _score(dense, source, options, tune, device, "scoring dense")
         scores["pruned"] = _score(pruned, source, options, tune, device, "scoring pruned")
     with progress_bar("timing dense and pruned") as advance:
@@ -196,6 +211,9 @@ def run(
     record = results_record(opened, pruned, latencies, scores, how, settings) | {
         "model_save_path": str(path)
     }
+    if search is not None:
+        paths = save_neighbours(search, path, extra, how)
+        record["search"] = search_record(search, options, paths)
     # Written before fine-tuning too, which may not come to its end.
     write_json(record, folder / RESULTS)
 
@@ -215,6 +233,8 @@ def run(
 
 def _label(options: PruneOptions) -> str:
     """Returns what was asked, for the name of the file: the rate, or what says it otherwise."""
+    if options.max_drop is not None:
+        return f"drop{options.max_drop:g}"
     if options.plan is not None:
         return "plan"
     if len(options.budgets) > 1:

@@ -225,6 +225,16 @@ def check_flags(
         )
     if tune.epochs and not tune.data:
         raise ValueError("`epochs` was given without `data`; say what to fine-tune on.")
+    if options.max_drop is not None:
+        if not (tune.data and network.model_path):
+            missing = "data" if network.model_path else "model_path"
+            raise ValueError(
+                f"`max_drop` needs `{missing}`: trained networks are scored on val."
+            )
+        if run.plan_only or steps.count > 1 or steps.depth:
+            raise ValueError(
+                "`max_drop` cannot be combined with `plan_only`, `steps` or `depth`; leave one of them out."
+            )
     if run.plan_only and options.plan is not None:
         raise ValueError(
             "`plan_only` has no effect with `plan`, which is decided already; leave one of them out."

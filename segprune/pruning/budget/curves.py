@@ -43,16 +43,12 @@ TIME_WEIGHTS = (0.6, 0.9, 1.1, 1.15, 1.2, 1.25, 1.3)
 Solver = Callable[[Sequence[Limit]], Plan]
 
 
-def by_curves(
-    prepared: Prepared,
-    scores: Mapping[str, Scores],
-    images: Sequence[Tensor],
-    options: PruneOptions,
-    progress: Progress | None = None,
-) -> Plan:
-    """Returns the plan that meets every budget with the least loss expected; the tightest closely."""
+def by_curves(prepared: Prepared, solver: Solver, options: PruneOptions) -> Plan:
+    """Returns the plan that meets every budget with the least loss expected; the tightest closely.
+
+    `solver` is that of `solve_by_curves`.
+    """
     limits = [limit_of(prepared, unit, rate) for unit, rate in options.budgets.items()]
-    solver = solve_by_curves(prepared, scores, images, options, progress)
     return with_shares(prepared, solver(limits), limits)
 
 

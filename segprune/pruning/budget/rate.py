@@ -65,6 +65,15 @@ def limit_of(prepared: Prepared, unit: RateOf, rate: float) -> Limit:
     return Limit(costs, rate, unit, prepared.wholes.get(unit))
 
 
+def reach(prepared: Prepared, unit: RateOf, options: PruneOptions) -> tuple[float, float]:
+    """Returns the share of a unit that disappears without any channel removed (folding), and the most that can."""
+    allowed = allowed_widths(prepared.groups, options)
+    widest = np.array([widths[-1] for widths in allowed], dtype=np.int64)
+    narrowest = np.array([widths[0] for widths in allowed], dtype=np.int64)
+    limit = limit_of(prepared, unit, 0.0)
+    return limit.removed(widest), limit.removed(narrowest)
+
+
 def group_shares(prepared: Prepared) -> dict[str, dict[str, float]]:
     """Returns by unit and group name the share of the network's cost that disappears with the whole group."""
     shares: dict[str, dict[str, float]] = {}
