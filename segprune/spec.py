@@ -7,6 +7,7 @@ Widths are numbers of channels. The standard variants follow the released weight
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeVar, get_args
@@ -30,6 +31,8 @@ DEPTHS = {
 }
 DECODER_DIMS = {"b0": 256, "b1": 256, "b2": 768, "b3": 768, "b4": 768, "b5": 768}
 VARIANTS = tuple(DEPTHS)
+
+NUM_STAGES = 4  # of every SegFormer: its decode head joins four maps
 
 # By stage, the same in all variants.
 NUM_HEADS = (1, 2, 5, 8)
@@ -166,6 +169,28 @@ class Spec:
         )
 
 
+# What the fields of a spec in a file may hold: far more than any network has, and so little that a file which was made
+# to do harm asks for no more memory or time than its own weights take.
+MAX_BLOCKS = 256  # of a stage
+_MOST = dict.fromkeys(
+    ("num_classes", "decoder_dim", "branch_dims", "width", "qk_dim", "v_dim", "ffn_dim"), 2**16
+) | {
+    "num_heads": 2**10,
+    "reduction_dim": 2**16,
+    "kernel_size": 63,
+    "stride": 16,
+    "reduction_ratio": 64,
+}
+_MOST_REAL = {"norm_eps": 1, "embed_norm_eps": 1, "bn_eps": 1, "qk_scale": 1000}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "variant": VARIANTS,
+    "head": get_args(Head),
+    "gelu": get_args(Gelu),
+    "head_dropout_kind": get_args(HeadDropout),
+    "align_corners": (True, False),
+}
+
+
 def check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"Unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}.")
@@ -234,20 +259,31 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     """The inverse of `spec_to_dict`. Files from before there were two kinds of head do not name theirs: it is "mlp".
 
-    Raises ValueError for a missing or unknown key, a width below 1 but in a branch that was removed, a block without
-    branches, a stage without blocks, an unknown head, unknown numerics.
+    Raises ValueError for whatever no network has, since the file may be damaged or made to do harm: a missing or
+    unknown key, a value of another type or beyond its range, a block without branches, more blocks than `MAX_BLOCKS`.
     """
     try:
-        spec = _to_record(Spec, {"head": "mlp"} | dict(data) | _parse_fields(data))
-    except (KeyError, TypeError) as error:
+        spec = _to_record(Spec, {"head": "mlp"} | {**data} | _parse_fields(data))
+    except (LookupError, TypeError) as error:
         raise ValueError(
             f"This is not a segprune spec ({error}); write the file again with segprune.save."
         ) from error
 
-    # The keys are right. Now the values, since a damaged file must not load.
-    _check_head(spec)
-    _check_widths(spec)
-    _check_numerics(spec.numerics)
+    # The keys are right. Now the values, each by its name.
+    for name in ("variant", "head", "num_classes", "decoder_dim"):
+        _check_value(name, getattr(spec, name))
+    for width in spec.branch_dims or ():
+        _check_value("branch_dims", width)
+    for name, value in asdict(spec.numerics).items():
+        _check_value(name, value)
+    for stage in spec.stages:
+        _check_stage(stage)
+
+    # Branches that end in a ReLU are not linear, so they have no folded form.
+    if spec.folded and not HEAD_FORMS[spec.head].linear:
+        raise ValueError(
+            f"This segprune spec has a {spec.head} head without branches; the file is damaged."
+        )
     return spec
 
 
@@ -256,82 +292,92 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     stages = []
 
     # JSON has lists and dicts where a spec has tuples and records.
-    for stage in data["stages"]:
-        blocks = tuple(_to_record(BlockSpec, block) for block in stage["blocks"])
-        stages.append(_to_record(StageSpec, stage | {"blocks": blocks}))
-    branch_dims = None if data["branch_dims"] is None else tuple(data["branch_dims"])
+    for stage in _to_tuple("stages", data["stages"], NUM_STAGES, NUM_STAGES):
+        blocks = []
+        for block in _to_tuple("blocks", stage["blocks"], 1, MAX_BLOCKS):
+            blocks.append(_to_record(BlockSpec, block))
+        stages.append(_to_record(StageSpec, stage | {"blocks": tuple(blocks)}))
+
+    branch_dims = data["branch_dims"]
+    if branch_dims is not None:
+        branch_dims = _to_tuple("branch_dims", branch_dims, NUM_STAGES, NUM_STAGES)
     numerics = _to_record(Numerics, data["numerics"])
     return {"stages": tuple(stages), "branch_dims": branch_dims, "numerics": numerics}
 
 
-def _to_record(kind: type[T], data: Mapping[str, Any]) -> T:
+def _to_tuple(name: str, values: Any, least: int, most: int) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{name} is a {type(values).__name__}")
+    if not least <= len(values) <= most:
+        allowed = str(most) if least == most else f"{least} to {most}"
+        raise TypeError(f"{name} has {len(values)} entries, allowed are {allowed}")
+    return tuple(values)
+
+
+def _to_record(kind: type[T], data: Any) -> T:
     # Missing and unknown keys are one mistake: the file is damaged, or of another version.
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{kind.__name__} is a {type(data).__name__}")
     if set(data) != names:
-        raise TypeError(f"{kind.__name__} has {sorted(set(data) ^ names)} missing or too many")
+        differ = reprlib.repr(sorted(set(map(str, data)) ^ names))
+        raise TypeError(f"{kind.__name__} has {differ} missing or too many")
+
+    # A .pth file may hold tensors here, which compare as nothing else does.
+    for name, value in data.items():
+        if type(value) not in (int, float, bool, str, type(None), tuple, Numerics):
+            raise TypeError(f"{name} is a {type(value).__name__}")
     return kind(**data)
 
 
-def _check_head(spec: Spec) -> None:
-    if spec.head not in get_args(Head):
-        raise ValueError(
-            f"This segprune spec has head {spec.head!r}, which must be mlp or conv; the file is damaged."
-        )
+def _check_stage(stage: StageSpec) -> None:
+    for name in ("width", "kernel_size", "stride", "reduction_ratio"):
+        _check_value(name, getattr(stage, name))
 
-    # Branches that end in a ReLU are not linear, so they have no folded form.
-    if spec.folded and not HEAD_FORMS[spec.head].linear:
-        raise ValueError(
-            f"This segprune spec has a {spec.head} head without branches; the file is damaged."
-        )
+    for block in stage.blocks:
+        # The widths of a branch that was removed are 0, all of them.
+        attention = block.num_heads != 0
+        for name in ("num_heads", "qk_dim", "v_dim"):
+            _check_value(name, getattr(block, name), removed=not attention)
+        _check_value("qk_scale", block.qk_scale, removed=not attention)
+        _check_value("ffn_dim", block.ffn_dim, removed=block.ffn_dim == 0)
+
+        # Only where the ratio is above 1 there is a reduced map, and it has channels.
+        if attention and stage.reduction_ratio > 1:
+            _check_value("reduction_dim", block.reduction_dim)
+        elif block.reduction_dim is not None:
+            raise ValueError(
+                "This segprune spec has a reduction_dim where nothing is reduced; the file is damaged."
+            )
+        if not block.has_attention and not block.has_ffn:
+            raise ValueError(
+                "This segprune spec has a block without attention and FFN; the file is damaged."
+            )
 
 
-def _check_widths(spec: Spec) -> None:
-    # All widths in one list, so that one check serves them.
-    widths = [spec.num_classes, spec.decoder_dim, *spec.branch_widths]
-    for stage in spec.stages:
-        widths.append(stage.width)
-        for block in stage.blocks:
-            # The widths of a branch that was removed are 0, all of them.
-            if block != block.without_attention():
-                widths += [block.num_heads, block.qk_dim, block.v_dim]
-                widths.append(1 if block.reduction_dim is None else block.reduction_dim)
-            if block != block.without_ffn():
-                widths.append(block.ffn_dim)
-
+def _check_value(name: str, value: Any, *, removed: bool = False) -> None:
+    """Raises ValueError unless a field may hold the value; of a `removed` branch it is 0."""
     # `type`, since True and False are integers to isinstance.
-    if not all(type(width) is int and width >= 1 for width in widths):
+    number = type(value) in (int, float)
+    if name in _CHOICES:
+        allowed = " or ".join(str(choice).lower() for choice in _CHOICES[name])
+        right = type(value) in (str, bool) and value in _CHOICES[name]
+    elif removed:
+        right, allowed = number and value == 0, "0 as in all of a removed branch"
+    elif name in _MOST:
+        right = type(value) is int and 1 <= value <= _MOST[name]
+        allowed = f"a whole number from 1 to {_MOST[name]}"
+    elif name in _MOST_REAL:
+        # An eps of 0 would divide by zero where nothing varies.
+        right = number and 0 < value <= _MOST_REAL[name]
+        allowed = f"a number above 0 and up to {_MOST_REAL[name]}"
+    else:  # momentum and the two dropout rates
+        right, allowed = number and 0 <= value < 1, "a number from 0 to below 1"
+
+    if not right:
         raise ValueError(
-            "This segprune spec has a width that is not a whole number from 1 up; the file is damaged."
+            f"This segprune spec has {name} {reprlib.repr(value)}, which must be {allowed}; the file is damaged."
         )
-
-    for stage in spec.stages:
-        if not stage.blocks or not all(
-            block.has_attention or block.has_ffn for block in stage.blocks
-        ):
-            raise ValueError(
-                "This segprune spec has a block without attention and FFN, or a stage without blocks; "
-                "the file is damaged."
-            )
-
-
-def _check_numerics(numerics: Numerics) -> None:
-    for name, value in asdict(numerics).items():
-        number = type(value) in (int, float)
-        if name == "gelu":
-            right, allowed = value in get_args(Gelu), "none or tanh"
-        elif name == "head_dropout_kind":
-            right, allowed = value in get_args(HeadDropout), "2d or plain"
-        elif name == "align_corners":
-            right, allowed = type(value) is bool, "true or false"
-        elif name.endswith("eps"):
-            # An eps of 0 would divide by zero where nothing varies.
-            right, allowed = number and 0 < value < float("inf"), "a number above 0"
-        else:  # momentum and the two dropout rates
-            right, allowed = number and 0 <= value < 1, "a number from 0 to below 1"
-        if not right:
-            raise ValueError(
-                f"This segprune spec has {name} {value!r}, which must be {allowed}; the file is damaged."
-            )
 
 
 def with_folded_head(spec: Spec) -> Spec:

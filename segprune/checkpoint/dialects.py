@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from segprune.spec import DECODER_DIMS, Head, Numerics, stage_name
+from segprune.spec import DECODER_DIMS, NUM_STAGES, Head, Numerics, stage_name
 
 # Where each code base differs from the paper's own (nvlabs).
 NUMERICS = {
@@ -24,7 +24,6 @@ NUMERICS = {
 }
 HEADS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
 DIALECTS = ("segprune", *NUMERICS)
-NUM_STAGES = 4
 
 # Our name of each part of a stage, then theirs in four columns: nvlabs
 # (also bubbliiiing and smp), hf on disk, hf in memory from 5.9 on,

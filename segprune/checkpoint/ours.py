@@ -21,6 +21,7 @@ from segprune.model import SegFormer
 from segprune.spec import Spec, spec_from_dict, spec_to_dict
 
 FORMAT, VERSION = "segprune", 1
+MAX_EXTRA = 100_000  # values in the extra of a file
 NOT_WHOLE = "It is not a whole segprune file; write it again with segprune.save."
 
 
@@ -66,11 +67,11 @@ def save(
     check_state(state, expected_state(model.spec), "its spec")
 
     # The metadata of a .safetensors file is text.
-    head = {
+    head: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "spec": spec_to_dict(model.spec),
-        "extra": _to_plain(extra or {}),
+        "extra": check_extra(_to_plain(extra or {})),
     }
     if path.suffix == ".safetensors":
         metadata = {
@@ -117,13 +118,50 @@ def read_record(data: Mapping[str, Any], dialect: str | None) -> Checkpoint:
     ):
         raise ValueError(NOT_WHOLE)
 
-    # The spec is checked by itself, then the weights against it.
+    # The spec and the extra are checked by themselves, then the weights against the spec.
     spec = spec_from_dict(data["spec"])
+    extra = check_extra(data["extra"])
     state, notes = to_float32(data["state_dict"])
     check_state(state, expected_state(spec), "its spec")
-    return Checkpoint(
-        spec, state, "segprune", notes, backbone_only=False, extra=dict(data["extra"])
-    )
+    return Checkpoint(spec, state, "segprune", notes, backbone_only=False, extra=extra)
+
+
+def check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a file's `extra`. Raises ValueError unless it is plain data of a bounded size, and what is used is sound.
+
+    Lists that hold one list many times are small in a .pth file and without end once they are written as JSON.
+    """
+    numbers = 0
+    below: list[Any] = [extra]
+    while below:
+        numbers += 1
+        value = below.pop()
+        if isinstance(value, dict) and all(type(key) is str for key in value):
+            below += value.values()
+        elif isinstance(value, list | tuple):
+            below += value
+        elif value is not None and type(value) not in (bool, int, float, str):
+            raise ValueError(f"Its `extra` holds a {type(value).__name__}. {NOT_WHOLE}")
+        if len(below) + numbers > MAX_EXTRA:
+            raise ValueError(f"Its `extra` holds more than {MAX_EXTRA} values. {NOT_WHOLE}")
+
+    names, palette = extra.get("class_names", []), extra.get("palette", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("It has class names that are no list of texts; save it again without.")
+    colours = palette if isinstance(palette, list) else [None]
+    if len(colours) not in (0, 768) or not all(
+        type(number) is int and 0 <= number <= 255 for number in colours
+    ):
+        raise ValueError(
+            "It has a palette that is not 768 numbers in 0..255; save it again with a whole one, or without."
+        )
+    for name in ("lr", "finetuned_lr"):
+        rate = extra.get(name, 1.0)
+        if type(rate) not in (int, float) or not 0 < rate < float("inf"):
+            raise ValueError(
+                f"It has a learning rate {name} that is no number above 0. {NOT_WHOLE}"
+            )
+    return dict(extra)
 
 
 def record_from_metadata(
@@ -140,19 +178,15 @@ def record_from_metadata(
 def to_float32(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Returns the tensors on the CPU in float32, and a note if they were in something else."""
     state, dtypes = {}, set()
+    check_storages(state_dict)
     for name, value in state_dict.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{name} is a {type(value).__name__}, not a tensor; give a plain state dict."
-            )
-
         # The only whole numbers in a SegFormer count
         # batches; others are those of a quantised network.
         tensor = value.detach().cpu()
         if tensor.is_floating_point():
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
             tensor = tensor.float()
-        elif not name.endswith("num_batches_tracked"):
+        elif tensor.dtype != torch.int64 or not name.endswith("num_batches_tracked"):
             raise ValueError(
                 f"{name} holds {tensor.dtype}, not floating-point weights; give the network before quantisation."
             )
@@ -161,6 +195,40 @@ def to_float32(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[
     others = sorted(dtypes - {"float32"})
     notes = (f"Weights in {', '.join(others)} were converted to float32.",) if others else ()
     return state, notes
+
+
+def check_storages(state_dict: Mapping[str, Any]) -> None:
+    """Raises ValueError unless all are tensors that take no more memory than what they were saved with.
+
+    A tensor of strides 0, or one storage behind a thousand names, is a small file that fills any memory when copied.
+    """
+    storages: dict[int, int] = {}
+    total = 0
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, not a tensor; give a plain state dict."
+            )
+        if value.is_meta or value.layout != torch.strided:
+            raise ValueError(
+                f"{name} is a tensor on the meta device or a sparse one, which has no value for each weight; "
+                "save the network again with plain tensors."
+            )
+        storage = value.untyped_storage()
+        if value.nbytes > storage.nbytes():
+            raise ValueError(
+                f"{name} has the shape {spell_row(value.shape)} but only {storage.nbytes()} bytes; "
+                "save the network again with tensors that are stored whole."
+            )
+        storages[storage.data_ptr()] = storage.nbytes()
+        total += value.nbytes
+
+    # Some layers may share weights under two names; more is no network.
+    if total > 2 * sum(storages.values()):
+        raise ValueError(
+            f"Its tensors take {total} bytes but were saved with {sum(storages.values())}; "
+            "save the network again with tensors that are stored whole."
+        )
 
 
 def expected_state(spec: Spec, *, encoder_only: bool = False) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from segprune.checkpoint.dialects import (
     HEADS,
-    NUM_STAGES,
     NUMERICS,
     Layer,
     Naming,
@@ -26,6 +25,7 @@ from segprune.checkpoint.ours import check_keys, check_state, expected_state, sp
 from segprune.spec import (
     DEPTHS,
     NUM_HEADS,
+    NUM_STAGES,
     VARIANTS,
     WIDTHS,
     Spec,

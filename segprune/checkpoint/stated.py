@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-from segprune.checkpoint.dialects import NUM_STAGES
+from segprune.spec import NUM_STAGES
 
 NUM_HEADS_KEY = "num_attention_heads"
 

@@ -31,7 +31,6 @@ from segprune.cli.flags import (
     refuse_without_effect,
     switch,
 )
-from segprune.cli.predict import palette_in
 from segprune.data.transforms import Bytes
 from segprune.data.unlabelled import list_images, load_images
 from segprune.export import (
@@ -141,7 +140,7 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
     show_notes(opened.notes)
     # Find out now whether the file can be written, not after minutes of exporting.
     check_writable(output.parent)
-    names, palette = opened.extra.get("class_names"), palette_in(opened, flags.model_path)
+    names, palette = opened.extra.get("class_names", []), opened.extra.get("palette", [])
 
     # Write the file, run it and compare it.
     # Images calibrate int8, and both networks are compared on them.
@@ -157,7 +156,7 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
             dynamic=flags.dynamic,
             preprocess="preprocess" in baked,
             argmax="argmax" in baked,
-            class_names=names if isinstance(names, list) else (),
+            class_names=names,
             palette=palette,
             images=images,
             limits=_choose_limits(flags),

@@ -116,7 +116,7 @@ def run(flags: PredictFlags, given: frozenset[str]) -> None:
     # Open the checkpoint.
     opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
     names = choose_class_names(flags, opened)
-    palette = palette_in(opened, flags.model_path) or list(voc_palette())
+    palette = opened.extra.get("palette") or list(voc_palette())
     spec = opened.spec
     read = {"dialect": opened.dialect, "variant": spec.variant, "num_classes": spec.num_classes}
     show_settings("Prediction", asdict(flags), given, read)
@@ -227,19 +227,10 @@ def choose_class_names(flags: PredictFlags, opened: Checkpoint) -> tuple[str, ..
     if names is None:
         return tuple(map(str, range(number)))
 
-    # A foreign file's extra may hold anything under this name.
-    if (
-        not isinstance(names, list)
-        or len(names) != number
-        or not all(isinstance(name, str) for name in names)
-    ):
-        here = (
-            f"has {len(names)} class names"
-            if isinstance(names, list)
-            else "has class names that are no list"
-        )
+    if len(names) != number:
         raise ValueError(
-            f"{flags.classes or flags.model_path} {here}, where the network has {number}; {remedy}."
+            f"{flags.classes or flags.model_path} has {len(names)} class names, where the network has {number}; "
+            f"{remedy}."
         )
     return tuple(names)
 
@@ -255,23 +246,6 @@ def _read_lines(path: Path) -> list[str]:
         raise ValueError(
             f"{path} is not UTF-8 text, the only encoding read; save it as UTF-8."
         ) from error
-
-
-def palette_in(opened: Checkpoint, path: str) -> list[int]:
-    """Returns the colours in a checkpoint, [] if it has none. ValueError unless they are 768 numbers."""
-    palette = opened.extra.get("palette")
-    if palette is None:
-        return []
-
-    # 256 colours of three numbers each, as Pillow takes them.
-    numbers = palette if isinstance(palette, list) else []
-    if len(numbers) != 768 or not all(
-        isinstance(number, int) and 0 <= number <= 255 for number in numbers
-    ):
-        raise ValueError(
-            f"{path} has a palette that is not 768 numbers in 0..255; save it again with a whole one, or without."
-        )
-    return numbers
 
 
 def _place_network(model: SegFormer, device: torch.device, flags: PredictFlags) -> Network:

@@ -217,6 +217,13 @@ def test_a_bare_backbone_gets_a_new_head_of_the_classes_asked_for(
         read(tmp_path / "mit_b0.pth")
 
 
+@pytest.fixture
+def ours(model: SegFormer) -> dict[str, Any]:
+    """The content of one of our files."""
+    content = {"format": "segprune", "version": 1, "extra": {}}
+    return content | {"spec": spec_to_dict(model.spec), "state_dict": model.state_dict()}
+
+
 def load_encoder(state: dict[str, Tensor]) -> nn.Module:
     return build(from_state_dict(state, dialect="nvlabs")).encoder
 
@@ -251,30 +258,70 @@ def test_a_damaged_file_of_ours_is_refused(
     [{"version": None}, {"version": 0}, {"spec": 3}, {"state_dict": []}, {"extra": None}],
 )
 def test_our_file_with_a_wrong_part_is_refused(
-    damage: dict[str, Any], model: SegFormer
+    damage: dict[str, Any], ours: dict[str, Any]
 ) -> None:
-    content = {
-        "format": "segprune",
-        "version": 1,
-        "extra": {},
-        "spec": spec_to_dict(model.spec),
-    }
     with pytest.raises(
         ValueError, match=r"It is not a whole segprune file; write it again with segprune\.save"
     ):
-        from_state_dict(content | {"state_dict": model.state_dict()} | damage)
+        from_state_dict(ours | damage)
 
 
-def test_weights_that_do_not_fit_their_spec_are_refused(
-    model: SegFormer, tmp_path: Path
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"class_names": "abcde"}, "class names that are no list"),
+        ({"class_names": ["a", 2]}, "class names that are no list"),
+        ({"palette": [0, 0, 0]}, r"a palette that is not 768 numbers in 0\.\.255"),
+        ({"palette": [256] * 768}, r"a palette that is not 768 numbers in 0\.\.255"),
+        ({"palette": [[0, 0, 0]] * 256}, r"a palette that is not 768 numbers in 0\.\.255"),
+        ({"palette": "red"}, r"a palette that is not 768 numbers in 0\.\.255"),
+        ({"lr": "fast"}, "a learning rate lr that is no number above 0"),
+        ({"lr": float("nan")}, "a learning rate lr that is no number above 0"),
+        ({"finetuned_lr": 0}, "a learning rate finetuned_lr that is no number above 0"),
+        ({"notes": torch.ones(2)}, "`extra` holds a Tensor"),
+        ({"notes": {1: 2}}, "`extra` holds a dict"),
+    ],
+)
+def test_an_extra_that_would_mislead_later_is_refused(
+    extra: dict[str, Any], message: str, ours: dict[str, Any]
 ) -> None:
-    content = {
-        "format": "segprune",
-        "version": 1,
-        "extra": {},
-        "spec": spec_to_dict(model.spec),
-    }
-    state = model.state_dict()
+    with pytest.raises(ValueError, match=message):
+        from_state_dict(ours | {"extra": extra})
+
+
+def test_what_is_small_in_a_file_and_endless_in_memory_is_refused(ours: dict[str, Any]) -> None:
+    laughs: list[Any] = ["ha"] * 10
+    for _ in range(9):
+        laughs = [laughs] * 10
+    with pytest.raises(ValueError, match="`extra` holds more than 100000 values"):
+        from_state_dict(ours | {"extra": {"notes": laughs}})
+
+    # One number behind a whole layer, and one layer behind many names.
+    state = ours["state_dict"]
+    name = "decode_head.classifier.weight"
+    wide = state[name][:1].clone().expand(5, -1, -1, -1)
+    with pytest.raises(ValueError, match=rf"{name} has the shape 5 44 1 1 but only \d+ bytes"):
+        from_state_dict(ours | {"state_dict": state | {name: wide}})
+    copies = dict.fromkeys("abcdefghijkl", torch.ones(9))
+    with pytest.raises(ValueError, match=r"tensors take \d+ bytes but were saved with \d+"):
+        from_state_dict(ours | {"state_dict": copies})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(44, device="meta"), torch.ones(44).to_sparse()],
+    ids=["meta", "sparse"],
+)
+def test_tensors_without_a_value_for_each_weight_are_refused(
+    tensor: Tensor, ours: dict[str, Any]
+) -> None:
+    name = "decode_head.norm.weight"
+    with pytest.raises(ValueError, match=rf"{name} is a tensor on the meta device or a sparse"):
+        from_state_dict(ours | {"state_dict": ours["state_dict"] | {name: tensor}})
+
+
+def test_weights_that_do_not_fit_their_spec_are_refused(ours: dict[str, Any]) -> None:
+    content, state = ours, dict(ours["state_dict"])
     wrong = state | {"decode_head.norm.weight": torch.ones(45)}
     with pytest.raises(
         ValueError,

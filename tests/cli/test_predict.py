@@ -183,19 +183,12 @@ def test_names_and_colours_are_the_checkpoints(
     assert record_in(out)["class_names"] == list("stuvwxyz")
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    ({"class_names": ["a", "b"]}, "has 2 class names, where the network has 8; give a file with one name per line"),
-    ({"class_names": "abcdefgh"}, "has class names that are no list, where the network has 8; give a file"),
-    ({"palette": [0, 0, 0]}, "has a palette that is not 768 numbers in 0..255; save it again with a whole one, or"),
-    ({"palette": [256] * 768}, "has a palette that is not 768 numbers in 0..255; save it again with a whole one, or"),
-    ({"palette": "red"}, "has a palette that is not 768 numbers in 0..255; save it again with a whole one, or"),
-])  # fmt: skip
-def test_names_and_colours_that_do_not_fit_are_refused(
-    extra: dict[str, Any], message: str, photos: Path, small: Path, tmp_path: Path
-) -> None:
-    save(load(small), tmp_path / "odd.pth", extra=extra)
+def test_names_that_do_not_fit_are_refused(photos: Path, small: Path, tmp_path: Path) -> None:
+    save(load(small), tmp_path / "odd.pth", extra={"class_names": ["a", "b"]})
     said = refused(*predicting_on(photos, tmp_path / "odd.pth", tmp_path / "out"))
-    assert said.startswith(f"{tmp_path}/odd.pth {message}")
+    assert said.startswith(
+        f"{tmp_path}/odd.pth has 2 class names, where the network has 8; give a file with one name per line"
+    )
     assert not (tmp_path / "out").exists()
 
 
