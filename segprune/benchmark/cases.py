@@ -73,12 +73,13 @@ def grid(
     threads: Sequence[int] = (1,),
     device: str = "cpu",
     fold: bool = False,
+    trust: bool = False,
 ) -> list[Case]:
     """Returns all combinations, the first file's first.
 
     A file that `segprune export` wrote has one runtime and one dtype of its own. Without `runtimes` checkpoints run in
-    torch. Raises ValueError for what is unknown, too small or cannot be combined, ImportError where a runtime's
-    package is missing.
+    torch; `trust` is that of `open_exported`. Raises ValueError for what is unknown, too small or cannot be combined,
+    ImportError where a runtime's package is missing.
     """
     _check_numbers(sizes, batch_sizes, threads)
     # Refuse unknown words before files are opened, which takes a while.
@@ -101,7 +102,7 @@ def grid(
     for path in paths:
         # An exported file fixes its runtime and precision; a checkpoint runs in all.
         if is_exported(path):
-            ways = [_way_of_exported(path, runtimes, sizes, batch_sizes)]
+            ways = [_way_of_exported(path, runtimes, sizes, batch_sizes, trust)]
         else:
             ways = list(product(runtimes or ("torch",), dtypes))
             _check_ways(ways)
@@ -167,10 +168,11 @@ def _way_of_exported(
     runtimes: Sequence[str],
     sizes: Sequence[tuple[int, int]],
     batch_sizes: Sequence[int],
+    trust: bool,
 ) -> tuple[str, str]:
     """Returns the one runtime and dtype of the file."""
     # The file itself says what it is; its name may say anything.
-    manifest = open_exported(path).manifest
+    manifest = open_exported(path, trust=trust).manifest
     runtime = RUNTIME_OF[manifest.format]
     if runtimes and runtime not in runtimes:
         raise ValueError(

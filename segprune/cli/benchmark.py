@@ -40,9 +40,9 @@ from segprune.cli.console import (
     show_settings,
     show_table,
 )
-from segprune.cli.flags import Layout, LoaderProcesses, Verbose, switch
+from segprune.cli.flags import Layout, LoaderProcesses, Trust, Verbose, switch
 from segprune.data import Sample
-from segprune.export import is_exported, open_exported
+from segprune.export import PROGRAMS, is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.machine import fit_to_machine
@@ -138,6 +138,7 @@ class BenchmarkConfig:
     layout: Layout = None
     split: Annotated[str, Option("--split", help="The part of --data to score.")] = "val"
     num_workers: LoaderProcesses = None
+    trust: Trust = False
     save_dir: Annotated[
         str, Option("--save_dir", help="Save the rows as JSON and CSV there, and the plot.")
     ] = ""
@@ -164,7 +165,10 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
     if config.save_dir:
         check_writable(config.save_dir)
     # Files may differ in their classes; the data is opened once for each number of them.
-    classes = {path: _read_num_classes(path) for path in dict.fromkeys(config.model_paths)}
+    classes = {
+        path: _read_num_classes(path, config.trust)
+        for path in dict.fromkeys(config.model_paths)
+    }
     samples = (
         {number: _open_samples(config, number) for number in set(classes.values())}
         if config.data
@@ -201,7 +205,12 @@ def _list_cases(
         else (torch.get_num_threads(),),
         device=device.type,
         fold=config.fold,
+        trust=config.trust,
     )
+    if config.trust and not any(path.endswith(PROGRAMS) for path in config.model_paths):
+        raise ValueError(
+            "--trust has no effect here, where no file runs code when it is opened; leave it out."
+        )
     if "dtypes" in given and all(case.is_exported for case in cases):
         raise ValueError(
             "--dtypes has no effect on exported files, which have one of their own; leave it out."
@@ -209,10 +218,10 @@ def _list_cases(
     return cases
 
 
-def _read_num_classes(path: str) -> int:
+def _read_num_classes(path: str, trust: bool) -> int:
     """Reads the file, so that one that is missing or damaged is refused before anything runs."""
     if is_exported(path):
-        return open_exported(path).manifest.num_classes
+        return open_exported(path, trust=trust).manifest.num_classes
     file = checkpoint.read(path)
     show_notes(file.notes)
     return file.spec.num_classes

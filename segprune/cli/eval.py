@@ -29,12 +29,13 @@ from segprune.cli.flags import (
     Layout,
     LoaderProcesses,
     SkipBad,
+    Trust,
     Verbose,
     refuse_without_effect,
     switch,
 )
 from segprune.data import DataChoices
-from segprune.export.runtimes import is_exported, open_exported
+from segprune.export.runtimes import PROGRAMS, is_exported, open_exported
 from segprune.files import check_writable, write_json
 from segprune.inference.label_maps import EvalMode, Predict
 from segprune.machine import fit_to_machine
@@ -93,6 +94,7 @@ class EvalFlags:
     num_workers: LoaderProcesses = None
     cuda: Cuda = False
     dialect: Dialect = None
+    trust: Trust = False
     json_path: Annotated[
         str, Option("--json", metavar="PATH", help="Save the score there as JSON.")
     ] = ""
@@ -187,6 +189,10 @@ class _Opened:
 
 
 def _open_network(flags: EvalFlags, given: frozenset[str], device: torch.device) -> _Opened:
+    runs_nothing = not flags.model_path.endswith(PROGRAMS)
+    refuse_without_effect(
+        given, ("trust", runs_nothing, "on a file that runs no code when it is opened")
+    )
     # A checkpoint is read now and built later, hence a function.
     if not is_exported(flags.model_path):
         opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
@@ -201,7 +207,7 @@ def _open_network(flags: EvalFlags, given: frozenset[str], device: torch.device)
     where = "on an exported file, which runs on the CPU"
     refuse_without_effect(given, ("dialect", True, where), ("cuda", True, where))
     # What the file takes stands in its manifest.
-    runtime = open_exported(flags.model_path)
+    runtime = open_exported(flags.model_path, trust=flags.trust)
     manifest = runtime.manifest
     read = {
         "runtime": runtime.name,

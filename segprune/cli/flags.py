@@ -31,6 +31,13 @@ def switch(flag: str, text: str) -> Any:
     return typer.Option(flag, metavar="", help=text)
 
 
+Trust = Annotated[
+    bool,
+    switch(
+        "--trust",
+        "Open .pt2 and .torchscript files too, which run the code of whoever made them.",
+    ),
+]
 ModelFile = Annotated[
     str,
     typer.Argument(

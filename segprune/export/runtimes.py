@@ -98,17 +98,28 @@ def require(package: str, purpose: str) -> Any:
         ) from error
 
 
+# What torch.export, AOTInductor and TorchScript write: pickles and formulas that PyTorch evaluates, machine code, and
+# functions that may write files. PyTorch has no safe way to open any of the three.
+PROGRAMS = (".pt2", ".torchscript")
+
+
 def is_exported(path: str) -> bool:
     """Returns whether the name is that of an exported file."""
     return Path(path).suffix in OPENERS
 
 
-def open_exported(path: str | Path) -> Runtime:
+def open_exported(path: str | Path, *, trust: bool = False) -> Runtime:
     """Opens an .onnx, .xml, .pt2, .torchscript or .ncnn.param file that segprune wrote. ValueError for any other.
 
-    An AOTInductor package is machine code, which opening runs.
+    Files of `PROGRAMS` are refused without `trust`, since opening them runs what is in them.
     """
     path = require_file(path)
+    if path.suffix in PROGRAMS and not trust:
+        raise ValueError(
+            f"{path} is a program, which could do anything once it is opened; give `trust` if you know who made it, "
+            "or take an .onnx file, which runs nothing."
+        )
+
     # The suffix chooses the runtime; the manifest inside tells whether we wrote it.
     try:
         return OPENERS[path.suffix](path)

@@ -48,7 +48,7 @@ def test_all_combinations_come_the_first_file_s_first() -> None:
 def test_without_runtimes_checkpoints_run_in_torch_and_exported_files_in_their_own(
     script: str,
 ) -> None:
-    cases = grid(["a.pth", script], sizes=((32, 64),))
+    cases = grid(["a.pth", script], sizes=((32, 64),), trust=True)
     assert [(case.runtime, case.dtype) for case in cases] == [
         ("torch", "fp32"),
         ("torchscript", "fp32"),
@@ -122,7 +122,7 @@ def test_what_an_exported_file_cannot_take_is_refused(
     how: dict[str, object], message: str, script: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        grid([script], **how)  # type: ignore[arg-type]
+        grid([script], trust=True, **how)  # type: ignore[arg-type]
 
 
 def test_a_file_of_any_size_that_is_asked_for_too_small_a_one_is_refused(
@@ -130,7 +130,8 @@ def test_a_file_of_any_size_that_is_asked_for_too_small_a_one_is_refused(
 ) -> None:
     manifest = Manifest("b0", 5, "onnx", "fp32", None, preprocess=False, argmax=False)
     monkeypatch.setattr(
-        "segprune.benchmark.cases.open_exported", lambda path: Runtime("", manifest, torch.relu)
+        "segprune.benchmark.cases.open_exported",
+        lambda path, trust: Runtime("", manifest, torch.relu),
     )
     with pytest.raises(
         ValueError,

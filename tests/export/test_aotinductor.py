@@ -18,7 +18,7 @@ def test_the_compiled_package_gives_the_networks_logits(tmp_path: Path) -> None:
     network, path = tiny_network(), tmp_path / "it.pt2"
     manifest, difference = export(network, path, format="aotinductor", size=(64, 64))
     assert is_compiled(path)
-    runtime = open_exported(path)
+    runtime = open_exported(path, trust=True)
     assert runtime.manifest == manifest
     assert runtime.name.startswith("AOTInductor")
     x = normalise(draw_shapes(3, "val", 0, (64, 64))[0])[None]

@@ -1,7 +1,9 @@
 """Every format really written, opened again and held against PyTorch."""
 
+import io
 import os
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import onnx
 import pytest
 import torch
 
+from segprune.benchmark.cases import grid
 from segprune.data import draw_shapes, normalise
 from segprune.export import FORMATS, Limits, Manifest, export, open_exported
 from segprune.export.manifest import MIN_DYNAMIC
@@ -78,7 +81,7 @@ def test_the_file_gives_the_networks_logits_in_batches_of_any_size(
     case: tuple[str, Path, Manifest, float], network: SegFormer
 ) -> None:
     name, path, manifest, agreement = case
-    runtime, x = open_exported(path), images(3)  # no multiple of the file's batch
+    runtime, x = open_exported(path, trust=True), images(3)  # no multiple of the file's batch
     if manifest.argmax:
         with torch.no_grad():
             assert torch.equal(runtime(x).argmax(1), network(x).argmax(1))
@@ -95,7 +98,7 @@ def test_the_file_itself_says_what_it_takes_and_gives(
 ) -> None:
     name, path, manifest, _ = case
     options = CASES[name]
-    assert open_exported(path).manifest == manifest
+    assert open_exported(path, trust=True).manifest == manifest
     assert (manifest.format, manifest.num_classes, manifest.variant) == (
         options["format"],
         5,
@@ -116,7 +119,7 @@ def test_a_size_that_the_file_does_not_take_is_refused_and_the_right_one_named(
     case: tuple[str, Path, Manifest, float], network: SegFormer
 ) -> None:
     _, path, manifest, _ = case
-    runtime = open_exported(path)
+    runtime = open_exported(path, trust=True)
     if manifest.shape is None:
         assert relative(runtime, network, images(1, (MIN_DYNAMIC + 1, 109))) < 1e-5
         with pytest.raises(
@@ -241,7 +244,43 @@ def test_a_file_of_the_right_name_and_the_wrong_content_is_refused(
         ValueError,
         match=r"bad\.[\w.]+ is no file that segprune export wrote \(.+\); export it again\.$",
     ):
-        open_exported(path)
+        open_exported(path, trust=True)
+
+
+class Harmful:
+    """What a hostile file puts in the place of a tensor."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harmed",)
+
+
+def test_a_file_that_runs_code_is_opened_only_with_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pickled = io.BytesIO()
+    torch.save(Harmful(), pickled)
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(1, 3, 4, 4),))
+    torch.export.save(program, "good.pt2")
+    with zipfile.ZipFile("good.pt2") as good, zipfile.ZipFile("evil.pt2", "w") as evil:
+        for name in good.namelist():
+            data = pickled.getvalue() if "sample_inputs" in name else good.read(name)
+            evil.writestr(name, data)
+
+    for name in ("evil.pt2", "script.torchscript"):
+        Path("script.torchscript").write_bytes(b"anything")
+        with pytest.raises(
+            ValueError, match=rf"{name} is a program, .*; give `trust`.* \.onnx"
+        ):
+            open_exported(name)
+        with pytest.raises(ValueError, match=rf"{name} is a program"):
+            grid([name], sizes=((64, 64),))
+    assert not Path("harmed").exists()
+
+    # The same file does harm where it is trusted, so the refusal above is what kept it from that.
+    with pytest.raises(ValueError, match="no file that segprune export wrote"):
+        open_exported("evil.pt2", trust=True)
+    assert Path("harmed").exists()
 
 
 def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
@@ -254,5 +293,5 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="it holds no description by segprune of what it takes"
     ):
-        open_exported(tmp_path / "other.torchscript")
+        open_exported(tmp_path / "other.torchscript", trust=True)
     assert not is_compiled(tmp_path / "other.torchscript")
