@@ -13,6 +13,8 @@ import json
 import os
 import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,8 @@ from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (*PICKLES, ".safetensors")
+CHECKSUM = "segprune.crc32"  # in the metadata of our .safetensors files
+MAX_UNPACKED = 16  # times the size of a zip file; weights hardly shrink, zeros a thousandfold
 EXPORTED = (".onnx", ".xml", ".pt2", ".torchscript", ".param")  # what segprune export writes
 
 
@@ -164,8 +168,18 @@ def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 def save_tensors(
     state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
 ) -> None:
-    """Writes a .safetensors file."""
-    _write(safetensors_bytes(dict(state_dict), metadata=dict(metadata)), path)
+    """Writes a .safetensors file. Its metadata hold a checksum of all that is in it, since the format has none."""
+    checked = {**metadata, CHECKSUM: _sum_up(state_dict, metadata)}
+    _write(safetensors_bytes(dict(state_dict), metadata=checked), path)
+
+
+def _sum_up(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Returns a text that another bit anywhere would change."""
+    crc = zlib.crc32(repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def _write(data: bytes | memoryview, path: str | os.PathLike[str]) -> None:
@@ -226,12 +240,47 @@ def require_file(path: str | os.PathLike[str]) -> Path:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(_say_damaged(path, "safetensors file")) from error
 
+    # Files of others have none, and ours from before had none.
+    expected = metadata.pop(CHECKSUM, None)
+    if expected is not None and expected != _sum_up(tensors, metadata):
+        raise ValueError(_say_changed(path))
+    return tensors, metadata
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError where a part of PyTorch's zip file is not what its checksum says, or unpacks to far more.
+
+    torch.load looks at neither.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            unpacked = sum(part.file_size for part in parts)
+            endless = unpacked > MAX_UNPACKED * path.stat().st_size
+            # After torch.serialization.set_crc32_options(False) all checksums are zeros.
+            unchecked = endless or not any(part.CRC for part in parts)
+            changed = None if unchecked else archive.testzip()
+    except Exception as error:  # a damaged table of contents fails in every way there is
+        raise ValueError(_say_damaged(path, "PyTorch checkpoint")) from error
+
+    if endless:
+        raise ValueError(
+            f"{path} unpacks to {unpacked} bytes, more than {MAX_UNPACKED} times its size; "
+            "save it again with torch.save."
+        )
+    if changed is not None:
+        raise ValueError(_say_changed(path))
+
 
 def _unpickle(path: Path) -> Any:
+    # Since version 1.6 PyTorch writes zip files; older ones have no checksums.
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -251,6 +300,10 @@ def _unpickle(path: Path) -> Any:
 
 def _say_damaged(path: Path, kind: str) -> str:
     return f"{path} is not a {kind}, or only a part of one; copy or download it again, or give another file."
+
+
+def _say_changed(path: Path) -> str:
+    return f"{path} was changed since it was written: its checksum is another one; copy or download it again."
 
 
 class _NumpyDtype:

@@ -1,8 +1,11 @@
 import errno
 import json
 import os
+import random
 import re
 import sys
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from segprune.files import (
     atomic_files,
@@ -21,6 +25,7 @@ from segprune.files import (
     load_record,
     read_file,
     save_record,
+    save_tensors,
     write_json,
 )
 
@@ -313,6 +318,72 @@ def test_a_file_of_another_kind_is_refused(
         match=f"^{path} is not a {kind}, or only a part of one; copy or download it again",
     ):
         read_file(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_flipped_bit_never_loads_as_other_weights(suffix: str, tmp_path: Path) -> None:
+    weights = {f"layer{i}.weight": torch.full((40, 5), float(i)) for i in range(4)}
+    path, rng = tmp_path / f"a{suffix}", random.Random(0)
+    if suffix == ".pth":
+        save_record(weights, path)
+    else:
+        save_tensors(weights, {"format": "segprune", "spec": "{}"}, path)
+    data, right = path.read_bytes(), read_file(path)
+
+    refused = 0
+    for _ in range(200):
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            tensors, metadata = read_file(path)
+        except ValueError:
+            refused += 1
+            continue
+        # What loads is what was written; bits between the parts of a zip file mean nothing.
+        assert tensors.keys() == right[0].keys()
+        assert all(torch.equal(tensors[name], right[0][name]) for name in tensors)
+        assert suffix == ".pth" or metadata.items() >= right[1].items()
+    assert refused > 100
+
+
+def test_a_bit_that_flipped_in_the_weights_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    save_record({"a": torch.full((1000,), 3.0)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.full((1000,), 3.0).numpy().tobytes()) + 7] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"a\.pth was changed since it was written: its checksum"
+    ):
+        load_record(path)
+
+
+def test_a_file_written_without_checksums_is_read(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save({"a": torch.ones(3)}, tmp_path / "a.pth")
+        finally:
+            torch.serialization.set_crc32_options(True)
+    save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    assert torch.equal(load_record(tmp_path / "a.pth")["a"], torch.ones(3))
+    assert torch.equal(read_file(tmp_path / "a.safetensors")[0]["a"], torch.ones(3))
+
+
+def test_a_file_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(100_000)}, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as plain,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(
+        ValueError, match=r"unpacks to 40\d+ bytes, more than 16 times its size"
+    ):
+        read_file(tmp_path / "b.pth")
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
