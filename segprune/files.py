@@ -30,6 +30,7 @@ from torch import Tensor
 PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (*PICKLES, ".safetensors")
 CHECKSUM = "segprune.crc32"  # in the metadata of our .safetensors files
+MAX_JSON, MAX_NESTED = 32 << 20, 50  # bytes, and lists or records within one another
 MAX_UNPACKED = 16  # times the size of a zip file; weights hardly shrink, zeros a thousandfold
 EXPORTED = (".onnx", ".xml", ".pt2", ".torchscript", ".param")  # what segprune export writes
 
@@ -139,6 +140,50 @@ def write_json(data: Any, path: str | os.PathLike[str]) -> None:
     _write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), path)
 
 
+def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Returns the names and values in a small JSON file. `what` says in errors which file was to be given.
+
+    Raises FileNotFoundError, or ValueError for anything else: a device, a pipe, what is too large or nested too deep.
+    """
+    path = require_file(path, what)
+    try:
+        # Some editors on Windows put a byte order mark in front.
+        with path.open("rb") as file:
+            data = parse_json(file.read(MAX_JSON + 1).decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); give {what}, or write it again."
+        ) from error
+
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} holds a {type(data).__name__} instead of names and values; give {what}, or write it again."
+        )
+    return data
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns what a small JSON text says. Raises ValueError for what is none, too long or nested too deep."""
+    if len(text) > MAX_JSON:
+        raise ValueError(f"longer than {MAX_JSON >> 20} MiB")
+    try:
+        data = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {MAX_NESTED}") from error
+
+    # Whatever walks through the data later must not run out of stack.
+    level: list[Any] = [data]
+    for _ in range(MAX_NESTED):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict | list):
+                below += value.values() if isinstance(value, dict) else value
+        level = below
+    if level:
+        raise ValueError(f"nested deeper than {MAX_NESTED}")
+    return data
+
+
 def write_csv(rows: Iterable[Iterable[Any]], path: str | os.PathLike[str]) -> None:
     """Writes UTF-8, one line per row."""
     text = io.StringIO(newline="")
@@ -218,13 +263,18 @@ def is_same_path(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> 
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def require_file(path: str | os.PathLike[str]) -> Path:
-    """Returns the path of a file that can be read; raises FileNotFoundError, ValueError or OSError for any other."""
+def require_file(path: str | os.PathLike[str], what: str = "a checkpoint") -> Path:
+    """Returns the path of a file that can be read; raises FileNotFoundError, ValueError or OSError for any other.
+
+    `what` says in errors which file was to be given.
+    """
     path = Path(path)
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder; give the file in it.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a device or a pipe and no file; give the path of {what}.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the path of a checkpoint.")
+        raise FileNotFoundError(f"{path} does not exist; give the path of {what}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; copy or download it again.")
     try:

@@ -24,6 +24,7 @@ from segprune.files import (
     is_same_path,
     load_record,
     read_file,
+    read_json,
     save_record,
     save_tensors,
     write_json,
@@ -426,6 +427,45 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
         match=r"could not be opened \(Permission denied\); see to it that you may read it",
     ):
         read_file(tmp_path / "a.pth")
+
+
+def test_a_small_json_file_is_read_and_anything_else_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": [1, {"b": null}]}')
+    assert read_json(path, "a plan") == {"a": [1, {"b": None}]}
+
+    deep = b'{"a":' + b"[" * 60 + b"]" * 60 + b"}"
+    deeper = b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    for data, said in (
+        (b"{", "is not valid JSON"),
+        (b"\xff", "is not valid JSON"),
+        (b"[1]", "holds a list instead of names and values"),
+        (deep, "nested deeper than 50"),
+        (deeper, "nested deeper than 50"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is not valid JSON"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"a\.json {said}|{said}.*; give a plan"):
+            read_json(path, "a plan")
+
+
+def test_a_large_json_file_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segprune.files.MAX_JSON", 1 << 20)
+    (tmp_path / "a.json").write_bytes(b" " * (1 << 20) + b"{}")
+    with pytest.raises(ValueError, match="longer than 1 MiB"):
+        read_json(tmp_path / "a.json", "a plan")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_devices_and_pipes_are_refused_before_they_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"{path} is a device or a pipe and no file"):
+            read_json(path, "a plan")
+        with pytest.raises(ValueError, match=f"{path} is a device or a pipe and no file"):
+            read_file(path)
 
 
 def test_paths_are_the_same_where_links_lead_to_one_place_and_a_link_to_itself_is_none(

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Bytes = npt.NDArray[np.uint8]
 
+MAX_SCANS = 64  # of a JPEG; a progressive one has about ten
 # Pillow reads some forty kinds, one of them (EPS) by running Ghostscript
 KINDS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
@@ -38,6 +39,7 @@ def read_image(data: bytes, max_pixels: int) -> Bytes:
         with Image.open(io.BytesIO(data), formats=KINDS) as image:
             if image.width * image.height > max_pixels:
                 raise _refuse_size(max_pixels)
+            _refuse_many_scans(data, image)
             image.load()
             return _convert_to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
@@ -53,6 +55,19 @@ def read_image(data: bytes, max_pixels: int) -> Bytes:
         ) from error
     except Exception as error:  # damaged files fail in every way there is
         raise BadImage(400, "The image is damaged or cut off; send the whole file.") from error
+
+
+def _refuse_many_scans(data: bytes, image: Image.Image) -> None:
+    """Refuses a JPEG that goes over its pixels again and again: each scan takes ten bytes and the time of an image."""
+    if image.format == "TIFF" and image.info.get("compression") in ("jpeg", "tiff_jpeg"):
+        raise BadImage(
+            415, "The image is a TIFF with JPEGs inside, which is not read here; send a JPEG."
+        )
+    # In a JPEG these two bytes are the mark of a scan and never part of its data.
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise BadImage(
+            413, f"The JPEG has more than {MAX_SCANS} scans; save it again and send that."
+        )
 
 
 def _refuse_size(max_pixels: int) -> BadImage:

@@ -29,6 +29,7 @@ STD = np.array((58.395, 57.12, 57.375), dtype=np.float32)
 GREY = 128  # around an image of another shape than the file's
 USUAL = (512, 512)  # H W that a file of any size is used at
 MIN_SIDE = 64  # of a file of any size
+MAX_SIDE = 1 << 15  # of a batch and of images, that a file may say of itself
 MAX_CLASSES = 256  # that a mask can tell apart
 STRIP_NUMBERS = 1 << 20  # logits resized at a time, so that large images need little memory
 
@@ -102,9 +103,9 @@ def open_segmenter(
         raise ValueError(
             f"{path} is no ONNX file, or only a part of one; copy it again, or give another."
         ) from error
-    if not description:
+    if not _is_whole(description):
         raise ValueError(
-            f"{path} says nothing of what it takes and returns; give a file that segprune export wrote."
+            f"{path} does not say what it takes and returns; give a file that segprune export wrote."
         )
 
     input_name = session.get_inputs()[0].name
@@ -120,8 +121,35 @@ def open_segmenter(
     )
 
     # A first run shows that it works, and is the slow one.
-    segmenter(np.full((*segmenter.shape, 3), GREY, dtype=np.uint8))
+    try:
+        segmenter(np.full((*segmenter.shape, 3), GREY, dtype=np.uint8))
+    except ArithmeticError:
+        raise
+    except Exception as error:  # ONNX Runtime has exceptions of its own
+        raise ValueError(
+            f"{path} does not take or return what it says of itself; export the checkpoint again."
+        ) from error
     return segmenter
+
+
+def _is_whole(description: Any) -> bool:
+    """Tells whether all that is read of what a file says of itself is there, of its type and within its range."""
+    if not isinstance(description, dict):
+        return False
+    shape = description.get("shape", ())
+    names, palette = description.get("class_names", ()), description.get("palette", [])
+    return (
+        (shape is None or (isinstance(shape, list) and len(shape) == 3))
+        and all(type(side) is int and 1 <= side <= MAX_SIDE for side in shape or ())
+        and type(description.get("num_classes")) is int
+        and description["num_classes"] >= 1
+        and type(description.get("preprocess")) is type(description.get("argmax")) is bool
+        and isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and isinstance(palette, list)
+        and len(palette) in (0, 3 * 256)
+        and all(type(number) is int and 0 <= number <= 255 for number in palette)
+    )
 
 
 def _read_names(path: str, description: dict[str, Any]) -> tuple[str, ...]:
@@ -173,27 +201,30 @@ def letterbox(image: Bytes, shape: tuple[int, int]) -> tuple[Bytes, tuple[int, i
 def find_highest(planes: Floats, size: tuple[int, ...]) -> Bytes:
     """Returns the index [H, W] of the highest of the planes K h w, resized bilinearly with half-pixel centres."""
     num_planes, *small = planes.shape
-    above, below, down = _find_neighbours(small[0], size[0])
-    left, right, across = _find_neighbours(small[1], size[1])
 
-    # In strips, so that the K planes never stand in memory at full size.
+    # In pieces, so that the K planes never stand in memory at full size, of whatever shape the image is.
     out = np.empty(size, dtype=np.uint8)
-    step = max(1, STRIP_NUMBERS // (num_planes * max(size[1], small[1])))
-    for top in range(0, size[0], step):
-        rows = slice(top, top + step)
-        strip = _interpolate(
-            planes[:, above[rows]], planes[:, below[rows]], down[rows, None]
-        )  # K r w
-        out[rows] = _interpolate(strip[..., left], strip[..., right], across).argmax(0)  # K r W
+    num_columns = min(size[1], max(1, STRIP_NUMBERS // num_planes))
+    num_rows = max(1, STRIP_NUMBERS // (num_planes * max(num_columns, small[1])))
+    for top in range(0, size[0], num_rows):
+        rows = slice(top, min(top + num_rows, size[0]))
+        above, below, down = _find_neighbours(small[0], size[0], rows)
+        strip = _interpolate(planes[:, above], planes[:, below], down[:, None])  # K r w
+
+        for begin in range(0, size[1], num_columns):
+            columns = slice(begin, min(begin + num_columns, size[1]))
+            left, right, across = _find_neighbours(small[1], size[1], columns)
+            piece = _interpolate(strip[..., left], strip[..., right], across)  # K r c
+            out[rows, columns] = piece.argmax(0)
 
     return out
 
 
 def _find_neighbours(
-    small: int, large: int
+    small: int, large: int, part: slice
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Floats]:
-    """Returns for each of `large` places along a side the two of `small` beside it, and how near the second is."""
-    place = ((np.arange(large) + 0.5) * (small / large) - 0.5).clip(min=0)
+    """Returns for a part of `large` places along a side the two of `small` beside each, and how near the second is."""
+    place = ((np.arange(part.start, part.stop) + 0.5) * (small / large) - 0.5).clip(min=0)
     first = place.astype(np.intp)
     return first, np.minimum(first + 1, small - 1), (place - first).astype(np.float32)
 

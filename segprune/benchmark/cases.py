@@ -173,6 +173,10 @@ def _way_of_exported(
     """Returns the one runtime and dtype of the file."""
     # The file itself says what it is; its name may say anything.
     manifest = open_exported(path, trust=trust).manifest
+    if manifest.format not in RUNTIME_OF:
+        raise ValueError(
+            f"{path} is of no format that segprune export writes; export it again."
+        )
     runtime = RUNTIME_OF[manifest.format]
     if runtimes and runtime not in runtimes:
         raise ValueError(

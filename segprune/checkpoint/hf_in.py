@@ -6,7 +6,6 @@ Source of its keys: transformers' SegformerConfig.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,8 +15,8 @@ from typing import Any
 
 from segprune.checkpoint.ours import FORMAT, VERSION
 from segprune.checkpoint.stated import NUM_HEADS_KEY, read_classes
-from segprune.files import SUFFIXES, read_file
-from segprune.spec import Gelu, Spec
+from segprune.files import SUFFIXES, read_file, read_json
+from segprune.spec import Gelu, Spec, spec_from_dict, spec_to_dict
 
 GELUS: dict[str, Gelu] = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # transformers' words
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -65,12 +64,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise FileNotFoundError(
             f"{folder} is a folder without config.json, so not one of Hugging Face; give the checkpoint file in it."
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", "a whole folder of Hugging Face")
 
     # Weights are one file, or several shards that an index lists.
     for name in WEIGHTS:
         if (folder / name).is_file():
-            return read_file(folder / name)[0], config
+            return _read_weights(folder / name), config
         if (folder / f"{name}.index.json").is_file():
             return _read_shards(folder / f"{name}.index.json"), config
     raise FileNotFoundError(
@@ -79,7 +78,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index, "a whole folder of Hugging Face").get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(
             f"{index} has no weight_map that names its shards; copy or download it again."
@@ -88,27 +87,22 @@ def _read_shards(index: Path) -> dict[str, Any]:
     # Only names count: shards lie in this folder and nowhere else.
     state: dict[str, Any] = {}
     for name in sorted({Path(str(name)).name for name in weight_map.values()}):
-        state |= read_file(index.parent / name)[0]
+        state |= _read_weights(index.parent / name)
     return state
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        # A download that broke off leaves half a file, or a page of HTML in its place.
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON; copy or download it again.") from error
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"{path} holds a {type(data).__name__} instead of names and values; copy or download it again."
-        )
-    return data
+def _read_weights(path: Path) -> dict[str, Any]:
+    weights = read_file(path)[0]
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{path} holds no weights by name; copy or download it again.")
+    return weights
 
 
 def record_from_folder(
     state_dict: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the content of a folder that `convert` wrote with our own code, in the form of our files."""
+    labels = config.get("id2label")
     return {
         # Weights lie in the attribute `network` of
         # the class that was copied into the folder.
@@ -118,7 +112,7 @@ def record_from_folder(
         "state_dict": {
             name.removeprefix("network."): tensor for name, tensor in state_dict.items()
         },
-        "extra": read_classes(config, len(config.get("id2label") or ())),
+        "extra": read_classes(config, len(labels) if isinstance(labels, dict) else 0),
     }
 
 
@@ -137,7 +131,7 @@ def apply_config(
 
     # A known activation is taken over. Another one is reported like any contradiction.
     activation = config.get("hidden_act", "gelu")
-    if activation not in GELUS:
+    if not isinstance(activation, str) or activation not in GELUS:
         expected["hidden_act"] = " or ".join(GELUS)
     for name, value in expected.items():
         if config.get(name, value) != value:
@@ -155,10 +149,11 @@ def apply_config(
     numerics = replace(
         spec.numerics,
         gelu=GELUS[activation],
-        drop_path=float(config.get("drop_path_rate", spec.numerics.drop_path)),
-        head_dropout=float(config.get("classifier_dropout_prob", spec.numerics.head_dropout)),
+        drop_path=config.get("drop_path_rate", spec.numerics.drop_path),
+        head_dropout=config.get("classifier_dropout_prob", spec.numerics.head_dropout),
     )
-    return replace(spec, numerics=numerics), notes
+    # Written and read again, so that these rates are checked like those in our own files.
+    return spec_from_dict(spec_to_dict(replace(spec, numerics=numerics))), notes
 
 
 def _describe(spec: Spec) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from segprune.checkpoint.dialects import name_some
-from segprune.files import save_record, save_tensors
+from segprune.files import parse_json, save_record, save_tensors
 from segprune.model import SegFormer
 from segprune.spec import Spec, spec_from_dict, spec_to_dict
 
@@ -169,8 +169,8 @@ def record_from_metadata(
 ) -> dict[str, Any]:
     """Returns a .safetensors file's content in the form of the others."""
     try:
-        head = {key: json.loads(metadata[key]) for key in ("version", "spec", "extra")}
-    except (KeyError, json.JSONDecodeError) as error:
+        head = {key: parse_json(metadata[key]) for key in ("version", "spec", "extra")}
+    except (KeyError, ValueError) as error:
         raise ValueError(NOT_WHOLE) from error
     return head | {"format": FORMAT, "state_dict": tensors}
 

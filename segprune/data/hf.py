@@ -7,7 +7,6 @@ class, 255 is ignored. The package `datasets` is imported only here, and only wh
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from segprune.data.classes import read_classes
 from segprune.data.listing import list_aliases
 from segprune.data.pixels import SampleError, read_palette
 from segprune.data.samples import MissingSplitError, Pair, Source
+from segprune.files import read_json
 
 SIGNS = "a folder of save_to_disk, metadata.jsonl beside images, or *.parquet"
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "pixel_values")
@@ -34,6 +34,7 @@ LABEL_COLUMNS = (
     "semantic_mask",
     "seg",
 )
+MAX_NAMES = 1 << 16
 _SAVED = ("dataset_dict.json", "state.json")
 _FILES = (*_SAVED, "metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -207,9 +208,12 @@ def _read_names(folder: Path) -> tuple[str, ...]:
         return names
 
     try:
-        entries = json.loads(path.read_text(encoding="utf-8")).items()
+        entries = read_json(path, "a table of names").items()
         table = {int(number): str(name) for number, name in entries}
-    except (ValueError, AttributeError) as error:
+        # A hole in the numbers is filled, but not up to any number that somebody wrote there.
+        if not all(0 <= number < MAX_NAMES for number in table):
+            raise ValueError(f"numbers beyond 0..{MAX_NAMES - 1}")
+    except ValueError as error:
         raise ValueError(
             f'{path} is not a table of names such as {{"0": "wall"}}; correct or remove it.'
         ) from error

@@ -6,12 +6,14 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from segprune.spec import Spec, spec_from_dict
+from segprune.files import parse_json
+from segprune.spec import VARIANTS, Spec, spec_from_dict
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # Smallest side of a file for any size: below it a stage's map is one pixel high, and traced as if that never changed.
 MIN_DYNAMIC = 64
+MAX_SIDE = 1 << 15  # of a batch and of images, far beyond any memory
 KEY = "segprune"  # under which a file keeps its manifest
 
 
@@ -43,14 +45,38 @@ class Manifest:
 def parse_manifest(text: str) -> Manifest:
     """Returns the manifest of which this is the `text`. Raises ValueError for anything else."""
     try:
-        data = json.loads(text)
+        data = parse_json(text)
         # JSON has lists only; tuples make the result equal to what was written.
-        shape = None if data["shape"] is None else tuple(map(int, data["shape"]))
+        shape = None if data["shape"] is None else tuple(data["shape"])
         spec = None if data["spec"] is None else spec_from_dict(data["spec"])
         # A manifest may leave these two out.
         lists = {name: tuple(data.get(name, ())) for name in ("class_names", "palette")}
-        return Manifest(**data | lists | {"shape": shape, "spec": spec})
-    except (ValueError, TypeError, KeyError) as error:
+        manifest = Manifest(**data | lists | {"shape": shape, "spec": spec})
+        _check(manifest)
+        return manifest
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             "it holds no description by segprune of what it takes and returns"
         ) from error
+
+
+def _check(manifest: Manifest) -> None:
+    """Raises ValueError for a value of another type or beyond what a file can be."""
+    names, palette = manifest.class_names, manifest.palette
+    shape = manifest.shape or (1, MIN_DYNAMIC, MIN_DYNAMIC)
+    if (
+        manifest.variant not in VARIANTS
+        or type(manifest.num_classes) is not int
+        or not 1 <= manifest.num_classes <= 2**16
+        or not isinstance(manifest.format, str)
+        or manifest.precision not in PRECISIONS
+        or len(shape) != 3
+        or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in shape)
+        or type(manifest.preprocess) is not bool
+        or type(manifest.argmax) is not bool
+        or len(names) not in (0, manifest.num_classes)
+        or not all(isinstance(name, str) for name in names)
+        or len(palette) not in (0, 768)
+        or not all(type(number) is int and 0 <= number <= 255 for number in palette)
+    ):
+        raise ValueError("a value is of another type or out of its range")

@@ -6,7 +6,6 @@ on processors that have bfloat16 it would otherwise compute in that.
 
 from __future__ import annotations
 
-import json
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from segprune.data import MEAN, STD
 from segprune.export.manifest import KEY, MIN_DYNAMIC, Manifest, parse_manifest
-from segprune.files import require_file
+from segprune.files import parse_json, require_file
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,38 @@ class Runtime:
             x = (x.permute(0, 2, 3, 1) * std + mean).round().clamp(0, 255).to(torch.uint8)
 
         out = self.run_any(x)
+        num_classes = self.manifest.num_classes
+        size = images.shape[2:]
+        if self.manifest.argmax:
+            right = (
+                out.shape == (len(x), *size)
+                and 0 <= int(out.min()) <= int(out.max()) < num_classes
+            )
+        else:
+            right = out.shape == (len(x), num_classes, *size)
+        if not right:
+            raise ValueError(
+                f"The file returned {tuple(out.shape)} for {tuple(images.shape)}, where it says that it has "
+                f"{num_classes} classes; export it again."
+            )
         if not self.manifest.argmax:
             return out
 
         # One-hot logits let callers treat such a file like any network.
-        classes = torch.nn.functional.one_hot(out.long(), self.manifest.num_classes)
+        classes = torch.nn.functional.one_hot(out.long(), num_classes)
         return classes.permute(0, 3, 1, 2).float()  # B H W K -> B K H W
 
     def run_any(self, x: Tensor) -> Tensor:
         """Runs any number of images in the file's own batches, the last one filled up with its first image."""
+        try:
+            return self._run_batches(x)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # every runtime fails in its own ways
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ValueError(f"The file did not run ({reason}); export it again.") from error
+
+    def _run_batches(self, x: Tensor) -> Tensor:
         if self.manifest.shape is None:
             return self.run(x.contiguous())
 
@@ -196,7 +218,7 @@ def _open_aotinductor(path: Path) -> Runtime:
         texts = [
             archive.read(name) for name in archive.namelist() if name.endswith("_metadata.json")
         ]
-    manifest = parse_manifest(json.loads(texts[0]).get(KEY, "") if texts else "")
+    manifest = parse_manifest(parse_json(texts[0]).get(KEY, "") if texts else "")
 
     from torch._inductor import aoti_load_package
 

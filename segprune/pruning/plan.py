@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from segprune.files import write_json
+from segprune.files import read_json, write_json
 from segprune.pruning.groups import Group
 from segprune.pruning.importance import Scores
 from segprune.pruning.options import RateOf
@@ -20,6 +20,7 @@ Widths = np.ndarray[
     tuple[int], np.dtype[np.int64]
 ]  # channels kept in each part of each group, in the groups' order
 
+WHAT = "the JSON file of a plan or a scan"
 EXPLAINED = (
     "width: channels kept in each of a group's parts (heads), from 1 to `slots`. Edit it, then run the same command "
     "with --plan and this file; which channels are kept is decided by their scores. share_of_params, share_of_macs: "
@@ -126,7 +127,7 @@ def write_plan(
 def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
     """Returns the widths by group name. Raises ValueError where the file is no plan, and for a width that is none."""
     try:
-        rows = [(row["name"], row["width"]) for row in _read(path)["groups"]]
+        rows = [(row["name"], row["width"]) for row in read_json(path, WHAT)["groups"]]
     except (KeyError, TypeError):
         # A file of another form fails the first check below, and so gets its message.
         rows = [(None, None)]
@@ -141,7 +142,7 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
         # `isinstance` would let JSON's true pass for 1.
         if type(width) is not int:
             raise ValueError(
-                f"{path} gives group {name} the width {json.dumps(width)}; it must be a whole number."
+                f"{path} gives group {name} the width {reprlib.repr(width)}; it must be a whole number."
             )
         if name in widths:
             raise ValueError(f"{path} names group {name} twice; leave one of them.")
@@ -151,23 +152,9 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
 
 def read_sensitivity(path: str | os.PathLike[str]) -> dict[str, float]:
     """Returns factors by group name. Raises ValueError where the file is no result of a scan."""
-    factors = _read(path).get("sensitivity")
+    factors = read_json(path, WHAT).get("sensitivity")
     if not isinstance(factors, dict) or not all(
-        type(v) in (int, float) and v > 0 for v in factors.values()
+        type(v) in (int, float) and 0 < v < float("inf") for v in factors.values()
     ):
         raise ValueError(f"{path} holds no sensitivities; write it with `segprune scan`.")
     return factors
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} does not exist; give the JSON file of a plan or a scan."
-        ) from error
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); write it anew, or fix it there."
-        ) from error
-    return record if isinstance(record, dict) else {}

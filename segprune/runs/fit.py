@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from segprune.checkpoint.ours import check_state, expected_state
+from segprune.checkpoint.ours import check_extra, check_state, check_storages, expected_state
 from segprune.data import Source
-from segprune.files import load_record
+from segprune.files import load_record, parse_json
 from segprune.inference.label_maps import EvalMode
 from segprune.model import SegFormer
 from segprune.runs.folder import RESUME, Fit, Journal, Saving, classes_of
@@ -166,11 +165,28 @@ def load_resumable(folder: Path) -> tuple[Resumable, dict[str, Any]]:
     record = load_record(path)
     # A file of another kind lacks these keys, and the tensors must fit the spec exactly.
     try:
-        spec = spec_from_dict(json.loads(record["spec"]))
+        spec = spec_from_dict(parse_json(record["spec"]))
         state = TrainState(**record["state"])
+        check_storages(state.model)
         check_state(state.model, expected_state(spec), "its spec")
-        return Resumable(spec, state, record["settings"], record["epochs"]), record["extra"]
-    except (KeyError, TypeError) as error:
+        _check_counts(state, record["epochs"])
+        settings = dict(record["settings"])
+        return Resumable(spec, state, settings, record["epochs"]), check_extra(record["extra"])
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not the state of a run; give the `save_dir` of one, or start anew."
         ) from error
+
+
+def _check_counts(state: TrainState, epochs: Any) -> None:
+    """Raises TypeError unless what the loop counts with is of the types that it saves."""
+    counts = (state.epoch, state.step, state.steps_done)
+    numbers = (state.best_miou, *state.losses)
+    if (
+        not all(type(number) is int and number >= 0 for number in counts)
+        or not all(type(number) in (int, float) for number in numbers)
+        or not isinstance(epochs, list)
+        or not all(type(row["epoch"]) is int for row in epochs)
+        or not all(isinstance(part, dict) for part in (state.optimizer, state.config))
+    ):
+        raise TypeError("a count is of another type")

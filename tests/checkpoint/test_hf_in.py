@@ -124,11 +124,50 @@ def test_a_folder_that_lacks_a_file_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON; copy"), ("[1]", "holds a list instead of names and")],
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "holds a list instead of names and"),
+        ('{"a":' + "[" * 999 + "]" * 999 + "}", "is not valid JSON .nested deeper than 50"),
+    ],
 )
 def test_a_damaged_config_is_refused(text: str, message: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"config\.json {message}"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "drop_path_rate",
+            "much",
+            "drop_path 'much', which must be a number from 0 to below 1",
+        ),
+        ("classifier_dropout_prob", None, "head_dropout None, which must be a number from 0"),
+        ("hidden_act", ["gelu"], r"hidden_act \['gelu'\]"),
+        ("id2label", 5, None),
+        ("num_attention_heads", "1258", "num_attention_heads 1258"),
+    ],
+)
+def test_a_config_of_wrong_types_is_refused_where_it_is_used(
+    name: str, value: object, said: str | None, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    if said is None:
+        assert "class_names" not in read(folder).extra
+        return
+    with pytest.raises(ValueError, match=said):
+        read(folder)
+
+
+@pytest.mark.parametrize("weights", [[1], {1: torch.ones(2)}, torch.ones(3)], ids=type)
+def test_weights_without_names_beside_a_config_are_refused(weights: Any, folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds no weights by name"):
         read(folder)
 
 

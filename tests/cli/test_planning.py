@@ -452,11 +452,11 @@ def test_the_results_name_no_rate_that_was_not_asked(dense: Path, tmp_path: Path
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (
         ("--plan", "missing.json"),
-        r"missing\.json does not exist; give the JSON file of a plan or a scan\.",
+        r"missing\.json does not exist; give the path of the JSON file of a plan or a scan\.",
     ),
     (
         ("--plan", "broken.json"),
-        r"broken\.json is not valid JSON \(.*\); write it anew, or fix it there\.",
+        r"broken\.json is not valid JSON \(.*\); give the JSON file of a plan or a scan, or write it again\.",
     ),
     (
         ("--plan", "other.json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import runpy
 import shutil
 import socket
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -28,7 +30,8 @@ from fastapi import FastAPI
 from PIL import Image
 
 import app as serving
-from images import read_image
+import segmenter as segmenter_module
+from images import BadImage, read_image
 from segmenter import Segmenter, open_segmenter
 from segprune.checkpoint import save
 from segprune.data import draw_shapes, load_image, voc_palette
@@ -437,7 +440,7 @@ def test_logits_that_are_no_numbers_are_the_servers_failure_and_it_goes_on(
         ),
         (
             {"MODEL": "other.onnx"},
-            "other.onnx says nothing of what it takes and returns; give a file that segprune export wrote.",
+            "other.onnx does not say what it takes and returns; give a file that segprune export wrote.",
         ),
         (
             {"MODEL": "plain.onnx", "INPUT_SHAPE": "64 64"},
@@ -579,6 +582,77 @@ def test_uvicorn_ends_with_the_sentence(tmp_path: Path) -> None:
         result.stderr
         == "Error: no.onnx does not exist; give an .onnx file that segprune export wrote.\n"
     )
+
+
+@pytest.mark.parametrize("size", [(1, 300_000), (300_000, 1), (700, 900)])
+def test_the_highest_plane_is_found_in_pieces_as_in_one(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planes = np.random.default_rng(0).random((5, 7, 9), dtype=np.float32)
+    logits = torch.nn.functional.interpolate(
+        torch.from_numpy(planes)[None], size=size, mode="bilinear", align_corners=False
+    )
+    monkeypatch.setattr(segmenter_module, "STRIP_NUMBERS", 1 << 14)
+    found = segmenter_module.find_highest(planes, size)
+    assert (found == logits[0].argmax(0).numpy()).mean() > 0.9999
+
+
+def test_memory_does_not_depend_on_the_shape_of_the_image() -> None:
+    planes = np.random.default_rng(0).random((8, 16, 16), dtype=np.float32)
+    tracemalloc.start()
+    try:
+        segmenter_module.find_highest(planes, (1, 2_000_000))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 60e6  # of planes 8 × 2,000,000 in float32, which alone are 64 MB
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    assert read_image(data, 4096).shape == (64, 64, 3)
+
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(BadImage, match="more than 64 scans"):
+        read_image(data[:-2] + scan * 200 + b"\xff\xd9", 4096)
+
+
+def test_a_tiff_with_jpegs_inside_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "TIFF", compression="jpeg")
+    with pytest.raises(BadImage, match="TIFF with JPEGs inside"):
+        read_image(buffer.getvalue(), 4096)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": "x"},
+        {"shape": [1, 64]},
+        {"shape": [0, 0, 0]},
+        {"num_classes": "8"},
+        {"num_classes": None},
+        {"class_names": 5},
+        {"palette": 5},
+        {"palette": [300] * 768},
+        {"argmax": "no"},
+        5,
+        [],
+    ],
+    ids=str,
+)
+def test_a_file_that_says_odd_things_of_itself_is_refused(
+    change: Any, work: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(work / "plain.onnx")
+    entry = next(entry for entry in model.metadata_props if entry.key == "segprune")
+    says = json.loads(entry.value)
+    entry.value = json.dumps(says | change if isinstance(change, dict) else change)
+    onnx.save(model, tmp_path / "odd.onnx")
+    with pytest.raises(ValueError, match=r"odd\.onnx does not say what it takes and returns"):
+        open_segmenter(str(tmp_path / "odd.onnx"))
 
 
 def test_images_are_read_as_segprune_reads_them(tmp_path: Path) -> None:

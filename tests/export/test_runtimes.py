@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,62 @@ def test_a_file_written_before_colours_stood_in_it_still_opens() -> None:
 def test_what_is_no_manifest_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="it holds no description by segprune"):
         parse_manifest(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": "x"},
+        {"shape": [1, 64]},
+        {"shape": [0, 0, 0]},
+        {"shape": [1, 64, 10**9]},
+        {"num_classes": "8"},
+        {"num_classes": True},
+        {"class_names": 5},
+        {"class_names": ["a"]},
+        {"palette": 5},
+        {"palette": [1, 2]},
+        {"variant": "../b0"},
+        {"format": 5},
+        {"precision": "fp8"},
+        {"argmax": 1},
+        {"preprocess": None},
+        {"spec": 5},
+        {"spec": "ab"},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_wrong_types_or_ranges_is_refused(change: dict[str, Any]) -> None:
+    data = json.loads(manifest().text)
+    with pytest.raises(ValueError, match="it holds no description by segprune"):
+        parse_manifest(json.dumps(data | change))
+
+
+@pytest.mark.parametrize(
+    ("argmax", "out"),
+    [
+        (False, torch.zeros(2, 3, 4, 5)),
+        (False, torch.zeros(2, 4, 4, 6)),
+        (True, torch.zeros(2, 4, 5)),
+        (True, torch.full((2, 4, 6), 3)),
+    ],
+)
+def test_a_file_that_returns_something_else_than_it_says_is_refused(
+    argmax: bool, out: Tensor
+) -> None:
+    runtime = Runtime("it", manifest(None, argmax=argmax), lambda _: out)
+    with pytest.raises(ValueError, match=r"The file (returned|takes)"):
+        runtime(torch.zeros(2, 3, 4, 6))
+
+
+def test_a_runtime_that_fails_is_told_in_one_sentence() -> None:
+    def run(_: Tensor) -> Tensor:
+        raise RuntimeError("bad node\nand a page of details")
+
+    with pytest.raises(
+        ValueError, match=r"^The file did not run \(bad node\); export it again"
+    ):
+        Runtime("it", manifest(), run)(torch.zeros(2, 3, 4, 6))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])

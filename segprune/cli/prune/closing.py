@@ -5,7 +5,6 @@ Of a run that was cut short while it fine-tuned, `segprune train --resume` does 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from segprune.cli.console import (
     show_table,
 )
 from segprune.cli.prune.flags import StepFlags
-from segprune.files import write_json
+from segprune.files import read_json, write_json
 from segprune.inference.evaluate import Score
 from segprune.model import SegFormer
 from segprune.pruning.options import PruneOptions
@@ -135,17 +134,33 @@ def unfinished(tuned: Path, epochs: int) -> dict[str, Any] | None:
     path = tuned.parent / RESULTS
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    of_it = finetuned_folder(Path(record["model_save_path"])).name == tuned.name
+    record = read_json(path, "the results of a run of segprune prune")
+    try:
+        describe_closing(record, path.parent)
+        of_it = finetuned_folder(Path(record["model_save_path"])).name == tuned.name
+        epochs_then = record["settings"]["epochs"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no result of segprune prune; remove it, or give the folder of another run."
+        ) from error
+
     # It is that run if it has the same epochs and no fine-tuned network yet.
-    waits = (
-        record.get("settings", {}).get("epochs") == epochs and "finetuned_model" not in record
-    )
+    waits = epochs_then == epochs and "finetuned_model" not in record
     return record if of_it and waits else None
 
 
 def show_closing(record: dict[str, Any], folder: Path) -> None:
-    """The closing table."""
+    """Prints the closing table and what belongs under it."""
+    rows, lines = describe_closing(record, folder)
+    show_table("Results", ["network", "params (M)", "MACs (G)", "latency (ms)", "mIoU"], rows)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def describe_closing(
+    record: Mapping[str, Any], folder: Path
+) -> tuple[list[list[str]], list[str]]:
+    """Returns the rows of the closing table, and the lines under it."""
     latencies = {
         name: Latency(**record[name]["latency"]) for name in ("original_model", "pruned_model")
     }
@@ -165,25 +180,25 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
         rows.append(
             [name, f"{values['parameters_M']:.3f}", f"{values['macs_G']:.3f}", latency, miou]
         )
-    show_table("Results", ["network", "params (M)", "MACs (G)", "latency (ms)", "mIoU"], rows)
 
+    lines = []
     how = record["pruning_config"]
     if how["repaired"]:
-        console.print(
+        lines.append(
             f"Repaired with {number_of(how['num_images'], 'image')}, before any training."
         )
     reduction = record["reduction"]
-    console.print(
-        f"Parameters −{reduction['parameters_reduction_percent']:.1f} % "
+    lines.append(
+        f"Parameters -{reduction['parameters_reduction_percent']:.1f} % "
         f"(folding {reduction['parameters_by_folding_percent']:.1f}), "
-        f"FLOPs −{reduction['flops_reduction_percent']:.1f} % (folding {reduction['flops_by_folding_percent']:.1f}), "
+        f"FLOPs -{reduction['flops_reduction_percent']:.1f} % (folding {reduction['flops_by_folding_percent']:.1f}), "
         f"{reduction['speedup']:.2f} × faster."
     )
 
     height, width = record["model_config"]["input_shape"]
-    console.print(measured_on(latencies["original_model"], (height, width)))
+    lines.append(measured_on(latencies["original_model"], (height, width)))
     if sentence := eager_beside(latencies["original_model"], latencies["pruned_model"]):
-        console.print(sentence)
+        lines.append(sentence)
     # Without fine-tuning there is no second checkpoint.
     for label, path in (
         ("Pruned network", record["model_save_path"]),
@@ -191,4 +206,5 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
         ("All numbers", folder / RESULTS),
     ):
         if path:
-            console.print(f"{label}: {path}", soft_wrap=True)
+            lines.append(f"{label}: {path}")
+    return rows, lines

@@ -98,13 +98,15 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
     )
     check_writable(folder)
 
+    # Read now, so that results which cannot be closed are refused before the training.
+    record = unfinished(folder, options.epochs) if resumed else None
+
     # Train.
     fitted = fit_with(settings, model, source, labels.pixels, extra, teacher, resumed=resumed)
     show_score(f"Best epoch {fitted.epoch} on val", fitted.score, source.class_names)
     console.print(f"Saved: {folder / BEST}\n       {folder / LAST}", soft_wrap=True)
 
     # A run of `segprune prune` that stopped while it fine-tuned is closed here.
-    record = unfinished(folder, options.epochs) if resumed else None
     if (
         record is not None and os.environ.get("RANK", "0") == "0"
     ):  # one of several processes writes

@@ -6,7 +6,6 @@ one that is damaged, or of another place, is measured anew and written over.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from segprune.files import check_writable, write_json
+from segprune.files import check_writable, read_json, write_json
 from segprune.pruning.budget.latency.steps import Place, Shape, build_step
 from segprune.timing import (
     Call,
@@ -164,7 +163,7 @@ def _device_name(device: torch.device) -> str:
 def _read(path: Path, header: dict[str, Any]) -> dict[str, float]:
     """Returns the times in the file; none where it is missing, damaged or has another header."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, "a table of times")
         times = data.pop("times_ms")
 
         # A time that is no positive number would spoil every prediction made with it.
