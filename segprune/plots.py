@@ -183,9 +183,18 @@ def curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
 
 def trade_off(
-    points: Mapping[str, Sequence[tuple[float, float]]], y_name: str, path: Path
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    y_name: str,
+    path: Path,
+    *,
+    x_name: str = "",
+    ringed: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Draws what each file takes, in ms, against what it gives; a colour for each file."""
+    """Draws what each file takes against what it gives; a colour for each file.
+
+    Without `x_name` the points are latencies of unrelated networks; with it each file's points are one curve. A ring
+    is drawn around those of `ringed`.
+    """
     figure = Figure(figsize=(7.5, 4.8))
     axes = figure.subplots()
     for name, own in points.items():
@@ -194,13 +203,15 @@ def trade_off(
             "$", r"\$"
         )
         x, y = [point[0] for point in own], [point[1] for point in own]
-        axes.plot(
-            x, y, "o", markersize=7, alpha=0.8, label=" " + label
-        )  # a leading _ would hide it
+        # A blank before the label, since a leading _ would hide it.
+        style = "o-" if x_name else "o"
+        axes.plot(x, y, style, markersize=7, alpha=0.8, label=" " + label)
+    for x_ringed, y_ringed in ringed:
+        axes.plot(x_ringed, y_ringed, "o", markersize=14, markerfacecolor="none", color="black")
 
     # On a log axis, twice as fast is the same distance everywhere.
     axes.set_xscale("log")
-    axes.set_xlabel("latency of a pass, median (ms)")
+    axes.set_xlabel(x_name or "latency of a pass, median (ms)")
     axes.set_ylabel(y_name)
     axes.grid(True, which="both", color="#dddddd")
     axes.set_axisbelow(True)

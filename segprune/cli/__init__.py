@@ -21,6 +21,7 @@ from segprune.cli import (
     predict,
     scan,
     shapes,
+    sweep,
 )
 from segprune.cli.console import keep_freed_memory
 from segprune.cli.flags import CONTEXT, command
@@ -57,6 +58,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # with an examp
         "logs/your_model.pth b2_pruned_0.5.pth --runtimes torch,onnxruntime",
     ),
     ("convert", convert.run, "b2_pruned_0.5.pth my_folder --to hf"),
+    ("sweep", sweep.run, "logs/your_model.pth --data VOCdevkit --rates 0,0.3,0.5,0.7,0.9"),
     ("scan", scan.run, "logs/your_model.pth --images photos"),
     ("info", info.run, "logs/your_model.pth"),
     ("shapes", shapes.run, "data/shapes --num_train 2000"),
