@@ -157,7 +157,7 @@ def run(flags: SweepFlags, given: frozenset[str]) -> None:
     show_settings(
         "Sweep", asdict(flags), given, {file: opened[file].spec.variant for file in files}
     )
-    notes = []
+    notes: list[str] = []
     for file in files:
         notes += opened[file].notes
     show_notes((*notes, *chosen))
