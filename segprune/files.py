@@ -30,6 +30,8 @@ from torch import Tensor
 PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (*PICKLES, ".safetensors")
 CHECKSUM = "segprune.crc32"  # in the metadata of our .safetensors files
+# A path that is no UTF-8 has letters that cannot be encoded; as escapes JSON gives them back.
+LOSSLESS = {"encoding": "utf-8", "errors": "backslashreplace"}
 MAX_JSON, MAX_NESTED = 32 << 20, 50  # bytes, and lists or records within one another
 MAX_UNPACKED = 16  # times the size of a zip file; weights hardly shrink, zeros a thousandfold
 EXPORTED = (".onnx", ".xml", ".pt2", ".torchscript", ".param")  # what segprune export writes
@@ -137,7 +139,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def write_json(data: Any, path: str | os.PathLike[str]) -> None:
-    _write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), path)
+    _write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(**LOSSLESS), path)
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def write_csv(rows: Iterable[Iterable[Any]], path: str | os.PathLike[str]) -> No
     """Writes UTF-8, one line per row."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
-    _write(text.getvalue().encode(), path)
+    _write(text.getvalue().encode(**LOSSLESS), path)
 
 
 def save_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

@@ -429,6 +429,12 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
         read_file(tmp_path / "a.pth")
 
 
+def test_a_path_that_is_no_utf_8_survives_a_json_file(tmp_path: Path) -> None:
+    name = os.fsdecode(b"a\xff.pth")
+    write_json({"file": name, "name": "背景"}, tmp_path / "a.json")
+    assert read_json(tmp_path / "a.json", "a plan") == {"file": name, "name": "背景"}
+
+
 def test_a_small_json_file_is_read_and_anything_else_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": [1, {"b": null}]}')

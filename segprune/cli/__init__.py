@@ -23,7 +23,7 @@ from segprune.cli import (
     shapes,
     sweep,
 )
-from segprune.cli.console import keep_freed_memory
+from segprune.cli.console import accept_any_text, keep_freed_memory
 from segprune.cli.flags import CONTEXT, command
 from segprune.cli.prune import command as prune
 from segprune.cli.train import command as train
@@ -69,12 +69,14 @@ for _name, _run, _example in _COMMANDS:
 
 
 def main() -> None:
+    accept_any_text()
     keep_freed_memory()
     app()
 
 
 def door(name: str, script: str, settings: Mapping[str, Any]) -> None:
     """Run one command as a script of its own; `settings` replace the flags' defaults."""
+    accept_any_text()
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     # Typer would ignore a misspelt setting in silence.
     known = {parameter.name for parameter in commands[name].params}

@@ -432,6 +432,4 @@ def _save(
             curve.append((row["median_ms"], row[key]))
     plots.trade_off(points, title, folder / PLOT)
 
-    console.print(
-        f"Saved: {RECORD}, {TABLE} and {PLOT} in {folder}", soft_wrap=True, markup=False
-    )
+    console.print(f"Saved: {RECORD}, {TABLE} and {PLOT} in {folder}", soft_wrap=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
+import io
 import logging
 import os
 import re
@@ -24,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from segprune.data import (
     DataChoices,
@@ -41,8 +44,49 @@ _QUIET = (
     os.environ.get("LOCAL_RANK", "0") != "0"
 )  # of several processes only the first one talks
 
-console = Console(quiet=_QUIET, highlight=False, soft_wrap=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class PlainConsole(Console):
+    """A console that prints text as it is: paths, class names and keys come from strangers' files.
+
+    What looks like rich's markup is not read as such, and control characters, which could steer a terminal, are shown.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(show_controls(text), **how)
+
+
+def show_controls(text: str) -> str:
+    """Returns the text with its control characters spelt out; lines and tabs are kept.
+
+    >>> show_controls("a" + chr(27) + "[2J")
+    'a\\\\x1b[2J'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+
+
+console = PlainConsole(quiet=_QUIET, soft_wrap=False)
+errors = PlainConsole(stderr=True, soft_wrap=True)
+
+
+def accept_any_text() -> None:
+    """Lets standard output take what its encoding lacks, as a redirected one on Windows: a run must not end by that."""
+    codecs.register_error("segprune", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="segprune")
+
+
+_SPELT = {"×": "x", "–": "-", "−": "-", "…": "...", "·": "*", "→": "->", "≥": ">=", "≤": "<="}
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(_SPELT.get(letter, "?") for letter in missing), error.end
 
 
 def keep_freed_memory() -> None:
@@ -109,7 +153,7 @@ def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
 
     except KeyboardInterrupt as interrupt:
         message = with_flags(str(interrupt), flags)
-        errors.print(message or "Interrupted; no file was left half-written.", markup=False)
+        errors.print(message or "Interrupted; no file was left half-written.")
         # As shells do it: 128 + 2, the number of the signal.
         sys.exit(130)
 
@@ -127,7 +171,7 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    errors.print(f"Error: {message}", markup=False)
+    errors.print(f"Error: {message}")
     sys.exit(1)
 
 
@@ -220,18 +264,18 @@ def _table(header: list[str], rows: list[list[str]], left_out: list[str]) -> Tab
 
 def show_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
-        console.print(f"Note: {with_flags(note, _flags.get())}", style="yellow", markup=False)
+        console.print(f"Note: {with_flags(note, _flags.get())}", style="yellow")
 
 
 def new_progress(*, transient: bool) -> Progress:
     """Returns a bar with counts, times and a text, which `add_task(…, text="")` needs; silent without a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
     )
     silent = not console.is_terminal  # in a log it would be blank lines
     return Progress(

@@ -175,11 +175,9 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
         "environment": environment(),
     }
     write_json(record, f"{output}.json")
-    console.print(f"Saved: {output}\n       {output}.json", soft_wrap=True, markup=False)
+    console.print(f"Saved: {output}\n       {output}.json", soft_wrap=True)
     if flags.tensorrt:
-        console.print(
-            f"TensorRT: {command_line(output, manifest)}", soft_wrap=True, markup=False
-        )
+        console.print(f"TensorRT: {command_line(output, manifest)}", soft_wrap=True)
 
 
 def _parse_bake(words: str) -> frozenset[str]:

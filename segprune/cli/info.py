@@ -50,7 +50,11 @@ def run(flags: InfoFlags) -> None:
             "spec": spec_to_dict(spec),
         }
         console.print_json(
-            json.dumps(record | network_size(counts) | {"input_shape": list(flags.input_shape)})
+            json.dumps(
+                record | network_size(counts) | {"input_shape": list(flags.input_shape)}
+            ),
+            # Escapes, where the output's encoding lacks letters: a program gets all of them.
+            ensure_ascii=not console.encoding.startswith("utf"),
         )
         return
 

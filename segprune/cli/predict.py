@@ -311,4 +311,4 @@ def _show_paths(job: PredictJob, done: Predictions) -> None:
     only = done.records[0]["file"] if len(done.records) == 1 else ""
     paths = [job.folder / kind / only for kind in job.kinds]
     paths += [job.folder / "legend.png", job.folder / RECORD]
-    console.print("Saved: " + "\n       ".join(map(str, paths)), soft_wrap=True, markup=False)
+    console.print("Saved: " + "\n       ".join(map(str, paths)), soft_wrap=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from segprune.checkpoint import load, save
 from segprune.cli import console as module
 from segprune.cli.console import (
+    accept_any_text,
     console,
     eager_beside,
     latency_text,
@@ -35,6 +36,7 @@ from segprune.cli.console import (
     show_notes,
     show_score,
     show_settings,
+    show_table,
 )
 from segprune.inference.evaluate import Score
 from segprune.timing import Latency, summarise
@@ -544,3 +546,40 @@ def test_large_blocks_are_paid_for_once_when_freed_memory_is_kept() -> None:
     assert (
         faults("kept", MALLOC_TRIM_THRESHOLD_="131072") > as_it_is / 2
     )  # the environment's word counts
+
+
+@pytest.mark.parametrize(
+    "name", ["runs[new]", "runs[/x]", "[/red]", ":smile:", "a\x1b[2J\x07b"]
+)
+def test_text_of_strangers_is_printed_as_it_is(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_settings(name, {"save_dir": name})
+    show_notes((name,))
+    show_table(name, [name, "n"], [[name, "1"]])
+    console.print(f"Saved: {name}")
+    with pytest.raises(SystemExit), one_sentence():
+        raise ValueError(name)
+
+    out, err = capsys.readouterr()
+    shown = name.replace("\x1b", "\\x1b").replace("\x07", "\\x07")
+    assert out.count(shown) >= 6
+    assert shown in err
+    assert "\x1b" not in out + err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii", "utf-8"])
+def test_output_in_any_encoding_never_ends_a_run(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding=encoding))
+    accept_any_text()
+    show_settings("b0 → b0 ½", {"file": os.fsdecode(b"a\xff.pth"), "classes": "背景 ěščř"})
+    show_table("512×512", ["−1 %", "…"], [["½", "·"]])
+    sys.stdout.flush()
+
+    text = stream.getvalue().decode(encoding)
+    assert "a?.pth" in text
+    assert "512×512" in text or "512x512" in text
+    assert ("背景" in text) == (encoding in ("gbk", "utf-8"))

@@ -154,7 +154,7 @@ def show_closing(record: dict[str, Any], folder: Path) -> None:
     rows, lines = describe_closing(record, folder)
     show_table("Results", ["network", "params (M)", "MACs (G)", "latency (ms)", "mIoU"], rows)
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def describe_closing(
