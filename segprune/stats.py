@@ -50,7 +50,7 @@ class Layer:
             case "depthwise", "macs":
                 return 0, 0, self.positions * self.kernel
             case "norm", "params":
-                return 0, 0, 2
+                return 0, 0, 1 + self.bias
             case "attention", "macs":
                 return 0, self.positions * self.kernel, self.positions * self.kernel
         return 0, 0, 0

@@ -29,6 +29,7 @@ from segprune.pruning.trace import (
     width_of,
 )
 
+MAX_STEPS = 4000  # of the tracer in one group; the widest of a b5 takes 574
 Side = Literal["out", "in"]
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -89,6 +90,15 @@ def find_groups(
         if type(module) is Attention:
             groups += _attention_groups(name, module, heads=heads)
 
+    # Weights that two layers share would part when one of them is cut.
+    tied = _find_tied(modules)
+    for group in groups:
+        shared = {member.layer for member in group.members} & tied
+        unsupported |= {name: type(modules[name]).__name__ for name in sorted(shared)}
+    groups = [
+        group for group in groups if not any(member.layer in tied for member in group.members)
+    ]
+
     # A protected group is kept apart and not dropped: it still has to be shown and named.
     free = tuple(group for group in groups if not is_protected(group, protected))
     kept = tuple(group for group in groups if is_protected(group, protected))
@@ -100,6 +110,15 @@ def is_protected(group: Group, names: Set[str]) -> bool:
     return group.name in names or any(
         member.side == "out" and member.layer in names for member in group.members
     )
+
+
+def _find_tied(modules: dict[str, nn.Module]) -> set[str]:
+    """Returns the layers that have a parameter which another layer has too."""
+    owners: dict[int, set[str]] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(name)
+    return set().union(*(names for names in owners.values() if len(names) > 1))
 
 
 class _StandIn(nn.Linear):
@@ -170,8 +189,26 @@ def _traced_groups(
             model, example_inputs, forward_fn=run, output_transform=tensors_in, verbose=False
         )
 
-        for traced in graph.get_all_groups():
-            items = [_Item(item.dep, item.idxs, item.root_idxs) for item in traced]
+        # Some networks send the tracer in circles, so that it may only follow so many ties.
+        steps = _bound_steps(graph)
+        visited: set[nn.Module] = set()
+        for layer in list(graph.module2node):
+            # A depth-wise convolution belongs to the group of what it reads.
+            roots = (nn.Linear, *CONVS, *TRANSPOSED_CONVS)
+            if not isinstance(layer, roots) or layer in visited:
+                continue
+            steps.left = steps.most
+            try:
+                items = _trace_group(graph, layer)
+            except (IndexError, RecursionError):
+                # Into a recurrent layer, for instance, it counts beyond the channels.
+                unsupported[names[layer]] = type(layer).__name__
+                continue
+            visited |= {
+                item.module
+                for item in items
+                if graph.is_out_channel_pruning_fn(item.dep.handler)
+            }
 
             # The network's own outputs stay as they are.
             if any(
@@ -217,6 +254,43 @@ class _Item(NamedTuple):
         return self.dep.target.module
 
 
+@dataclass
+class _Steps:
+    """How often the tracer may still go on from one layer to the next while it looks for one group."""
+
+    most: int
+    left: int = 0
+
+
+class _Ties(list[Any]):
+    """What a traced layer is tied to; raises RecursionError where it is followed too often."""
+
+    def __init__(self, ties: list[Any], steps: _Steps) -> None:
+        super().__init__(ties)
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Any]:
+        self.steps.left -= 1
+        if self.steps.left < 0:
+            raise RecursionError("the tracer runs in circles")
+        return super().__iter__()
+
+
+def _bound_steps(graph: Any) -> _Steps:
+    steps = _Steps(MAX_STEPS)
+    for node in graph.module2node.values():
+        node.dependencies = _Ties(node.dependencies, steps)
+    return steps
+
+
+def _trace_group(graph: Any, layer: nn.Module) -> list[_Item]:
+    """Returns what is tied to the outputs of a layer; its own item is the first."""
+    pruner = graph.get_pruner_of_module(layer)
+    channels = list(range(pruner.get_out_channels(layer)))
+    group = graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
+    return [_Item(item.dep, item.idxs, item.root_idxs) for item in group]
+
+
 def _is_last(graph: Any, dep: Any) -> bool:
     """Returns whether a layer's outputs are the network's own, so that cutting them would change its result."""
     return not dep.target.outputs and graph.is_out_channel_pruning_fn(dep.handler)
@@ -253,6 +327,12 @@ def _find_members(
 
 
 def _can_cut(module: nn.Module) -> bool:
+    # A parametrised weight (weight_norm, spectral_norm, a pruning mask) is computed anew from
+    # tensors of other names before each pass.
+    weight = getattr(module, "weight", None)
+    if weight is not None and "weight" not in module._parameters:
+        return False
+
     # In a grouped convolution each output reads a slice of the inputs, and the slices would
     # have to remain equally wide. Depth-wise ones are simply one filter per channel.
     if isinstance(module, CONVS):

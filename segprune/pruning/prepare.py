@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
-from segprune.pruning.groups import Group, Grouping, find_groups
+from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.options import PruneOptions, RateOf
 from segprune.pruning.trace import tensors_in, trace
 from segprune.spec import Spec
@@ -70,7 +71,11 @@ def stock_spec(model: nn.Module) -> Spec | None:
     shapes, expected_shapes = (
         {name: t.shape for name, t in net.state_dict().items()} for net in (model, reference)
     )
-    return model.spec if modules == expected and shapes == expected_shapes else None
+
+    # Weights that two layers share would part when one of them is cut.
+    shared = len(list(model.parameters())) < len(list(reference.parameters()))
+    equal = modules == expected and shapes == expected_shapes and not shared
+    return model.spec if equal else None
 
 
 def check_head(spec: Spec, options: PruneOptions) -> None:
@@ -132,7 +137,7 @@ def _prepare_stock(
         dense,
         model,
         stock=True,
-        groups=_check_some(grouping, model),
+        groups=check_some(grouping.groups, model),
         protected=grouping.protected,
         rows=layers(model.spec, (height, width)),
         input_shape=(height, width),
@@ -143,8 +148,14 @@ def _prepare_traced(
     dense: nn.Module, example_inputs: Any, protected: set[str], options: PruneOptions
 ) -> Prepared:
     """Prepares any other network, run once on `example_inputs`. Attention that is not ours keeps all its channels."""
-    model = copy.deepcopy(dense)
-    seen = trace(model, example_inputs)
+    # A network of the user's own may raise anything here.
+    with _refused(
+        f"{type(dense).__name__} cannot be copied",
+        "first make permanent what it computes weights from (torch.nn.utils.prune.remove, remove_weight_norm)",
+    ):
+        model = copy.deepcopy(dense)
+    with _refused(f"{type(dense).__name__} does not run", "give the inputs that it takes"):
+        seen = trace(model, example_inputs)
 
     names = [name for name, _ in model.named_modules()]
 
@@ -154,7 +165,8 @@ def _prepare_traced(
     for owner in seen.unknown_attention:
         inside |= {name for name in names if not owner or f"{name}.".startswith(f"{owner}.")}
 
-    grouping = find_groups(model, example_inputs, protected | inside, heads=options.heads)
+    with _refused(f"torch-pruning cannot trace {type(dense).__name__}", "prune a part of it"):
+        grouping = find_groups(model, example_inputs, protected | inside, heads=options.heads)
 
     # Layers inside such attention are not named again: its own name says it.
     unsupported = {
@@ -169,7 +181,7 @@ def _prepare_traced(
         dense,
         model,
         stock=False,
-        groups=_check_some(grouping, model),
+        groups=check_some(grouping.groups, model),
         protected=grouping.protected,
         rows=seen.layers,
         input_shape=options.input_shape,
@@ -178,22 +190,34 @@ def _prepare_traced(
     )
 
 
-def _check_some(grouping: Grouping, model: nn.Module) -> tuple[Group, ...]:
-    if not grouping.groups:
+@contextmanager
+def _refused(what: str, remedy: str) -> Iterator[None]:
+    """Turns whatever is raised inside into one sentence; what is said by ourselves passes."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {error}); {remedy}.") from error
+
+
+def check_some(groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
+    """Returns the groups; raises ValueError where there are none."""
+    if not groups:
         raise ValueError(
             f"Nothing in {type(model).__name__} can be pruned: every group of channels is protected, "
             "leads to the network's outputs or belongs to attention that is not known."
         )
-    return grouping.groups
+    return groups
 
 
 def _warn_left_alone(attention: dict[str, str], unsupported: dict[str, str]) -> None:
     """Warns once of all that was traced but cannot be cut."""
     parts = []
     if attention:
-        parts.append(f"attention that segprune does not know: {_summarise(attention)}")
+        parts.append(f"attention that segprune does not know: {summarise(attention)}")
     if unsupported:
-        parts.append(f"layers that it cannot cut: {_summarise(unsupported)}")
+        parts.append(f"layers that it cannot cut: {summarise(unsupported)}")
     if parts:
         # Six frames up is the line that calls Pruner.prune.
         warnings.warn(
@@ -201,7 +225,7 @@ def _warn_left_alone(attention: dict[str, str], unsupported: dict[str, str]) -> 
         )
 
 
-def _summarise(names: dict[str, str]) -> str:
+def summarise(names: dict[str, str]) -> str:
     """Returns classes with their number, and the first name of each: SegformerAttention (8, first encoder.block.0)."""
     by_class: dict[str, list[str]] = {}
     for name, kind in names.items():

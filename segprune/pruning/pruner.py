@@ -35,6 +35,7 @@ from segprune.pruning.plan import Plan, read_sensitivity
 from segprune.pruning.prepare import Prepared, check_head, prepare
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut
+from segprune.pruning.verify import check_cut, leave_misread
 from segprune.timing import measure_latency
 
 HIGHEST_RATE = 0.99  # that is tried where the most that can be removed is not known beforehand
@@ -151,7 +152,9 @@ class Pruner:
 
     def carry_out(self, prepared: Prepared, plan: Plan) -> nn.Module:
         """Returns a new network, cut as planned, and repaired if that is wanted."""
-        pruned = self.repair(prepared, plan, cut(prepared, plan))
+        pruned = cut(prepared, plan)
+        check_cut(prepared, plan, pruned)
+        pruned = self.repair(prepared, plan, pruned)
 
         # Stock classes know the published decode head alone.
         return (
@@ -167,6 +170,7 @@ class Pruner:
             raise ValueError(
                 f"{type(self.model).__name__} is not a stock SegFormer; only those can be repaired."
             )
+        prepared = leave_misread(prepared, self.options)
 
         # A factor for a group that is not there would have no effect.
         sensitivity = self.options.sensitivity or {}

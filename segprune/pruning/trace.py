@@ -94,6 +94,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     stack: list[tuple[str, nn.Module]] = []
     hooks = []
     for name, module in model.named_modules():
+        # A scripted module takes no hooks; what lies around it is held to the original later.
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         hooks.append(module.register_forward_pre_hook(_pusher(stack, name)))
         hooks.append(
             module.register_forward_hook(_popper(stack, name, result), with_kwargs=True)
@@ -165,7 +168,7 @@ def _layer(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -
     # A normalisation has parameters, but its MACs are not counted: no positions.
     if isinstance(module, NORMS) and module.weight is not None and module.weight.dim() == 1:
         dim = module.weight.shape[0]
-        return Layer(name, "norm", dim, dim, 0)
+        return Layer(name, "norm", dim, dim, 0, bias=module.bias is not None)
     return None
 
 

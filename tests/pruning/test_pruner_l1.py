@@ -687,10 +687,10 @@ class Halved(nn.Module):
         return self.out(x[:, :128] * x[:, 128:].sigmoid())
 
 
-def test_a_network_that_no_longer_runs_is_refused_with_the_remedy() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"Halved no longer runs once its channels are cut .* in ignored_layers\.",
+def test_what_no_longer_runs_once_it_is_cut_is_left_alone() -> None:
+    with (
+        pytest.warns(UserWarning, match=r"Left as it is.*Conv2d \(1, first wide\)"),
+        pytest.raises(ValueError, match="Nothing in Halved can be pruned"),
     ):
         L1Pruner(Halved(), 0.3, round_to=1).prune(X)
 
