@@ -1,4 +1,4 @@
-"""Plots as PNG files: bars per class, the confusion matrix, a grid of numbers, the curves of a training run.
+"""Plots as PNG files: bars per class, the confusion matrix, the curves of a training run, trade-offs.
 
 They are drawn by matplotlib's Agg on figures of their own: no window, no global state. Shares are in [0, 1]. A file is
 written whole or not at all. Class names in scripts that matplotlib's own font lacks take a font of the system that has
@@ -102,34 +102,6 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path)
     font.set_size(9 if number <= FEW_CLASSES else min(9, cell * 60))
     axes.set_xticks(range(number), labels, rotation=90, fontproperties=font)
     axes.set_yticks(range(number), labels, fontproperties=font)
-    _save(figure, path)
-
-
-def grid(
-    rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str, path: Path
-) -> None:
-    """Draws numbers by row and column, the larger the darker; rows in the order given, the first on top."""
-    values = list(rows.values())
-    figure = Figure(figsize=(2.6 + 0.9 * len(columns), 1.3 + 0.3 * len(values)))
-    axes = figure.subplots()
-    highest = max(max(row) for row in values)
-    # Colours start at 0, so that a small number looks small, or below it for negative ones.
-    axes.imshow(
-        values,
-        cmap="Oranges",
-        vmin=min(0.0, min(min(row) for row in values)),
-        vmax=highest,
-        aspect="auto",
-    )
-
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            colour = "white" if value > 0.6 * highest else "black"
-            axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color=colour)
-
-    axes.set_title(title, fontsize=10)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(values)), list(rows), fontsize=9)
     _save(figure, path)
 
 

@@ -19,7 +19,6 @@ from segprune.cli import (
     export,
     info,
     predict,
-    scan,
     shapes,
     sweep,
 )
@@ -59,7 +58,6 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # with an examp
     ),
     ("convert", convert.run, "b2_pruned_0.5.pth my_folder --to hf"),
     ("sweep", sweep.run, "logs/your_model.pth --data VOCdevkit --rates 0,0.3,0.5,0.7,0.9"),
-    ("scan", scan.run, "logs/your_model.pth --images photos"),
     ("info", info.run, "logs/your_model.pth"),
     ("shapes", shapes.run, "data/shapes --num_train 2000"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class PruneOptions:
     `price`: what a group costs when groups are compared: "both" parameters and MACs, one of them, or "none" (all
     cost the same); None takes "both", and "params" with `uniform`. `normalise`: what is compared across groups: a
     channel's "share" of the score that its group has left, its score by the group's "mean" or "max", or the score as
-    it is ("none"). Patterns of names are explained in patterns.py.
+    it is ("none"). `sensitivity`: factors on the weights of groups by name, as `segprune.pruning.scan` measures them.
+    Patterns of names are explained in patterns.py.
     """
 
     pruning_method: str = option(
@@ -77,11 +79,6 @@ class PruneOptions:
         "",
         "Layers and groups of a plan that keep all their channels, by name: stages.0.*,stages.1.blocks.0.mlp.ffn.",
     )
-    sensitivity: str | Mapping[str, float] | None = option(
-        None,
-        "What `segprune scan` measured: a factor on the weight of each group.",
-        metavar="FILE",
-    )
     plan: str | Mapping[str, int] | None = option(
         None, "Carry out the widths of such a file, edited or not.", metavar="FILE"
     )
@@ -103,6 +100,7 @@ class PruneOptions:
     seed: int = option(11, "Of random weights, of random ranking and of fine-tuning.")
     price: Price | None = None
     normalise: Normalise = "share"
+    sensitivity: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         """Takes text apart, and raises ValueError for values out of range and for options that contradict others."""
@@ -251,6 +249,12 @@ def _check_words(options: PruneOptions) -> None:
         if word is not None and word not in known:
             raise ValueError(
                 f"`{name}` is {word!r}, which is unknown; choose one of {', '.join(known)}."
+            )
+
+    for name, factor in (options.sensitivity or {}).items():
+        if not 0.0 < factor < math.inf:
+            raise ValueError(
+                f"`sensitivity` is {factor:g} for {name}; give factors above 0, as a scan measures them."
             )
 
     if options.round_to < 1:

@@ -20,7 +20,7 @@ Widths = np.ndarray[
     tuple[int], np.dtype[np.int64]
 ]  # channels kept in each part of each group, in the groups' order
 
-WHAT = "the JSON file of a plan or a scan"
+WHAT = "the JSON file of a plan"
 EXPLAINED = (
     "width: channels kept in each of a group's parts (heads), from 1 to `slots`. Edit it, then run the same command "
     "with --plan and this file; which channels are kept is decided by their scores. share_of_params, share_of_macs: "
@@ -148,13 +148,3 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
             raise ValueError(f"{path} names group {name} twice; leave one of them.")
         widths[name] = width
     return widths
-
-
-def read_sensitivity(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Returns factors by group name. Raises ValueError where the file is no result of a scan."""
-    factors = read_json(path, WHAT).get("sensitivity")
-    if not isinstance(factors, dict) or not all(
-        type(v) in (int, float) and 0 < v < float("inf") for v in factors.values()
-    ):
-        raise ValueError(f"{path} holds no sensitivities; write it with `segprune scan`.")
-    return factors

@@ -31,7 +31,7 @@ from segprune.pruning.groups import Group, group_names, is_protected
 from segprune.pruning.importance import Scores, score_channels
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.patterns import matching_names
-from segprune.pruning.plan import Plan, read_sensitivity
+from segprune.pruning.plan import Plan
 from segprune.pruning.prepare import Prepared, check_head, prepare
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut
@@ -80,7 +80,7 @@ class Pruner:
         self.model = model
         self.ignored_layers = list(ignored_layers)
         self.images = list(images)
-        self.options = _with_changes(options or PruneOptions(), changes)
+        self.options = replace(options or PruneOptions(), **changes)
         self.latency_table = latency_table
         self.progress = progress
         self.plan: Plan | None = None  # what the last prune() decided
@@ -309,11 +309,3 @@ class Pruner:
         """Returns the groups that could be cut but for `ignore`."""
         always = self._always_protected()
         return [group.name for group in prepared.protected if not is_protected(group, always)]
-
-
-def _with_changes(options: PruneOptions, changes: Mapping[str, Any]) -> PruneOptions:
-    """Returns the options with single ones replaced, and with what a scan measured read from its file."""
-    options = replace(options, **changes)
-    if isinstance(options.sensitivity, str):
-        options = replace(options, sensitivity=read_sensitivity(options.sensitivity))
-    return options

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from segprune.files import write_csv, write_json
+from segprune.files import read_json, write_csv, write_json
 from segprune.runs.records import environment
 
 RECORD, TABLE, PLOT = "sweep.json", "sweep.csv", "sweep.png"
@@ -73,7 +73,7 @@ class SweepFolder:
 
     def _read(self) -> None:
         try:
-            record = json.loads(self.path.read_text(encoding="utf-8"))
+            record = read_json(self.path, "that of a sweep")
             before, contents = record["settings"], record["contents"]
             self.rows = [dict(row) for row in record["rows"]]
         except (ValueError, KeyError, TypeError) as error:

@@ -62,7 +62,7 @@ def test_the_help_of_a_command_lists_every_flag(name: str) -> None:
     assert (status, errors) == (0, "")
     shown = set(re.findall(r"^│ +(?:\* +)?--(\w+)", out, re.MULTILINE))
     names = {"json_path": "json", "as_json": "json"}
-    takes_file = ("info", "eval", "predict", "scan", "export")
+    takes_file = ("info", "eval", "predict", "export")
     arguments = {
         "shapes": {"folder"},
         "benchmark": {"model_paths"},

@@ -209,27 +209,6 @@ def test_a_rate_below_what_folding_takes_is_refused_in_the_users_numbers_before_
     assert "Branches removed" not in out
 
 
-def test_a_scan_goes_with_what_is_ignored_and_with_depth_but_not_with_another_network(
-    dense: Path, tmp_path: Path
-) -> None:
-    done("prune", "--model_path", dense, *SIZE, "--plan_only", "--save_dir", tmp_path)
-    factors = dict.fromkeys(widths(tmp_path / "l1/b0/plan.json"), 2.0)
-    scan = tmp_path / "scan.json"
-    flags = ("--model_path", dense, *SIZE, "--sensitivity", scan, "--save_dir", tmp_path)
-    scan.write_text(json.dumps({"sensitivity": factors}), encoding="utf-8")
-    done("prune", *flags, "--ignore", "stages.3")
-    done("prune", *flags, "--pruning_rate", 0.7, "--depth", 0.3)
-    scan.write_text(
-        json.dumps({"sensitivity": factors | {"decode_head.branches.0.norm": 1.0}}),
-        encoding="utf-8",
-    )
-    for more in ((), ("--depth", 0.3)):
-        assert refused("prune", *flags, *more) == (
-            "The sensitivities are of another network: this one has no group decode_head.branches.0.norm; "
-            "scan it with the options that it is pruned with."
-        )
-
-
 def test_a_criterion_that_needs_pictures_takes_them_without_labels(
     dense: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -452,11 +431,11 @@ def test_the_results_name_no_rate_that_was_not_asked(dense: Path, tmp_path: Path
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (
         ("--plan", "missing.json"),
-        r"missing\.json does not exist; give the path of the JSON file of a plan or a scan\.",
+        r"missing\.json does not exist; give the path of the JSON file of a plan\.",
     ),
     (
         ("--plan", "broken.json"),
-        r"broken\.json is not valid JSON \(.*\); give the JSON file of a plan or a scan, or write it again\.",
+        r"broken\.json is not valid JSON \(.*\); give the JSON file of a plan, or write it again\.",
     ),
     (
         ("--plan", "other.json"),
@@ -494,10 +473,6 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (
         ("--plan", "wide.json", "--plan_only"),
         r"--plan_only has no effect with --plan, which is decided already;",
-    ),
-    (
-        ("--sensitivity", "other.json"),
-        r"other\.json holds no sensitivities; write it with `segprune scan`\.",
     ),
     (
         ("--pruning_rate", "stages.3"),
@@ -553,10 +528,6 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         r"--plan_by curves counts on the repair; leave out --repair False, or",
     ),
     (("--images", "nowhere"), r"nowhere .*"),
-    (
-        ("--scope", "local", "--sensitivity", "other.json"),
-        r"--sensitivity has no effect with --scope local, which",
-    ),
     (
         ("--pruning_rate", "head=0.5", "--scope", "local"),
         r"--scope has no effect where --pruning_rate gives the share",

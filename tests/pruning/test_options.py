@@ -58,6 +58,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"pruning_rate": "head=0.5", "max_rate": 0.8},
         "`max_rate` has no effect where `pruning_rate` gives the share",
     ),
+    ({"sensitivity": {"a": 0.0}}, "`sensitivity` is 0 for a; give factors above 0"),
     (
         {"scope": "local", "sensitivity": {"a": 1.0}},
         "`sensitivity` has no effect with `scope` local",

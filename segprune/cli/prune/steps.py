@@ -18,7 +18,6 @@ from segprune.cli.train.flags import TrainSettings
 from segprune.data import Source
 from segprune.model import SegFormer
 from segprune.pruning.budget.latency import LatencyTable
-from segprune.pruning.depth import without_missing
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.prune import make_pruner
 from segprune.pruning.steps import budgets_of_step
@@ -61,9 +60,6 @@ def prune_in_steps(
         shares: dict[str, float] = dict(budgets.items())
         # The shares name their units, so `rate_of`, which names a single one, is cleared.
         own_options = replace(options, pruning_rate=shares, rate_of=None)
-        # Sensitivities may name blocks that were removed with their branches.
-        if start is not dense:
-            own_options = without_missing(own_options, model)
 
         text = "pruning" if steps == 1 else f"pruning, step {step + 1} of {steps}"
         with progress_bar(text) as advance:

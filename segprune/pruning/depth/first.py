@@ -14,7 +14,6 @@ from segprune.pruning.depth.choice import choose
 from segprune.pruning.depth.removal import remove
 from segprune.pruning.depth.scores import branch_scores, noise
 from segprune.pruning.options import PruneOptions
-from segprune.pruning.plan import read_sensitivity
 from segprune.pruning.pruner import Pruner
 from segprune.stats import Unit
 
@@ -55,7 +54,9 @@ def prune_depth(
     model = remove(dense, names, images)
 
     # Shares are of the network as it was, so that folding may exceed them only now.
-    left = Pruner(model, options=without_missing(options, model), images=images).prepare()
+    # Sensitivities may name blocks that are removed now.
+    options = replace(options, sensitivity=None)
+    left = Pruner(model, options=options, images=images).prepare()
     for unit_of_rate, rate in options.budgets.items():
         limit = replace(limit_of(left, unit_of_rate, rate), whole=whole.wholes[unit_of_rate])
         check_least(limit, left.groups, options, depth=depth)
@@ -83,21 +84,3 @@ def check_depth(depth: float, options: PruneOptions) -> None:
             raise ValueError(
                 f"`depth` is {depth:g}, a part of the rate of the {unit}, {rate:g}; it must be below it."
             )
-
-
-def without_missing(options: PruneOptions, model: SegFormer) -> PruneOptions:
-    """Returns the options without sensitivities of blocks that `model` no longer has."""
-    sensitivity = options.sensitivity
-    if sensitivity is None:
-        return options
-    if isinstance(sensitivity, str):
-        sensitivity = read_sensitivity(sensitivity)
-
-    # A group is called after the module that holds it: "…mlp.ffn" needs "…mlp".
-    modules = {name for name, _ in model.named_modules()}
-    kept = {
-        name: factor
-        for name, factor in sensitivity.items()
-        if name.rpartition(".")[0] in modules
-    }
-    return replace(options, sensitivity=kept)
