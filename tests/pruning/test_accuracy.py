@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from segprune.inference.drop import Drop
+from segprune.model import SegFormer
+from segprune.pruning.budget import by_rate
 from segprune.pruning.budget.accuracy import MAX_TRIALS, Search, Trial, by_accuracy
+from segprune.pruning.curves import measure_curves
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.plan import Plan
+from segprune.pruning.pruner import Pruner
 
 REACH = (0.073, 0.948)
 Loss = Callable[[float], float]
@@ -118,3 +126,59 @@ def test_where_nothing_is_lost_the_smallest_network_that_can_be_cut_is_chosen() 
 def test_if_the_lowest_rate_loses_more_it_is_refused_with_the_least_loss_seen() -> None:
     with pytest.raises(ValueError, match=r"within 0\.5 points .* 2\.08 points, at rate 0\.08"):
         search(lambda rate: 2.0 + rate, max_drop=0.5)
+
+
+def by_size(network: nn.Module, whole: bool) -> Drop:
+    """A point is lost at 40 % of the small network's parameters."""
+    share = sum(p.numel() for p in network.parameters()) / 170_000
+    return Drop(math.exp(12.0 * (0.4 - share)), 0.0, 1)
+
+
+def test_a_pruner_searches_in_any_unit_and_returns_what_it_tried(
+    small_model: SegFormer,
+) -> None:
+    state = {name: tensor.clone() for name, tensor in small_model.state_dict().items()}
+    for unit in ("params", "macs"):
+        pruner = Pruner(small_model, max_drop=1.0, rate_of=unit, round_to=1)
+        result = pruner.search(by_size)
+        chosen = result.chosen
+        assert chosen.plan.removed[unit] == pytest.approx(chosen.rate, abs=0.01)
+        assert by_size(chosen.network, True).points == chosen.drop.points <= 1.0
+        assert result.smaller is not None
+        assert result.smaller.drop.points > 1.0
+        assert pruner.plan is chosen.plan
+    assert all(torch.equal(state[name], t) for name, t in small_model.state_dict().items())
+
+
+def test_a_latency_is_searched_from_what_folding_saves(
+    small_model: SegFormer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(networks: Sequence[nn.Module], *_: object, **__: object) -> list[object]:
+        return [SimpleNamespace(median_ms=ms) for ms in (10.0, 8.0)]
+
+    def by_latency(prepared: Any, scores: Any, options: PruneOptions, **_: Any) -> Plan:
+        assert options.budgets["latency"] > 0.2
+        return by_rate(prepared, scores, replace(options, rate_of="params"))
+
+    monkeypatch.setattr("segprune.pruning.pruner.measure_latency", measure)
+    monkeypatch.setattr("segprune.pruning.pruner.by_latency", by_latency)
+    pruner = Pruner(small_model, max_drop=1.0, rate_of="latency", round_to=1)
+    assert pruner.search(lambda network, whole: Drop(-1.0, 0.0, 1)).chosen.rate > 0.8
+
+
+def test_what_the_rate_does_not_change_is_measured_once(
+    small_model: SegFormer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[object] = []
+
+    def measure(*arguments: Any, **more: Any) -> Any:
+        measured.append(arguments)
+        return measure_curves(*arguments, **more)
+
+    monkeypatch.setattr("segprune.pruning.budget.curves.measure_curves", measure)
+    images = [torch.randn(3, 3, 64, 64).double()]
+    pruner = Pruner(small_model, max_drop=1.0, round_to=1, images=images)
+    result = pruner.search(by_size)
+    assert len(result.trials) > 1
+    assert {trial.plan.decided_by for trial in result.trials} == {"curves"}
+    assert len(measured) == 1
