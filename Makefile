@@ -14,7 +14,7 @@ WHEEL := build/wheel
 WHEELS ?=
 CARRIED := build/carried
 
-.PHONY: demo test test-cuda format clean
+.PHONY: demo test check-types-and-wheel run-tests test-cuda format clean
 
 $(VENV)/run.stamp: requirements_pruning.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed and this is {v}; name one, as in: make demo PYTHON=python3.12")'
@@ -37,12 +37,21 @@ test: export OMP_NUM_THREADS = 1
 test: $(VENV)/test.stamp
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m mypy
+	@$(MAKE) --no-print-directory -j 2 check-types-and-wheel run-tests
+
+# One process each, so they share two cores with the tests, which come first where they compete.
+check-types-and-wheel: export OMP_NUM_THREADS = 1
+check-types-and-wheel:
+	nice $(PY) -m mypy
 	rm -rf build dist
-	$(PY) -m build --wheel --no-isolation > /dev/null
+	nice $(PY) -m build --wheel --no-isolation > /dev/null
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(WHEEL) dist/segprune-*.whl
-	cd / && PYTHONPATH=$(CURDIR)/$(WHEEL) $(CURDIR)/$(PY) $(CURDIR)/tests/smoke_wheel.py $(CURDIR)/$(WHEEL)
-	$(PY) -m pytest -n 2 --dist loadfile
+	cd / && PYTHONPATH=$(CURDIR)/$(WHEEL) nice $(CURDIR)/$(PY) $(CURDIR)/tests/smoke_wheel.py $(CURDIR)/$(WHEEL)
+
+# In the files' own order: by the number of their tests, the few that take minutes would be the last, on one core.
+run-tests: export OMP_NUM_THREADS = 1
+run-tests:
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-cuda: export OMP_NUM_THREADS = 4
 test-cuda:

@@ -14,6 +14,7 @@ from segprune.benchmark import Case, Opened, export_cases, grid, measure, open_c
 from segprune.benchmark import memory as memory_module
 from segprune.model import SegFormer
 from segprune.timing import Times
+from tests.exporting import tiny_network
 
 SIZE = (32, 64)
 
@@ -25,9 +26,9 @@ def weights(small_model: SegFormer, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
-def test_every_runtime_gives_the_network_s_logits(
-    runtime: str, weights: str, tmp_path: Path
-) -> None:
+def test_every_runtime_gives_the_network_s_logits(runtime: str, tmp_path: Path) -> None:
+    weights = str(tmp_path / "tiny.pth")
+    save(tiny_network(), weights)
     (case,) = export_cases(grid([weights], runtimes=(runtime,), sizes=(SIZE,)), tmp_path)
     opened, x = open_case(case), torch.randn(1, 3, *SIZE)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from segprune.checkpoint import load, read
 from tests.commands import BEST, HERE, LAST, SIZE, done, rows_in, same, training
 
 ROOT = Path(__file__).parents[2]
-KILLS = 5
+KILLS = 4
 
 # Imports once, then forks a process for every command, since importing takes longer than the runs. A run that is to be
 # killed gets SIGKILL some saved states later, wherever it is then.

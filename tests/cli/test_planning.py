@@ -18,6 +18,7 @@ from segprune.stats import count
 from tests.commands import HERE, SIZE, done, interrupted, invoke, refused
 
 SHAPE = (32, 32)
+FINELY = ("--round_to", 1)  # for the small network, whose groups have few channels
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +232,12 @@ def test_a_criterion_that_needs_pictures_takes_them_without_labels(
 
 
 def test_with_pictures_the_network_is_repaired_by_default(
-    dense: Path, data: Path, tmp_path: Path
+    small: Path, data: Path, tmp_path: Path
 ) -> None:
     outputs: dict[str, Any] = {}
     for name, flags in (("repaired", ()), ("not", ("--no_repair",))):
-        here = ("--data", data, *HERE, "--save_dir", tmp_path / name)
-        out = done("prune", "--model_path", dense, *SIZE, *flags, *here)
+        here = (*FINELY, "--data", data, *HERE, "--save_dir", tmp_path / name)
+        out = done("prune", "--model_path", small, *SIZE, *flags, *here)
         assert (
             re.search(r"Repaired with \d+ images, before any training\.", out) is not None
         ) == (name == "repaired")
@@ -247,7 +248,7 @@ def test_with_pictures_the_network_is_repaired_by_default(
         assert record["pruning_config"]["repaired"] is (name == "repaired")
     x = torch.cat(batch_images(load_images(list_images(open_source(data)), 8, SHAPE)))
     with torch.inference_mode():
-        aim = load(dense)(x)
+        aim = load(small)(x)
         off = {name: float((model(x) - aim).square().mean()) for name, model in outputs.items()}
     assert off["repaired"] < off["not"]
 
@@ -272,9 +273,9 @@ def test_a_data_set_without_a_train_part_is_scored_but_not_repaired(
 
 
 def test_without_images_synthetic_ones_stand_in_unless_the_repair_is_switched_off(
-    dense: Path, tmp_path: Path, draws_images: None
+    small: Path, tmp_path: Path, draws_images: None
 ) -> None:
-    here = ("--model_path", dense, *SIZE, "--save_dir", tmp_path)
+    here = ("--model_path", small, *SIZE, *FINELY, "--save_dir", tmp_path)
     out = done("prune", *here, "--num_images", 8)
     assert re.search(r"8 synthetic ones .* --images DIR, .* --no_repair", out)
     assert "Repaired with 8 images" in out

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it
 ROOT = Path(__file__).parents[2]
 LOADING = ("--num_workers", 2, "--batch_size", 1)
 EPOCHS, STEPS = 8, 8  # of an epoch
-MOMENTS = 10
+MOMENTS = 6
 BOTH = (SIGTERM, SIGINT)
 
 # Imports once, since that takes longer than the runs, then forks every run into a session of its own.

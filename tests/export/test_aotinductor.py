@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 
 from segprune.data import draw_shapes, normalise
 from segprune.export import export, open_exported
@@ -14,7 +15,11 @@ from tests.exporting import tiny_network
 
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler here")
-def test_the_compiled_package_gives_the_networks_logits(tmp_path: Path) -> None:
+def test_the_compiled_package_gives_the_networks_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The compiler's optimisation is what takes so long, and is not what is tested.
+    monkeypatch.setattr(torch._inductor.config.aot_inductor, "debug_compile", True)
     network, path = tiny_network(), tmp_path / "it.pt2"
     manifest, difference = export(network, path, format="aotinductor", size=(64, 64))
     assert is_compiled(path)
