@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from segprune.checkpoint import load
 from segprune.compare import Difference
 from segprune.data import (
+    DataChoices,
     LabelReport,
     Location,
     Sample,
@@ -44,6 +45,7 @@ from segprune.pruning.prune import Pruned, make_pruner, with_counts
 from segprune.pruning.prune import prune as prune_network
 from segprune.runs.fit import fit
 from segprune.runs.folder import Saving
+from segprune.spec import preprocessing_of
 from segprune.training.loop import train
 from segprune.training.losses import compute_class_weights
 from segprune.training.objective import check_distilled
@@ -69,11 +71,12 @@ class FineTuned:
 def load_images(
     data: Data, number: int = NUM_IMAGES, input_shape: tuple[int, int] = (512, 512)
 ) -> list[Tensor]:
-    """Returns batches B 3 H W of `number` images, normalised, from a data set's train part or a folder of images.
+    """Returns batches B 3 H W of `number` images, uint8 RGB, from a data set's train part or a folder of images.
 
-    They are what `segprune.prune` takes as `images`. Labels are not read.
+    They are what `segprune.prune` takes as `images`, which normalises them as the network was trained. Labels are not
+    read.
     """
-    return unlabelled.batch_images(
+    return unlabelled.batch_pixels(
         unlabelled.load_images(_find_images(data), number, input_shape)
     )
 
@@ -93,10 +96,11 @@ def prune(
 ) -> Pruned:
     """Returns `model` pruned by the share `pruning_rate` of its parameters, or as far as `max_drop` allows.
 
-    `images`: batches of normalised images B 3 H W without labels, which the repair and the plan use; with `data` 64
-    images of its train part if none are given. With `max_drop` networks of several rates are scored on the val part
-    of `data`, the smallest within so many points of the dense mIoU is returned, and `on_trial` is given each of
-    them when it was scored. The other arguments are those of `Pruner`, and `changes` single options of `PruneOptions`.
+    `images`: batches of images B 3 H W without labels, uint8 or normalised, which the repair and the plan use; with
+    `data` 64 images of its train part if none are given. With `max_drop` networks of several rates are scored on the
+    val part of `data`, the smallest within so many points of the dense mIoU is returned, and `on_trial` is given each
+    of them when it was scored. The other arguments are those of `Pruner`, and `changes` single options of
+    `PruneOptions`.
 
     >>> from segprune.spec import standard_spec
     >>> pruned = prune(SegFormer(standard_spec("b0", 8)), 0.5)
@@ -133,7 +137,7 @@ def prune(
     # Open the data, and check its labels, before anything long begins.
     assert data is not None
     num_classes, num_workers = _count_classes(model), choose_workers()
-    source, _ = _open(data, num_classes, ("val",), False, num_workers)
+    source, _ = _open(data, model, num_classes, ("val",), num_workers=num_workers)
     pruner = make_pruner(
         model,
         ignored_layers=ignored_layers,
@@ -170,8 +174,9 @@ def evaluate(
 ) -> Score:
     """Returns the score of a network, or of any function from pixels to logits, on a data set.
 
-    `data` is a folder in one of the layouts, an open data set, or its samples. The labels of a folder are checked
-    first. `mode` are fields of `EvalMode`, such as `input_shape`. `device` is the network's own if None.
+    `data` is a folder in one of the layouts, an open data set, or its samples. Labels are read as the network was
+    trained, but those of samples are classes already. The labels of a folder are checked first. `mode` are fields of
+    `EvalMode`, such as `input_shape`. `device` is the network's own if None.
     """
     # A plain function says nothing of its classes, so they have to be given for it.
     if num_classes is None:
@@ -181,10 +186,12 @@ def evaluate(
 
     # A folder is opened and checked; a data set or samples are taken as they are.
     if isinstance(data, str | os.PathLike):
-        source, _ = _open(data, num_classes, (split,), skip_bad, num_workers)
+        source, _ = _open(
+            data, model, num_classes, (split,), skip_bad=skip_bad, num_workers=num_workers
+        )
         samples: Sequence[Sample] = source.split(split)
     elif isinstance(data, Source):
-        samples = data.split(split)
+        samples = _read_labels(data, model).split(split)
     else:
         samples = data
 
@@ -230,7 +237,11 @@ def finetune(
     chosen, _ = fit_to_machine(chosen, device)
     assert chosen.num_workers is not None
     source, labels = _open(
-        data, model.spec.num_classes, ("train", "val"), False, chosen.num_workers
+        data,
+        model,
+        model.spec.num_classes,
+        ("train", "val"),
+        num_workers=chosen.num_workers,
     )
     chosen = replace(
         chosen, class_weights=compute_class_weights(chosen.class_weights, labels.pixels)
@@ -331,16 +342,27 @@ def _find_images(data: Data) -> Sequence[Location]:
 
 
 def _open(
-    data: Data, num_classes: int, splits: tuple[str, ...], skip_bad: bool, num_workers: int
+    data: Data,
+    model: Predict,
+    num_classes: int,
+    splits: tuple[str, ...],
+    *,
+    num_workers: int,
+    skip_bad: bool = False,
 ) -> tuple[Source, LabelReport]:
     """Opens a data set and checks its labels; with `skip_bad` images that cannot be read are left out first."""
-    source = data if isinstance(data, Source) else open_source(data)
+    source = _read_labels(data if isinstance(data, Source) else open_source(data), model)
     # Before the label check, which would stop at the first image that cannot be read.
     if skip_bad:
         for split in splits:
             good, _ = readable(source.split(split), num_workers)
             source = source.with_split(split, good)
     return source, check_labels(source, num_classes, splits, trained=True)
+
+
+def _read_labels(source: Source, model: Predict) -> Source:
+    """Returns the data set with its labels read as the network was trained."""
+    return DataChoices(expected=preprocessing_of(model)).apply(source)
 
 
 def _count_classes(model: Predict) -> int:

@@ -1,4 +1,4 @@
-"""The widths and numerics of one SegFormer as plain data.
+"""The widths and numerics of one SegFormer as plain data, and the preprocessing that belongs to its weights.
 
 A spec says everything that the weights alone do not: a network is `SegFormer(spec)` plus a state dict.
 Widths are numbers of channels. The standard variants follow the released weights of
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
 T = TypeVar("T")
 Gelu = Literal["none", "tanh"]  # torch's words; the exact one is "none"
 HeadDropout = Literal["2d", "plain"]
 Head = Literal["mlp", "conv"]  # as it is published; "mlp" can be folded
+Channels = Literal["rgb", "bgr"]
 
 # By variant: channels, and then numbers of blocks, of the four stages.
 WIDTHS = {"b0": (32, 64, 160, 256)} | dict.fromkeys(
@@ -40,6 +41,69 @@ REDUCTION_RATIOS = (8, 4, 2, 1)
 KERNEL_SIZES = (7, 3, 3, 3)
 STRIDES = (4, 2, 2, 2)
 FFN_RATIO = 4
+
+LEAST_STD, MOST_PIXEL = 1e-3, 1e6  # of pixels in 0..255, with much room
+NO_CLASS = 255  # the label that is always ignored
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network was trained with: how pixels become its input, and how a mask's values become its classes.
+
+    Pixels 0..255, their channels in the order of `channels`, become (pixels - `mean`) / `std`. Every label gets
+    `label_offset` added, and is ignored where that makes it negative; `ignore_index` is then ignored, and 255 always.
+    `size` (H, W) is that of the images in training, which nothing here depends on. The defaults are ImageNet's, as
+    SegFormer was trained with.
+    """
+
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    channels: Channels = "rgb"
+    label_offset: int = 0
+    ignore_index: int = NO_CLASS
+    size: tuple[int, int] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("mean", -MOST_PIXEL), ("std", LEAST_STD)):
+            values = getattr(self, name)
+            if not _are_numbers(values, least):
+                raise ValueError(
+                    f"`{name}` is {reprlib.repr(values)}, where three numbers from {least:g} to {MOST_PIXEL:g} are "
+                    "allowed, one for each channel of pixels in 0..255; give those that the network was trained with."
+                )
+        if self.channels not in get_args(Channels):
+            raise ValueError(f"`channels` is {reprlib.repr(self.channels)}; choose rgb or bgr.")
+
+        # A positive offset would move class 254 onto the ignored 255.
+        for name, low, high in (
+            ("label_offset", 1 - NO_CLASS, 0),
+            ("ignore_index", 0, NO_CLASS),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(
+                    f"`{name}` is {reprlib.repr(value)}, where {low}..{high} is allowed."
+                )
+        if self.size is not None and not (
+            len(self.size) == 2 and all(type(side) is int and side > 0 for side in self.size)
+        ):
+            raise ValueError(
+                f"`size` is {reprlib.repr(self.size)}, where a height and a width in pixels are allowed."
+            )
+
+
+def _are_numbers(values: tuple[Any, ...], least: float) -> bool:
+    """Tells whether these are three numbers in the range; NaN is in none."""
+    right = [value for value in values if type(value) in (int, float)]
+    return len(right) == len(values) == 3 and all(
+        least <= number <= MOST_PIXEL for number in right
+    )
+
+
+def preprocessing_of(network: object) -> Preprocessing:
+    """Returns what a network, or an exported file, was trained with; the defaults for any other function."""
+    spec = getattr(getattr(network, "manifest", network), "spec", None)
+    return spec.preprocessing if isinstance(spec, Spec) else Preprocessing()
 
 
 @dataclass(frozen=True)
@@ -150,6 +214,7 @@ class Spec:
     decoder_dim: int
     numerics: Numerics
     head: Head = "mlp"
+    preprocessing: Preprocessing = Preprocessing()
 
     @property
     def folded(self) -> bool:
@@ -257,13 +322,14 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
-    """The inverse of `spec_to_dict`. Files from before there were two kinds of head do not name theirs: it is "mlp".
+    """The inverse of `spec_to_dict`. Older files name neither a head, which is "mlp", nor their preprocessing.
 
     Raises ValueError for whatever no network has, since the file may be damaged or made to do harm: a missing or
     unknown key, a value of another type or beyond its range, a block without branches, more blocks than `MAX_BLOCKS`.
     """
     try:
-        spec = _to_record(Spec, {"head": "mlp"} | {**data} | _parse_fields(data))
+        missing = {"head": "mlp", "preprocessing": Preprocessing()}
+        spec = _to_record(Spec, missing | {**data} | _parse_fields(data))
     except (LookupError, TypeError) as error:
         raise ValueError(
             f"This is not a segprune spec ({error}); write the file again with segprune.save."
@@ -302,7 +368,19 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     if branch_dims is not None:
         branch_dims = _to_tuple("branch_dims", branch_dims, NUM_STAGES, NUM_STAGES)
     numerics = _to_record(Numerics, data["numerics"])
-    return {"stages": tuple(stages), "branch_dims": branch_dims, "numerics": numerics}
+    parsed: dict[str, Any] = {
+        "stages": tuple(stages),
+        "branch_dims": branch_dims,
+        "numerics": numerics,
+    }
+
+    if "preprocessing" in data:
+        values = asdict(Preprocessing()) | {**data["preprocessing"]}
+        for name, number in (("mean", 3), ("std", 3), ("size", 2)):
+            if values[name] is not None:
+                values[name] = _to_tuple(name, values[name], number, number)
+        parsed["preprocessing"] = _to_record(Preprocessing, values)
+    return parsed
 
 
 def _to_tuple(name: str, values: Any, least: int, most: int) -> tuple[Any, ...]:
@@ -325,7 +403,16 @@ def _to_record(kind: type[T], data: Any) -> T:
 
     # A .pth file may hold tensors here, which compare as nothing else does.
     for name, value in data.items():
-        if type(value) not in (int, float, bool, str, type(None), tuple, Numerics):
+        if type(value) not in (
+            int,
+            float,
+            bool,
+            str,
+            type(None),
+            tuple,
+            Numerics,
+            Preprocessing,
+        ):
             raise TypeError(f"{name} is a {type(value).__name__}")
     return kind(**data)
 

@@ -53,6 +53,7 @@ SPARED = {
         "segprune.checkpoint.published",
     ),  # widths that others can hold
     ("segprune.pruning.synthetic", "segprune.data"),  # what draws images reads no data set
+    ("segprune.pruning.images", "segprune.data"),  # nor does what normalises them
     (
         "segprune.checkpoint.hf_out",
         "segprune.data",

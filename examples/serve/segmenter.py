@@ -22,10 +22,12 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 KEY = "segprune"  # the name of the metadata that describe the file
-MEAN = np.array(
-    (123.675, 116.28, 103.53), dtype=np.float32
-)  # of red, green and blue in 0..255, as it was trained with
-STD = np.array((58.395, 57.12, 57.375), dtype=np.float32)
+# Of pixels in 0..255, for a file that does not say what its network was trained with.
+USUAL_PIXELS = {
+    "mean": (123.675, 116.28, 103.53),
+    "std": (58.395, 57.12, 57.375),
+    "channels": "rgb",
+}
 GREY = 128  # around an image of another shape than the file's
 USUAL = (512, 512)  # H W that a file of any size is used at
 MIN_SIDE = 64  # of a file of any size
@@ -49,6 +51,9 @@ class Segmenter:
     batch: int
     preprocess: bool
     argmax: bool
+    pixels: dict[
+        str, Any
+    ]  # mean, std and order of the channels, where the file does not preprocess
     run: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
     def __call__(self, image: Bytes) -> Bytes:
@@ -56,7 +61,7 @@ class Segmenter:
         canvas, (top, left, height, width) = letterbox(image, self.shape)
         x: npt.NDArray[Any] = canvas
         if not self.preprocess:
-            x = np.ascontiguousarray(((canvas - MEAN) / STD).transpose(2, 0, 1))  # 3 H W
+            x = self._normalise(canvas)
 
         # Only the part of the canvas that shows the image counts.
         out = self.run(np.repeat(x[None], self.batch, axis=0))[0]
@@ -77,6 +82,11 @@ class Segmenter:
                 f"{self.name} gives logits that are NaN or infinite; export another checkpoint."
             )
         return find_highest(out, image.shape[:2])
+
+    def _normalise(self, canvas: Bytes) -> Floats:
+        ordered = canvas[..., ::-1] if self.pixels["channels"] == "bgr" else canvas
+        mean, std = (np.array(self.pixels[name], dtype=np.float32) for name in ("mean", "std"))
+        return np.ascontiguousarray(((ordered - mean) / std).transpose(2, 0, 1))  # 3 H W
 
 
 def open_segmenter(
@@ -117,6 +127,7 @@ def open_segmenter(
         batch=1 if description["shape"] is None else description["shape"][0],
         preprocess=description["preprocess"],
         argmax=description["argmax"],
+        pixels=_pixels_in(description),
         run=lambda x: session.run(None, {input_name: x})[0],
     )
 
@@ -149,7 +160,20 @@ def _is_whole(description: Any) -> bool:
         and isinstance(palette, list)
         and len(palette) in (0, 3 * 256)
         and all(type(number) is int and 0 <= number <= 255 for number in palette)
+        and all(len(_pixels_in(description)[name]) == 3 for name in ("mean", "std"))
     )
+
+
+def _pixels_in(description: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the file's network was trained with, as far as it is stated in numbers."""
+    spec = description.get("spec")
+    own = spec.get("preprocessing") if isinstance(spec, dict) else None
+    stated = own if isinstance(own, dict) else {}
+    pixels: dict[str, Any] = USUAL_PIXELS | stated
+    for name in ("mean", "std"):
+        numbers = pixels[name] if isinstance(pixels[name], list | tuple) else ()
+        pixels[name] = [number for number in numbers if type(number) in (int, float)]
+    return pixels
 
 
 def _read_names(path: str, description: dict[str, Any]) -> tuple[str, ...]:

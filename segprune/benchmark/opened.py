@@ -13,6 +13,7 @@ from segprune import checkpoint
 from segprune.benchmark.cases import LIVE, Case
 from segprune.export import open_exported
 from segprune.fold import fold_for_inference
+from segprune.spec import Preprocessing, preprocessing_of
 from segprune.stats import count
 from segprune.timing import DTYPE_OF, set_tf32
 
@@ -29,6 +30,7 @@ class Opened:
     case: Case
     name: str  # of the runtime, with its version
     num_classes: int
+    preprocessing: Preprocessing
     macs: int | None
     predict: Callable[[Tensor], Tensor]
     run: Callable[[], Tensor]
@@ -85,7 +87,8 @@ def _open_live(case: Case) -> Opened:
     name = f"PyTorch {torch.__version__}" + (", compiled" if case.runtime == "compile" else "")
     # Those of the network as it runs, folded or not.
     macs = count(model.spec, case.size).macs
-    return Opened(case, name, model.spec.num_classes, macs, predict, run)
+    spec = model.spec
+    return Opened(case, name, spec.num_classes, spec.preprocessing, macs, predict, run)
 
 
 def _compile(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
@@ -117,7 +120,13 @@ def _open_exported(case: Case) -> Opened:
 
     macs = None if manifest.spec is None else count(manifest.spec, case.size).macs
     return Opened(
-        case, runtime.name, manifest.num_classes, macs, runtime, lambda: runtime.run(x)
+        case,
+        runtime.name,
+        manifest.num_classes,
+        preprocessing_of(runtime),
+        macs,
+        runtime,
+        lambda: runtime.run(x),
     )
 
 

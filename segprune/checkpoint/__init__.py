@@ -21,9 +21,11 @@ from segprune.checkpoint.hf_in import (
     download,
     is_hub_name,
     read_folder,
+    read_processor,
     record_from_folder,
 )
 from segprune.checkpoint.ours import FORMAT, Checkpoint, read_record, record_from_metadata, save
+from segprune.checkpoint.preprocessing import from_huggingface
 from segprune.checkpoint.stated import read_classes, read_heads
 from segprune.files import read_file
 from segprune.model import SegFormer
@@ -77,9 +79,12 @@ def read(
 
     # A folder brings a config, a .safetensors file metadata; each is empty for the other.
     config: dict[str, Any] = {}
+    processor: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     if hub or Path(path).is_dir():
-        data, config = read_folder(download(str(path)) if hub else Path(path))
+        folder = download(str(path)) if hub else Path(path)
+        data, config = read_folder(folder)
+        processor = read_processor(folder)
     else:
         data, metadata = read_file(path)
 
@@ -87,8 +92,9 @@ def read(
         # Our own networks come in three wrappings; below, all are alike.
         if metadata.get("format") == FORMAT:
             data = record_from_metadata(data, metadata)
-        elif config.get("model_type") == FORMAT:
-            data, config = record_from_folder(data, config), {}
+        ours = config.get("model_type") == FORMAT
+        if ours:
+            data = record_from_folder(data, config)
 
         # Weights do not show how many heads there are, so config.json is asked.
         heads = read_heads(config)
@@ -96,6 +102,15 @@ def read(
             data, dialect=dialect, variant=variant, num_classes=num_classes, heads=heads
         )
         if not config:
+            return checkpoint
+
+        # What stands beside the weights says how images and labels are read.
+        own = checkpoint.spec.preprocessing
+        preprocessing = from_huggingface(processor, config, own)
+        checkpoint = replace(
+            checkpoint, spec=replace(checkpoint.spec, preprocessing=preprocessing)
+        )
+        if ours:
             return checkpoint
 
         # config.json must agree with the weights, and adds the rates of dropout.
@@ -185,20 +200,23 @@ def convert(
     to: str,
     *,
     class_names: Sequence[str] | None = None,
+    palette: Sequence[int] | None = None,
     input_shape: tuple[int, int] = (512, 512),
 ) -> Written:
     """Writes the network in another tool's format, reads it again and keeps it if the logits are the same.
 
-    `to` is one of `FORMATS`. For "hf", `target` is a folder, `class_names` are put into it, and `input_shape` (H, W)
-    is the size that its image processor resizes to; else it is a file. Raises ValueError for what the tool's classes
-    cannot hold, and where the logits differ.
+    `to` is one of `FORMATS`. For "hf", `target` is a folder, and `input_shape` (H, W) is the size that its image
+    processor resizes to; else it is a file. `class_names` and `palette` (768 numbers) are put into it where the format
+    has a place for them. Raises ValueError for what the tool's classes cannot hold, and where the logits differ.
     """
     # Here, since a network loads without what reads images.
     from segprune.checkpoint.hf_out import write_folder
+    from segprune.checkpoint.numerics import with_rgb
     from segprune.checkpoint.write import write_file
 
     if to not in FORMATS:
         raise ValueError(f"Unknown format {to!r}; choose one of {', '.join(FORMATS)}.")
+    model = with_rgb(model)
     if to == "hf":
         return write_folder(model, target, class_names=class_names, input_shape=input_shape)
-    return write_file(model, target, to)
+    return write_file(model, target, to, class_names=class_names, palette=palette)

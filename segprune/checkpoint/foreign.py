@@ -6,10 +6,12 @@ A foreign network gets the spec of the variant whose shapes it has and the numer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from segprune.checkpoint.dialects import detect
 from segprune.checkpoint.ours import Checkpoint, to_float32
+from segprune.checkpoint.preprocessing import read_meta, take_buffers
 from segprune.checkpoint.rename import translate
 from segprune.checkpoint.stated import read_classes, read_heads
 
@@ -25,17 +27,23 @@ def read_foreign(
 
     # The names decide first: layers and numerics follow from whose they are.
     naming = detect(state_dict.keys(), wrapper, dialect)
+    state_dict, preprocessing, said = take_buffers(state_dict)
     state_dict, notes = to_float32(state_dict)
+    notes += said
     if naming.note is not None:
         notes = (naming.note, *notes)
 
-    # The meta of NVlabs' files: classes and, where
-    # `convert` wrote a pruned network, the heads.
+    # The meta of NVlabs' and mmsegmentation's files: classes,
+    # pixels and, where `convert` wrote a pruned network, heads.
     meta = data["meta"] if isinstance(data.get("meta"), Mapping) else {}
     if heads is None:
         heads = read_heads(meta)
 
     spec, state = translate(state_dict, naming, num_classes=num_classes, heads=heads)
+    spec = read_meta(spec, meta)
+    if preprocessing is not None:
+        spec = replace(spec, preprocessing=preprocessing)
+
     if naming.head:
         extra = read_classes(meta, spec.num_classes)
         return Checkpoint(spec, state, naming.dialect, notes, backbone_only=False, extra=extra)

@@ -20,6 +20,8 @@ from segprune.spec import Gelu, Spec, spec_from_dict, spec_to_dict
 
 GELUS: dict[str, Gelu] = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # transformers' words
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+PROCESSOR = "preprocessor_config.json"
+JSONS = ("config.json", PROCESSOR, "processor_config.json")
 
 
 def is_hub_name(path: str | os.PathLike[str]) -> bool:
@@ -40,12 +42,10 @@ def download(name: str) -> Path:
 
     # Safetensors are preferred, so that not both are downloaded.
     try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=["config.json", "model*.safetensors*"])
-        )
+        folder = Path(snapshot_download(name, allow_patterns=[*JSONS, "model*.safetensors*"]))
         if not any(folder.glob("model*.safetensors*")):
             folder = Path(
-                snapshot_download(name, allow_patterns=["config.json", "pytorch_model*.bin*"])
+                snapshot_download(name, allow_patterns=[*JSONS, "pytorch_model*.bin*"])
             )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
@@ -75,6 +75,21 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     raise FileNotFoundError(
         f"{folder} has config.json but no weights; put {' or '.join(WEIGHTS)} beside it."
     )
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """Returns what the folder says of its images and labels: empty where it says nothing."""
+    if (folder / PROCESSOR).is_file():
+        return read_json(folder / PROCESSOR, "an image processor of Hugging Face")
+
+    # Where several processors were saved together, this is one part of the file.
+    whole = folder / JSONS[-1]
+    part = (
+        read_json(whole, "processors of Hugging Face").get("image_processor")
+        if whole.is_file()
+        else None
+    )
+    return part if isinstance(part, dict) else {}
 
 
 def _read_shards(index: Path) -> dict[str, Any]:

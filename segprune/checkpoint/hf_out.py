@@ -18,18 +18,18 @@ from torch import Tensor
 
 from segprune.checkpoint import load
 from segprune.checkpoint.dialects import NUMERICS
-from segprune.checkpoint.hf_in import GELUS, WEIGHTS
+from segprune.checkpoint.hf_in import GELUS, PROCESSOR, WEIGHTS
 from segprune.checkpoint.numerics import with_numerics
+from segprune.checkpoint.preprocessing import to_huggingface
 from segprune.checkpoint.published import uniform_problem
 from segprune.checkpoint.rename import from_ours
+from segprune.checkpoint.stated import names_or_placeholders
 from segprune.checkpoint.write import Logits, Written, check_written
-from segprune.data.transforms import MEAN, STD
 from segprune.files import atomic_folder, save_tensors, write_json
 from segprune.fold import unfold_decoder
 from segprune.model import SegFormer, check_input
 from segprune.spec import Spec, spec_to_dict
 
-IGNORED = 255  # the label without a class
 CODE = ("segprune.spec", "segprune.model", "segprune.checkpoint.modeling_segprune")
 
 
@@ -57,7 +57,8 @@ def write_folder(
 
     with atomic_folder(folder) as temporary:
         write_json(config | labels, temporary / "config.json")
-        write_json(_describe_processor(input_shape), temporary / "preprocessor_config.json")
+        processor = to_huggingface(model.spec.preprocessing, input_shape)
+        write_json(processor, temporary / PROCESSOR)
 
         # Clones, since safetensors refuses tensors that share memory.
         state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
@@ -84,19 +85,16 @@ def _write_notes(spec: Spec, problem: str | None) -> list[str]:
             "The network's last upsampling has align_corners=True and that of transformers' image processor False; "
             "logits before it are the same, the rims of masks differ a little."
         )
+    if spec.preprocessing.label_offset not in (0, -1):
+        notes.append(
+            f"Labels were read with `label_offset` {spec.preprocessing.label_offset}, which their image processor "
+            "cannot do; shift the labels before it."
+        )
     return notes
 
 
 def _number_labels(num_classes: int, names: Sequence[str] | None) -> dict[str, Any]:
-    if names is not None and (
-        len(names) != num_classes or not all(isinstance(name, str) for name in names)
-    ):
-        raise ValueError(
-            f"There are {len(names)} class names where the network has {num_classes} classes; give one for each."
-        )
-
-    # Without names these are transformers' own placeholders.
-    names = [f"LABEL_{k}" for k in range(num_classes)] if names is None else names
+    names = names_or_placeholders(num_classes, names)
     numbers = {name: number for number, name in enumerate(names)}
     return {
         "id2label": {str(number): name for number, name in enumerate(names)},
@@ -130,7 +128,7 @@ def _describe_stock(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]
         "classifier_dropout_prob": spec.numerics.head_dropout,
         "drop_path_rate": spec.numerics.drop_path,
         "reshape_last_stage": True,
-        "semantic_loss_ignore_index": IGNORED,
+        "semantic_loss_ignore_index": spec.preprocessing.ignore_index,
     }
     return config, from_ours(state, spec, "hf")
 
@@ -145,7 +143,7 @@ def _describe_with_code(model: SegFormer) -> tuple[dict[str, Any], dict[str, Ten
             "AutoModelForSemanticSegmentation": "modeling_segprune.SegpruneForSemanticSegmentation",
         },
         "spec": spec_to_dict(model.spec),
-        "semantic_loss_ignore_index": IGNORED,
+        "semantic_loss_ignore_index": model.spec.preprocessing.ignore_index,
     }
     return config, {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
 
@@ -172,22 +170,6 @@ def _file_stem(module: str) -> str:
     """
     leaf = module.rpartition(".")[2]
     return leaf if "segprune" in leaf else f"segprune_{leaf}"
-
-
-def _describe_processor(input_shape: tuple[int, int]) -> dict[str, Any]:
-    return {
-        "image_processor_type": "SegformerImageProcessor",
-        "do_resize": True,
-        "size": {"height": input_shape[0], "width": input_shape[1]},
-        "resample": 2,  # bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        # Ours are of pixels from 0 to 255, theirs of rescaled ones.
-        "image_mean": [round(mean / 255, 6) for mean in MEAN],
-        "image_std": [round(std / 255, 6) for std in STD],
-        "do_reduce_labels": False,
-    }
 
 
 def _folder_readers(folder: Path, *, stock: bool) -> dict[str, Logits]:

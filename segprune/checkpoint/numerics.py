@@ -7,12 +7,14 @@ evaluation, into its weight.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from segprune.model import SegFormer
 from segprune.spec import Numerics, Spec, StageSpec, block_name, stage_name
 
 
@@ -82,6 +84,21 @@ def _layer_factors(spec: Spec, numerics: Numerics) -> dict[str, float]:
                 block.qk_scale * block.qk_dim**0.5
             )  # theirs divide by the root of the width
     return factors
+
+
+def with_rgb(model: SegFormer) -> SegFormer:
+    """Returns a network with the same answers that takes RGB; it is the network itself if that does so already."""
+    own = model.spec.preprocessing
+    if own.channels == "rgb":
+        return model
+
+    # The first convolution's input channels change places, and the numbers of each with it.
+    model = copy.deepcopy(model)
+    weight = model.list_stages()[0].patch_embed.proj.weight
+    weight.data = weight.data.flip(1)
+    turned = replace(own, mean=own.mean[::-1], std=own.std[::-1], channels="rgb")
+    model.spec = replace(model.spec, preprocessing=turned)
+    return model
 
 
 def _multiply(tensor: Tensor, factor: Tensor | float) -> Tensor:

@@ -5,7 +5,7 @@ Sources: transformers' config.json, NVlabs' `meta`, and mmsegmentation's `datase
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -50,6 +50,7 @@ def read_classes(stated: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     )
     if (
         not names
+        or names == placeholders(num_classes)
         or len(names) != num_classes
         or not all(isinstance(name, str) for name in names)
     ):
@@ -63,12 +64,44 @@ def read_classes(stated: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
 
 
 def _names_in_order(labels: Mapping[Any, Any]) -> list[Any]:
-    """Returns the names by number; none where they are the LABEL_0 and so on that transformers puts in for them."""
+    """Returns the names by number."""
     by_number = {
         str(number): name for number, name in labels.items()
     }  # a file may list them in another order
-    names = [by_number.get(str(k)) for k in range(len(labels))]
-    return [] if names == [f"LABEL_{k}" for k in range(len(names))] else names
+    return [by_number.get(str(k)) for k in range(len(labels))]
+
+
+def placeholders(num_classes: int) -> list[str]:
+    """Returns what transformers puts in where there are no names: LABEL_0 and so on."""
+    return [f"LABEL_{k}" for k in range(num_classes)]
+
+
+def names_or_placeholders(num_classes: int, names: Sequence[str] | None) -> list[str]:
+    """Returns the names, or placeholders where there are none. Raises ValueError unless there is one per class."""
+    if names is None:
+        return placeholders(num_classes)
+    if len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"There are {len(names)} class names where the network has {num_classes} classes; give one for each."
+        )
+    return list(names)
+
+
+def describe_classes(
+    dialect: str, num_classes: int, names: Sequence[str] | None, palette: Sequence[int]
+) -> dict[str, Any]:
+    """Returns the entries of NVlabs' or mmsegmentation's `meta` that name the classes and their colours.
+
+    The code that loads the file needs both: where there are no names, placeholders stand for them. `palette` is 768
+    numbers.
+    """
+    stated = names_or_placeholders(num_classes, names)
+    # There are colours for 256 classes, and further ones begin anew.
+    starts = [3 * (k % 256) for k in range(num_classes)]
+    colours = [list(palette[start : start + 3]) for start in starts]
+    if dialect == "mmseg":
+        return {"dataset_meta": {"classes": stated, "palette": colours}}
+    return {"CLASSES": stated, "PALETTE": colours}
 
 
 def _flatten_palette(palette: Any, num_classes: int) -> list[int] | None:

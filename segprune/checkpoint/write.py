@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +20,20 @@ from segprune.checkpoint import build, read
 from segprune.checkpoint.dialects import HEADS, NUMERICS, decoder_dim, detect
 from segprune.checkpoint.foreign import unwrap
 from segprune.checkpoint.numerics import with_numerics
+from segprune.checkpoint.preprocessing import to_meta
 from segprune.checkpoint.published import mmseg_problem, uniform_problem
 from segprune.checkpoint.rename import from_ours, to_ours
-from segprune.checkpoint.stated import NUM_HEADS_KEY
+from segprune.checkpoint.stated import NUM_HEADS_KEY, describe_classes
 from segprune.compare import TOLERANCE, compare
-from segprune.data import draw_shapes, normalise
+from segprune.data import IMAGENET, draw_shapes, normalise, voc_palette
 from segprune.files import PICKLES, atomic_files, read_file, save_record
 from segprune.fold import unfold_decoder
 from segprune.model import SegFormer
 from segprune.spec import VARIANTS, Spec, standard_spec
 
 SIZE = (96, 128)  # of the image that is compared
+CONV_SEG = "decode_head.conv_seg"  # a layer of NVlabs' head that is never run
+CONV_SEG_DIM = 128  # `channels` of the head in all of NVlabs' configs
 
 Logits = Callable[
     [Tensor], Tensor
@@ -53,7 +57,7 @@ def check_written(
     Raises ValueError if one of them is further off than `TOLERANCE`.
     """
     # Before the last upsampling, which transformers leaves to its image processor.
-    x = normalise(draw_shapes(0, "val", 0, SIZE)[0])[None]
+    x = normalise(draw_shapes(0, "val", 0, SIZE)[0], model.spec.preprocessing)[None]
     worst = 0.0
     with torch.inference_mode():
         # In float32 on the CPU, as the readers compute.
@@ -71,12 +75,19 @@ def check_written(
     return Written(notes, tuple(readers), worst)
 
 
-def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> Written:
+def write_file(
+    model: SegFormer,
+    path: str | os.PathLike[str],
+    dialect: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    palette: Sequence[int] | None = None,
+) -> Written:
     """Writes a .pth, .pt or .bin file that `dialect`'s own code loads, reads it again and keeps it if logits agree.
 
-    nvlabs, mmseg: {"meta", "state_dict"}, as their training leaves it, nvlabs' meta saying the heads of a pruned
-    network; bubbliiiing: the bare state dict. A folded head is unfolded. Raises ValueError for another ending, for a
-    network that their classes cannot hold, for another GELU, and for logits that differ.
+    nvlabs, mmseg: {"meta", "state_dict"}, as their training leaves it, meta saying classes, colours, pixels and the
+    heads of a pruned network; bubbliiiing: the bare state dict. A folded head is unfolded. Raises ValueError for
+    another ending, for a network that their classes cannot hold, for another GELU, and for logits that differ.
     """
     path = Path(path)
     if path.suffix not in PICKLES:
@@ -98,9 +109,16 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
         for name, tensor in from_ours(state, spec, dialect).items()
     }
 
+    # NVlabs' head has a layer that it never runs, and misses when it loads strictly.
+    if dialect == "nvlabs":
+        named[f"{CONV_SEG}.weight"] = torch.zeros(spec.num_classes, CONV_SEG_DIM, 1, 1)
+        named[f"{CONV_SEG}.bias"] = torch.zeros(spec.num_classes)
+
     # What their training writes around the weights.
-    meta = {}
-    if dialect == "nvlabs" and not _is_standard(spec, dialect):
+    colours = palette or voc_palette()
+    meta: dict[str, Any] = describe_classes(dialect, spec.num_classes, class_names, colours)
+    meta |= to_meta(spec, dialect)
+    if not _is_standard(spec, dialect):
         meta["hidden_sizes"] = [stage.width for stage in spec.stages]
         meta[NUM_HEADS_KEY] = [stage.blocks[0].num_heads for stage in spec.stages]
     record = named if dialect == "bubbliiiing" else {"meta": meta, "state_dict": named}
@@ -108,9 +126,8 @@ def write_file(model: SegFormer, path: str | os.PathLike[str], dialect: str) -> 
     with atomic_files(path) as temporary:
         save_record(record, temporary)
 
-        # nvlabs' meta states the heads. Without it
-        # only standard widths tell how many there are.
-        readable = dialect == "nvlabs" or _has_standard_stages(spec)
+        # Meta states the heads. Without it only standard widths tell how many there are.
+        readable = dialect != "bubbliiiing" or _has_standard_stages(spec)
         reader = _open_again(temporary, dialect, None if readable else spec)
         return check_written(
             model, {"segprune": reader}, tuple(_write_notes(whole.spec, dialect, readable))
@@ -152,6 +169,14 @@ def _write_notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
         notes.append(
             f"The network's last upsampling has align_corners={spec.numerics.align_corners} and theirs "
             f"{not spec.numerics.align_corners}; set it there, or the rims of masks differ."
+        )
+
+    # Their code reads it from a config of its own, and bubbliiiing's has it fixed.
+    own = spec.preprocessing
+    if own != IMAGENET:
+        notes.append(
+            f"The network was trained with mean {own.mean}, std {own.std} of pixels 0..255, labels shifted by "
+            f"{own.label_offset} and the label {own.ignore_index} ignored; set the same in their code."
         )
 
     # A variant's class has that variant's widths; the base class takes any uniform ones.

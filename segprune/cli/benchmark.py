@@ -41,12 +41,13 @@ from segprune.cli.console import (
     show_table,
 )
 from segprune.cli.flags import Layout, LoaderProcesses, Trust, Verbose, switch
-from segprune.data import Sample
+from segprune.data import DataChoices, Sample
 from segprune.export import PROGRAMS, is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.machine import fit_to_machine
 from segprune.runs.records import benchmark_record, environment
+from segprune.spec import Preprocessing, preprocessing_of
 from segprune.timing import tf32_products
 
 T = TypeVar("T")
@@ -164,13 +165,12 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
     show_notes(chosen if config.data else ())
     if config.save_dir:
         check_writable(config.save_dir)
-    # Files may differ in their classes; the data is opened once for each number of them.
-    classes = {
-        path: _read_num_classes(path, config.trust)
-        for path in dict.fromkeys(config.model_paths)
+    # Files may differ in their classes and in how they read labels; the data is opened once for each.
+    readings = {
+        _read_labelling(path, config.trust): None for path in dict.fromkeys(config.model_paths)
     }
     samples = (
-        {number: _open_samples(config, number) for number in set(classes.values())}
+        {reading: _open_samples(config, *reading) for reading in readings}
         if config.data
         else {}
     )
@@ -218,19 +218,27 @@ def _list_cases(
     return cases
 
 
-def _read_num_classes(path: str, trust: bool) -> int:
+def _read_labelling(path: str, trust: bool) -> tuple[int, Preprocessing]:
     """Reads the file, so that one that is missing or damaged is refused before anything runs."""
     if is_exported(path):
-        return open_exported(path, trust=trust).manifest.num_classes
+        runtime = open_exported(path, trust=trust)
+        return runtime.manifest.num_classes, preprocessing_of(runtime)
     file = checkpoint.read(path)
     show_notes(file.notes)
-    return file.spec.num_classes
+    return file.spec.num_classes, file.spec.preprocessing
 
 
-def _open_samples(config: BenchmarkConfig, num_classes: int) -> Sequence[Sample]:
+def _open_samples(
+    config: BenchmarkConfig, num_classes: int, preprocessing: Preprocessing
+) -> Sequence[Sample]:
     assert config.num_workers is not None
     source, _ = open_data(
-        config.data, config.layout, num_classes, (config.split,), num_workers=config.num_workers
+        config.data,
+        config.layout,
+        num_classes,
+        (config.split,),
+        choices=DataChoices(expected=preprocessing),
+        num_workers=config.num_workers,
     )
     return source.split(config.split)
 
@@ -256,7 +264,7 @@ def _parse_size(word: str) -> tuple[int, int]:
 def _measure(
     config: BenchmarkConfig,
     cases: Sequence[Case],
-    samples: Mapping[int, Sequence[Sample]],
+    samples: Mapping[tuple[int, Preprocessing], Sequence[Sample]],
     folder: Path,
 ) -> tuple[list[dict[str, Any]], Peaks]:
     """Returns the record of every row, and the machine's peaks."""
@@ -304,7 +312,9 @@ def _measure_memory(cases: Sequence[Case]) -> dict[Case, int | None]:
 
 
 def _score(
-    config: BenchmarkConfig, opened: Sequence[Opened], samples: Mapping[int, Sequence[Sample]]
+    config: BenchmarkConfig,
+    opened: Sequence[Opened],
+    samples: Mapping[tuple[int, Preprocessing], Sequence[Sample]],
 ) -> dict[Case, float]:
     """Returns the mIoU of every file in every runtime, dtype, size and batch, the images letterboxed."""
     assert config.num_workers is not None
@@ -318,12 +328,13 @@ def _score(
         with progress_bar(f"scoring {case.text}") as advance:
             score = evaluate(
                 one.predict,
-                samples[one.num_classes],
+                samples[one.num_classes, one.preprocessing],
                 one.num_classes,
                 EvalMode(input_shape=case.size),
                 device=case.device,
                 batch_size=case.batch,
                 num_workers=config.num_workers,
+                preprocessing=one.preprocessing,
                 progress=advance,
             )
         scores[key] = score.miou

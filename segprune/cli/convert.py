@@ -10,7 +10,7 @@ from typer import Argument, Option
 from segprune import checkpoint
 from segprune.checkpoint import FORMATS
 from segprune.cli.console import console, show_notes
-from segprune.cli.flags import Dialect, ModelFile, refuse_without_effect
+from segprune.cli.flags import Dialect, InputFlags, ModelFile, refuse_without_effect
 from segprune.files import is_same_path
 from segprune.stats import count
 
@@ -33,7 +33,7 @@ class ConvertFlags:
     dialect: Dialect = None
 
 
-def run(flags: ConvertFlags, given: frozenset[str]) -> None:
+def run(flags: ConvertFlags, inputs: InputFlags, given: frozenset[str]) -> None:
     """Write a checkpoint for Hugging Face's, NVlabs', bubbliiiing's or mmsegmentation's code, and compare it.
 
     Weights are rewritten so that the other tool's numerics give the same logits. What its classes cannot hold is
@@ -50,7 +50,7 @@ def run(flags: ConvertFlags, given: frozenset[str]) -> None:
             f"{flags.target} is the checkpoint itself; give another place to write to."
         )
 
-    opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
+    opened = inputs.apply(checkpoint.read(flags.model_path, dialect=flags.dialect))
     # A file for another tool holds a whole network.
     if opened.backbone_only:
         raise ValueError(
@@ -64,6 +64,7 @@ def run(flags: ConvertFlags, given: frozenset[str]) -> None:
         flags.target,
         flags.to,
         class_names=opened.extra.get("class_names"),
+        palette=opened.extra.get("palette"),
         input_shape=flags.input_shape,
     )
     show_notes(written.notes)

@@ -25,7 +25,7 @@ from segprune.cli.flags import (
     Cuda,
     Data,
     Dialect,
-    LabelOffset,
+    InputFlags,
     Layout,
     LoaderProcesses,
     SkipBad,
@@ -42,6 +42,7 @@ from segprune.machine import fit_to_machine
 from segprune.model import check_input
 from segprune.runs.records import environment, score_record
 from segprune.runs.scores import MATRIX, SCORES, TABLE, save_scores
+from segprune.spec import Preprocessing, preprocessing_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class EvalFlags:
     split: Annotated[
         str, Option("--split", help="The part to score: val, train or what else the data has.")
     ] = "val"
-    label_offset: LabelOffset = 0
     skip_bad: SkipBad = False
     mode: Annotated[
         str,
@@ -104,7 +104,7 @@ class EvalFlags:
     verbose: Verbose = False
 
 
-def run(flags: EvalFlags, given: frozenset[str]) -> None:
+def run(flags: EvalFlags, inputs: InputFlags, given: frozenset[str]) -> None:
     """Score a checkpoint on a data set: per class IoU, recall, precision and boundary IoU, and their means.
 
     The score is that of the original pixels: logits are resized to each mask's own size. Every image counts once.
@@ -113,7 +113,7 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
     flags, chosen = fit_to_machine(flags, device)
 
     # Open the network, and find out how images go through it.
-    opened = _open_network(flags, given, device)
+    opened = _open_network(flags, inputs, given, device)
     # An exported file may take one size alone, which then is the default.
     if opened.shape is not None and "input_shape" not in given:
         flags = replace(flags, input_shape=opened.shape)
@@ -121,7 +121,8 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
     read = opened.read | {"num_classes": opened.num_classes}
     if flags.mode != "whole":
         read["input_shape"] = flags.input_shape
-    show_settings("Evaluation", asdict(flags), given, read)
+    settings = asdict(flags) | asdict(inputs)
+    show_settings("Evaluation", settings, given, read)
     show_notes((*opened.notes, *chosen))
     # Scoring takes long, so find out now whether its results can be saved.
     if flags.save_dir:
@@ -134,7 +135,7 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
         flags.layout,
         opened.num_classes,
         (flags.split,),
-        choices=DataChoices(flags.label_offset),
+        choices=DataChoices(inputs.label_offset, expected=opened.preprocessing),
         skip_bad=flags.skip_bad,
         num_workers=flags.num_workers,
     )
@@ -163,7 +164,7 @@ def run(flags: EvalFlags, given: frozenset[str]) -> None:
         "class_names": list(names),
     }
     record |= {
-        "settings": asdict(flags),
+        "settings": settings,
         "num_classes": opened.num_classes,
         "environment": environment(),
     }
@@ -183,29 +184,35 @@ class _Opened:
 
     build: Callable[[], Predict]
     num_classes: int
+    preprocessing: Preprocessing
     read: dict[str, Any]
     notes: tuple[str, ...] = ()
     shape: tuple[int, int] | None = None
 
 
-def _open_network(flags: EvalFlags, given: frozenset[str], device: torch.device) -> _Opened:
+def _open_network(
+    flags: EvalFlags, inputs: InputFlags, given: frozenset[str], device: torch.device
+) -> _Opened:
     runs_nothing = not flags.model_path.endswith(PROGRAMS)
     refuse_without_effect(
         given, ("trust", runs_nothing, "on a file that runs no code when it is opened")
     )
     # A checkpoint is read now and built later, hence a function.
     if not is_exported(flags.model_path):
-        opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
+        opened = inputs.apply(checkpoint.read(flags.model_path, dialect=flags.dialect))
         read = {"dialect": opened.dialect, "variant": opened.spec.variant}
         return _Opened(
             lambda: checkpoint.build(opened).to(device),
             opened.spec.num_classes,
+            opened.spec.preprocessing,
             read,
             opened.notes,
         )
 
     where = "on an exported file, which runs on the CPU"
     refuse_without_effect(given, ("dialect", True, where), ("cuda", True, where))
+    fixed = "on an exported file, which was written for its own; export the checkpoint again with it"
+    refuse_without_effect(given, *((name, True, fixed) for name in ("mean", "std", "channels")))
     # What the file takes stands in its manifest.
     runtime = open_exported(flags.model_path, trust=flags.trust)
     manifest = runtime.manifest
@@ -222,7 +229,9 @@ def _open_network(flags: EvalFlags, given: frozenset[str], device: torch.device)
             f"The file takes images of {shape[0]}×{shape[1]} alone, where --mode whole gives every image's own size; "
             "choose another --mode, or export it again with --dynamic."
         )
-    return _Opened(lambda: runtime, manifest.num_classes, read, shape=shape)
+    # The data is opened with this; the network reads pixels as its manifest says.
+    own = inputs.overrule(preprocessing_of(runtime))
+    return _Opened(lambda: runtime, manifest.num_classes, own, read, shape=shape)
 
 
 def _eval_mode(flags: EvalFlags, given: frozenset[str]) -> EvalMode:

@@ -25,12 +25,14 @@ from segprune.cli.console import (
 )
 from segprune.cli.flags import (
     Dialect,
+    InputFlags,
     Layout,
     ModelFile,
     Verbose,
     refuse_without_effect,
     switch,
 )
+from segprune.data import DataChoices
 from segprune.data.transforms import Bytes
 from segprune.data.unlabelled import list_images, load_images
 from segprune.export import (
@@ -47,6 +49,7 @@ from segprune.export.tensorrt import command_line
 from segprune.files import check_writable, write_json
 from segprune.model import check_input
 from segprune.runs.records import environment
+from segprune.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class ExportFlags:
     verbose: Verbose = False
 
 
-def run(flags: ExportFlags, given: frozenset[str]) -> None:
+def run(flags: ExportFlags, inputs: InputFlags, given: frozenset[str]) -> None:
     """Write a checkpoint as a file for another runtime, run it, compare it with PyTorch and keep it if it agrees."""
     # Refuse what cannot be exported before anything is read.
     check_choice(flags.format, flags.precision)
@@ -127,7 +130,7 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
     check_input((flags.batch_size, 3, *flags.input_shape))
 
     # Open the checkpoint, and find out where the file goes.
-    opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
+    opened = inputs.apply(checkpoint.read(flags.model_path, dialect=flags.dialect))
     output = _choose_output(flags)
     spec = opened.spec
     read = {
@@ -136,7 +139,8 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
         "variant": spec.variant,
         "num_classes": spec.num_classes,
     }
-    show_settings("Export", asdict(flags), given, read)
+    settings = asdict(flags) | asdict(inputs)
+    show_settings("Export", settings, given, read)
     show_notes(opened.notes)
     # Find out now whether the file can be written, not after minutes of exporting.
     check_writable(output.parent)
@@ -144,7 +148,7 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
 
     # Write the file, run it and compare it.
     # Images calibrate int8, and both networks are compared on them.
-    images = _load_images(flags, spec.num_classes)
+    images = _load_images(flags, inputs, spec)
     with quiet_exporters():
         manifest, difference = export(
             checkpoint.build(opened),
@@ -168,7 +172,7 @@ def run(flags: ExportFlags, given: frozenset[str]) -> None:
 
     # Record what was done beside the file.
     record: dict[str, Any] = {
-        "settings": asdict(flags),
+        "settings": settings,
         "manifest": asdict(manifest),
         "difference": asdict(difference),
         "bytes": output.stat().st_size,
@@ -252,12 +256,18 @@ def _choose_limits(flags: ExportFlags) -> Limits:
     return limits if flags.agreement is None else replace(limits, agreement=flags.agreement)
 
 
-def _load_images(flags: ExportFlags, num_classes: int) -> Sequence[Bytes]:
+def _load_images(flags: ExportFlags, inputs: InputFlags, spec: Spec) -> Sequence[Bytes]:
     """Loads those of --data or --calibration, letterboxed to --input_shape [H, W, 3]."""
     if flags.calibration:
         places = list_images(flags.calibration)
     elif flags.data:
-        source, _ = open_data(flags.data, flags.layout, num_classes, (flags.split,))
+        source, _ = open_data(
+            flags.data,
+            flags.layout,
+            spec.num_classes,
+            (flags.split,),
+            choices=DataChoices(inputs.label_offset, expected=spec.preprocessing),
+        )
         places = list_images(source, flags.split)
     else:
         return ()

@@ -10,15 +10,18 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import typer
 
+from segprune.checkpoint import Checkpoint
 from segprune.cli.console import one_sentence
 from segprune.data import LAYOUTS
 from segprune.machine import exact_products
+from segprune.options import option
+from segprune.spec import Channels, Preprocessing, Spec
 
 CONTEXT = {
     "token_normalize_func": lambda flag: flag.replace("-", "_"),
@@ -51,13 +54,6 @@ Layout = Annotated[
     str | None,
     typer.Option(
         "--layout", help=f"Overrules the layout that is recognised: {', '.join(LAYOUTS)}."
-    ),
-]
-LabelOffset = Annotated[
-    int,
-    typer.Option(
-        "--label_offset",
-        help="Added to every label: -1 for classes numbered from 1; 0 is ignored then.",
     ),
 ]
 ValSplit = Annotated[
@@ -96,6 +92,42 @@ Amp = Annotated[
 Verbose = Annotated[
     bool, switch("--verbose", "Print every setting, those left at their defaults too.")
 ]
+
+
+@dataclass(frozen=True)
+class InputFlags:
+    """How pixels and labels are read; what is not given is as the checkpoint says, else ImageNet's."""
+
+    PANELS: ClassVar[Mapping[str, str]] = {
+        "mean": "Pixels and labels, if not as the checkpoint says"
+    }
+
+    mean: tuple[float, float, float] | None = option(
+        None, "Subtracted from the pixels 0..255 of each channel.", metavar="R G B"
+    )
+    std: tuple[float, float, float] | None = option(
+        None, "What they are then divided by.", metavar="R G B"
+    )
+    channels: Channels | None = option(
+        None, "Order in which the network takes them: rgb or bgr."
+    )
+    label_offset: int | None = option(
+        None, "Added to every label: -1 for classes numbered from 1; 0 is ignored then."
+    )
+    ignore_index: int | None = option(
+        None, "Label that is ignored, as 255 always is; counted after the offset."
+    )
+
+    def apply(self, opened: Checkpoint) -> Checkpoint:
+        """Returns the checkpoint with what was given in place of its own."""
+        return replace(opened, spec=self.apply_to(opened.spec))
+
+    def apply_to(self, spec: Spec) -> Spec:
+        return replace(spec, preprocessing=self.overrule(spec.preprocessing))
+
+    def overrule(self, own: Preprocessing) -> Preprocessing:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(own, **given)
 
 
 def refuse_without_effect(given: frozenset[str], *rules: tuple[str, bool, str]) -> None:

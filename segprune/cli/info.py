@@ -13,7 +13,7 @@ from segprune.checkpoint import Checkpoint
 from segprune.cli.console import console, show_notes, show_settings, show_table
 from segprune.cli.flags import Dialect, ModelFile, switch
 from segprune.runs.records import network_size
-from segprune.spec import BlockSpec, spec_to_dict
+from segprune.spec import BlockSpec, Preprocessing, spec_to_dict
 from segprune.stats import count
 
 
@@ -64,6 +64,7 @@ def run(flags: InfoFlags) -> None:
         "variant": spec.variant,
         "num_classes": spec.num_classes,
         "decode head": _describe_head(opened),
+        **_describe_preprocessing(spec.preprocessing),
         "parameters": f"{counts.parameters:,}",
         "MACs": f"{counts.macs / 1e9:.3f} G at {flags.input_shape[0]}×{flags.input_shape[1]}",
         "FLOPs": f"{counts.flops / 1e9:.3f} G (2 × MACs)",
@@ -84,6 +85,19 @@ def _describe_head(opened: Checkpoint) -> str:
     spec = opened.spec
     branches = "" if spec.folded else f"branches {' '.join(map(str, spec.branch_widths))}, "
     return f"{spec.head_form.branches}; {branches}width {spec.decoder_dim}"
+
+
+def _describe_preprocessing(own: Preprocessing) -> dict[str, str]:
+    """Returns how images and labels are read, as the flags that overrule it are named."""
+    numbers = {"mean": own.mean, "std": own.std}
+    facts = {name: " ".join(f"{value:g}" for value in three) for name, three in numbers.items()}
+    facts["pixels"] = f"(pixels 0..255 - mean) / std, {own.channels.upper()}"
+    if own.size is not None:
+        facts["pixels"] += f"; trained at {own.size[0]}×{own.size[1]}"
+
+    facts["labels"] = f"{own.label_offset:+d}" if own.label_offset else "as they are"
+    facts["labels"] += f"; {own.ignore_index} is ignored"
+    return facts
 
 
 def _describe_block(block: BlockSpec) -> list[str]:

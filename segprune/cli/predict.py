@@ -22,7 +22,15 @@ from segprune.cli.console import (
     show_settings,
     show_table,
 )
-from segprune.cli.flags import Cuda, Dialect, ModelFile, Verbose, refuse_without_effect, switch
+from segprune.cli.flags import (
+    Cuda,
+    Dialect,
+    InputFlags,
+    ModelFile,
+    Verbose,
+    refuse_without_effect,
+    switch,
+)
 from segprune.data import voc_palette
 from segprune.files import atomic_path, check_writable, write_json
 from segprune.inference.draw import legend
@@ -100,7 +108,7 @@ class PredictFlags:
     verbose: Verbose = False
 
 
-def run(flags: PredictFlags, given: frozenset[str]) -> None:
+def run(flags: PredictFlags, inputs: InputFlags, given: frozenset[str]) -> None:
     """Segment images, a video or what a camera sees, and write overlays, masks or both side by side.
 
     The labels are those of the original pixels. Masks are palette PNGs whose values are the classes. Ctrl-C ends a
@@ -114,12 +122,13 @@ def run(flags: PredictFlags, given: frozenset[str]) -> None:
     device = choose_device(flags.cuda)
 
     # Open the checkpoint.
-    opened = checkpoint.read(flags.model_path, dialect=flags.dialect)
+    opened = inputs.apply(checkpoint.read(flags.model_path, dialect=flags.dialect))
     names = choose_class_names(flags, opened)
     palette = opened.extra.get("palette") or list(voc_palette())
     spec = opened.spec
     read = {"dialect": opened.dialect, "variant": spec.variant, "num_classes": spec.num_classes}
-    show_settings("Prediction", asdict(flags), given, read)
+    settings = asdict(flags) | asdict(inputs)
+    show_settings("Prediction", settings, given, read)
     show_notes(opened.notes)
 
     # Predict, and write a file of each kind.
@@ -152,7 +161,7 @@ def run(flags: PredictFlags, given: frozenset[str]) -> None:
     with atomic_path(job.folder / "legend.png") as temporary:
         legend(names, palette, done.counts.nonzero()[0].tolist()).save(temporary, format="PNG")
     record = {
-        "settings": asdict(flags),
+        "settings": settings,
         "num_classes": spec.num_classes,
         "class_names": list(names),
     }
@@ -202,6 +211,8 @@ def _check_effects(flags: PredictFlags, given: frozenset[str], source: str) -> N
         ("max_frames", not moving, "on images"),
         ("num_workers", moving, "on a video"),
         ("skip_bad", source != "folder", "without a folder of images"),
+        ("label_offset", True, "on images without labels"),
+        ("ignore_index", True, "on images without labels"),
     )
 
 
@@ -262,7 +273,8 @@ def _place_network(model: SegFormer, device: torch.device, flags: PredictFlags) 
             )
         return logits
 
-    return Network(predict, model.spec.num_classes, device, flags.batch_size)
+    spec = model.spec
+    return Network(predict, spec.num_classes, device, flags.batch_size, spec.preprocessing)
 
 
 def _film(flags: PredictFlags, job: PredictJob, *, camera: bool) -> tuple[Predictions, float]:

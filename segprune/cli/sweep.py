@@ -30,7 +30,7 @@ from segprune.cli.console import (
 from segprune.cli.flags import (
     Cuda,
     Data,
-    LabelOffset,
+    InputFlags,
     Layout,
     LoaderProcesses,
     ValShare,
@@ -39,7 +39,7 @@ from segprune.cli.flags import (
     refuse_without_effect,
 )
 from segprune.data import DataChoices, Source
-from segprune.data.unlabelled import batch_images, list_images, load_images
+from segprune.data.unlabelled import batch_pixels, list_images, load_images
 from segprune.files import check_writable
 from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.machine import choose_amp, choose_precision, fit_to_machine
@@ -69,7 +69,6 @@ from segprune.timing import measure_latency
 MEASURED = (  # settings that a sweep cannot change when it goes on
     "data",
     "layout",
-    "label_offset",
     "val_split",
     "val_share",
     "rate_of",
@@ -90,7 +89,6 @@ class SweepFlags:
     ]
     data: Data = "VOCdevkit"
     layout: Layout = None
-    label_offset: LabelOffset = 0
     val_split: ValSplit = ""
     val_share: ValShare = None
     rates: Annotated[str, Option("--rates", help="Shares to remove; 0: fold alone.")] = (
@@ -128,7 +126,7 @@ class SweepFlags:
     verbose: Verbose = False
 
 
-def run(flags: SweepFlags, given: frozenset[str]) -> None:
+def run(flags: SweepFlags, inputs: InputFlags, given: frozenset[str]) -> None:
     """Cut networks at many rates, repair, score and time each, and show what a share of the cost is worth.
 
     Several files and criteria stand side by side. Every row is saved as soon as it is measured: a sweep that was
@@ -152,10 +150,13 @@ def run(flags: SweepFlags, given: frozenset[str]) -> None:
 
     # Open the networks, which have to answer to the same labels.
     files = list(dict.fromkeys(flags.model_paths))
-    opened = {file: checkpoint.read(file) for file in files}
+    opened = {file: inputs.apply(checkpoint.read(file)) for file in files}
     _check_files(opened)
     show_settings(
-        "Sweep", asdict(flags), given, {file: opened[file].spec.variant for file in files}
+        "Sweep",
+        asdict(flags) | asdict(inputs),
+        given,
+        {file: opened[file].spec.variant for file in files},
     )
     notes: list[str] = []
     for file in files:
@@ -164,7 +165,7 @@ def run(flags: SweepFlags, given: frozenset[str]) -> None:
     check_writable(flags.save_dir)
 
     # See what is left to measure, and open the data for it.
-    settings = {name: getattr(flags, name) for name in MEASURED}
+    settings = {name: getattr(flags, name) for name in MEASURED} | asdict(inputs)
     folder = SweepFolder(Path(flags.save_dir), settings, files, flags.rate_of)
     cases = []
     for file in files:
@@ -178,7 +179,7 @@ def run(flags: SweepFlags, given: frozenset[str]) -> None:
         )
 
     if missing:
-        measurer = _Measurer(flags, options, opened, device)
+        measurer = _Measurer(flags, inputs, options, opened, device)
         measure_cases(folder, missing, measurer.measure, _show_row)
     _show_end(save_tables(folder), folder.path.parent)
 
@@ -207,6 +208,16 @@ def _check_files(opened: dict[str, Checkpoint]) -> None:
                 f"{first} has {opened[first].spec.num_classes} classes and {file} has {other.spec.num_classes}; give "
                 "files that were trained on the same data."
             )
+        if _labels_of(other) != _labels_of(opened[first]):
+            raise ValueError(
+                f"{first} and {file} read labels differently (`label_offset` and `ignore_index` {_labels_of(opened[first])}"
+                f" and {_labels_of(other)}); give both flags, or sweep the files one by one."
+            )
+
+
+def _labels_of(opened: Checkpoint) -> tuple[int, int]:
+    own = opened.spec.preprocessing
+    return own.label_offset, own.ignore_index
 
 
 class _Measurer:
@@ -215,25 +226,33 @@ class _Measurer:
     def __init__(
         self,
         flags: SweepFlags,
+        inputs: InputFlags,
         options: dict[str, PruneOptions],
         opened: dict[str, Checkpoint],
         device: torch.device,
     ) -> None:
         self.flags, self.options, self.opened, self.device = flags, options, opened, device
         assert flags.num_workers is not None
-        num_classes = next(iter(opened.values())).spec.num_classes
-        choices = DataChoices(flags.label_offset, flags.val_split, flags.val_share, flags.seed)
+        spec = next(iter(opened.values())).spec
+        choices = DataChoices(
+            inputs.label_offset,
+            flags.val_split,
+            flags.val_share,
+            flags.seed,
+            spec.preprocessing,
+        )
         self.source: Source
         self.source, _ = open_data(
             flags.data,
             flags.layout,
-            num_classes,
+            spec.num_classes,
             ("train", "val") if flags.epochs else ("val",),
             choices=choices,
             num_workers=flags.num_workers,
         )
         loaded = load_images(list_images(self.source), flags.num_images, flags.input_shape)
-        self.images: list[Tensor] = [batch.to(device) for batch in batch_images(loaded)]
+        # Pixels, which each network's pruner normalises as that one was trained.
+        self.images: list[Tensor] = [batch.to(device) for batch in batch_pixels(loaded)]
         self.key: tuple[str, str] | None = None
 
     def measure(self, case: Case) -> Row:

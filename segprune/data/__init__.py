@@ -19,6 +19,7 @@ from segprune.data.shapes import CLASS_NAMES, CONTEXT_CLASS_NAMES, draw_shapes, 
 from segprune.data.splits import DataChoices, score_on, score_whole_pool, set_val_aside
 from segprune.data.transforms import (
     IGNORE_INDEX,
+    IMAGENET,
     MEAN,
     STD,
     EvalTransform,
@@ -32,6 +33,7 @@ __all__ = [
     "CLASS_NAMES",
     "CONTEXT_CLASS_NAMES",
     "IGNORE_INDEX",
+    "IMAGENET",
     "LAYOUTS",
     "MEAN",
     "STD",

@@ -24,7 +24,8 @@ from segprune.data.pixels import (
     load_mask,
     read_header,
 )
-from segprune.data.transforms import IGNORE_INDEX, Bytes, Transform, normalise
+from segprune.data.transforms import IGNORE_INDEX, IMAGENET, Bytes, Transform, normalise
+from segprune.spec import Preprocessing
 
 Progress = Callable[[int, int], None]
 S = TypeVar("S", bound="Sample")
@@ -118,21 +119,22 @@ class Source:
         return replace(self, lister=lambda split: own if split == name else list_others(split))
 
 
-def shift_labels(source: Source, offset: int) -> Source:
+def shift_labels(source: Source, offset: int, ignore_index: int = IGNORE_INDEX) -> Source:
     """Returns the data set with `offset` added to every label; 255, and what would be negative, is ignored.
 
-    -1 makes classes of masks in which they are numbered from 1, and 0 is to be ignored. Raises ValueError for
-    offsets outside of -254..0.
+    -1 makes classes of masks in which they are numbered from 1, and 0 is to be ignored. The label `ignore_index`, as
+    it is after that, is ignored too. Raises ValueError for offsets outside of -254..0.
     """
     # A positive offset would move class 254 onto the ignored 255.
     if not -254 <= offset <= 0:
         raise ValueError(
             f"`label_offset` is {offset}, where -254..0 is allowed; -1 is for classes numbered from 1."
         )
-    if offset == 0:
+    if offset == 0 and ignore_index == IGNORE_INDEX:
         return source
 
-    shifted = bytes([*[255] * -offset, *range(255 + offset), 255])  # new label by the old one
+    labels = [*[255] * -offset, *range(255 + offset), 255]  # new label by the old one
+    shifted = bytes(255 if label == ignore_index else label for label in labels)
 
     def list_shifted(split: str) -> tuple[Pair, ...]:
         # Pairs with equal tables share the new one too, which saves memory in large sets.
@@ -143,7 +145,8 @@ def shift_labels(source: Source, offset: int) -> Source:
         }
         return tuple(replace(pair, table=tables[pair.table]) for pair in pairs)
 
-    return replace(source, lister=list_shifted, own_numbering=False)
+    own_numbering = source.own_numbering and offset == 0
+    return replace(source, lister=list_shifted, own_numbering=own_numbering)
 
 
 class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -154,12 +157,18 @@ class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """
 
     def __init__(
-        self, samples: Sequence[Sample], num_classes: int, transform: Transform, seed: int = 0
+        self,
+        samples: Sequence[Sample],
+        num_classes: int,
+        transform: Transform,
+        seed: int = 0,
+        preprocessing: Preprocessing = IMAGENET,
     ) -> None:
         self.samples = tuple(samples)
         self.num_classes = num_classes
         self.transform = transform
         self.seed = seed
+        self.preprocessing = preprocessing
         self.epoch = 0
         # A table of 256 targets makes the cut at num_classes one look-up per pixel.
         values = np.arange(256)
@@ -177,7 +186,8 @@ class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         # One generator per sample, so that neither workers nor order change what is drawn.
         rng = np.random.default_rng([self.seed, self.epoch, index])
         image, labels = self.transform(image, labels, rng)
-        return normalise(image), torch.from_numpy(self._targets.take(labels))
+        pixels = normalise(image, self.preprocessing)
+        return pixels, torch.from_numpy(self._targets.take(labels))
 
 
 def readable(

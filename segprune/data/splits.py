@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from segprune.data.samples import MissingSplitError, Pair, Source, shift_labels
+from segprune.data.transforms import IGNORE_INDEX, IMAGENET
+from segprune.spec import Preprocessing
 
 _MOST = 2.0  # times the share: videos that would take more are not set aside
 
@@ -21,13 +23,16 @@ _MOST = 2.0  # times the share: videos that would take more are not set aside
 class DataChoices:
     """What a user says of a data set that its files do not: how labels are numbered, and what is scored on.
 
-    `val_split` is another split to score on, `val_share` the share of train to set aside with `seed`.
+    Labels are read as `expected` says, which is what the network was trained with; a `label_offset` that is given
+    overrules its own. `val_split` is another split to score on, `val_share` the share of train to set aside with
+    `seed`.
     """
 
-    label_offset: int = 0
+    label_offset: int | None = None
     val_split: str = ""
     val_share: float | None = None
     seed: int = 11
+    expected: Preprocessing = IMAGENET
 
     def __post_init__(self) -> None:
         if self.val_split and self.val_share is not None:
@@ -37,12 +42,30 @@ class DataChoices:
 
     def apply(self, source: Source) -> Source:
         """Returns the data set as it was chosen."""
-        source = shift_labels(source, self.label_offset)
+        source = self._read_labels(source)
         if self.val_split:
             return score_on(source, self.val_split)
         if self.val_share is not None:
             return set_val_aside(source, self.val_share, self.seed)
         return source
+
+    def _read_labels(self, source: Source) -> Source:
+        offset, ignored = self.label_offset, self.expected.ignore_index
+
+        # A layout that numbers the labels anew has made classes of them already.
+        if offset is None:
+            offset = self.expected.label_offset if source.own_numbering else 0
+        shifted = shift_labels(source, offset, ignored)
+
+        # What the user did not say himself is told.
+        if offset and self.label_offset is None:
+            shifted = _add_note(
+                shifted,
+                f"{offset} is added to every label, as the checkpoint says (`label_offset` overrules).",
+            )
+        if ignored != IGNORE_INDEX:
+            shifted = _add_note(shifted, f"The label {ignored} is ignored (`ignore_index`).")
+        return shifted
 
 
 def score_whole_pool(source: Source) -> Source:

@@ -2,7 +2,7 @@
 
 Images are uint8 [H, W, 3] RGB in 0..255, masks uint8 [H, W] holding class indices; both are numpy arrays
 until `normalise`. Padding is grey 128 in images and `IGNORE_INDEX` in masks, in training as in evaluation.
-MEAN and STD are ImageNet's on 0..255, as SegFormer (arXiv 2105.15203) was trained with.
+MEAN and STD are those of a network that says nothing else: ImageNet's on 0..255.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from segprune.spec import NO_CLASS, Preprocessing
+
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Box = tuple[int, int, int, int]
 Transform = Callable[[Bytes, Bytes, np.random.Generator], tuple[Bytes, Bytes]]
 
-IGNORE_INDEX = 255
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
+IGNORE_INDEX = NO_CLASS
+IMAGENET = Preprocessing()
+MEAN, STD = IMAGENET.mean, IMAGENET.std
 GREY = 128
 
 BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.3, 0.4  # factors are drawn from 1 - x .. 1 + x
@@ -32,10 +34,37 @@ HUE = 0.05  # share of the colour circle, to either side
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
-def normalise(image: Bytes) -> torch.Tensor:
-    """Returns [H, W, 3] uint8 as [3, H, W] float32, with ImageNet's mean 0 and deviation 1 per channel."""
-    scaled = (image - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))  # C H W
+def normalise(image: Bytes, preprocessing: Preprocessing = IMAGENET) -> torch.Tensor:
+    """Returns [H, W, 3] uint8 RGB as the [3, H, W] float32 that a network with this preprocessing takes."""
+    return normalise_pixels(torch.from_numpy(np.array(image))[None], preprocessing)[0]
+
+
+def normalise_pixels(
+    pixels: torch.Tensor, preprocessing: Preprocessing = IMAGENET
+) -> torch.Tensor:
+    """Returns B 3 H W float32 of B H W 3 uint8 RGB, on the pixels' own device."""
+    mean = torch.tensor(preprocessing.mean, device=pixels.device)
+    std = torch.tensor(preprocessing.std, device=pixels.device)
+    scaled = (_order_channels(pixels, preprocessing).float() - mean) / std
+    return scaled.permute(0, 3, 1, 2).contiguous()
+
+
+def restore_pixels(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """The inverse of `normalise_pixels`, in float32: B H W 3 RGB in 0..255, not rounded."""
+    mean = torch.tensor(preprocessing.mean, device=images.device)
+    std = torch.tensor(preprocessing.std, device=images.device)
+    return _order_channels(images.float().permute(0, 2, 3, 1) * std + mean, preprocessing)
+
+
+def renormalise(images: torch.Tensor, own: Preprocessing, other: Preprocessing) -> torch.Tensor:
+    """Returns images B 3 H W that were normalised for one network as another one takes them."""
+    same = (own.mean, own.std, own.channels) == (other.mean, other.std, other.channels)
+    return images if same else normalise_pixels(restore_pixels(images, own), other)
+
+
+def _order_channels(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Turns RGB in the last dimension into the network's order, and back."""
+    return pixels if preprocessing.channels == "rgb" else pixels.flip(-1)
 
 
 def letterbox(

@@ -12,7 +12,8 @@ from torch import Tensor
 from segprune.data.listing import list_files
 from segprune.data.pixels import IMAGE_EXTENSIONS, Location, load_image
 from segprune.data.samples import MissingSplitError, Source
-from segprune.data.transforms import Bytes, letterbox, normalise
+from segprune.data.transforms import IMAGENET, Bytes, letterbox, normalise_pixels
+from segprune.spec import Preprocessing
 
 BATCH = 8
 
@@ -57,7 +58,18 @@ def load_images(places: Sequence[Location], number: int, shape: tuple[int, int])
     return [letterbox(load_image(place, upright=True), None, shape)[0] for place in chosen]
 
 
-def batch_images(images: Sequence[Bytes]) -> list[Tensor]:
+def batch_images(
+    images: Sequence[Bytes], preprocessing: Preprocessing = IMAGENET
+) -> list[Tensor]:
     """Returns the images normalised in batches B 3 H W."""
-    pixels = [normalise(image) for image in images]
+    return [normalise_pixels(batch, preprocessing) for batch in _stack(images)]
+
+
+def batch_pixels(images: Sequence[Bytes]) -> list[Tensor]:
+    """Returns the images in batches B 3 H W of uint8 RGB, for a network that is not known yet."""
+    return [batch.permute(0, 3, 1, 2).contiguous() for batch in _stack(images)]
+
+
+def _stack(images: Sequence[Bytes]) -> list[Tensor]:
+    pixels = [torch.from_numpy(image) for image in images]  # each H W 3
     return [torch.stack(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]

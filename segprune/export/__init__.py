@@ -32,6 +32,7 @@ from segprune.export.network import Deployed
 from segprune.export.runtimes import PROGRAMS, Runtime, is_exported, open_exported
 from segprune.files import atomic_files
 from segprune.model import SegFormer, check_input
+from segprune.spec import preprocessing_of
 
 __all__ = [
     "BAKED",
@@ -199,7 +200,8 @@ def run_both(
     for images in job.choose_compared():
         with torch.no_grad():
             # The network always takes normalised images, whatever the file takes.
-            logits = reference(torch.stack([normalise(image) for image in images]))
+            own = preprocessing_of(reference)
+            logits = reference(torch.stack([normalise(image, own) for image in images]))
         yield logits, runtime.run_any(job.prepare(images))
 
 

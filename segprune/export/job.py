@@ -40,7 +40,8 @@ class Job:
         # With preprocessing built in, normalising here would do it twice.
         if self.manifest.preprocess:
             return torch.from_numpy(np.stack(list(images)))
-        return torch.stack([normalise(image) for image in images])
+        own = self.network.preprocessing
+        return torch.stack([normalise(image, own) for image in images])
 
     def make_batches(self) -> list[Tensor]:
         """Returns the images in batches that the file takes; the last one is filled up with the first images."""

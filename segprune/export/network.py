@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from segprune.data import MEAN, STD
 from segprune.fold import fold_for_inference
 from segprune.model import SegFormer
 
@@ -39,13 +38,17 @@ class Deployed(nn.Module):
         # Fold first, then cast: folding in half precision would round twice.
         self.network = fold_for_inference(model).cpu().to(self.dtype)
         # As buffers they move with the network to its device.
-        self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
-        self.register_buffer("std", torch.tensor(STD), persistent=False)
+        self.preprocessing = model.spec.preprocessing
+        mean, std = torch.tensor(self.preprocessing.mean), torch.tensor(self.preprocessing.std)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         # Normalise in float32 even for fp16: pixels minus mean lose digits in half.
         if self.preprocess:
+            if self.preprocessing.channels == "bgr":
+                x = x.flip(-1)
             x = ((x.float() - self.mean) / self.std).permute(
                 0, 3, 1, 2
             )  # B H W 3 uint8 -> B 3 H W

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segprune.data import MEAN, STD
+from segprune.data.transforms import restore_pixels
 from segprune.export.manifest import KEY, MIN_DYNAMIC, Manifest, parse_manifest
 from segprune.files import parse_json, require_file
+from segprune.spec import preprocessing_of
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Runtime:
         # Undo the normalisation: the file does its own.
         x = images.float()
         if self.manifest.preprocess:
-            mean, std = torch.tensor(MEAN), torch.tensor(STD)
-            x = (x.permute(0, 2, 3, 1) * std + mean).round().clamp(0, 255).to(torch.uint8)
+            pixels = restore_pixels(x, preprocessing_of(self))
+            x = pixels.round().clamp(0, 255).to(torch.uint8)
 
         out = self.run_any(x)
         num_classes = self.manifest.num_classes

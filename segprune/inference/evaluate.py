@@ -25,6 +25,7 @@ from segprune.inference.label_maps import (
     prepare,
 )
 from segprune.inference.metrics import Score, Tally, score, shard
+from segprune.spec import Preprocessing, preprocessing_of
 
 __all__ = [
     "EvalMode",
@@ -50,10 +51,12 @@ def evaluate(
     device: torch.device | str = "cpu",
     batch_size: int = 8,
     num_workers: int = 0,
+    preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
 ) -> Score:
     """Returns the score of `predict`, a network or any function from pixels to logits, on the samples.
 
+    A network says its `preprocessing` itself, and so does an exported file; any other function gets ImageNet's.
     A network is scored in eval mode and comes back in the mode it was in. `progress` is called with (images done,
     images in all). ValueError if no pixel has a label.
     """
@@ -69,6 +72,7 @@ def evaluate(
         device=device,
         batch_size=batch_size,
         num_workers=num_workers,
+        preprocessing=preprocessing,
     ):
         total += counts.sum(0)
         done += len(counts)
@@ -87,6 +91,7 @@ def tallies(
     device: torch.device | str,
     batch_size: int,
     num_workers: int,
+    preprocessing: Preprocessing | None = None,
 ) -> Iterator[Tensor]:
     """Yields batch by batch a `Tally`'s counts, a row for each image, to be added up and given to `score`.
 
@@ -100,7 +105,8 @@ def tallies(
         collate_fn=partial(_load_batch, how=how),
         generator=torch.Generator(),
     )
-    network = Network(predict, num_classes, device, batch_size)
+    preprocessing = preprocessing or preprocessing_of(predict)
+    network = Network(predict, num_classes, device, batch_size, preprocessing)
     with _in_eval_mode(predict):
         for images, labels in batches:
             rows = []

@@ -29,8 +29,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from segprune.data import MEAN, STD, letterbox
-from segprune.data.transforms import GREY
+from segprune.data import letterbox
+from segprune.data.transforms import GREY, IMAGENET, normalise_pixels
+from segprune.spec import Preprocessing
 
 Mode = Literal["letterbox", "whole", "slide"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -156,12 +157,13 @@ def _scaled(size: Sequence[int], scale: float, least: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Network:
-    """A `predict` on its device, and how many images or windows it gets at a time."""
+    """A `predict` on its device, how many images or windows it gets at a time, and how their pixels are made ready."""
 
     predict: Predict
     num_classes: int
     device: torch.device | str
     batch_size: int
+    preprocessing: Preprocessing = IMAGENET
 
     @property
     def strip_numbers(self) -> int:
@@ -169,7 +171,7 @@ class Network:
 
     def __call__(self, pixels: Tensor, mirrored: bool) -> Tensor:
         """Returns logits B K H W float32 of pixels B H W 3 uint8; those of mirrored images are mirrored back."""
-        x = normalise_pixels(pixels.to(self.device))  # B 3 H W
+        x = normalise_pixels(pixels.to(self.device), self.preprocessing)  # B 3 H W
         logits = self.predict(x.flip(-1) if mirrored else x).float()
 
         # A function with another number of classes would give a score that means nothing.
@@ -185,13 +187,6 @@ class Network:
                 logits, size=x.shape[2:], mode="bilinear", align_corners=False
             )
         return logits.flip(-1) if mirrored else logits
-
-
-def normalise_pixels(pixels: Tensor) -> Tensor:
-    """Returns B 3 H W float32 of B H W 3 uint8, as `segprune.data.normalise` does, but on the pixels' own device."""
-    mean = torch.tensor(MEAN, device=pixels.device)
-    std = torch.tensor(STD, device=pixels.device)
-    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def label_maps(network: Network, images: Sequence[Prepared], how: EvalMode) -> list[Tensor]:

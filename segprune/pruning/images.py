@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from segprune.data.transforms import normalise_pixels
 from segprune.model import SegFormer, check_input
+from segprune.spec import preprocessing_of
+
+
+def normalise_batches(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
+    """Returns the batches; those of pixels, uint8 B 3 H W, as the network was trained with. Others are ready."""
+    own = preprocessing_of(model)
+    return [
+        normalise_pixels(batch.permute(0, 2, 3, 1), own)
+        if isinstance(batch, Tensor) and batch.dtype == torch.uint8
+        else batch
+        for batch in batches
+    ]
 
 
 def checked_images(model: SegFormer, batches: Iterable[Tensor]) -> list[Tensor]:

@@ -45,8 +45,8 @@ def prune(
 ) -> Pruned:
     """Returns `model` pruned by the share `pruning_rate` of its parameters; the network given is left as it was.
 
-    `images`: batches of normalised images B 3 H W without labels; with some, the pruned network is repaired. The other
-    arguments are those of `Pruner`, and `changes` are single options of `PruneOptions`. Prints nothing.
+    `images`: batches of images B 3 H W without labels, uint8 or normalised; with some, the pruned network is repaired.
+    The other arguments are those of `Pruner`, and `changes` are single options of `PruneOptions`. Prints nothing.
 
     >>> from segprune.spec import standard_spec
     >>> pruned = prune(SegFormer(standard_spec("b0", 8)), 0.5)

@@ -28,6 +28,7 @@ from segprune.pruning.budget import (
 from segprune.pruning.budget.latency import LatencyTable
 from segprune.pruning.budget.rate import reach
 from segprune.pruning.groups import Group, group_names, is_protected
+from segprune.pruning.images import normalise_batches
 from segprune.pruning.importance import Scores, score_channels
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.patterns import matching_names
@@ -70,7 +71,8 @@ class Pruner:
 
         `pruning_rate`: the share to remove; see PruneOptions for other ways to say how much.
         `ignored_layers`: modules whose outputs are kept, with all inside them.
-        `images`: batches of normalised images B 3 H W, for methods that need them and for the repair.
+        `images`: batches of images B 3 H W, for methods that need them and for the repair: pixels as uint8, or
+        normalised as the network was trained.
         `options`: everything else, in one record; `changes` replace single options of it.
         `latency_table`: for a rate of the latency, times of steps measured before.
         `progress`: called with steps done and their number, while steps are timed and while the network is repaired.
@@ -79,7 +81,7 @@ class Pruner:
             changes["pruning_rate"] = pruning_rate
         self.model = model
         self.ignored_layers = list(ignored_layers)
-        self.images = list(images)
+        self.images = normalise_batches(model, images)
         self.options = replace(options or PruneOptions(), **changes)
         self.latency_table = latency_table
         self.progress = progress

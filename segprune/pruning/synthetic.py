@@ -47,7 +47,8 @@ def synthetic_images(
     total = count * CANDIDATES
 
     def draw(indices: list[int], shape: tuple[int, int]) -> Tensor:
-        images = [normalise(draw_leaves(seed, index, shape)) for index in indices]
+        own = model.spec.preprocessing
+        images = [normalise(draw_leaves(seed, index, shape), own) for index in indices]
         return torch.stack(images).to(parameter.device, parameter.dtype)
 
     # For every candidate: mean and mean square of what the head's BatchNorm reads, N D.

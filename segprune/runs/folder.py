@@ -202,7 +202,7 @@ class Journal:
         # The model in memory is the last epoch's, so read the best one's.
         model = load(self.folder / BEST, device=device)
         num_classes = model.spec.num_classes
-        network = Network(model, num_classes, device, 1)
+        network = Network(model, num_classes, device, 1, model.spec.preprocessing)
         chosen = np.linspace(0, len(val) - 1, min(SHEET_IMAGES, len(val))).round().astype(int)
         rows = []
         for i in chosen:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from segprune.data import IGNORE_INDEX
+from segprune.spec import preprocessing_of
 from segprune.training.distill import Projections
 from segprune.training.ema import Ema
 from segprune.training.objective import Objective, Student
@@ -50,7 +51,11 @@ class Learner:
         self.distilled = distillation is not None
         loss = options.segmentation_loss()
         self.objective = Objective(
-            loss, distillation, _freeze(teacher, accelerator), accelerator.autocast
+            loss,
+            distillation,
+            _freeze(teacher, accelerator),
+            accelerator.autocast,
+            preprocessing_of(model),
         )
 
         # The projections learn beside the network, but no checkpoint keeps them.

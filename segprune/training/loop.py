@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from segprune.data import SegmentationData, TrainTransform
 from segprune.data.loading import load_batches
 from segprune.inference.evaluate import EvalMode, Score, Tally, score, shard, tallies
+from segprune.spec import preprocessing_of
 from segprune.timing import tf32_products
 from segprune.training.learner import Learner
 from segprune.training.objective import check_teacher
@@ -126,7 +127,11 @@ class _Run:
         # Only training images are augmented; each draws from seed, epoch and its index.
         transform = TrainTransform(options.input_shape, scale=options.scale)
         self.data = SegmentationData(
-            splits.train, self.num_classes, transform, seed=options.seed
+            splits.train,
+            self.num_classes,
+            transform,
+            seed=options.seed,
+            preprocessing=preprocessing_of(model),
         )
 
         # Every process takes an equal share, or the others would wait for it for ever.

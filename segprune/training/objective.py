@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segprune.data.transforms import IMAGENET, renormalise
+from segprune.spec import Preprocessing, preprocessing_of
 from segprune.training.distill import Distillation, Projections
 from segprune.training.losses import SegmentationLoss
 from segprune.training.options import TrainOptions
@@ -42,7 +44,10 @@ class Student(nn.Module):
 
 
 class Objective:
-    """The loss of one piece of a batch; `teacher` runs without gradients, in the same autocast as the student."""
+    """The loss of one piece of a batch; `teacher` runs without gradients, in the same autocast as the student.
+
+    Pixels are normalised for the student, by its `preprocessing`; the teacher gets them as it was trained.
+    """
 
     def __init__(
         self,
@@ -50,11 +55,13 @@ class Objective:
         distillation: Distillation | None,
         teacher: nn.Module | None,
         autocast: Callable[[], AbstractContextManager[Any]],
+        preprocessing: Preprocessing = IMAGENET,
     ) -> None:
         self.loss = loss
         self.distillation = distillation
         self.teacher = teacher
         self.autocast = autocast
+        self.preprocessing = preprocessing
 
     def __call__(
         self, student: nn.Module, pixels: Tensor, labels: Tensor, num_labelled: Tensor
@@ -68,8 +75,9 @@ class Objective:
         assert self.teacher is not None
         assert small is not None
         # The teacher runs in the student's precision, but keeps no graph in memory.
+        theirs = renormalise(pixels, self.preprocessing, preprocessing_of(self.teacher))
         with torch.no_grad(), self.autocast():
-            teacher_maps, teacher_small = self.teacher.parts(pixels)  # type: ignore[operator]
+            teacher_maps, teacher_small = self.teacher.parts(theirs)  # type: ignore[operator]
         return value + self.distillation(small, maps, teacher_small, teacher_maps)
 
 

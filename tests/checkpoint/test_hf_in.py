@@ -13,6 +13,7 @@ from transformers import SegformerForImageClassification
 
 from segprune.checkpoint import build, load, read
 from segprune.checkpoint.dialects import NUMERICS
+from segprune.checkpoint.hf_in import JSONS
 from segprune.spec import standard_spec
 from tests.dialects import Fill, hf_model
 
@@ -240,8 +241,8 @@ def test_a_hub_name_is_downloaded_without_what_is_not_needed(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load("nvidia/segformer-b0.v1", num_classes=5).spec.variant == "b0"
-    safetensors = ("nvidia/segformer-b0.v1", ["config.json", "model*.safetensors*"])
-    pickled = ("nvidia/segformer-b0.v1", ["config.json", "pytorch_model*.bin*"])
+    safetensors = ("nvidia/segformer-b0.v1", [*JSONS, "model*.safetensors*"])
+    pickled = ("nvidia/segformer-b0.v1", [*JSONS, "pytorch_model*.bin*"])
     assert asked == (
         [safetensors] if weights == "model.safetensors" else [safetensors, pickled]
     )

@@ -69,9 +69,16 @@ def test_labels_from_1_are_refused_and_shifted(tmp_path: Path) -> None:
     assert "give --label_offset -1" in said
     done(*training(tmp_path / "set", tmp_path / "out", "--label_offset", -1))
     path = tmp_path / "out/best_epoch_weights.pth"
-    assert "--label_offset -1" in refused("eval", path, "--data", tmp_path / "set", *SHAPE)
-    out = done("eval", path, "--data", tmp_path / "set", *SHAPE, "--label_offset", -1)
+
+    # The checkpoint keeps what it was trained with, and a flag overrules it.
+    out = done("eval", path, "--data", tmp_path / "set", *SHAPE)
     assert "2 in val; 0 ignored pixels" in out
+    assert (
+        "-1 is added to every label, as the checkpoint says (--label_offset overrules)" in out
+    )
+    evaluated = ("eval", path, "--data", tmp_path / "set", *SHAPE)
+    assert "--label_offset -1" in refused(*evaluated, "--label_offset", 0)
+    assert "0 ignored pixels" in done(*evaluated, "--label_offset", -1)
 
 
 def test_a_set_without_splits_is_scored_whole(tmp_path: Path) -> None:

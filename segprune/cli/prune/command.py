@@ -21,6 +21,7 @@ from segprune.cli.console import (
     show_settings,
     show_table,
 )
+from segprune.cli.flags import InputFlags
 from segprune.cli.prune.closing import (
     RESULTS,
     add_finetuned,
@@ -62,7 +63,7 @@ from segprune.pruning.prune import make_pruner
 from segprune.pruning.pruner import Pruner
 from segprune.pruning.synthetic import synthetic_images
 from segprune.runs.folder import check_kept, check_not_overwritten, classes_of
-from segprune.spec import standard_spec
+from segprune.spec import Preprocessing, standard_spec
 from segprune.timing import measure_latency
 from segprune.training.options import TrainOptions
 from segprune.training.rates import advise_rate, choose_rates
@@ -77,6 +78,7 @@ def run(
     steps: StepFlags,
     tune: TuneFlags,
     out: RunFlags,
+    inputs: InputFlags,
     given: frozenset[str],
 ) -> None:
     """Prune a trained SegFormer; with --data, score it before and after; with --epochs, fine-tune and score again.
@@ -91,7 +93,7 @@ def run(
     device = choose_device(out.cuda)
 
     # Open the checkpoint.
-    opened = _read_network(network, options.seed)
+    opened = inputs.apply(_read_network(network, options.seed))
     check_head(opened.spec, options)
     variant = opened.spec.variant
     folder = Path(out.save_dir) / options.pruning_method / variant
@@ -99,7 +101,7 @@ def run(
     check_kept(path, network.model_path, save_dir=Path(out.save_dir))
 
     # Settle the fine-tuning, so that nothing long begins with settings that it cannot have.
-    tune_settings = _tune_settings(network, options, tune, out, opened, path)
+    tune_settings = _tune_settings(network, options, tune, out, inputs, opened, path)
     tune_options, fitted = fit_to_machine(tune_settings.options, device)
     tune_options, reason = choose_rates(tune_options, opened.extra)
     tune_settings = replace(tune_settings, options=tune_options)
@@ -108,7 +110,7 @@ def run(
     if tune.epochs:
         check_not_overwritten(finetuned_folder(path), network.model_path)
         tune = replace(tune, lr=tune_options.lr)
-    settings = merge_settings(network, options, images, steps, tune, out)
+    settings = merge_settings(network, options, images, steps, tune, inputs, out)
     settings |= {"phi": variant, "num_classes": opened.spec.num_classes}
     chosen = {"phi": variant, "num_classes": opened.spec.num_classes, "dialect": opened.dialect}
     show_settings("Pruning", settings, given, chosen)
@@ -118,7 +120,7 @@ def run(
 
     # Open the data, and check its labels.
     source, pixels = (
-        _open_data(network, tune, opened, options.seed) if tune.data else (None, ())
+        _open_data(network, tune, inputs, opened, options.seed) if tune.data else (None, ())
     )
     check_writable(folder)
     # The dense network is never changed: it is scored and timed beside the pruned one.
@@ -127,7 +129,7 @@ def run(
     batches: list[Tensor] = []
     synthetic = False
     if needs_images(options, steps, out):
-        batches = _load_images(options, images, source)
+        batches = _load_images(options, images, source, opened.spec.preprocessing)
         if not batches and network.model_path and may_draw_images(options, images, tune):
             batches, synthetic = _draw_images(dense, options, images.num_images), True
     batches = [batch.to(device) for batch in batches]
@@ -282,7 +284,7 @@ def _read_network(network: NetworkFlags, seed: int) -> Checkpoint:
 
 
 def _open_data(
-    network: NetworkFlags, tune: TuneFlags, opened: Checkpoint, seed: int
+    network: NetworkFlags, tune: TuneFlags, inputs: InputFlags, opened: Checkpoint, seed: int
 ) -> tuple[Source, tuple[int, ...]]:
     """Returns the data set, its labels checked, and the labelled pixels of each class."""
     assert tune.num_workers is not None
@@ -303,7 +305,13 @@ def _open_data(
         tune.layout,
         opened.spec.num_classes,
         ("train", "val") if tune.epochs else ("val",),
-        choices=DataChoices(tune.label_offset, tune.val_split, tune.val_share, seed),
+        choices=DataChoices(
+            inputs.label_offset,
+            tune.val_split,
+            tune.val_share,
+            seed,
+            opened.spec.preprocessing,
+        ),
         skip_bad=tune.skip_bad,
         num_workers=tune.num_workers,
         trained=bool(network.model_path),
@@ -313,7 +321,10 @@ def _open_data(
 
 
 def _load_images(
-    options: PruneOptions, images: ImageFlags, source: Source | None
+    options: PruneOptions,
+    images: ImageFlags,
+    source: Source | None,
+    preprocessing: Preprocessing,
 ) -> list[Tensor]:
     """Returns images for the plan, the method and the repair: none where none were given, or the data has none."""
     # Images that were given come before those of the data set.
@@ -328,7 +339,8 @@ def _load_images(
             raise
         show_notes((f"No repair, since there are no images for it: {error}",))
         return []
-    return batch_images(load_images(places, images.num_images, options.input_shape))
+    loaded = load_images(places, images.num_images, options.input_shape)
+    return batch_images(loaded, preprocessing)
 
 
 def _draw_images(dense: SegFormer, options: PruneOptions, number: int) -> list[Tensor]:
@@ -410,6 +422,7 @@ def _tune_settings(
     options: PruneOptions,
     tune: TuneFlags,
     out: RunFlags,
+    inputs: InputFlags,
     opened: Checkpoint,
     path: Path,
 ) -> TrainSettings:
@@ -419,7 +432,6 @@ def _tune_settings(
     start = train.StartFlags(
         data=tune.data,
         layout=tune.layout,
-        label_offset=tune.label_offset,
         val_split=tune.val_split,
         val_share=tune.val_share,
         skip_bad=tune.skip_bad,
@@ -440,4 +452,4 @@ def _tune_settings(
         seed=options.seed,
     )
     run = train.RunFlags(cuda=out.cuda, save_dir=str(finetuned_folder(path)))
-    return TrainSettings(start, train_options, run)
+    return TrainSettings(start, train_options, run, inputs)

@@ -11,7 +11,6 @@ from typer import Option
 from segprune.cli.flags import (
     Amp,
     Dialect,
-    LabelOffset,
     Layout,
     LoaderProcesses,
     SkipBad,
@@ -132,7 +131,6 @@ class TuneFlags:
         ),
     ] = ""
     layout: Layout = None
-    label_offset: LabelOffset = 0
     val_split: ValSplit = ""
     val_share: ValShare = None
     skip_bad: SkipBad = False
@@ -267,6 +265,7 @@ def check_flags(
         ("no_distill", not tune.epochs, "without `epochs`"),
         ("layout", not tune.data, "without `data`"),
         ("label_offset", not tune.data, "without `data`"),
+        ("ignore_index", not tune.data, "without `data`"),
         ("val_split", not tune.data, "without `data`"),
         ("val_share", not tune.data, "without `data`"),
         ("skip_bad", not tune.data, "without `data`"),

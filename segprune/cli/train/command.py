@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from segprune.cli.console import (
     show_score,
     show_settings,
 )
+from segprune.cli.flags import InputFlags
 from segprune.cli.prune.closing import add_finetuned, show_closing, unfinished
 from segprune.cli.train.flags import RunFlags, StartFlags, TrainSettings, check_effects
 from segprune.cli.train.view import training_view
@@ -38,13 +39,19 @@ from segprune.training.rates import choose_rates
 from segprune.training.state import TrainingInterrupted
 
 
-def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozenset[str]) -> None:
+def run(
+    start: StartFlags,
+    inputs: InputFlags,
+    options: TrainOptions,
+    run: RunFlags,
+    given: frozenset[str],
+) -> None:
     """Train or fine-tune a SegFormer, and score it after every epoch.
 
     Fine-tuning a pruned network, as a rule: a tenth of the original learning rate, 50 to 100 epochs, --teacher with
     the dense network, optionally --freeze_epochs first. Several GPUs: torchrun --nproc_per_node N train.py --cuda …
     """
-    settings = TrainSettings(start, options, run)
+    settings = TrainSettings(start, options, run, inputs)
     folder = Path(run.save_dir)
 
     # Start a network, or take up the run that stopped.
@@ -61,7 +68,7 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
         # A run must not write its files over the checkpoint that it starts from.
         check_not_overwritten(folder, start.model_path, start.teacher)
         model, notes, extra, settings, reason = _start_network(settings)
-    start, options = settings.start, settings.options
+    start, options, inputs = settings.start, settings.options, settings.inputs
     num_classes = model.spec.num_classes
 
     # Check and choose everything else, before anything long begins.
@@ -74,7 +81,7 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
     teacher = _read_teacher(settings, num_classes)
     read = {"phi": model.spec.variant, "num_classes": num_classes, "lr": options.lr}
     show_settings("Resumed training" if resumed else "Training", settings.merged(), given, read)
-    show_notes((*notes, reason, *chosen))
+    show_notes((*notes, reason, *chosen, *_note_other_labels(teacher, model.spec)))
 
     # Open the data, and check its labels.
     def check_names(names: tuple[str, ...]) -> None:
@@ -87,7 +94,13 @@ def run(start: StartFlags, options: TrainOptions, run: RunFlags, given: frozense
         start.layout,
         num_classes,
         ("train", "val"),
-        choices=DataChoices(start.label_offset, start.val_split, start.val_share, options.seed),
+        choices=DataChoices(
+            inputs.label_offset,
+            start.val_split,
+            start.val_share,
+            options.seed,
+            model.spec.preprocessing,
+        ),
         skip_bad=start.skip_bad,
         num_workers=options.num_workers,
         trained=run.resume
@@ -178,7 +191,7 @@ def _start_network(
         spec = standard_spec(
             start.phi or "b2", 8 if options.num_classes is None else options.num_classes
         )
-        model = SegFormer(_with_drop_path(spec, start.drop_path))
+        model = SegFormer(settings.inputs.apply_to(_with_drop_path(spec, start.drop_path)))
         notes: tuple[str, ...] = ()
         extra: dict[str, Any] = {}
         options, reason = choose_rates(options, extra, from_scratch=True)
@@ -191,6 +204,7 @@ def _start_network(
         )
         # Stochastic depth is a setting of training, so files do not decide it alone.
         opened = replace(opened, spec=_with_drop_path(opened.spec, start.drop_path))
+        opened = settings.inputs.apply(opened)
         model = checkpoint.build(opened).train()
         notes, extra = opened.notes, dict(opened.extra)
         options, reason = choose_rates(options, extra, backbone_only=opened.backbone_only)
@@ -226,6 +240,8 @@ def _read_teacher(settings: TrainSettings, num_classes: int) -> Checkpoint | Non
             "as --teacher."
         ) from error
 
+    # Flags hold for both networks; without them each is read as its own file says.
+    teacher = settings.inputs.apply(teacher)
     if teacher.spec.num_classes != num_classes:
         raise ValueError(
             f"--teacher {path} has {teacher.spec.num_classes} classes and the network to train {num_classes}; give a "
@@ -233,6 +249,17 @@ def _read_teacher(settings: TrainSettings, num_classes: int) -> Checkpoint | Non
             "is ignored)."
         )
     return teacher
+
+
+def _note_other_labels(teacher: Checkpoint | None, spec: Spec) -> tuple[str, ...]:
+    """Returns a note if the teacher was trained with labels that are shifted against the network's."""
+    theirs = None if teacher is None else teacher.spec.preprocessing.label_offset
+    if theirs in (None, spec.preprocessing.label_offset):
+        return ()
+    return (
+        f"The teacher was trained with `label_offset` {theirs} and the network is with "
+        f"{spec.preprocessing.label_offset}: make sure that both number the classes alike.",
+    )
 
 
 def check_teacher_names(
@@ -272,7 +299,7 @@ def _restore_settings(
 
     # These decide which network it is, how fast it learns and on what it is scored.
     fixed = ["model_path", "phi", "num_classes", "dialect", "drop_path", "lr", "lr_rule"]
-    fixed += ["label_offset", "val_split", "val_share"]
+    fixed += [*asdict(settings.inputs), "val_split", "val_share"]
     if old.get("val_share") is not None:
         fixed.append("seed")  # which chose the images that are scored
     wrong = [name for name in fixed if name in now and now[name] != old.get(name)]
@@ -298,7 +325,10 @@ def _restore_settings(
         )
 
     restored = TrainSettings(
-        restore(settings.start), restore(settings.options), restore(settings.run)
+        restore(settings.start),
+        restore(settings.options),
+        restore(settings.run),
+        restore(settings.inputs),
     )
     check_effects(restored, given)
     return restored

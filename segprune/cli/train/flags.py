@@ -11,7 +11,7 @@ from typer import Option
 from segprune.cli.flags import (
     Data,
     Dialect,
-    LabelOffset,
+    InputFlags,
     Layout,
     SkipBad,
     ValShare,
@@ -36,7 +36,6 @@ class StartFlags:
 
     data: Data = "VOCdevkit"
     layout: Layout = None
-    label_offset: LabelOffset = 0
     val_split: ValSplit = ""
     val_share: ValShare = None
     skip_bad: SkipBad = False
@@ -109,10 +108,14 @@ class TrainSettings:
     start: StartFlags
     options: TrainOptions
     run: RunFlags
+    inputs: InputFlags
 
     def merged(self) -> dict[str, Any]:
         """Returns all of them by name, as they are printed and saved."""
-        return asdict(self.start) | asdict(self.options) | asdict(self.run)
+        settings: dict[str, Any] = {}
+        for record in (self.start, self.inputs, self.options, self.run):
+            settings |= asdict(record)
+        return settings
 
 
 def check_effects(settings: TrainSettings, given: frozenset[str]) -> None:

@@ -1,0 +1,260 @@
+"""What files of other code bases say of pixels and labels, read into a `Preprocessing`, and written again.
+
+Sources: transformers' preprocessor_config.json and config.json; the configs that mmsegmentation and NVlabs keep as text
+in `meta`; the buffers `mean` and `std` of training scripts around segmentation_models_pytorch. Text is never run.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from segprune.spec import NO_CLASS, Preprocessing, Spec
+
+MOST_TEXT = 1 << 20  # characters of a config that is read; real ones have some ten thousand
+_BUFFERS = (("mean", "std"), ("pixel_mean", "pixel_std"))
+_UNIT = 255.0  # Hugging Face's and smp's numbers are those of pixels in 0..1
+
+
+def from_huggingface(
+    processor: Mapping[str, Any], config: Mapping[str, Any], own: Preprocessing
+) -> Preprocessing:
+    """Returns `own` with what preprocessor_config.json and config.json say. Raises ValueError for odd numbers.
+
+    A missing entry, and one that is null, is transformers' default.
+    """
+    said = {name: value for name, value in processor.items() if value is not None}
+
+    # Their pixels are rescaled before mean and deviation; here these are of the pixels as they are.
+    changes: dict[str, Any] = {}
+    if said:
+        factor = (
+            _number(said.get("rescale_factor", 1 / _UNIT))
+            if said.get("do_rescale", True)
+            else 1.0
+        )
+        unit = 1 / factor
+        if not said.get("do_normalize", True):
+            changes = {"mean": (0.0,) * 3, "std": (unit,) * 3}
+        elif config.get("num_channels") in (None, 3):
+            changes = {
+                name: _scaled(said[f"image_{name}"], unit)
+                for name in ("mean", "std")
+                if f"image_{name}" in said
+            }
+
+        reduced = said.get("do_reduce_labels", said.get("reduce_labels", False))
+        changes |= {"label_offset": -1 if reduced else 0, "size": _read_size(said.get("size"))}
+
+    ignored = config.get("semantic_loss_ignore_index")
+    if ignored is not None:
+        changes["ignore_index"] = _label(ignored)
+    return replace(own, **changes)
+
+
+def to_huggingface(preprocessing: Preprocessing, size: tuple[int, int]) -> dict[str, Any]:
+    """Returns what preprocessor_config.json says; images are resized to `size` (H, W)."""
+    return {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_resize": True,
+        "size": {"height": size[0], "width": size[1]},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / _UNIT,
+        "do_normalize": True,
+        "image_mean": [round(mean / _UNIT, 9) for mean in preprocessing.mean],
+        "image_std": [round(std / _UNIT, 9) for std in preprocessing.std],
+        # Transformers knows of no other offset, and each of ours has a note.
+        "do_reduce_labels": preprocessing.label_offset == -1,
+    }
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise ValueError(
+            f"preprocessor_config.json says rescale_factor {value!r}, where a number above 0 is allowed; correct it."
+        )
+    return float(value)
+
+
+def _scaled(values: Any, unit: float) -> tuple[Any, ...]:
+    """Returns the numbers as those of pixels in 0..255; what are no three numbers is left for the record to refuse."""
+    values = list(values) if isinstance(values, list | tuple) else [values] * 3
+    # Rounded, so that 0.485 becomes the 123.675 that it was made from.
+    return tuple(
+        round(value * unit, 6) if type(value) in (int, float) else value for value in values
+    )
+
+
+def _label(value: Any) -> int:
+    """Returns the label to ignore; masks hold 0..255, so any other value ignores nothing more."""
+    return value if type(value) is int and 0 <= value <= NO_CLASS else NO_CLASS
+
+
+def _read_size(size: Any) -> tuple[int, int] | None:
+    """Returns H W of any of transformers' and mmsegmentation's forms, None where there is none."""
+    if isinstance(size, Mapping):
+        edge = size.get("shortest_edge")
+        size = (size.get("height", edge), size.get("width", edge))
+    elif type(size) is int:
+        size = (size, size)
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        return None
+    return tuple(size) if all(type(side) is int and side > 0 for side in size) else None
+
+
+def read_meta(spec: Spec, meta: Mapping[str, Any]) -> Spec:
+    """Returns the spec with what mmsegmentation's or NVlabs' `meta` says of pixels, labels and the last upsampling.
+
+    Images are BGR there until they are told to be RGB. Raises ValueError for odd numbers.
+    """
+    text = meta.get("cfg", meta.get("config"))
+    config = _parse_config(text) if isinstance(text, str) else text
+    parts = [*_find_dicts(config), *_find_dicts(meta.get("dataset_meta"))]
+    numerics = spec.numerics
+    changes: dict[str, Any] = {}
+
+    # mmsegmentation 1.x normalises in the model, 0.x and NVlabs in the pipeline.
+    for part in parts:
+        stated = part.get("data_preprocessor", part.get("img_norm_cfg"))
+        if part.get("type") == "Normalize":
+            stated = part
+        if isinstance(stated, Mapping):
+            # There, without a mean nothing is normalised.
+            mean, std = stated.get("mean"), stated.get("std")
+            rgb = stated.get(
+                "bgr_to_rgb", stated.get("to_rgb", "data_preprocessor" not in part)
+            )
+            changes = {
+                "mean": _scaled([0.0] * 3 if mean is None else mean, 1.0),
+                "std": _scaled([1.0] * 3 if std is None else std, 1.0),
+                "channels": "rgb" if rgb else "bgr",
+            }
+            break
+
+    if any(part.get("reduce_zero_label") is True for part in parts):
+        changes["label_offset"] = -1
+    for part in parts:
+        head = part.get("decode_head")
+        if isinstance(head, Mapping):
+            changes["ignore_index"] = _label(head.get("ignore_index"))
+            align = head.get("align_corners") is True
+            numerics = replace(numerics, align_corners=align)
+        if "crop_size" in part:
+            changes["size"] = _read_size(part["crop_size"])
+    preprocessing = replace(spec.preprocessing, **changes)
+    return replace(spec, preprocessing=preprocessing, numerics=numerics)
+
+
+def to_meta(spec: Spec, dialect: str) -> dict[str, str]:
+    """Returns the entry of `meta` that says it, as the text of a config; only RGB is written."""
+    preprocessing = spec.preprocessing
+    numbers = f"mean={list(preprocessing.mean)}, std={list(preprocessing.std)}"
+    zero = preprocessing.label_offset == -1
+    labels = f"dict(type='LoadAnnotations', reduce_zero_label={zero})"
+    align = f"align_corners={spec.numerics.align_corners}"
+    ignored = f"ignore_index={preprocessing.ignore_index}"
+    head = f"model = dict(decode_head=dict({align}, {ignored}))"
+    if dialect == "mmseg":
+        pixels = (
+            f"data_preprocessor = dict(type='SegDataPreProcessor', {numbers}, bgr_to_rgb=True)"
+        )
+        return {"cfg": f"{pixels}\n{head}\ntrain_pipeline = [{labels}]\n"}
+    pixels = f"dict(type='Normalize', {numbers}, to_rgb=True)"
+    return {"config": f"{head}\ntrain_pipeline = [{labels}, {pixels}]\n"}
+
+
+def _parse_config(text: str) -> dict[str, Any]:
+    """Returns what a config in Python's words assigns, without running it; what is no plain data is left out."""
+    if len(text) > MOST_TEXT:
+        return {}
+    try:
+        body = ast.parse(text).body
+        config: dict[str, Any] = {}
+        for line in body:
+            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+                config[line.targets[0].id] = _evaluate(line.value, config)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    return config
+
+
+def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    """Returns the value of plain data, in which `dict(...)` may stand for a dict; None for anything else."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_evaluate(element, names) for element in node.elts]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _evaluate(node.operand, names)
+        return -value if type(value) in (int, float) else None
+
+    pairs: list[tuple[ast.expr | None, Any]] = []
+    if isinstance(node, ast.Dict):
+        pairs = list(zip(node.keys, node.values, strict=True))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id == "dict":
+            pairs = [
+                (None if word.arg is None else ast.Constant(word.arg), word.value)
+                for word in node.keywords
+            ]
+    else:
+        return None
+
+    entries: dict[Any, Any] = {}
+    for key, value in pairs:
+        inner = _evaluate(value, names)
+        # `**{...}` adds the entries of another dict.
+        if key is not None and isinstance(key, ast.Constant):
+            entries[key.value] = inner
+        elif key is None and isinstance(inner, Mapping):
+            entries |= inner
+    return entries
+
+
+def _find_dicts(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yields all dicts in it, from the outside in, each once."""
+    queue, seen = [value], set()
+    for inner in queue:
+        if id(inner) in seen:
+            continue
+        seen.add(id(inner))
+
+        if isinstance(inner, Mapping):
+            yield inner
+            queue.extend(inner.values())
+        elif isinstance(inner, list | tuple):
+            queue.extend(inner)
+
+
+def take_buffers(
+    state_dict: Mapping[str, Any],
+) -> tuple[dict[str, Any], Preprocessing | None, tuple[str, ...]]:
+    """Returns the state dict without the buffers of mean and deviation, what these say, and a note on them."""
+    left = dict(state_dict)
+    for names in _BUFFERS:
+        values = [left.get(name) for name in names]
+        if not all(isinstance(value, Tensor) and value.numel() == 3 for value in values):
+            continue
+
+        # Whether pixels were in 0..1 or 0..255 is seen by the size of the numbers alone.
+        # Float32 holds seven digits, so that 123.675 comes back as it was.
+        mean, std = (
+            [float(f"{number:.7g}") for number in left.pop(name).flatten().tolist()]
+            for name in names
+        )
+        small = max(*mean, *std) <= 1.0
+        unit = _UNIT if small else 1.0
+        said = Preprocessing(mean=_scaled(mean, unit), std=_scaled(std, unit))
+        note = (
+            f"Images are normalised by the file's own {names[0]} and {names[1]}, taken as of pixels in "
+            f"{'0..1' if small else '0..255'} (`mean` and `std` overrule)."
+        )
+        return left, said, (note,)
+    return left, None, ()
