@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from segprune.api import evaluate, export_model, finetune, load_images, prune
     from segprune.checkpoint import load, save
+    from segprune.compiler import compiled
     from segprune.fold import fold_decoder
     from segprune.model import SegFormer
     from segprune.pruning.pruner_l1 import L1Pruner
@@ -18,6 +19,7 @@ __all__ = [
     "L1Pruner",
     "SegFormer",
     "__version__",
+    "compiled",
     "count",
     "evaluate",
     "export_model",
@@ -32,6 +34,7 @@ __all__ = [
 _HOMES = {
     "L1Pruner": "segprune.pruning.pruner_l1",
     "SegFormer": "segprune.model",
+    "compiled": "segprune.compiler",
     "count": "segprune.stats",
     "evaluate": "segprune.api",
     "export_model": "segprune.api",

@@ -18,6 +18,7 @@ ROWS = (
     ("spec", "files", "timing", "options"),
     ("model", "data", "plots", "machine"),
     ("stats", "fold", "compare", "inference"),
+    ("compiler",),
     ("checkpoint", "training"),
     ("pruning", "export"),
     ("benchmark", "formats"),

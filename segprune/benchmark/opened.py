@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 
 import torch
 from torch import Tensor
 
 from segprune import checkpoint
 from segprune.benchmark.cases import LIVE, Case
+from segprune.compiler import compile_for_one_shape
 from segprune.export import open_exported
 from segprune.fold import fold_for_inference
 from segprune.spec import Preprocessing, preprocessing_of
@@ -73,7 +73,9 @@ def _open_live(case: Case) -> Opened:
         model = fold_for_inference(model)
     model = model.to(case.device, dtype)
     # Compiling begins at the first call, which is part of the warm-up.
-    network: Callable[[Tensor], Tensor] = model if case.runtime == "torch" else _compile(model)
+    network: Callable[[Tensor], Tensor] = model
+    if case.runtime == "compile":
+        network = compile_for_one_shape(model)
     x = _noise(case).to(case.device, dtype)
 
     @torch.no_grad()
@@ -89,22 +91,6 @@ def _open_live(case: Case) -> Opened:
     macs = count(model.spec, case.size).macs
     spec = model.spec
     return Opened(case, name, spec.num_classes, spec.preprocessing, macs, predict, run)
-
-
-def _compile(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """Returns the network compiled for one shape.
-
-    PyTorch keeps compiled code by code object, a few for each: every case needs one of its own.
-    """
-
-    def forward(x: Tensor) -> Tensor:
-        return model(x)
-
-    # A copy of the code object, so that the limit per object is not reached.
-    own = FunctionType(
-        forward.__code__.replace(), forward.__globals__, closure=forward.__closure__
-    )
-    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def _open_exported(case: Case) -> Opened:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,28 +37,6 @@ def test_every_runtime_gives_the_network_s_logits(runtime: str, tmp_path: Path) 
     first = kept.clone()
     opened.predict(x)
     assert torch.equal(kept, first)  # what a pass gave is not written over by the next
-
-
-def test_more_networks_are_compiled_than_pytorch_keeps_for_one_function(
-    weights: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    traced: list[object] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        traced.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    (case,) = grid([weights], runtimes=("compile",), sizes=(SIZE,))
-    x = torch.randn(1, 3, *SIZE)
-    for number in (1, 2, 3):
-        opened = open_case(case)
-        assert len(traced) == number
-        with torch.no_grad():
-            torch.testing.assert_close(
-                opened.predict(x), load(weights)(x), rtol=1e-3, atol=1e-4
-            )
 
 
 def test_bf16_computes_in_it_and_folding_keeps_the_logits(weights: str) -> None:
