@@ -79,12 +79,13 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int, gelu: str) -> None:
+    def __init__(self, width: int, gelu: str, ratio: int = 4) -> None:
         super().__init__()
         self.gelu = gelu
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        dim = ratio * width
+        self.fc1, self.fc2 = nn.Linear(width, dim), nn.Linear(dim, width)
         self.dwconv = nn.Module()
-        self.dwconv.dwconv = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width)
+        self.dwconv.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.dwconv.dwconv(picture(self.fc1(sequence(x)), x))

@@ -217,6 +217,8 @@ def _call_of_nvlabs(spec: Spec) -> str:
         depths=[len(stage.blocks) for stage in stages],
         sr_ratios=[stage.reduction_ratio for stage in stages],
     )
+    # Their defaults have no biases and another eps; a variant's class passes these.
+    encoder += ", qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)"
     return f"MixVisionTransformer({encoder}), decode head width {spec.decoder_dim}"
 
 

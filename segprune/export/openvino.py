@@ -25,7 +25,18 @@ def write(job: Job, path: Path) -> None:
 
     # OpenVINO converts the graph of torch.export itself, without ONNX in between.
     ov = require("openvino", PURPOSE)
+    example = job.make_example()
     model = ov.convert_model(job.trace())
+
+    # The conversion leaves sizes open that the traced graph cannot have.
+    if shape is not None:
+        model.reshape(list(example.shape))
+
+    # The same names as in ONNX files.
+    source = "pixels" if job.manifest.preprocess else "images"
+    result = "classes" if job.manifest.argmax else "logits"
+    model.inputs[0].set_names({source})
+    model.outputs[0].set_names({result})
     if int8:
         nncf = require("nncf", "int8 in OpenVINO")
         # nncf has a scheme of its own that keeps the accuracy of transformers.

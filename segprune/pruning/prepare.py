@@ -111,6 +111,12 @@ def prepare(
 _FOLDED_AWAY = ("fuse", *(f"branches.{i}" for i in range(4)))
 
 
+def may_fold(protected: set[str], options: PruneOptions) -> bool:
+    """Returns whether the decode head is folded: not where it is kept, or a protected layer would disappear."""
+    layers_lost = protected & {f"decode_head.{name}" for name in _FOLDED_AWAY}
+    return not (options.keep_decoder or layers_lost)
+
+
 def _prepare_stock(
     dense: SegFormer, example_inputs: Any, protected: set[str], options: PruneOptions
 ) -> Prepared:
@@ -121,9 +127,7 @@ def _prepare_stock(
         if example_inputs is None
         else tensors_in(example_inputs)[0].shape[2:]
     )
-    fold = not (
-        options.keep_decoder or protected & {f"decode_head.{name}" for name in _FOLDED_AWAY}
-    )
+    fold = may_fold(protected, options)
     model = fold_decoder(dense) if fold else copy.deepcopy(dense)
 
     parameter = next(model.parameters())

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from segprune.fold import unfold_decoder
+from segprune.fold import fold_decoder, unfold_decoder
 from segprune.inference.drop import Drop
 from segprune.model import DecodeHead, SegFormer
 from segprune.pruning.budget import (
@@ -33,7 +33,7 @@ from segprune.pruning.importance import Scores, score_channels
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.patterns import matching_names
 from segprune.pruning.plan import Plan
-from segprune.pruning.prepare import Prepared, check_head, prepare
+from segprune.pruning.prepare import Prepared, check_head, may_fold, prepare, stock_spec
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut
 from segprune.pruning.verify import check_cut, leave_misread
@@ -96,18 +96,26 @@ class Pruner:
             )
 
     def prune(self, example_inputs: Any = None) -> nn.Module:
-        """Returns a new, smaller network; the one given is left as it was. At rate 0 it is a plain copy.
+        """Returns a new, smaller network; the one given is left as it was. At rate 0 its decode head is folded.
 
         `example_inputs` (B 3 H W, or what the network takes) sets the size at which MACs are counted, and is needed
         for a network that is not a stock SegFormer.
         """
         if self.options.removes_nothing:
-            return copy.deepcopy(self.model)
+            return self._fold_only()
 
         prepared = self.prepare(example_inputs)
         scores = self.score(prepared)
         self.plan = self.decide(prepared, scores)
         return self.carry_out(prepared, self.plan)
+
+    def _fold_only(self) -> nn.Module:
+        """Returns a copy that computes the same; a stock SegFormer's head is folded, unless it is to be kept."""
+        fold = may_fold(self.protected_names(), self.options) and not self.options.uniform
+        if not fold or stock_spec(self.model) is None:
+            return copy.deepcopy(self.model)
+        assert isinstance(self.model, SegFormer)
+        return fold_decoder(self.model)
 
     def search(
         self,

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,17 @@ from segprune.model import SegFormer
 from segprune.pruning.pruner import Pruner
 from segprune.spec import Numerics, Spec, standard_spec, with_widths
 from segprune.stats import count
-from tests.dialects import PUBLISHED, ConvReference, Fill, Reference, reference
+from tests.dialects import (
+    PUBLISHED,
+    Block,
+    ConvReference,
+    Embed,
+    Fill,
+    Mlp,
+    Reference,
+    reference,
+)
+from tests.exporting import tiny_network
 
 CLASSES = ("sky", "road", "tree", "car", "person")
 
@@ -478,3 +490,119 @@ def test_a_folder_in_use_and_names_that_do_not_fit_are_refused_and_nothing_is_le
     ):
         write_folder(small_model, tmp_path / "file" / "hf")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "hf", "mine.txt"]
+
+
+class Backbone(nn.Module):
+    """NVlabs' `MixVisionTransformer`: its arguments, its defaults and its names."""
+
+    def __init__(
+        self,
+        embed_dims: list[int],
+        num_heads: list[int],
+        mlp_ratios: list[int],
+        depths: list[int],
+        sr_ratios: list[int],
+        qkv_bias: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+    ) -> None:
+        super().__init__()
+        numbers, inputs = PUBLISHED["nvlabs"], 3
+        for s, width in enumerate(embed_dims):
+            kernel, stride = (7, 4) if s == 0 else (3, 2)
+            blocks = nn.Sequential()
+            for _ in range(depths[s]):
+                block = Block(width, num_heads[s], sr_ratios[s], numbers)
+                block.norm1, block.norm2 = norm_layer(width), norm_layer(width)
+                block.attn.q = nn.Linear(width, width, bias=qkv_bias)
+                block.attn.kv = nn.Linear(width, 2 * width, bias=qkv_bias)
+                block.mlp = Mlp(width, numbers.gelu, mlp_ratios[s])
+                blocks.append(block)
+            self.add_module(f"patch_embed{s + 1}", Embed(inputs, width, kernel, stride, 1e-5))
+            self.add_module(f"block{s + 1}", blocks)
+            self.add_module(f"norm{s + 1}", norm_layer(width))
+            inputs = width
+
+
+def test_the_hint_how_to_build_a_uniform_network_builds_it(
+    trained_like: Fill, tmp_path: Path
+) -> None:
+    model = Pruner(network(trained_like, NUMERICS["nvlabs"]), 0.5, uniform=True).prune()
+    assert isinstance(model, SegFormer)
+    (note,) = write_file(model, tmp_path / "a.pth", "nvlabs").notes
+    dim = model.spec.decoder_dim
+
+    # What the note says is run as it stands.
+    call = note.partition("MixVisionTransformer")[2].partition(f", decode head width {dim}")[0]
+    names = {"Backbone": Backbone, "partial": partial, "nn": nn}
+    theirs = Reference("b0", 5, PUBLISHED["nvlabs"])
+    theirs.backbone = eval(f"Backbone{call}", names)
+    for s, stage in enumerate(model.spec.stages, 1):
+        branch = theirs.decode_head.get_submodule(f"linear_c{s}")
+        branch.proj = nn.Linear(stage.width, dim)
+    theirs.decode_head.linear_fuse = nn.ModuleDict(
+        {"conv": nn.Conv2d(4 * dim, dim, 1, bias=False), "bn": nn.BatchNorm2d(dim)}
+    )
+    theirs.decode_head.linear_pred = nn.Conv2d(dim, 5, 1)
+    theirs.eval().load_state_dict(
+        torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]
+    )
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = model(x)
+        torch.testing.assert_close(
+            theirs(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
+
+
+@pytest.fixture(scope="module")
+def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with its own code, of a tiny folded network."""
+    register()
+    folder = tmp_path_factory.mktemp("hf") / "it"
+    write_folder(tiny_network(), folder, class_names=CLASSES)
+    return folder
+
+
+def test_another_number_of_classes_gives_a_new_classifier_and_nothing_else(
+    own_code: Path, tmp_path: Path
+) -> None:
+    old = AutoModelForSemanticSegmentation.from_pretrained(own_code)
+    new = AutoModelForSemanticSegmentation.from_pretrained(
+        own_code, num_labels=7, ignore_mismatched_sizes=True
+    )
+    x = torch.randn(1, 3, 32, 64)
+    assert new(x).logits.shape == (1, 7, 8, 16)
+    classifier = new.network.decode_head.classifier
+    assert 0.001 < classifier.weight.std() < 0.1
+    assert not classifier.bias.any()
+    for name, tensor in new.state_dict().items():
+        if "classifier" not in name:
+            assert torch.equal(tensor, old.state_dict()[name]), name
+
+    # What is saved opens again, there and here.
+    new.save_pretrained(tmp_path / "new")
+    again = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "new")
+    assert torch.equal(again(x).logits, new.eval()(x).logits)
+    assert load(tmp_path / "new").spec.num_classes == 7
+
+
+def test_the_class_checkpoints_gradients_and_returns_hidden_states(own_code: Path) -> None:
+    model = AutoModelForSemanticSegmentation.from_pretrained(own_code)
+    assert model.accepts_loss_kwargs is False
+    x = torch.randn(1, 3, 32, 64)
+    out = model.eval()(x, output_hidden_states=True)
+    sizes = [tuple(hidden.shape[2:]) for hidden in out.hidden_states]
+    assert sizes == [(8, 16), (4, 8), (2, 4), (1, 2)]
+    assert model(x).hidden_states is None
+    loss, _, hidden = model(
+        x, torch.zeros(1, 32, 64).long(), output_hidden_states=True, return_dict=False
+    )
+    assert (loss.shape, len(hidden)) == ((), 4)
+
+    # Newer versions call it by another name.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")()
+    assert getattr(model, f"is_{kind}_checkpointing")
+    assert model.network.encoder.checkpointing
+    getattr(model, f"{kind}_checkpointing_disable")()
+    assert not model.network.encoder.checkpointing

@@ -226,9 +226,19 @@ def test_hyphens_do_for_underscores(dense: Path, tmp_path: Path) -> None:
     assert (tmp_path / "l1/b0/b0_pruned_0.pth").is_file()
 
 
-def test_rate_0_writes_a_copy(dense: Path, tmp_path: Path) -> None:
+def test_rate_0_folds_the_head_and_writes_it(dense: Path, tmp_path: Path) -> None:
+    done("prune", "--model_path", dense, "--pruning_rate", 0, *SIZE, "--save_dir", tmp_path)
+    folded, whole = load(tmp_path / "l1/b0/b0_pruned_0.pth"), load(dense)
+    assert folded.spec == fold_decoder(whole).spec != whole.spec
+    reduction = record_in(tmp_path)["reduction"]
+    assert reduction["parameters_reduction_percent"] > 1
+    assert reduction["flops_reduction_percent"] > 10
+
+
+def test_rate_0_writes_a_copy_with_the_head_kept(dense: Path, tmp_path: Path) -> None:
     out = done(
-        "prune", "--model_path", dense, "--pruning_rate", 0, *SIZE, "--save_dir", tmp_path
+        *("prune", "--model_path", dense, "--pruning_rate", 0, "--keep_decoder", *SIZE),
+        *("--save_dir", tmp_path),
     )
     copy = load(tmp_path / "l1/b0/b0_pruned_0.pth").state_dict()
     state = load(dense).state_dict()
@@ -236,7 +246,7 @@ def test_rate_0_writes_a_copy(dense: Path, tmp_path: Path) -> None:
     assert all(torch.equal(copy[name], state[name]) for name in state)
     reduction = record_in(tmp_path)["reduction"]
     assert {reduction[name] for name in reduction if name != "speedup"} == {0.0}
-    assert "decode head folded" not in out  # rate 0 folds nothing
+    assert "decode head folded" not in out
 
 
 def test_macs_are_cut_by_the_rate_with_the_decode_head_kept(

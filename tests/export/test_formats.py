@@ -295,3 +295,37 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     ):
         open_exported(tmp_path / "other.torchscript", trust=True)
     assert not is_compiled(tmp_path / "other.torchscript")
+
+
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_an_openvino_file_of_one_size_takes_no_other_and_names_what_it_gives(
+    network: SegFormer, tmp_path: Path, preprocess: bool
+) -> None:
+    path = tmp_path / "it.xml"
+    export(
+        network,
+        path,
+        format="openvino",
+        size=SIZE,
+        batch=1,
+        preprocess=preprocess,
+        argmax=preprocess,
+    )
+    model = pytest.importorskip("openvino").Core().read_model(path)
+    ((source,), (result,)) = model.inputs, model.outputs
+    height, width = SIZE
+    expected = [1, height, width, 3] if preprocess else [1, 3, height, width]
+    assert source.partial_shape.is_static
+    assert list(source.shape) == expected
+    assert list(result.shape) == ([1, height, width] if preprocess else [1, 5, height, width])
+    names = ("pixels", "classes") if preprocess else ("images", "logits")
+    assert (source.names, result.names) == tuple({name} for name in names)
+
+    # Another batch or size used to give one answer, or logits of the wrong size.
+    compiled = pytest.importorskip("openvino").Core().compile_model(model, "CPU")
+    for dimension in (0, 2):
+        other = list(expected)
+        other[dimension] *= 2
+        x = np.zeros(other, dtype=np.uint8 if preprocess else np.float32)
+        with pytest.raises(RuntimeError, match="shape"):
+            compiled({names[0]: x})

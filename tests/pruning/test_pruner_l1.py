@@ -283,8 +283,19 @@ def test_a_frozen_backbone_is_pruned_too_and_stays_frozen(small_model: SegFormer
     assert {p.requires_grad for p in pruned.decode_head.parameters()} == {True}
 
 
-def test_rate_zero_is_a_plain_copy(small_model: SegFormer) -> None:
-    pruned = L1Pruner(small_model, 0.0).prune()
+def test_rate_zero_folds_the_head_and_removes_nothing_else(small_model: SegFormer) -> None:
+    x = torch.randn(1, 3, 64, 96).double()
+    pruned = L1Pruner(small_model, 0).prune()
+    assert pruned.spec == fold_decoder(small_model).spec != small_model.spec
+    assert num_parameters(pruned) < num_parameters(small_model)
+    assert (pruned(x) - small_model(x)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("options", [{"keep_decoder": True}, {"uniform": True}])
+def test_rate_zero_is_a_plain_copy_where_the_head_is_kept(
+    small_model: SegFormer, options: dict[str, bool]
+) -> None:
+    pruned = L1Pruner(small_model, 0.0, **options).prune()
     assert pruned is not small_model
     assert pruned.spec == small_model.spec
     assert all(

@@ -172,7 +172,8 @@ def check_least(
     removes = (
         f"`depth` {depth:g} and {cause} together remove" if depth else f"{cause} alone removes"
     )
-    remedy = "" if by_name else ", or keep the head with `keep_decoder`"
+    remedy = "" if by_name else ", keep the head with `keep_decoder`"
+    remedy += "" if by_name or depth else ", or fold it and remove nothing else with rate 0"
     remedy += ", or less depth" if depth else ""
     raise ValueError(
         f"Rate {limit.rate:g} is less than {removes} ({least:.3f}); ask for a higher rate{remedy}."
