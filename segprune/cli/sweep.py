@@ -54,6 +54,7 @@ from segprune.pruning.pruner import Pruner
 from segprune.runs.records import network_record
 from segprune.runs.sweep import (
     COST,
+    NAMES,
     PLOT,
     RECORD,
     TABLE,
@@ -381,13 +382,12 @@ class _Clock:
 def _show_row(row: Row) -> None:
     name = f"{row['file']} {row['method']} rate {row['rate']:g}"
     if row["skipped"] is not None:
-        console.print(f"  {name}: left out. {row['skipped']}", soft_wrap=True, markup=False)
+        console.print(f"  {name}: left out. {row['skipped']}", soft_wrap=True)
         return
     tuned = f", fine-tuned {row['finetuned_miou']:.4f}" if "finetuned_miou" in row else ""
     console.print(
         f"  {name}: mIoU {row['miou']:.4f}{tuned}, {row['latency_ms']:.1f} ms, {row['speedup']:.2f} × faster",
         soft_wrap=True,
-        markup=False,
     )
 
 
@@ -406,7 +406,7 @@ def _show_end(record: dict[str, Any], folder: Path) -> None:
                 f"{row['rate']:g}",
                 f"{row['parameters_M']:.3f}",
                 f"{row['macs_G']:.3f}",
-                f"{row['latency_ms']:.1f}",
+                f"{row['comparable_ms']:.1f}",
                 f"{row['speedup']:.2f}",
                 f"{row['miou']:.4f}{star if tuned is None else ''}",
                 "–" if tuned is None else f"{tuned:.4f}{star}",
@@ -424,12 +424,14 @@ def _show_end(record: dict[str, Any], folder: Path) -> None:
         "fine-tuned",
     ]
     show_table("Sweep", columns, rows, ("MACs (G)", "criterion"))
-    console.print(f"* No other row has a higher mIoU at the same or less {record['cost']}.")
+    cost = NAMES[record["cost"]].split()[0]
+    console.print(
+        f"* No other row has at least this mIoU for less {cost}, or a higher one for as much."
+    )
     for knee in record["knees"]:
         console.print(
             f"Knee of {knee['file']} ({knee['method']}): rate {knee['rate']:g}; {knee['reason']}.",
             soft_wrap=True,
-            markup=False,
         )
     if not record["knees"]:
         console.print(

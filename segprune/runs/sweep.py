@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,12 @@ from segprune.files import read_json, write_csv, write_json
 from segprune.runs.records import environment
 
 RECORD, TABLE, PLOT = "sweep.json", "sweep.csv", "sweep.png"
-COST = {"params": "parameters", "macs": "macs", "latency": "latency_ms"}  # of a row, by unit
+COST = {"params": "parameters", "macs": "macs", "latency": "comparable_ms"}  # of a row, by unit
+NAMES = {
+    "parameters": "parameters",
+    "macs": "MACs for one image",
+    "comparable_ms": "latency of a pass (ms)",
+}
 CSV = (
     "file",
     "method",
@@ -29,7 +35,7 @@ CSV = (
     "skipped",
     "parameters",
     "macs",
-    "latency_ms",
+    "comparable_ms",
     "speedup",
     "miou",
     "finetuned_miou",
@@ -107,6 +113,7 @@ class SweepFolder:
     def record(self) -> dict[str, Any]:
         """Returns what sweep.json holds: rows by file, criterion and rate, with the best at their cost marked."""
         rows = sorted(self.rows, key=lambda row: (row["file"], row["method"], row["rate"]))
+        rows = _make_comparable(rows)
         best = _find_best(rows, COST[self.rate_of])
         knees = []
         for curve in curves_of(rows):
@@ -135,6 +142,26 @@ def measure_cases(
         folder.add(case, measure(case))
         if on_row is not None:
             on_row(folder.rows[-1])
+
+
+def _make_comparable(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows with latencies as if the machine had been as fast for all of them.
+
+    Each network was timed in turns with its dense one, whose median over all rows of the file is the measure.
+    """
+    dense: dict[str, list[float]] = {}
+    for row in rows:
+        if row["skipped"] is None:
+            dense.setdefault(row["file"], []).append(row["dense_latency_ms"])
+    usual = {file: statistics.median(times) for file, times in dense.items()}
+
+    comparable = []
+    for row in rows:
+        if row["skipped"] is None:
+            share = row["latency_ms"] / row["dense_latency_ms"]
+            row = row | {"comparable_ms": share * usual[row["file"]]}
+        comparable.append(row)
+    return comparable
 
 
 def curves_of(rows: Sequence[Row]) -> list[list[Row]]:
@@ -184,7 +211,7 @@ def find_knee(curve: Sequence[Row], cost: str) -> dict[str, Any] | None:
         "file": knee["file"],
         "method": knee["method"],
         "rate": knee["rate"],
-        "reason": f"up to here {share:.0%} of the {cost.removesuffix('_ms')} is saved for {before:.1f} points of mIoU, "
+        "reason": f"up to here {share:.0%} of the {NAMES[cost].split()[0]} is saved for {before:.1f} points of mIoU, "
         f"and the next step, to rate {following['rate']:g}, costs {after:.1f}",
     }
 
@@ -227,14 +254,9 @@ def save_tables(folder: SweepFolder) -> dict[str, Any]:
             if (row["file"], row["method"], row["rate"]) in knees:
                 ringed.append((float(row[record["cost"]]), miou_of(row)))
     if points:
-        names = {
-            "parameters": "parameters",
-            "macs": "MACs for one image",
-            "latency_ms": "latency of a pass, median (ms)",
-        }
         path = folder.path.with_name(PLOT)
         plots.trade_off(
-            points, "mIoU on val", path, x_name=names[record["cost"]], ringed=ringed
+            points, "mIoU on val", path, x_name=NAMES[record["cost"]], ringed=ringed
         )
     return record
 

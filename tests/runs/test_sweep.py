@@ -28,7 +28,7 @@ CASES = [Case("a.pth", "l1", rate) for rate in (0.0, 0.3, 0.6, 0.9)]
 
 
 def row_at(cost: int, miou: float, **more: Any) -> Row:
-    sizes = {"parameters": cost, "macs": cost, "latency_ms": 1.0, "speedup": 1.0}
+    sizes = {"parameters": cost, "macs": cost, "latency_ms": 1.0, "dense_latency_ms": 1.0}
     return {"phi": "b0", "skipped": None, "miou": miou, **sizes, **more}
 
 
@@ -87,9 +87,15 @@ def sweep():
             print(case.rate, file=file)
         plan = decide(PruneOptions(pruning_rate=case.rate, round_to=1))
         network = pruner.carry_out(prepared, plan)
-        latency = measure_latency([network], (32, 32), max_runs=3)[0]
+        dense, latency = measure_latency([pruner.model, network], (32, 32), max_runs=3)
         parameters = count(network.spec, (32, 32)).parameters
-        return {"skipped": None, "miou": 0.5, "parameters": parameters, "latency_ms": latency.median_ms}
+        return {
+            "skipped": None,
+            "miou": 0.5,
+            "parameters": parameters,
+            "latency_ms": latency.median_ms,
+            "dense_latency_ms": dense.median_ms,
+        }
 
     measure_cases(SweepFolder(out, {}, ["a.pth"], "params"), cases, measure)
 
@@ -210,6 +216,22 @@ def test_a_curve_that_is_flat_straight_hollow_or_short_has_no_knee(mious: Any) -
     for i, miou in enumerate(mious):
         curve.append(row_at(300 - 100 * i, miou, file="a", method="l1", rate=i / 10))
     assert find_knee(curve, "parameters") is None
+
+
+def test_latencies_are_compared_as_if_the_machine_had_not_changed(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path, SETTINGS, ["a.pth"], "latency")
+    times = {
+        0.0: (10.0, 5.0),
+        0.3: (80.0, 32.0),
+        0.6: (10.0, 2.0),
+    }  # dense and pruned, in turns
+    for rate, (dense, pruned) in times.items():
+        row = row_at(1, 0.8 - rate / 10, latency_ms=pruned, dense_latency_ms=dense)
+        folder.add(Case("a.pth", "l1", rate), row)
+    rows = folder.record()["rows"]
+    assert [row["comparable_ms"] for row in rows] == pytest.approx([5.0, 4.0, 2.0])
+    assert [row["latency_ms"] for row in rows] == [5.0, 32.0, 2.0]
+    assert all(row["best"] for row in rows)
 
 
 def test_the_tables_hold_every_row_and_mark_the_best_at_their_cost(tmp_path: Path) -> None:
