@@ -367,8 +367,62 @@ class SegFormer(nn.Module):
             logits, size=size, mode="bilinear", align_corners=self.spec.numerics.align_corners
         )
 
+    @property
+    def upsamples_last(self) -> bool:
+        """Whether logits are those of `parts`, resized: a subclass may do more."""
+        return type(self).forward is SegFormer.forward
+
+    def classes(self, x: Tensor) -> Tensor:
+        """Returns the class of every pixel, B H W: exactly the argmax of the logits, which never exist as a whole."""
+        logits, size = self.parts(x)[1], x.shape[2:]
+        if not self.can_resize_rows(logits, size):
+            return self.resize(logits, size).argmax(1)
+
+        # Strips end between two rows of the source, so that neighbours share one row only.
+        numbers_per_row = logits.shape[0] * logits.shape[1] * size[1]
+        step = max(1, STRIP_NUMBERS // (numbers_per_row * UPSAMPLED)) * UPSAMPLED
+        tops = [0, *range(step - UPSAMPLED // 2, size[0], step)]
+
+        strips = []
+        for top, bottom in zip(tops, [*tops[1:], size[0]], strict=True):
+            strips.append(self.resize_rows(logits, size, top, bottom).argmax(1))
+        return torch.cat(strips, dim=1)
+
+    def can_resize_rows(self, logits: Tensor, size: torch.Size) -> bool:
+        """Returns whether `resize_rows` gives these logits the bits of `resize`.
+
+        By a whole number and without aligned corners, weights are exact and the same for all rows; otherwise they are
+        rounded by where a row lies. With a narrower result PyTorch chooses its kernel by the height, and GPUs gain
+        nothing by strips.
+        """
+        return (
+            logits.device.type == "cpu"
+            and not self.spec.numerics.align_corners
+            and logits.shape[2] * UPSAMPLED == size[0]
+            and size[1] >= 128
+        )
+
+    def resize_rows(self, logits: Tensor, size: torch.Size, top: int, bottom: int) -> Tensor:
+        """Returns rows `top` to `bottom` of what `resize` returns, B K r W, in the time that they take alone."""
+        # Upsample only the rows of the source that these read. Where they are cut out,
+        # there is an edge now, which spoils half a row of the source; that is cut off.
+        half = UPSAMPLED // 2
+        first = max(0, (top - half) // UPSAMPLED)
+        last = min(logits.shape[2] - 1, (bottom - 1 + half) // UPSAMPLED)
+        source = logits[:, :, first : last + 1]
+
+        # The layout in memory decides on PyTorch's kernel, so the rows get that of the whole.
+        channels_last = logits.is_contiguous(memory_format=torch.channels_last)
+        source = source.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        rows = self.resize(source, torch.Size((source.shape[2] * UPSAMPLED, size[1])))
+        return rows[:, :, top - first * UPSAMPLED : bottom - first * UPSAMPLED]
+
 
 MIN_SIZE = 32
+UPSAMPLED = 4  # times: the decode head works at a quarter of the input's size
+STRIP_NUMBERS = 1 << 21  # logits in one strip: 8 MiB, of which caches hold the part in use
 
 
 def check_input(shape: tuple[int, ...]) -> None:

@@ -218,3 +218,53 @@ def test_an_image_below_32_pixels_is_refused(
     message = f"The input is {size[0]}×{size[1]} pixels; both sides must be at least 32, since the last stage works"
     with pytest.raises(ValueError, match=message):
         small_model(torch.zeros(1, 3, *size).double())
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("num_classes", [2, 5, 150])
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        (1, (128, 128)),
+        (3, (64, 160)),
+        (1, (100, 128)),
+        (1, (101, 131)),
+        (2, (32, 64)),
+        (1, (36, 130)),
+    ],
+)
+def test_classes_are_exactly_the_argmax_of_the_logits(
+    small_spec: Spec,
+    batch: int,
+    size: tuple[int, int],
+    num_classes: int,
+    align_corners: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two classes have the same weights, and logits are of few values, so that many pixels are ties."""
+    monkeypatch.setattr("segprune.model.STRIP_NUMBERS", 20 * num_classes * size[1])
+    numerics = Numerics(align_corners=align_corners)
+    model = SegFormer(replace(small_spec, num_classes=num_classes, numerics=numerics)).eval()
+    x = torch.randn(batch, 3, *size)
+    with torch.no_grad():
+        nn.init.normal_(model.decode_head.classifier.weight)
+        model.decode_head.classifier.weight[1] = model.decode_head.classifier.weight[0]
+        logits, classes = model(x), model.classes(x)
+    assert torch.equal(classes, logits.argmax(1))
+    assert len(classes.unique()) > 1 or num_classes == 2
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, 4, 19])
+def test_rows_of_upsampled_logits_have_the_bits_of_the_whole(
+    small_spec: Spec, num_classes: int
+) -> None:
+    model = SegFormer(replace(small_spec, num_classes=num_classes))
+    for memory in (torch.contiguous_format, torch.channels_last):
+        logits = torch.randn(2, num_classes, 11, 33).to(memory_format=memory)
+        size = torch.Size((44, 129))
+        assert model.can_resize_rows(logits, size)
+        whole = model.resize(logits, size)
+        for top, bottom in ((0, 1), (0, 44), (1, 6), (2, 3), (5, 11), (41, 44), (43, 44)):
+            rows = model.resize_rows(logits, size, top, bottom)
+            assert torch.equal(rows, whole[:, :, top:bottom])
+    assert not model.can_resize_rows(logits, torch.Size((43, 129)))

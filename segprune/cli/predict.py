@@ -266,15 +266,15 @@ def _place_network(model: SegFormer, device: torch.device, flags: PredictFlags) 
     # argmax of NaN is a class as well, so a broken network would seem to work.
     def predict(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            logits = model(pixels).float()
+            logits = model.parts(pixels)[1].float()  # upsampled where they are read
         if not logits.isfinite().all():
             raise ValueError(
                 "The network gives logits that are NaN or infinite; leave out --amp, or give another checkpoint."
             )
         return logits
 
-    spec = model.spec
-    return Network(predict, spec.num_classes, device, flags.batch_size, spec.preprocessing)
+    classes, preprocessing = model.spec.num_classes, model.spec.preprocessing
+    return Network(predict, classes, device, flags.batch_size, preprocessing, model)
 
 
 def _film(flags: PredictFlags, job: PredictJob, *, camera: bool) -> tuple[Predictions, float]:

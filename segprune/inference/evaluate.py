@@ -18,10 +18,10 @@ from segprune.data import Sample
 from segprune.data.loading import load_batches
 from segprune.inference.label_maps import (
     EvalMode,
-    Network,
     Predict,
     Prepared,
     label_maps,
+    make_network,
     prepare,
 )
 from segprune.inference.metrics import Score, Tally, score, shard
@@ -106,7 +106,7 @@ def tallies(
         generator=torch.Generator(),
     )
     preprocessing = preprocessing or preprocessing_of(predict)
-    network = Network(predict, num_classes, device, batch_size, preprocessing)
+    network = make_network(predict, num_classes, device, batch_size, preprocessing)
     with _in_eval_mode(predict):
         for images, labels in batches:
             rows = []

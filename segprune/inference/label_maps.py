@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +43,8 @@ Bytes = npt.NDArray[np.uint8]
 MULTIPLE = 32  # of the sides of a whole image: the encoder's last stage reduces by 32
 STRIP_NUMBERS = 1 << 25  # logits in one strip, 128 MiB
 CPU_STRIP_NUMBERS = (
-    1 << 20
-)  # fits the cache: choosing among 150 classes then takes 0.4 of the time
+    1 << 21
+)  # fits the cache: choosing among 150 classes then takes half of the time
 
 
 @dataclass(frozen=True)
@@ -155,23 +155,43 @@ def _scaled(size: Sequence[int], scale: float, least: int) -> tuple[int, int]:
     return max(least, round(size[0] * scale)), max(least, round(size[1] * scale))
 
 
+@runtime_checkable
+class Upsampling(Protocol):
+    """What a SegFormer has, whose last upsampling can wait until rows are read."""
+
+    @property
+    def upsamples_last(self) -> bool: ...
+    def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]: ...
+    def resize(self, logits: Tensor, size: torch.Size) -> Tensor: ...
+    def can_resize_rows(self, logits: Tensor, size: torch.Size) -> bool: ...
+    def resize_rows(
+        self, logits: Tensor, size: torch.Size, top: int, bottom: int
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Network:
-    """A `predict` on its device, how many images or windows it gets at a time, and how their pixels are made ready."""
+    """A `predict` on its device, how many images or windows it gets at a time, and how their pixels are made ready.
+
+    With `upsampling`, `predict` returns logits before that network's last upsampling, and only rows that are read are
+    upsampled.
+    """
 
     predict: Predict
     num_classes: int
     device: torch.device | str
     batch_size: int
     preprocessing: Preprocessing = IMAGENET
+    upsampling: Upsampling | None = None
 
     @property
     def strip_numbers(self) -> int:
         return CPU_STRIP_NUMBERS if torch.device(self.device).type == "cpu" else STRIP_NUMBERS
 
-    def __call__(self, pixels: Tensor, mirrored: bool) -> Tensor:
-        """Returns logits B K H W float32 of pixels B H W 3 uint8; those of mirrored images are mirrored back."""
+    def __call__(self, pixels: Tensor, mirrored: bool) -> list[_Rows]:
+        """Returns the logits float32 of each of the pixels B H W 3 uint8; mirrored images' are mirrored back."""
         x = normalise_pixels(pixels.to(self.device), self.preprocessing)  # B 3 H W
+        size = x.shape[2:]
         logits = self.predict(x.flip(-1) if mirrored else x).float()
 
         # A function with another number of classes would give a score that means nothing.
@@ -181,12 +201,42 @@ class Network:
                 f"and {self.num_classes} classes is expected; give a network with as many classes as the data."
             )
 
+        resize_rows = None
+        if self.upsampling is not None:
+            if self.upsampling.can_resize_rows(logits, size):
+                resize_rows = self.upsampling.resize_rows
+            else:
+                logits = self.upsampling.resize(logits, size)
         # SegFormers resize their logits themselves; other functions may give coarser ones.
-        if logits.shape[2:] != x.shape[2:]:
-            logits = F.interpolate(
-                logits, size=x.shape[2:], mode="bilinear", align_corners=False
-            )
-        return logits.flip(-1) if mirrored else logits
+        elif logits.shape[2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+        def read(i: int, top: int, bottom: int) -> Tensor:
+            rows = logits[i, :, top:bottom]
+            if resize_rows is not None:
+                rows = resize_rows(logits[i : i + 1], size, top, bottom)[0]
+            return rows.flip(-1) if mirrored else rows
+
+        shape = (self.num_classes, size[0], size[1])
+        return [_Rows(partial(read, i), shape) for i in range(len(x))]
+
+
+def make_network(
+    predict: Predict,
+    num_classes: int,
+    device: torch.device | str,
+    batch_size: int,
+    preprocessing: Preprocessing,
+) -> Network:
+    """Returns the network that label maps are made with; of a SegFormer itself, one that upsamples as rows are read."""
+    if isinstance(predict, Upsampling) and predict.upsamples_last:
+        before = _before_upsampling(predict)
+        return Network(before, num_classes, device, batch_size, preprocessing, predict)
+    return Network(predict, num_classes, device, batch_size, preprocessing)
+
+
+def _before_upsampling(network: Upsampling) -> Predict:
+    return lambda x: network.parts(x)[1]
 
 
 def label_maps(network: Network, images: Sequence[Prepared], how: EvalMode) -> list[Tensor]:
@@ -252,14 +302,15 @@ def _read_logits(
     for members in same_size.values():
         batch = network(torch.stack([views[i].canvas for i in members]), mirrored)
         for i, logits in zip(members, batch, strict=True):
-            # Cut the padding off.
-            top, left, height, width = views[i].box
-            inner = logits[:, top : top + height, left : left + width]
-            yield i, _Rows(partial(_rows_of, inner), (network.num_classes, height, width))
+            height, width = views[i].box[2:]
+            read = partial(_read_box, logits, views[i].box)
+            yield i, _Rows(read, (network.num_classes, height, width))
 
 
-def _rows_of(logits: Tensor, top: int, bottom: int) -> Tensor:
-    return logits[:, top:bottom]
+def _read_box(rows: _Rows, box: tuple[int, int, int, int], first: int, last: int) -> Tensor:
+    """Returns rows `first` to `last` of what lies in the box (top, left, h, w), without the padding around it."""
+    top, left, _, width = box
+    return rows.read(top + first, top + last)[:, :, left : left + width]
 
 
 class _SlidingWindows:
@@ -319,7 +370,8 @@ class _SlidingWindows:
             ]
             batch = self.network(torch.stack(windows), self.mirrored)
             for left, logits in zip(lefts, batch, strict=True):
-                self.sums[:, start : start + height, left : left + width] += logits
+                rows = logits.read(0, height)
+                self.sums[:, start : start + height, left : left + width] += rows
 
 
 def _window_starts(side: int, window: int, step: int) -> list[int]:

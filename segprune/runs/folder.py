@@ -27,7 +27,7 @@ from segprune.checkpoint import load, save
 from segprune.data import Sample, Source
 from segprune.files import atomic_path, is_same_path, save_record, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, Score
-from segprune.inference.label_maps import Network, label_maps, prepare
+from segprune.inference.label_maps import label_maps, make_network, prepare
 from segprune.model import SegFormer
 from segprune.runs.records import environment, score_from_record, score_record
 from segprune.spec import spec_to_dict
@@ -202,7 +202,7 @@ class Journal:
         # The model in memory is the last epoch's, so read the best one's.
         model = load(self.folder / BEST, device=device)
         num_classes = model.spec.num_classes
-        network = Network(model, num_classes, device, 1, model.spec.preprocessing)
+        network = make_network(model, num_classes, device, 1, model.spec.preprocessing)
         chosen = np.linspace(0, len(val) - 1, min(SHEET_IMAGES, len(val))).round().astype(int)
         rows = []
         for i in chosen:

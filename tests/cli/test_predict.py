@@ -437,14 +437,14 @@ def test_a_full_disk_is_told_and_leaves_no_half_image(
 def interrupted_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C comes while the network runs for the `call`-th time."""
     calls = iter(range(1, 1000))
-    forward = SegFormer.forward
+    parts = SegFormer.parts
 
-    def stop(self: SegFormer, x: Tensor) -> Tensor:
+    def stop(self: SegFormer, x: Tensor) -> tuple[list[Tensor], Tensor]:
         if next(calls) == call:
             raise KeyboardInterrupt
-        return forward(self, x)
+        return parts(self, x)
 
-    monkeypatch.setattr(SegFormer, "forward", stop)
+    monkeypatch.setattr(SegFormer, "parts", stop)
 
 
 def test_ctrl_c_leaves_what_was_written_and_says_so(

@@ -12,15 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segprune.data import normalise
+from segprune.data.transforms import IMAGENET
 from segprune.inference import label_maps as module
 from segprune.inference.label_maps import (
     EvalMode,
     Network,
     Predict,
     label_maps,
+    make_network,
     normalise_pixels,
     prepare,
 )
+from segprune.model import SegFormer
 
 K = 5
 
@@ -261,3 +264,39 @@ def test_a_mode_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         EvalMode(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        EvalMode(input_shape=(64, 128)),
+        EvalMode("whole", flip=True),
+        EvalMode("slide", input_shape=(64, 128), stride=(40, 90)),
+    ],
+    ids=lambda how: how.mode,
+)
+def test_a_segformer_upsampled_as_rows_are_read_gives_the_same_maps(
+    how: EvalMode, small_model: SegFormer
+) -> None:
+    network = small_model.float()
+    with torch.no_grad():  # every class as likely as the others
+        means = network(normalise(picture(64, 128))[None]).mean((0, 2, 3))
+        network.decode_head.classifier.bias -= means
+    images = [prepare(picture(*size), how) for size in ((60, 128), (100, 150), (64, 131))]
+    with torch.inference_mode():
+        plain = label_maps(Network(network, K, "cpu", 2), images, how)
+        strips = label_maps(make_network(network, K, "cpu", 2, IMAGENET), images, how)
+    assert len(plain[0].unique()) > 1
+    assert all(torch.equal(one, other) for one, other in zip(plain, strips, strict=True))
+
+
+def test_a_subclass_that_returns_something_else_is_asked_for_that(
+    small_model: SegFormer,
+) -> None:
+    class Negative(SegFormer):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    network = Negative(small_model.spec).eval()
+    assert make_network(network, K, "cpu", 1, IMAGENET).upsampling is None
+    assert make_network(small_model, K, "cpu", 1, IMAGENET).upsampling is small_model
