@@ -45,6 +45,11 @@ NEVER = {  # though they point down: what a room must work without
 }
 SPARED = {
     (
+        "segprune.pruning.pruner",
+        "segprune.checkpoint.hf_memory",
+    ),  # networks of transformers in memory
+    ("segprune.pruning.prune", "segprune.checkpoint.hf_memory"),
+    (
         "segprune.pruning.budget.latency.table",
         "segprune.files",
     ),  # a table of times is no network

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from segprune.checkpoint.hf_memory import is_theirs, read_huggingface, to_huggingface
 from segprune.model import SegFormer
 from segprune.pruning.budget import Search
 from segprune.pruning.options import PruneOptions
@@ -30,6 +31,15 @@ class Pruned:
     before: Counts | None
     after: Counts | None
     search: Search | None = None
+    config: Any = None  # of the network of transformers that was given
+
+    def to_huggingface(self) -> nn.Module:
+        """Returns the network in a class of transformers' kind: called, trained and saved like theirs."""
+        if not isinstance(self.network, SegFormer):
+            raise ValueError(
+                f"{type(self.network).__name__} is no SegFormer, so no class of transformers' kind holds it."
+            )
+        return to_huggingface(self.network, self.config)
 
 
 def prune(
@@ -68,12 +78,16 @@ def prune(
 def with_counts(pruner: Pruner, network: nn.Module, search: Search | None = None) -> Pruned:
     """Returns what a pruner made, counted before and after."""
     shape = pruner.options.input_shape
+    # A network of transformers is given back in their kind of class; here it is ours.
+    config = getattr(pruner.given, "config", None) if is_theirs(pruner.given) else None
+    network = read_huggingface(network) or network
+
     # Both are counted from specs, which only a SegFormer has.
     before, after = (
         count(net.spec, shape) if isinstance(net, SegFormer) else None
         for net in (pruner.model, network)
     )
-    return Pruned(network, pruner.plan, before, after, search)
+    return Pruned(network, pruner.plan, before, after, search, config)
 
 
 def make_pruner(

@@ -10,6 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from segprune.checkpoint.hf_memory import (
+    is_theirs,
+    our_names,
+    read_huggingface,
+    to_huggingface,
+    unwrap,
+)
 from segprune.fold import fold_decoder, unfold_decoder
 from segprune.inference.drop import Drop
 from segprune.model import DecodeHead, SegFormer
@@ -79,7 +86,9 @@ class Pruner:
         """
         if pruning_rate is not None:
             changes["pruning_rate"] = pruning_rate
-        self.model = model
+        # A SegFormer of transformers takes the way of its folder: converted, with all its groups.
+        self.given = unwrap(model)
+        self.model = model = read_huggingface(self.given) or self.given
         self.ignored_layers = list(ignored_layers)
         self.images = normalise_batches(model, images)
         self.options = replace(options or PruneOptions(), **changes)
@@ -102,12 +111,18 @@ class Pruner:
         for a network that is not a stock SegFormer.
         """
         if self.options.removes_nothing:
-            return self._fold_only()
+            return self._give_back(self._fold_only())
 
         prepared = self.prepare(example_inputs)
         scores = self.score(prepared)
         self.plan = self.decide(prepared, scores)
-        return self.carry_out(prepared, self.plan)
+        return self._give_back(self.carry_out(prepared, self.plan))
+
+    def _give_back(self, pruned: nn.Module) -> nn.Module:
+        """Returns it as it was given: code that trains a network of transformers calls it with labels, for a loss."""
+        if isinstance(pruned, SegFormer) and is_theirs(self.given):
+            return to_huggingface(pruned, self.given.config)
+        return pruned
 
     def _fold_only(self) -> nn.Module:
         """Returns a copy that computes the same; a stock SegFormer's head is folded, unless it is to be kept."""
@@ -305,7 +320,18 @@ class Pruner:
         inside: set[int] = set()
         for layer in self._collect_ignored_layers():
             inside |= {id(inner) for inner in layer.modules()}
-        return {name for name, module in self.model.named_modules() if id(module) in inside}
+        names = {name for name, module in self.model.named_modules() if id(module) in inside}
+
+        # Layers of a converted network were named as they were given.
+        if self.model is not self.given and not isinstance(self.given, SegFormer):
+            theirs = {
+                f"{name}.{leaf}" if name else leaf
+                for name, module in self.given.named_modules()
+                if id(module) in inside
+                for leaf, _ in module.named_parameters(recurse=False)
+            }
+            names |= {name.rpartition(".")[0] for name in our_names(self.given, theirs)}
+        return names
 
     def protected_names(self) -> set[str]:
         """Returns modules whose outputs are kept, and groups that `ignore` names as such."""
