@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +142,7 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
         # `isinstance` would let JSON's true pass for 1.
         if type(width) is not int:
             raise ValueError(
-                f"{path} gives group {name} the width {reprlib.repr(width)}; it must be a whole number."
+                f"{path} gives group {name} the width {json.dumps(width)[:60]}; it must be a whole number."
             )
         if name in widths:
             raise ValueError(f"{path} names group {name} twice; leave one of them.")

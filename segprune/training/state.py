@@ -27,15 +27,16 @@ class Splits:
         return sha256(f"{len(self.train)}\n{names}".encode()).hexdigest()[:16]
 
 
-def fingerprint_of(teacher: nn.Module) -> str:
-    """Returns a text that differs for other weights of the encoder; a run is resumed only with the same teacher.
+def fingerprint_of(network: nn.Module, *, prefix: str = "encoder.") -> str:
+    """Returns a text that differs for other weights, of the encoder alone unless `prefix` is "".
 
-    The decode head is left out: once folded, its weights are not the same bits on every machine.
+    A run is resumed only with the same teacher. There the decode head is left out: once folded, its weights are not
+    the same bits on every machine.
     """
     # Name and shape go in too, so that equal bytes in another layer differ.
     digest = sha256()
-    for name, tensor in teacher.state_dict().items():
-        if name.startswith("encoder."):
+    for name, tensor in network.state_dict().items():
+        if name.startswith(prefix):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]

@@ -113,7 +113,7 @@ def test_beside_rates_by_name_the_others_make_up_for_the_rate(
 ) -> None:
     flags = ("--pruning_rate", "0.5,stages.3=0.25")
     done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
-    pruned = load(tmp_path / "l1/b0/b0_pruned_0.5.pth").spec
+    pruned = load(tmp_path / "l1/b0/b0_pruned_0.5_stages.3-0.25.pth").spec
     assert pruned.stages[3].width == 192
     assert count(pruned, SHAPE).parameters == pytest.approx(
         0.5 * count(load(dense).spec, SHAPE).parameters, rel=0.02
@@ -134,7 +134,7 @@ def test_of_several_budgets_each_is_met_and_one_exactly(dense: Path, tmp_path: P
     assert " rate_of " not in out  # no rate that nothing asked for
     before, after = (
         count(load(path).spec, SHAPE)
-        for path in (dense, tmp_path / "l1/b0/b0_pruned_budgets.pth")
+        for path in (dense, tmp_path / "l1/b0/b0_pruned_0.3_macs0.85.pth")
     )
     assert 1 - after.parameters / before.parameters > 0.29
     assert 1 - after.macs / before.macs == pytest.approx(0.85, abs=0.01)
@@ -340,7 +340,8 @@ def test_branches_go_first_and_count_towards_the_rate(
     )
     out = done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
     (named,) = re.findall(r"Branches removed: (.+?)\. ", out)
-    path = tmp_path / "l1/b0/b0_pruned_0.8.pth"
+    label = {"params": "0.8", "macs": "macs0.8"}[unit]
+    path = tmp_path / f"l1/b0/b0_pruned_{label}.pth"
     branches = [
         (b.has_attention, b.has_ffn) for stage in load(path).spec.stages for b in stage.blocks
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from segprune import load
-from segprune.checkpoint import read
+from segprune.checkpoint import read, save
 from segprune.cli.prune import command
 from segprune.data import open_source
 from segprune.data.shapes import CLASS_NAMES
@@ -467,6 +467,50 @@ def test_other_training_beside_a_pruned_file_leaves_its_results_alone(
         interrupted(1, *training(data, folder, "--model_path", path, "--epochs", 1))
         assert "Results" not in done("train", "--resume", "--save_dir", folder)
     assert record_in(tmp_path) == before
+
+
+def test_the_fine_tuning_of_another_network_never_ends_in_the_results(
+    dense: Path, data: Path, tmp_path: Path
+) -> None:
+    # Another network was fine-tuned here before, under the same names.
+    here = (*SIZE, *HERE, "--data", data, "--save_dir", tmp_path, "--batch_size", 4)
+    interrupted(3, "prune", "--model_path", dense, *here, "--epochs", 2)
+    folder = tmp_path / "l1/b0/b0_pruned_0.5_finetuned"
+    state = (folder / "resume.pth").read_bytes()
+
+    # The second run stops before its own state is saved: the first one's lies there.
+    other = load(dense)
+    with torch.no_grad():
+        other.decode_head.classifier.weight += 0.01
+    save(other, tmp_path / "other.pth")
+    interrupted(1, "prune", "--model_path", tmp_path / "other.pth", *here, "--epochs", 2)
+    (folder / "resume.pth").write_bytes(state)
+    before = record_in(tmp_path)
+
+    out = done("train", "--resume", "--save_dir", folder)
+    assert "This run did not start from" in out
+    assert "Results" not in out
+    assert record_in(tmp_path) == before
+    assert "finetuned_model" not in before
+
+
+@pytest.mark.parametrize(
+    ("rates", "label"),
+    [
+        ({}, "0.5"),
+        ({"pruning_rate": 0.25}, "0.25"),
+        ({"pruning_rate": 0.25, "rate_of": "macs"}, "macs0.25"),
+        ({"pruning_rate": {"macs": 0.7, "params": 0.5}}, "0.5_macs0.7"),
+        ({"pruning_rate": {"params": 0.5, "stages.3": 0.7}}, "0.5_stages.3-0.7"),
+        ({"pruning_rate": {"head": 0.5}}, "head-0.5"),
+        ({"pruning_rate": {"stages.*/x": 0.5}}, "rates_[0-9a-f]{8}"),
+        ({"plan": "my.json"}, "plan"),
+    ],
+)
+def test_other_budgets_units_and_groups_have_other_names(
+    rates: dict[str, Any], label: str
+) -> None:
+    assert re.fullmatch(label, command._label(PruneOptions(**rates)))
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--amp", "fp8"), ("--lr", -1.0)])

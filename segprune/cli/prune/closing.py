@@ -18,6 +18,7 @@ from segprune.cli.console import (
     latency_text,
     measured_on,
     number_of,
+    show_notes,
     show_table,
 )
 from segprune.cli.prune.flags import StepFlags
@@ -36,8 +37,12 @@ from segprune.runs.records import (
 from segprune.spec import spec_to_dict, with_folded_head
 from segprune.stats import count
 from segprune.timing import Latency
+from segprune.training.state import fingerprint_of
 
 RESULTS = "pruning_results.json"
+STARTED_FROM = (
+    "started_from"  # in results, and in the extra of a run's files: a fingerprint of weights
+)
 
 
 NOTED = (
@@ -109,6 +114,7 @@ def results_record(
         "reduction": reduction_record(original, folded, after) | {"speedup": speedup},
         "settings": dict(settings),
         "environment": environment(),
+        STARTED_FROM: fingerprint_of(pruned, prefix=""),
     }
 
 
@@ -126,9 +132,12 @@ def add_finetuned(record: dict[str, Any], done: Fit, folder: Path) -> None:
     write_json(record, folder / RESULTS)
 
 
-def unfinished(tuned: Path, epochs: int) -> dict[str, Any] | None:
+def unfinished(tuned: Path, epochs: int, extra: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a run of `segprune prune` left that was to fine-tune in the folder `tuned` for so many epochs, and did not
-    come to its end; None where there is none."""
+    come to its end; None where there is none.
+
+    `extra` is that of the run to resume. Where it started from another network than the one pruned, a note says so.
+    """
     tuned = tuned.resolve()
     # The folder for fine-tuning lies beside the results of the run that started it.
     path = tuned.parent / RESULTS
@@ -146,7 +155,19 @@ def unfinished(tuned: Path, epochs: int) -> dict[str, Any] | None:
 
     # It is that run if it has the same epochs and no fine-tuned network yet.
     waits = epochs_then == epochs and "finetuned_model" not in record
-    return record if of_it and waits else None
+    if not of_it or not waits:
+        return None
+
+    # The same command may have pruned another network since, and stopped before its own fine-tuning was saved.
+    if record.get(STARTED_FROM) != extra.get(STARTED_FROM):
+        show_notes(
+            (
+                f"This run did not start from {record['model_save_path']}, so {path} is left as it is; "
+                "to fine-tune that network, run segprune prune again.",
+            )
+        )
+        return None
+    return record
 
 
 def show_closing(record: dict[str, Any], folder: Path) -> None:

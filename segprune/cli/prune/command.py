@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -239,11 +241,19 @@ def _label(options: PruneOptions) -> str:
         return f"drop{options.max_drop:g}"
     if options.plan is not None:
         return "plan"
-    if len(options.budgets) > 1:
-        return "budgets"
-    if not options.budgets:
-        return "rates"
-    return f"{next(iter(options.budgets.values())):g}"
+
+    # A share of the parameters alone is the plain rate; other units and groups are named, so that no two share a file.
+    words = []
+    for unit, share in options.budgets.items():
+        words.append(f"{share:g}" if unit == "params" else f"{unit}{share:g}")
+    for pattern, share in sorted(options.shares_by_name.items()):
+        words.append(f"{pattern}-{share:g}")
+
+    # Patterns may hold what no file name can.
+    text = "_".join(words)
+    if re.fullmatch(r"[\w.-]{1,60}", text):
+        return text
+    return f"rates_{sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _read_network(network: NetworkFlags, seed: int) -> Checkpoint:

@@ -22,7 +22,7 @@ from segprune.cli.console import (
     show_settings,
 )
 from segprune.cli.flags import InputFlags
-from segprune.cli.prune.closing import add_finetuned, show_closing, unfinished
+from segprune.cli.prune.closing import STARTED_FROM, add_finetuned, show_closing, unfinished
 from segprune.cli.train.flags import RunFlags, StartFlags, TrainSettings, check_effects
 from segprune.cli.train.view import training_view
 from segprune.data import DataChoices, Source
@@ -36,7 +36,7 @@ from segprune.spec import Spec, standard_spec
 from segprune.training.losses import compute_class_weights
 from segprune.training.options import TrainOptions
 from segprune.training.rates import choose_rates
-from segprune.training.state import TrainingInterrupted
+from segprune.training.state import TrainingInterrupted, fingerprint_of
 
 
 def run(
@@ -112,7 +112,7 @@ def run(
     check_writable(folder)
 
     # Read now, so that results which cannot be closed are refused before the training.
-    record = unfinished(folder, options.epochs) if resumed else None
+    record = unfinished(folder, options.epochs, extra) if resumed else None
 
     # Train.
     fitted = fit_with(settings, model, source, labels.pixels, extra, teacher, resumed=resumed)
@@ -150,6 +150,9 @@ def fit_with(
     )
 
     # Later runs take a tenth of `lr`, the rate from scratch, or `finetuned_lr` as it is.
+    # A run is known by the weights that it started from: names of files and folders are used again.
+    if resumed is None:
+        extra = {**extra, STARTED_FROM: fingerprint_of(model, prefix="")}
     if "lr" not in extra:
         extra = {**extra, "finetuned_lr" if settings.start.model_path else "lr": options.lr}
 
