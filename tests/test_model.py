@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from segprune.model import Attention, DropPath, SegFormer, attend, check_input
+from segprune.model import Attention, DropPath, SegFormer, attend, check_input, find_winners
 from segprune.spec import BlockSpec, Numerics, Spec, standard_spec
 
 PUBLISHED = {  # parameters at 21 classes
@@ -268,3 +268,29 @@ def test_rows_of_upsampled_logits_have_the_bits_of_the_whole(
             rows = model.resize_rows(logits, size, top, bottom)
             assert torch.equal(rows, whole[:, :, top:bottom])
     assert not model.can_resize_rows(logits, torch.Size((43, 129)))
+
+
+@pytest.mark.parametrize("num_classes", [31, 32, 71, 150])
+@pytest.mark.parametrize("kind", ["smooth", "ties", "not finite"])
+def test_classes_that_win_nowhere_are_left_out_and_change_no_bit(
+    small_spec: Spec, num_classes: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few classes are ever the highest; of the others, some come near, or as high as these."""
+    model = SegFormer(replace(small_spec, num_classes=num_classes))
+    heights = torch.linspace(0, 8, num_classes).square()[torch.randperm(num_classes)]
+    logits = F.interpolate(torch.randn(2, num_classes, 5, 9) + heights[:, None, None], (16, 33))
+    if kind == "ties":
+        logits[:, 0] = logits.amax(1)
+        logits = logits.round()
+    elif kind == "not finite":
+        logits[0, 3, 4, 5], logits[1, 2, 7, 8] = torch.nan, torch.inf
+    logits = logits.contiguous(memory_format=torch.channels_last)
+
+    monkeypatch.setattr(model, "parts", lambda x: ([], logits))
+    monkeypatch.setattr("segprune.model.STRIP_NUMBERS", 20 * num_classes * 132)
+    for size in (torch.Size((64, 132)), torch.Size((61, 131)), torch.Size((64, 64))):
+        kept = find_winners(logits, size)
+        assert (kept is None) == (kind == "not finite" or sum(size) <= 128 or num_classes == 31)
+        assert torch.equal(
+            model.classes(torch.zeros(2, 3, *size)), model.resize(logits, size).argmax(1)
+        )
