@@ -18,7 +18,7 @@ from segprune.stats import count
 from segprune.timing import measure_latency
 from tests.commands import HERE, SIZE, done, refused
 
-SMALL = (*SIZE, *HERE, "--num_images", 2, "--pruning_method", "l2")
+SMALL = (*SIZE, *HERE, "--num_images", 1, "--pruning_method", "l2")
 
 
 @pytest.fixture(autouse=True)

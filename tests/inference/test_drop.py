@@ -84,8 +84,8 @@ def test_the_part_is_random_but_fixed_by_the_seed(samples: list[Drawn]) -> None:
 
 def test_the_margin_holds_as_often_as_it_says(samples: list[Drawn]) -> None:
     pruned, inside = Reader(0.3), []
-    for seed in range(40):
+    for seed in range(20):
         scorer = DropScorer(Reader(0.0), samples, 3, HOW, seed=seed)
         part = scorer.drop(pruned, False)
         inside.append(abs(part.points - scorer.drop(pruned, True).points) <= part.margin)
-    assert 0.85 <= sum(inside) / 40 <= 1.0
+    assert sum(inside) >= 17
