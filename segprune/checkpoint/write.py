@@ -127,11 +127,19 @@ def write_file(
         save_record(record, temporary)
 
         # Meta states the heads. Without it only standard widths tell how many there are.
-        readable = dialect != "bubbliiiing" or _has_standard_stages(spec)
+        readable = _can_read(temporary, dialect)
         reader = _open_again(temporary, dialect, None if readable else spec)
         return check_written(
             model, {"segprune": reader}, tuple(_write_notes(whole.spec, dialect, readable))
         )
+
+
+def _can_read(path: Path, dialect: str) -> bool:
+    try:
+        read(path, dialect=dialect)
+    except ValueError:
+        return False
+    return True
 
 
 def _open_again(path: Path, dialect: str, spec: Spec | None) -> Logits:
