@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -164,6 +164,20 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
             if parameter.name
         }
         with one_sentence(names), exact_products():
+            # A flag that repeats its default was given, too; only its source tells.
+            sources = {name: context.get_parameter_source(name) for name in flags}
+            given = {
+                name
+                for name, source in sources.items()
+                if source is not None and source.name != "DEFAULT"
+            }
+
+            # Some flags only repeat what a file says that was given as well.
+            for record in records.values():
+                for name in getattr(record, "list_repeated", _list_none)(flags, given):
+                    del flags[name]
+                    given.remove(name)
+
             # Records check themselves, so they are built where errors become one sentence.
             made = {
                 name: record(
@@ -176,13 +190,6 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
                 for name, record in records.items()
             }
             if "given" in signature:
-                # A flag that repeats its default was given, too; only its source tells.
-                sources = {name: context.get_parameter_source(name) for name in flags}
-                given = (
-                    name
-                    for name, source in sources.items()
-                    if source is not None and source.name != "DEFAULT"
-                )
                 made["given"] = frozenset(given)
             run(**made)
 
@@ -199,6 +206,10 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
     body.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     return body
+
+
+def _list_none(flags: Mapping[str, Any], given: Collection[str]) -> list[str]:
+    return []
 
 
 def _parameters_of(record: type[Any]) -> list[inspect.Parameter]:

@@ -124,6 +124,13 @@ def write_plan(
     write_json(record, path)
 
 
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the settings that a plan was made with; none of a file that states none."""
+    record = read_json(path, WHAT)
+    settings = record.get("settings") if isinstance(record, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
 def read_plan(path: str | os.PathLike[str]) -> dict[str, int]:
     """Returns the widths by group name. Raises ValueError where the file is no plan, and for a width that is none."""
     try:

@@ -78,6 +78,24 @@ def test_a_plan_carried_out_is_the_network_that_the_rate_gives(
     )
 
 
+def test_the_command_that_made_a_plan_carries_it_out_with_plan(
+    dense: Path, tmp_path: Path
+) -> None:
+    command = ("prune", "--model_path", dense, *SIZE, "--no_repair", "--save_dir", tmp_path)
+    command += ("--pruning_rate", 0.7, "--rate_of", "macs", "--round_to", 4, "--plan_only")
+    done(*command)
+    plan = tmp_path / "l1/b0/plan.json"
+    done(*command, "--plan", plan)
+    pruned = load(tmp_path / "l1/b0/b0_pruned_plan.pth")
+    kept = widths(plan)["encoder.stages.1.blocks.0.mlp.ffn"]
+    assert pruned.spec.stages[1].blocks[0].ffn_dim == kept
+
+    # Another rate than the plan's would have no effect.
+    assert "--pruning_rate has no effect with --plan" in refused(
+        *command, "--plan", plan, "--pruning_rate", 0.6
+    )
+
+
 def test_an_edited_width_is_carried_out(
     planned: tuple[Path, str], dense: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -22,7 +23,8 @@ from segprune.cli.flags import (
 )
 from segprune.machine import AUTO
 from segprune.pruning.importance import NEED_IMAGES
-from segprune.pruning.options import PruneOptions
+from segprune.pruning.options import PLANNING, PruneOptions
+from segprune.pruning.plan import read_settings
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,21 @@ class RunFlags:
         str, Option("--save_dir", help="Files are written to SAVE_DIR/METHOD/PHI.")
     ] = "logs_pruning"
     verbose: Verbose = False
+
+    @staticmethod
+    def list_repeated(flags: Mapping[str, Any], given: Collection[str]) -> list[str]:
+        """Returns the flags that a plan was made with, so that its command can be run again with --plan."""
+        if "plan" not in given:
+            return []
+        made_with = read_settings(flags["plan"])
+
+        # Read as the record reads them, and written as JSON writes them.
+        names = [name for name in PLANNING if name in given]
+        read = asdict(PruneOptions(**{name: flags[name] for name in names}))
+        now = json.loads(json.dumps({name: read[name] for name in names}))
+        if "plan_only" in given:
+            now["plan_only"] = flags["plan_only"]
+        return [name for name in now if name in made_with and made_with[name] == now[name]]
 
 
 def merge_settings(*records: Any) -> dict[str, Any]:
