@@ -1,8 +1,7 @@
 """Files written whole or not at all, and opened without running what is in them.
 
-Tensors are read with `weights_only=True`, which builds nothing but tensors and plain containers. Training scripts
-often leave NumPy numbers in their wrappers, which stand-ins turn into Python's numbers, and mmengine its histories of
-losses, of which nothing is built.
+Tensors are read with `weights_only=True`, which builds nothing but tensors and plain containers. What else training
+scripts leave in their files is passed over: see stand_ins.py.
 """
 
 from __future__ import annotations
@@ -13,27 +12,39 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from segprune.stand_ins import STAND_INS, Fields, Sealed, is_harmless
+
 PICKLES = (".pth", ".pt", ".bin")
-SUFFIXES = (*PICKLES, ".safetensors")
+SUFFIXES = (*PICKLES, ".ckpt", ".pkl", ".tar", ".safetensors")
 CHECKSUM = "segprune.crc32"  # in the metadata of our .safetensors files
 # A path that is no UTF-8 has letters that cannot be encoded; as escapes JSON gives them back.
 LOSSLESS = {"encoding": "utf-8", "errors": "backslashreplace"}
 MAX_JSON, MAX_NESTED = 32 << 20, 50  # bytes, and lists or records within one another
 MAX_UNPACKED = 16  # times the size of a zip file; weights hardly shrink, zeros a thousandfold
+_TENSORFLOW = (
+    "; TensorFlow's weights are converted with transformers 4: "
+    "SegformerForSemanticSegmentation.from_pretrained(folder, from_tf=True).save_pretrained(other_folder)"
+)
+ELSEWHERE = {  # how files of other frameworks become one that is read
+    **dict.fromkeys((".h5", ".keras", ".pb", ".index"), _TENSORFLOW),
+    ".msgpack": _TENSORFLOW.replace("TensorFlow", "Flax").replace("from_tf", "from_flax"),
+    ".pdparams": "; PaddlePaddle's weights are not read, so give the PyTorch checkpoint that they were converted from",
+}
 EXPORTED = (".onnx", ".xml", ".pt2", ".torchscript", ".param")  # what segprune export writes
 
 
@@ -235,26 +246,38 @@ def _write(data: bytes | memoryview, path: str | os.PathLike[str]) -> None:
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
-    """Returns what a .pth, .pt, .bin or .safetensors file holds, and the metadata of the latter, on the CPU.
+    """Returns what a file of torch.save or a .safetensors file holds, and the metadata of the latter, on the CPU.
 
     Raises FileNotFoundError if there is none, ValueError if it is of another kind, damaged, or needs to run code.
     """
     path = require_file(path)
-    if path.suffix in PICKLES:
-        return _unpickle(path), {}
-    if path.suffix == ".safetensors":
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
         return _read_safetensors(path)
+
+    # Training scripts choose their own endings, so the first bytes decide for one that is unknown.
+    if suffix in SUFFIXES or (suffix not in EXPORTED and _is_saved_by_torch(path)):
+        return _unpickle(path), {}
 
     # An exported network is easily given by mistake: say what reads it.
     elsewhere = (
         "; exported files are read by segprune eval and segprune benchmark"
-        if path.suffix in EXPORTED
-        else ""
+        if suffix in EXPORTED
+        else ELSEWHERE.get(suffix, "")
     )
     raise ValueError(
         f"{path} ends in {path.suffix or 'nothing'!r}; a checkpoint ends in {', '.join(PICKLES)} or .safetensors, "
         f"or is a Hugging Face folder{elsewhere}."
     )
+
+
+def _is_saved_by_torch(path: Path) -> bool:
+    """Tells whether it is a zip file as torch.save writes it, or a pickle of the protocol that it uses."""
+    names = _list_archive(path)
+    if names:
+        return any(name.endswith("/data.pkl") for name in names)
+    with path.open("rb") as file:
+        return file.read(2) == b"\x80\x02"
 
 
 def is_same_path(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
@@ -333,21 +356,95 @@ def _unpickle(path: Path) -> Any:
     # Since version 1.6 PyTorch writes zip files; older ones have no checksums.
     if zipfile.is_zipfile(path):
         _check_archive(path)
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        # torch names the class that a refused pickle
-        # asks for. Without a name the bytes are damaged.
-        name = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
-        if name is None:
-            raise ValueError(_say_damaged(path, "PyTorch checkpoint")) from error
+    names = _list_archive(path)
+    if any(name.endswith("/constants.pkl") for name in names):
         raise ValueError(
-            f"{path} asks for {name[1]}, and building that could run any code, so the file was not opened; save the "
-            "weights alone where it was made: torch.save(model.state_dict(), path)."
-        ) from error
+            f"{path} is TorchScript, a program and no state dict; give the checkpoint that it was traced from, or save "
+            "one: torch.save(torch.jit.load(path).state_dict(), other_path)."
+        )
+
+    # An object of a class that is unknown here is a dict of
+    # its fields; where its fields come in another form, it is empty.
+    try:
+        return _load_tensors(path, Fields)
+    except (TypeError, ValueError, AttributeError):
+        pass
+    except UnpicklingError as error:
+        raise _refuse_pickle(path, error) from error
     except Exception as error:  # bytes that are no pickle fail in every way there is
         raise ValueError(_say_damaged(path, "PyTorch checkpoint")) from error
+
+    try:
+        return _load_tensors(path, Sealed)
+    except UnpicklingError as error:
+        raise _refuse_pickle(path, error) from error
+    except Exception as error:
+        raise ValueError(_say_damaged(path, "PyTorch checkpoint")) from error
+
+
+def _load_tensors(path: Path, kind: type[Any]) -> Any:
+    """Returns what is in the file, a stand-in of that `kind` for each object of a class that is unknown here."""
+    stand_ins = list(STAND_INS)
+    while True:
+        try:
+            with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other protocols, which then fail
+                data = torch.load(path, map_location="cpu", weights_only=True)
+            break
+        except UnpicklingError as error:
+            name = _find_class(error)
+            if name is None or not is_harmless(name) or (kind, name) in stand_ins:
+                raise
+
+            # All that the file names at once, since every try reads it anew.
+            others = [other for other in _list_classes(path) if other != name]
+            stand_ins += [(kind, other) for other in (name, *others) if is_harmless(other)]
+
+    # A network that was pickled whole has its weights in objects of which nothing was built.
+    empty = isinstance(data, dict) and not data
+    if isinstance(data, Sealed) or (empty and len(stand_ins) > len(STAND_INS)):
+        raise UnpicklingError(f"GLOBAL {stand_ins[len(STAND_INS)][1]}")
+
+    # A file may hang attributes on an OrderedDict, and they would hide its methods.
+    return dict(dict.items(data)) if isinstance(data, OrderedDict) else data
+
+
+def _find_class(error: UnpicklingError) -> str | None:
+    """Returns the class or function that a refused pickle asks for; None where the bytes are damaged."""
+    name = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
+    if name is None:
+        return None
+    return name[1] if "." in name[1] else f"builtins.{name[1]}"
+
+
+def _list_classes(path: Path) -> list[str]:
+    if not zipfile.is_zipfile(path):
+        return []
+    return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+
+
+def _list_archive(path: Path) -> list[str]:
+    """Returns the names of the parts of a zip file; none of any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return []
+
+
+def _refuse_pickle(path: Path, error: UnpicklingError) -> ValueError:
+    name = _find_class(error)
+    if name is not None:
+        return ValueError(
+            f"{path} asks for {name}, and building that could run any code, so the file was not opened; save the "
+            "weights alone where it was made: torch.save(model.state_dict(), path)."
+        )
+    if "Unsupported operand" in str(error):
+        return ValueError(
+            f"{path} was pickled in a newer protocol than torch.save's own, which cannot be opened safely; write it "
+            "again where it was made: torch.save(model.state_dict(), path)."
+        )
+    return ValueError(_say_damaged(path, "PyTorch checkpoint"))
 
 
 def _say_damaged(path: Path, kind: str) -> str:
@@ -356,44 +453,3 @@ def _say_damaged(path: Path, kind: str) -> str:
 
 def _say_changed(path: Path) -> str:
     return f"{path} was changed since it was written: its checksum is another one; copy or download it again."
-
-
-class _NumpyDtype:
-    """Stands in for numpy.dtype: keeps its code and byte order."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        self.code = code
-        self.order = "="
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = state[1]
-
-
-def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
-    """Stands in for NumPy's constructor of scalars: bool, int or float."""
-    # Byte order, kind (bool, signed, unsigned, float) and size in bytes, and nothing else.
-    if not re.fullmatch(r"[<>|=][biuf][1248]", f"{dtype.order}{dtype.code}"):
-        raise UnpicklingError("only NumPy's plain numbers are read")
-    return np.frombuffer(data, dtype=f"{dtype.order}{dtype.code}")[0].item()
-
-
-class NumpyArray:
-    """Stands in for NumPy's arrays, and for the logs of them that mmengine leaves beside weights: keeps nothing."""
-
-    def __new__(cls, *_: object) -> NumpyArray:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# What pickles ask for, and what they get instead. NumPy 2 renamed `core` to `_core`.
-_STAND_INS: list[Any] = [
-    (NumpyArray, "mmengine.logging.history_buffer.HistoryBuffer"),
-    (NumpyArray, "numpy.ndarray"),
-    (NumpyArray, "numpy.core.multiarray._reconstruct"),
-    (NumpyArray, "numpy._core.multiarray._reconstruct"),
-    (_NumpyDtype, "numpy.dtype"),
-    (_numpy_scalar, "numpy.core.multiarray.scalar"),
-    (_numpy_scalar, "numpy._core.multiarray.scalar"),
-]

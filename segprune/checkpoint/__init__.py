@@ -55,11 +55,13 @@ def load(
     dialect: str | None = None,
     variant: str | None = None,
     num_classes: int | None = None,
+    weights: str | None = None,
 ) -> SegFormer:
     """Returns the network in a file, in eval mode. The arguments and errors are those of `read`; notes are dropped."""
-    return build(read(path, dialect=dialect, variant=variant, num_classes=num_classes)).to(
-        device
+    checkpoint = read(
+        path, dialect=dialect, variant=variant, num_classes=num_classes, weights=weights
     )
+    return build(checkpoint).to(device)
 
 
 def read(
@@ -68,12 +70,14 @@ def read(
     dialect: str | None = None,
     variant: str | None = None,
     num_classes: int | None = None,
+    weights: str | None = None,
 ) -> Checkpoint:
-    """Reads a .pth, .pt, .bin or .safetensors file, a Hugging Face folder, or a hub name ("org/name").
+    """Reads a file of torch.save, a .safetensors file, a Hugging Face folder, or a hub name ("org/name").
 
     A hub name is downloaded. `dialect` overrules what was assumed. `variant` and `num_classes` are refused if the file
-    has others; `num_classes` is needed for the head that a bare backbone will get. Raises ValueError and
-    FileNotFoundError that say in one sentence what is wrong.
+    has others; `num_classes` is needed for the head that a bare backbone will get. `weights` names one of several sets
+    of weights in a file, as the note on them does. Raises ValueError and FileNotFoundError that say in one sentence
+    what is wrong.
     """
     hub = is_hub_name(path)
 
@@ -99,7 +103,12 @@ def read(
         # Weights do not show how many heads there are, so config.json is asked.
         heads = read_heads(config)
         checkpoint = from_state_dict(
-            data, dialect=dialect, variant=variant, num_classes=num_classes, heads=heads
+            data,
+            dialect=dialect,
+            variant=variant,
+            num_classes=num_classes,
+            heads=heads,
+            weights=weights,
         )
         if not config:
             return checkpoint
@@ -137,6 +146,7 @@ def from_state_dict(
     variant: str | None = None,
     num_classes: int | None = None,
     heads: Sequence[int] | None = None,
+    weights: str | None = None,
 ) -> Checkpoint:
     """Reads a dict in memory: a state dict, bare or in a training script's wrapper, or our file's content.
 
@@ -150,7 +160,7 @@ def from_state_dict(
     if isinstance(state_dict, Mapping) and state_dict.get("format") == FORMAT:
         checkpoint = read_record(state_dict, dialect)
     else:
-        checkpoint = read_foreign(state_dict, dialect, num_classes, heads)
+        checkpoint = read_foreign(state_dict, dialect, num_classes, heads, weights)
 
     # What was given must agree with the file.
     spec = checkpoint.spec

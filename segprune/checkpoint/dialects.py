@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from segprune.spec import DECODER_DIMS, NUM_STAGES, Head, Numerics, stage_name
+
+T = TypeVar("T")
 
 # Where each code base differs from the paper's own (nvlabs).
 NUMERICS = {
@@ -155,6 +158,12 @@ class Naming:
     note: str | None = None
 
 
+def _first_key(naming: Naming) -> str:
+    """Returns the key of the network's first weight, which is another one in every column and under every prefix."""
+    first = _PARTS["patch_embed.proj"][naming.column].format(i=0, s=1)
+    return f"{naming.prefix}{first}.weight"
+
+
 NAMINGS = (
     Naming("nvlabs", "backbone.", 0, _NVLABS_HEAD, extras=("decode_head.conv_seg.",)),
     Naming("nvlabs", "", 0, {}),
@@ -167,7 +176,9 @@ NAMINGS = (
     Naming("mmseg", "", 3, {}, pointwise=_MMSEG_POINTWISE),
 )
 _OURS = "encoder.stages.0.patch_embed.proj.weight"
-_HEAD_STEMS = ("decode_head.", "decoder.", "segmentation_head.")
+COUNTERS = ("total_ops", "total_params")  # of thop, in every module
+_TRAINING = ("loss", "criterion")  # how parts of a decode head begin that no network uses
+FIRST_KEYS = tuple(sorted((_OURS, *map(_first_key, NAMINGS)), key=len, reverse=True))
 _IMAGE_CLASSIFIERS = ("head.", "classifier.")  # on a bare backbone: nvlabs, hf
 _TWINS = ("nvlabs", "bubbliiiing")  # they share every name
 
@@ -204,11 +215,8 @@ def detect(
 
 def _match_naming(keys: Collection[str]) -> Naming:
     """Returns the naming whose first patch embedding is there; without its head if the keys have none."""
-    # The first layer of the network is named differently
-    # in every column and under every prefix.
     for naming in NAMINGS:
-        first = _PARTS["patch_embed.proj"][naming.column].format(i=0, s=1)
-        if f"{naming.prefix}{first}.weight" in keys:
+        if _first_key(naming) in keys:
             break
     else:
         raise ValueError(
@@ -217,9 +225,46 @@ def _match_naming(keys: Collection[str]) -> Naming:
         )
 
     # A bare backbone may still have the image classifier that it was trained with.
-    if any(key.startswith(_HEAD_STEMS) for key in keys):
+    if naming.head and any(key.startswith(_head_stems(naming)) for key in keys):
         return naming
     return replace(naming, head={}, extras=_IMAGE_CLASSIFIERS)
+
+
+def _head_stems(naming: Naming) -> tuple[str, ...]:
+    """Returns how the names of its decode head begin."""
+    return tuple(sorted({f"{name.split('.')[0]}." for name in naming.head.values()}))
+
+
+def split_beside(state_dict: Mapping[str, T], naming: Naming) -> tuple[dict[str, T], list[str]]:
+    """Returns the network's own tensors, and the keys of what training left beside it.
+
+    Beside it are other heads, losses with weights, what normalises images and counters. An unknown layer inside of the
+    backbone or the decode head is no such thing.
+    """
+    if naming.prefix:
+        roots = {naming.prefix.split(".")[0]}
+    else:
+        # A bare backbone's layers begin in as many ways as it has parts.
+        columns = [*_PARTS.values(), _BLOCKS]
+        names = [column[naming.column] for column in columns]
+        roots = {
+            name.format(i=i, s=i + 1).split(".")[0] for name in names for i in range(NUM_STAGES)
+        }
+    stems = (*(f"{root}." for root in roots), *_head_stems(naming), *naming.extras)
+
+    own: dict[str, T] = {}
+    beside = []
+    for key, value in state_dict.items():
+        parts = key.split(".")
+        if (
+            not key.startswith(stems)
+            or parts[-1] in COUNTERS
+            or any(part.startswith(_TRAINING) for part in parts)
+        ):
+            beside.append(key)
+        else:
+            own[key] = value
+    return own, beside
 
 
 def _tell_twins_apart(
@@ -326,8 +371,9 @@ def join_key(layer: str, tensor: str) -> str:
 
 
 def count_blocks(keys: Iterable[str], stem: str) -> int:
-    """Returns how many different numbers or names follow `stem`."""
-    return len({key[len(stem) :].split(".")[0] for key in keys if key.startswith(stem)})
+    """Returns how many different numbers follow `stem`."""
+    names = {key[len(stem) :].split(".")[0] for key in keys if key.startswith(stem)}
+    return sum(name.isdecimal() for name in names)
 
 
 def name_some(keys: Collection[str]) -> str:

@@ -9,33 +9,46 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from segprune.checkpoint.dialects import detect
+from segprune.checkpoint.dialects import COUNTERS, detect, name_some, split_beside
+from segprune.checkpoint.find import find_weights
 from segprune.checkpoint.ours import Checkpoint, to_float32
+from segprune.checkpoint.plain import make_plain
 from segprune.checkpoint.preprocessing import read_meta, take_buffers
 from segprune.checkpoint.rename import translate
 from segprune.checkpoint.stated import read_classes, read_heads
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
-
 
 def read_foreign(
-    data: Any, dialect: str | None, num_classes: int | None, heads: Sequence[int] | None
+    data: Any,
+    dialect: str | None,
+    num_classes: int | None,
+    heads: Sequence[int] | None,
+    wanted: str | None = None,
 ) -> Checkpoint:
-    """Returns what a file's content holds; the arguments are those of `from_state_dict`."""
-    state_dict, wrapper = unwrap(data)
+    """Returns what a file's content holds; the arguments are those of `from_state_dict`, `wanted` its `weights`."""
+    weights, notes = find_weights(data, wanted)
 
     # The names decide first: layers and numerics follow from whose they are.
-    naming = detect(state_dict.keys(), wrapper, dialect)
-    state_dict, preprocessing, said = take_buffers(state_dict)
-    state_dict, notes = to_float32(state_dict)
-    notes += said
+    naming = detect(weights.tensors.keys(), weights.around, dialect)
     if naming.note is not None:
-        notes = (naming.note, *notes)
+        notes += (naming.note,)
+
+    # Mean and deviation lie among the tensors or beside them.
+    tensors, inner, said = take_buffers(weights.tensors)
+    outside, outer, said_outside = take_buffers(weights.beside)
+    preprocessing = inner or outer
+    state_dict, beside = split_beside(tensors, naming)
+    notes += said + said_outside + _note_beside((*beside, *outside))
+
+    # One plain tensor for each weight.
+    state_dict, said = make_plain(state_dict)
+    state_dict, converted = to_float32(state_dict)
+    notes += said + converted
 
     # The meta of NVlabs' and mmsegmentation's files: classes,
     # pixels and, where `convert` wrote a pruned network, heads.
-    meta = data["meta"] if isinstance(data.get("meta"), Mapping) else {}
+    meta = data.get("meta") if isinstance(data, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
     if heads is None:
         heads = read_heads(meta)
 
@@ -54,29 +67,19 @@ def read_foreign(
     return Checkpoint(spec, state, naming.dialect, notes, backbone_only=True, extra={})
 
 
-def unwrap(data: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
-    """Returns the state dict without the prefixes of wrapped modules, and the keys that stood around it."""
-    wrapper: frozenset[str] = frozenset()
-    if isinstance(data, Mapping):
-        # Training scripts save the weights beside optimizer, epoch and other things.
-        for name in WRAPPERS:
-            if isinstance(data.get(name), Mapping):
-                data, wrapper = data[name], frozenset(data)
-                break
-    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
-        raise ValueError(
-            f"It holds {type(data).__name__} data, not a state dict; save one: torch.save(model.state_dict(), path)."
-        )
-
-    # A network may have been wrapped more than once.
-    while prefix := _common_prefix(data):
-        data = {key.removeprefix(prefix): value for key, value in data.items()}
-    return data, wrapper
+def _note_beside(keys: Sequence[str]) -> tuple[str, ...]:
+    """Returns a note on the tensors that lie beside the network, by how their names begin."""
+    if not keys:
+        return ()
+    stems = list(dict.fromkeys(map(_spell_place, keys)))
+    return (
+        f"Left out as no part of the network: {name_some(stems)} ({len(keys)} of the file's tensors).",
+    )
 
 
-def _common_prefix(state_dict: Mapping[str, Any]) -> str:
-    if state_dict:
-        for prefix in PREFIXES:
-            if all(key.startswith(prefix) for key in state_dict):
-                return prefix
-    return ""
+def _spell_place(key: str) -> str:
+    """Returns the name of a counter, of a part of the decode head, or of the module beside the network."""
+    parts = key.split(".")
+    if parts[-1] in COUNTERS:
+        return parts[-1]
+    return ".".join(parts[:2] if parts[0] == "decode_head" else parts[:1])

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from segprune.checkpoint.find import LORA
 from segprune.checkpoint.ours import FORMAT, VERSION
 from segprune.checkpoint.stated import NUM_HEADS_KEY, read_classes
 from segprune.files import SUFFIXES, read_file, read_json
@@ -22,6 +23,7 @@ GELUS: dict[str, Gelu] = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # transf
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 PROCESSOR = "preprocessor_config.json"
 JSONS = ("config.json", PROCESSOR, "processor_config.json")
+TENSORFLOW_WEIGHTS = ("tf_model.h5", "flax_model.msgpack")
 
 
 def is_hub_name(path: str | os.PathLike[str]) -> bool:
@@ -60,11 +62,16 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises FileNotFoundError that names what is missing.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} {LORA}")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{folder} is a folder without config.json, so not one of Hugging Face; give the checkpoint file in it."
+            f"{folder} is a folder without config.json, so not one of Hugging Face; {_advise(folder)}."
         )
-    config = read_json(folder / "config.json", "a whole folder of Hugging Face")
+
+    # An entry that is null has transformers' default, as if it were missing.
+    entries = read_json(folder / "config.json", "a whole folder of Hugging Face").items()
+    config = {name: value for name, value in entries if value is not None}
 
     # Weights are one file, or several shards that an index lists.
     for name in WEIGHTS:
@@ -72,6 +79,24 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             return _read_weights(folder / name), config
         if (folder / f"{name}.index.json").is_file():
             return _read_shards(folder / f"{name}.index.json"), config
+
+    # A variant, model.fp16.safetensors, is read where there is no other.
+    variants = []
+    for name in WEIGHTS:
+        stem, _, suffix = name.partition(".")
+        variants += sorted(folder.glob(f"{stem}.*.{suffix}"))
+        variants += sorted(folder.glob(f"{name}.index.*.json"))
+    if len(variants) > 1:
+        names = ", ".join(path.name for path in variants)
+        raise ValueError(
+            f"{folder} has weights in several variants ({names}); keep one of them there."
+        )
+    for path in variants:
+        return (_read_shards(path) if path.suffix == ".json" else _read_weights(path)), config
+
+    for name in TENSORFLOW_WEIGHTS:
+        if (folder / name).is_file():
+            read_file(folder / name)  # raises what tells how it is converted
     raise FileNotFoundError(
         f"{folder} has config.json but no weights; put {' or '.join(WEIGHTS)} beside it."
     )
@@ -90,6 +115,18 @@ def read_processor(folder: Path) -> dict[str, Any]:
         else None
     )
     return part if isinstance(part, dict) else {}
+
+
+def _advise(folder: Path) -> str:
+    """Returns what to give in place of a folder that is no checkpoint: what lies in it, if it is one."""
+    # The Trainer of transformers writes checkpoint-500, checkpoint-1000 and so on.
+    steps = sorted(
+        (len(path.parent.name), path.parent) for path in folder.glob("*/config.json")
+    )
+    if steps:
+        return f"give a folder in it, such as {steps[-1][1]}"
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return f"give the checkpoint file in it{f', such as {files[-1]}' if files else ''}"
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
