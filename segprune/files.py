@@ -439,7 +439,8 @@ def _refuse_pickle(path: Path, error: UnpicklingError) -> ValueError:
             f"{path} asks for {name}, and building that could run any code, so the file was not opened; save the "
             "weights alone where it was made: torch.save(model.state_dict(), path)."
         )
-    if "Unsupported operand" in str(error):
+    # These operands came with protocol 4.
+    if re.search(r"Unsupported operand 1(40|4[1-9]|50)\b", str(error)):
         return ValueError(
             f"{path} was pickled in a newer protocol than torch.save's own, which cannot be opened safely; write it "
             "again where it was made: torch.save(model.state_dict(), path)."

@@ -1,3 +1,6 @@
+import argparse
+import collections
+import datetime
 import errno
 import json
 import os
@@ -265,12 +268,82 @@ def test_the_logs_that_mmengine_leaves_beside_the_weights_are_passed_over(
 @pytest.mark.parametrize(
     "number", [np.datetime64("2026-01-01"), np.str_("a"), np.longdouble(1)]
 )
-def test_other_numpy_values_are_refused(number: Any, tmp_path: Path) -> None:
-    torch.save({"meta": number}, tmp_path / "a.pth")
-    with pytest.raises(
-        ValueError, match=r"a\.pth (is not a PyTorch checkpoint|asks for numpy)"
+def test_other_numpy_values_are_passed_over(number: Any, tmp_path: Path) -> None:
+    torch.save({"meta": number, "x": torch.ones(2)}, tmp_path / "a.pth")
+    found = read_file(tmp_path / "a.pth")[0]
+    assert found["meta"] is None
+    assert torch.equal(found["x"], torch.ones(2))
+
+
+class Slotted:
+    """Its fields are pickled as a tuple, not as a dict."""
+
+    __slots__ = ("lr",)
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+
+
+class Options(dict[str, Any]):
+    """A kind of dict with attributes, as configs are."""
+
+
+def _marked_options() -> Options:
+    options = Options(lr=0.1)
+    options.items = 5  # type: ignore[assignment, method-assign]
+    return options
+
+
+@pytest.mark.parametrize("new_zip", [True, False])
+@pytest.mark.parametrize(
+    "value",
+    [
+        argparse.Namespace(lr=0.1),
+        Path("data"),
+        _marked_options(),
+        Slotted(0.1),
+        collections.deque([1.0]),
+        collections.defaultdict(list, a=[1]),
+        datetime.datetime(2026, 1, 1),
+        torch.optim.lr_scheduler.StepLR,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_objects_of_training_scripts_are_passed_over_and_none_is_built(
+    value: Any, new_zip: bool, tmp_path: Path
+) -> None:
+    content = {"args": value, "x": torch.ones(2)}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=new_zip)
+    found = read_file(tmp_path / "a.pth")[0]
+    assert torch.equal(found["x"], torch.ones(2))
+    kind = found["args"] if isinstance(found["args"], type) else type(found["args"])
+    assert kind.__module__ in ("builtins", "collections", "segprune.stand_ins")
+
+
+@pytest.mark.parametrize(
+    "name", ["weights.pth.tar", "epoch=3.ckpt", "a.pkl", "A.PTH", "best", "best.pth.old"]
+)
+@pytest.mark.parametrize("new_zip", [True, False])
+def test_a_file_of_torch_save_is_read_whatever_its_ending(
+    name: str, new_zip: bool, tmp_path: Path
+) -> None:
+    torch.save({"x": torch.ones(2)}, tmp_path / name, _use_new_zipfile_serialization=new_zip)
+    assert torch.equal(read_file(tmp_path / name)[0]["x"], torch.ones(2))
+
+
+def test_files_of_other_kinds_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match="jit"):
+        traced = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    traced.save(str(tmp_path / "traced.pt"))
+    torch.save({"x": torch.ones(2)}, tmp_path / "newer.pth", pickle_protocol=4)
+    (tmp_path / "tf_model.h5").write_bytes(b"\x89HDF")
+    for name, message in (
+        ("traced.pt", "TorchScript, .*give the checkpoint that it was traced from"),
+        ("newer.pth", "newer protocol .*torch.save\\(model.state_dict\\(\\), path\\)"),
+        ("tf_model.h5", "from_tf=True"),
     ):
-        read_file(tmp_path / "a.pth")
+        with pytest.raises(ValueError, match=message):
+            read_file(tmp_path / name)
 
 
 @pytest.mark.parametrize("new_zip", [True, False])

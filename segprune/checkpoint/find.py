@@ -72,7 +72,7 @@ def find_weights(data: Any, wanted: str | None) -> tuple[Weights, tuple[str, ...
         return candidates[taken], ()
     note = (
         f"The file has several sets of weights: {_spell(taken)} was taken, not {', '.join(others)} "
-        "(`weights` overrules)."
+        "(`weights` of segprune.load, info and convert overrules)."
     )
     return candidates[taken], (note,)
 
@@ -147,7 +147,7 @@ def _find_prefixes(state_dict: Mapping[str, Any]) -> list[str]:
 
 def _describe_absence(data: Any) -> str:
     """Returns what the file has in place of a SegFormer's weights."""
-    if not isinstance(data, Mapping):
+    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
         return f"It holds {type(data).__name__} data, not a state dict; save one: torch.save(model.state_dict(), path)."
 
     dicts = [state_dict for _, state_dict, _ in _walk(data)]

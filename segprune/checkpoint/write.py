@@ -18,7 +18,7 @@ from torch import Tensor
 
 from segprune.checkpoint import build, read
 from segprune.checkpoint.dialects import HEADS, NUMERICS, decoder_dim, detect
-from segprune.checkpoint.foreign import unwrap
+from segprune.checkpoint.find import find_weights
 from segprune.checkpoint.numerics import with_numerics
 from segprune.checkpoint.preprocessing import to_meta
 from segprune.checkpoint.published import mmseg_problem, uniform_problem
@@ -150,7 +150,7 @@ def _open_again(path: Path, dialect: str, spec: Spec | None) -> Logits:
         model = SegFormer(spec).eval()
 
         # Our reader would have to guess the heads, so the known spec is used instead.
-        state, _ = unwrap(read_file(path)[0])
+        state = find_weights(read_file(path)[0], None)[0].tensors
         model.load_state_dict(to_ours(state, detect(state.keys(), dialect=dialect)))
     return lambda x: model.parts(x)[1]
 

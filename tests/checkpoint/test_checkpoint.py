@@ -523,3 +523,98 @@ def test_classes_that_do_not_fit_the_network_are_not_kept(
     assert list(from_state_dict({"meta": meta, "state_dict": bare}).extra) == kept
     backbone = {name: tensor for name, tensor in bare.items() if name.startswith("backbone.")}
     assert from_state_dict({"meta": meta, "state_dict": backbone}, num_classes=5).extra == {}
+
+
+def test_weights_are_found_whatever_lies_around_them(
+    bare: dict[str, Tensor], tmp_path: Path
+) -> None:
+    expected = from_state_dict(bare, dialect="nvlabs").state_dict
+    named = {f"net.module.{key}": tensor for key, tensor in bare.items()}
+    for content in (
+        {"epoch": 3, "ema": bare, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+        {"trainer": {"states": [{"network": named}]}},
+        [named, 3],
+        {key.replace("backbone.", "backbone._orig_mod."): t for key, t in bare.items()},
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        found = read(tmp_path / "a.pth", dialect="nvlabs")
+        assert found.notes == ()
+        assert found.state_dict.keys() == expected.keys()
+        assert all(torch.equal(found.state_dict[key], expected[key]) for key in expected)
+
+
+def test_of_several_sets_of_weights_a_note_names_all_and_any_can_be_chosen(
+    bare: dict[str, Tensor],
+) -> None:
+    zeros = {key: tensor * 0 for key, tensor in bare.items()}
+    teacher = {f"teacher.{key}": tensor for key, tensor in bare.items()}
+    student = {f"student.{key}": tensor for key, tensor in zeros.items()}
+    for content, first, other in (
+        ({"ema": bare, "model": zeros}, "model", "ema"),
+        (student | teacher, "student", "teacher"),
+        ({"net": student | teacher}, "net.student", "net.teacher"),
+    ):
+        found = from_state_dict(content, dialect="nvlabs")
+        assert f"{first} was taken, not {other}" in found.notes[0]
+        assert not found.state_dict["decode_head.classifier.weight"].any()
+        found = from_state_dict(content, dialect="nvlabs", weights=other)
+        assert found.state_dict["decode_head.classifier.weight"].any()
+        assert not any("was taken" in note for note in found.notes)
+    with pytest.raises(ValueError, match=r"`weights` best was given, .* under ema, model; give"):
+        from_state_dict({"ema": bare, "model": zeros}, weights="best")
+
+
+def test_what_training_leaves_beside_the_network_is_left_out_with_a_note(
+    bare: dict[str, Tensor],
+) -> None:
+    expected = from_state_dict(bare, dialect="nvlabs").state_dict
+    modules = {key.rpartition(".")[0] for key in bare} | {"backbone.block1", "backbone"}
+    counters = {f"{module}.total_ops": torch.zeros(1) for module in modules}
+    for beside, name in (
+        (counters | {"total_ops": torch.zeros(1)}, "total_ops"),
+        ({"auxiliary_head.conv_seg.weight": torch.ones(4, 4, 1, 1)}, "auxiliary_head"),
+        ({"decode_head.loss_decode.class_weight": torch.ones(5)}, "decode_head.loss_decode"),
+        ({"classification_head.3.weight": torch.ones(4, 256)}, "classification_head"),
+        ({"val_iou.confusion": torch.ones(5, 5, dtype=torch.int64)}, "val_iou"),
+        ({"n_averaged": torch.tensor(3), "epochs": [1, 2]}, "n_averaged, epochs"),
+    ):
+        found = from_state_dict(bare | beside, dialect="nvlabs")
+        assert found.state_dict.keys() == expected.keys()
+        assert found.notes == (
+            f"Left out as no part of the network: {name} ({len(beside)} of the file's tensors).",
+        )
+        prefixed = {f"model.{key}": tensor for key, tensor in bare.items()} | beside
+        assert f"network: {name} (" in from_state_dict(prefixed, dialect="nvlabs").notes[0]
+
+
+def test_masks_are_multiplied_in_and_sparse_tensors_filled_up(bare: dict[str, Tensor]) -> None:
+    key = "backbone.block1.0.mlp.fc1.weight"
+    mask = (torch.rand_like(bare[key]) > 0.5).float()
+    pruned = bare | {f"{key}_orig": bare[key], f"{key}_mask": mask}
+    del pruned[key]
+    cut = bare[key] * mask
+    sparse = bare | {key: cut.to_sparse()}
+    for state, said in ((pruned, "masks of 1 tensors"), (sparse, "1 sparse tensors")):
+        found = from_state_dict(state, dialect="nvlabs")
+        assert said in found.notes[0]
+        assert torch.equal(found.state_dict["encoder.stages.0.blocks.0.mlp.fc1.weight"], cut)
+    with pytest.raises(ValueError, match="mask has another shape than"):
+        from_state_dict(pruned | {f"{key}_mask": torch.ones(1)})
+    huge = torch.sparse_coo_tensor(torch.zeros(2, 0), torch.zeros(0), (2**16, 2**16))
+    with pytest.raises(ValueError, match="too large to be filled up"):
+        from_state_dict(bare | {key: huge})
+
+
+def test_a_lora_adapter_is_refused_with_the_remedy(trained_like: Fill, tmp_path: Path) -> None:
+    state = {f"base_model.model.{k}": v for k, v in state_in("hf", trained_like).items()}
+    extra = {
+        f"base_model.model.segformer.x.query.lora_{name}.weight": torch.ones(2, 2)
+        for name in "AB"
+    }
+    adapter = {key: state[key] for key in state if "decode_head" in key}
+    for content in (state | extra, adapter | extra):
+        with pytest.raises(ValueError, match=r"LoRA adapter, .*merge_and_unload\(\)"):
+            from_state_dict(content)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"LoRA adapter, .*merge_and_unload\(\)"):
+        read(tmp_path)

@@ -1,6 +1,7 @@
 import builtins
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_a_damaged_config_is_refused(text: str, message: str, folder: Path) -> N
             "much",
             "drop_path 'much', which must be a number from 0 to below 1",
         ),
-        ("classifier_dropout_prob", None, "head_dropout None, which must be a number from 0"),
+        ("classifier_dropout_prob", [], r"head_dropout \[\], which must be a number from 0"),
         ("hidden_act", ["gelu"], r"hidden_act \['gelu'\]"),
         ("id2label", 5, None),
         ("num_attention_heads", "1258", "num_attention_heads 1258"),
@@ -298,3 +299,29 @@ def test_the_classes_of_a_config_are_kept_in_their_order_if_they_are_names_and_o
     assert read(folder).extra == {}
     edit_config(folder, id2label={str(k): f"imagenet {k}" for k in range(6)})
     assert read(folder).extra == {}
+
+
+def test_folders_as_other_settings_write_them_are_read(folder: Path) -> None:
+    whole = read(folder)
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"drop_path_rate": None}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8-sig")
+    assert read(folder).spec == whole.spec
+    (folder / "model.other.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"variants \(model\.fp16.*, model\.other"):
+        read(folder)
+
+
+def test_of_a_folder_that_is_no_checkpoint_the_one_in_it_is_named(folder: Path) -> None:
+    for step in (500, 1000):
+        shutil.copytree(folder, folder.parent / "run" / f"checkpoint-{step}")
+    with pytest.raises(FileNotFoundError, match=r"such as .*run/checkpoint-1000\.$"):
+        read(folder.parent / "run")
+    (folder.parent / "logs").mkdir()
+    torch.save({}, folder.parent / "logs" / "best.pth")
+    with pytest.raises(FileNotFoundError, match=r"such as .*logs/best\.pth\.$"):
+        read(folder.parent / "logs")
+    (folder / "model.safetensors").unlink()
+    (folder / "tf_model.h5").write_bytes(b"x")
+    with pytest.raises(ValueError, match="from_tf=True"):
+        read(folder)
