@@ -560,7 +560,9 @@ def test_of_several_sets_of_weights_a_note_names_all_and_any_can_be_chosen(
         found = from_state_dict(content, dialect="nvlabs", weights=other)
         assert found.state_dict["decode_head.classifier.weight"].any()
         assert not any("was taken" in note for note in found.notes)
-    with pytest.raises(ValueError, match=r"`weights` best was given, .* under ema, model; give"):
+    with pytest.raises(
+        ValueError, match=r"`weights` best was given, .* under ema, model; give"
+    ):
         from_state_dict({"ema": bare, "model": zeros}, weights="best")
 
 
