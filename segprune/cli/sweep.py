@@ -181,7 +181,13 @@ def run(flags: SweepFlags, inputs: InputFlags, given: frozenset[str]) -> None:
 
     if missing:
         measurer = _Measurer(flags, inputs, options, opened, device)
-        measure_cases(folder, missing, measurer.measure, _show_row)
+        try:
+            measure_cases(folder, missing, measurer.measure, _show_row)
+        except KeyboardInterrupt:
+            saved = number_of(len(folder.rows), "row")
+            raise KeyboardInterrupt(
+                f"Interrupted; {folder.path} holds {saved}, and the same command goes on from there."
+            ) from None
     _show_end(save_tables(folder), folder.path.parent)
 
 

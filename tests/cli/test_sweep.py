@@ -16,7 +16,7 @@ from segprune.data import open_source
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.stats import count
 from segprune.timing import measure_latency
-from tests.commands import HERE, SIZE, done, refused
+from tests.commands import HERE, SIZE, done, invoke, refused
 
 SMALL = (*SIZE, *HERE, "--num_images", 1, "--pruning_method", "l2")
 
@@ -90,6 +90,19 @@ def test_the_same_command_goes_on_and_rates_may_be_added(
         before[0]["miou"],
         before[2]["latency_ms"],
     ]
+
+
+def test_whoever_stops_a_sweep_is_told_what_is_saved(
+    swept: tuple[Path, str], dense: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep._Measurer, "measure", stop)
+    flags = (*SMALL, "--data", data, "--save_dir", swept[0], "--rates", "0.7")
+    status, _, errors = invoke("sweep", dense, *flags)
+    assert status == 130
+    assert re.search(r"sweep\.json holds \d rows, and the same command goes on", errors)
 
 
 def test_every_row_may_be_fine_tuned_alike(dense: Path, data: Path, tmp_path: Path) -> None:
