@@ -38,11 +38,11 @@ from segprune.data.unlabelled import list_images, load_images
 from segprune.export import (
     BAKED,
     FORMATS,
-    LIMITS,
     PRECISIONS,
     Limits,
     Precision,
     check_choice,
+    choose_limits,
     export,
 )
 from segprune.export.tensorrt import command_line
@@ -81,7 +81,7 @@ class ExportFlags:
         str,
         Option(
             "--bake",
-            help="Into the file: preprocess (uint8 RGB B H W 3 in), argmax (classes out), or both, as a,b.",
+            help="Into the file, as a,b: preprocess (uint8 RGB B H W 3 in), argmax or coarser argmax_quarter (classes out).",
         ),
     ] = ""
     data: Annotated[
@@ -160,13 +160,19 @@ def run(flags: ExportFlags, inputs: InputFlags, given: frozenset[str]) -> None:
             dynamic=flags.dynamic,
             preprocess="preprocess" in baked,
             argmax="argmax" in baked,
+            argmax_quarter="argmax_quarter" in baked,
             class_names=names,
             palette=palette,
             images=images,
-            limits=_choose_limits(flags),
+            limits=_choose_limits(flags, baked),
         )
     compared = number_of(difference.num_images, "image")
     console.print(f"Run again on {compared} and compared with PyTorch: {difference.text}.")
+    if manifest.argmax_quarter:
+        share = 100 * (1 - difference.agreement)
+        console.print(
+            f"Classes chosen at a quarter of the size: {share:.2f} % of pixels have another than by the full logits."
+        )
     if flags.precision == "int8":
         show_notes(("To see what int8 costs, score the file on data with segprune eval.",))
 
@@ -215,8 +221,8 @@ def _check_flags(flags: ExportFlags, given: frozenset[str], baked: frozenset[str
         ("num_calibration", not images, "without --data or --calibration"),
         (
             "tolerance",
-            "argmax" in baked,
-            "with --bake argmax, which leaves no logits to compare",
+            bool(baked - {"preprocess"}),
+            f"with --bake {flags.bake}, which leaves no logits to compare",
         ),
         (
             "tensorrt",
@@ -248,9 +254,9 @@ def _choose_output(flags: ExportFlags) -> Path:
     return Path("exported") / f"{stem}{precision}{suffix}"
 
 
-def _choose_limits(flags: ExportFlags) -> Limits:
+def _choose_limits(flags: ExportFlags, baked: frozenset[str]) -> Limits:
     precision: Precision = flags.precision  # type: ignore[assignment]
-    limits = LIMITS[precision]
+    limits = choose_limits(precision, "argmax_quarter" in baked)
     if flags.tolerance is not None:
         limits = replace(limits, tolerance=flags.tolerance)
     return limits if flags.agreement is None else replace(limits, agreement=flags.agreement)

@@ -47,12 +47,14 @@ __all__ = [
     "Precision",
     "Runtime",
     "check_choice",
+    "choose_limits",
     "export",
     "is_exported",
     "open_exported",
 ]
 
-BAKED = ("preprocess", "argmax")
+BAKED = ("preprocess", "argmax", "argmax_quarter")
+QUARTER_AGREEMENT = 0.9  # classes chosen at a quarter of the size are coarser at every edge
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(TOLERANCE, 0.999),
     "fp16": Limits(2e-2, 0.98),
@@ -103,8 +105,8 @@ def check_choice(format: str, precision: str) -> None:
 class ExportOptions:
     """What the file shall be. `size` is H W; a `dynamic` file takes any size and batch.
 
-    With `preprocess` the file takes pixels, with `argmax` it returns classes; see `Manifest`. `class_names` and
-    `palette` are kept in the file.
+    With `preprocess` the file takes pixels, with `argmax` or `argmax_quarter` it returns classes; see `Manifest`.
+    `class_names` and `palette` are kept in the file.
     """
 
     format: str = "onnx"
@@ -114,12 +116,17 @@ class ExportOptions:
     dynamic: bool = False
     preprocess: bool = False
     argmax: bool = False
+    argmax_quarter: bool = False
     class_names: Sequence[str] = ()
     palette: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         check_choice(self.format, self.precision)
         check_input((self.batch, 3, *self.size))
+        if self.argmax and self.argmax_quarter:
+            raise ValueError(
+                "argmax and argmax_quarter in `bake` are two ways to the same classes; give one of them."
+            )
 
 
 def export(
@@ -158,7 +165,11 @@ def export(
     # Where only storage is halved, the writer does it; the network stays in float32.
     half = precision == "fp16" and not format.stores_half
     network = Deployed(
-        reference, half=half, preprocess=options.preprocess, argmax=options.argmax
+        reference,
+        half=half,
+        preprocess=options.preprocess,
+        argmax=options.argmax,
+        argmax_quarter=options.argmax_quarter,
     )
     spec = network.network.spec
     # The manifest describes the folded network, since that is what the file computes.
@@ -169,7 +180,8 @@ def export(
         precision,
         shape=None if options.dynamic else (options.batch, *options.size),
         preprocess=options.preprocess,
-        argmax=options.argmax,
+        argmax=options.argmax or options.argmax_quarter,
+        argmax_quarter=options.argmax_quarter,
         class_names=tuple(options.class_names),
         spec=spec,
         palette=tuple(options.palette),
@@ -177,7 +189,7 @@ def export(
     job = Job(network, manifest, options.size, images)
 
     # Write beside the target, and move the file there only if it agrees.
-    limits = limits or LIMITS[precision]
+    limits = limits or choose_limits(precision, options.argmax_quarter)
     with atomic_files(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -191,6 +203,14 @@ def export(
             raise ValueError(_describe_difference(difference, limits, precision))
 
     return manifest, difference
+
+
+def choose_limits(precision: Precision, argmax_quarter: bool = False) -> Limits:
+    """Returns how far a file may be from its network, where nothing else is asked for."""
+    limits = LIMITS[precision]
+    if argmax_quarter:
+        return replace(limits, agreement=min(limits.agreement, QUARTER_AGREEMENT))
+    return limits
 
 
 def run_both(

@@ -23,7 +23,8 @@ class Manifest:
 
     With `preprocess` the file takes uint8 RGB B H W 3, else normalised float32 B 3 H W. With `argmax` it returns
     classes uint8 B H W, else logits float32 B K H W. `spec` describes the network as it runs, for its MACs. `palette`
-    is 768 numbers, the colours in which masks are drawn; empty: Pascal VOC's.
+    is 768 numbers, the colours in which masks are drawn; empty: Pascal VOC's. With `argmax_quarter` classes were chosen
+    at a quarter of the size, and `argmax` is set, too.
     """
 
     variant: str
@@ -36,6 +37,7 @@ class Manifest:
     class_names: tuple[str, ...] = ()
     spec: Spec | None = None
     palette: tuple[int, ...] = ()
+    argmax_quarter: bool = False
 
     @property
     def text(self) -> str:
@@ -74,6 +76,7 @@ def _check(manifest: Manifest) -> None:
         or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in shape)
         or type(manifest.preprocess) is not bool
         or type(manifest.argmax) is not bool
+        or type(manifest.argmax_quarter) is not bool
         or len(names) not in (0, manifest.num_classes)
         or not all(isinstance(name, str) for name in names)
         or len(palette) not in (0, 768)

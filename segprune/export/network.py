@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from segprune.fold import fold_for_inference
 from segprune.model import SegFormer
@@ -24,16 +25,18 @@ class Deployed(nn.Module):
         half: bool = False,
         preprocess: bool = False,
         argmax: bool = False,
+        argmax_quarter: bool = False,
     ) -> None:
         super().__init__()
         # Class 256 would become 0 in a byte, without an error.
-        if argmax and model.spec.num_classes > MAX_CLASSES:
+        if (argmax or argmax_quarter) and model.spec.num_classes > MAX_CLASSES:
             raise ValueError(
                 f"The network has {model.spec.num_classes} classes, where a class map can hold {MAX_CLASSES}; "
                 "leave argmax out of `bake`."
             )
 
         self.preprocess, self.argmax = preprocess, argmax
+        self.argmax_quarter = argmax_quarter
         self.dtype = torch.float16 if half else torch.float32
         # Fold first, then cast: folding in half precision would round twice.
         self.network = fold_for_inference(model).cpu().to(self.dtype)
@@ -53,10 +56,16 @@ class Deployed(nn.Module):
                 0, 3, 1, 2
             )  # B H W 3 uint8 -> B 3 H W
 
+        # Classes by way of float, since TensorRT makes uint8 of floats alone.
+        if self.argmax_quarter:
+            logits = self.network.parts(x.to(self.dtype))[1].float()  # B K H/4 W/4
+            classes = logits.argmax(1, keepdim=True).float()
+            size = x.shape[2:]
+            return F.interpolate(classes, size=size, mode="nearest")[:, 0].to(torch.uint8)
+
         # Float32 out, so that every runtime returns the same type.
         logits = self.network(x.to(self.dtype)).float()  # B K H W
         if not self.argmax:
             return logits
 
-        # By way of float, since TensorRT makes uint8 of floats alone.
         return logits.argmax(1).float().to(torch.uint8)

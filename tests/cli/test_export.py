@@ -225,7 +225,11 @@ def test_a_file_that_computes_something_else_is_not_kept(
         ),
         (
             ("--bake", "preprocess,softmax"),
-            "--bake softmax is unknown; choose of preprocess, argmax.",
+            "--bake softmax is unknown; choose of preprocess, argmax, argmax_quarter.",
+        ),
+        (
+            ("--bake", "argmax,argmax_quarter"),
+            "argmax and argmax_quarter in --bake are two ways to the same classes; give one of them.",
         ),
         (
             ("--input_shape", 16, 64),
@@ -333,3 +337,18 @@ def test_a_runtime_that_is_missing_is_named_before_scoring(
     assert said == (
         'Running an .onnx file needs onnxruntime, which is not installed; run in the clone: pip install ".[export]".'
     )
+
+
+def test_classes_at_a_quarter_are_exported_and_what_they_cost_is_printed(
+    tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.torchscript"
+    quarter = ("--bake", "argmax_quarter", "--agreement", 0, "--output", path)
+    out = done("export", tiny, *SCRIPT, *quarter)
+    record = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+    agreement = record["difference"]["agreement"]
+    assert f"{100 * (1 - agreement):.2f} % of pixels have another" in out
+    manifest = open_exported(path, trust=True).manifest
+    assert (manifest.argmax, manifest.argmax_quarter) == (True, True)
+    exact = (*quarter[:2], "--agreement", 1, "--output", path)
+    assert "equal class on" in refused("export", tiny, *SCRIPT, *exact)

@@ -58,3 +58,18 @@ def test_folding_for_inference_leaves_training_mode(small_model: SegFormer) -> N
     assert not any(
         module.training for module in fold_for_inference(small_model.train()).modules()
     )
+
+
+def test_classes_at_a_quarter_are_those_of_the_coarse_logits_each_four_by_four(
+    small_model: SegFormer,
+) -> None:
+    network, x = small_model.float(), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        logits = network.parts(x)[1]
+        network.decode_head.classifier.bias -= logits.mean((0, 2, 3))
+        classes = Deployed(network, argmax_quarter=True)(x)
+        expected = network.parts(x)[1].argmax(1)
+    assert classes.dtype == torch.uint8
+    assert len(classes.unique()) > 1
+    repeated = expected.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert float((classes == repeated).float().mean()) > 0.9999
