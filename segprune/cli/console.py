@@ -123,6 +123,9 @@ ARGUMENTS = {
 # The flags of the command that runs, by the arguments that they stand for.
 _flags: ContextVar[Mapping[str, str]] = ContextVar("flags", default=MappingProxyType(ARGUMENTS))
 
+# The notes that the command has shown: a file that is read twice says the same twice.
+_shown: ContextVar[set[str] | None] = ContextVar("shown", default=None)
+
 
 @contextmanager
 def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
@@ -131,7 +134,7 @@ def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     `flags` names the flag of each argument: a message that says `head_lr` is printed with --head_lr.
     """
     flags = ARGUMENTS | dict(flags or {})
-    token = _flags.set(flags)
+    token, shown = _flags.set(flags), _shown.set(set())
     try:
         yield
 
@@ -159,6 +162,7 @@ def one_sentence(flags: Mapping[str, str] | None = None) -> Iterator[None]:
 
     finally:
         _flags.reset(token)
+        _shown.reset(shown)
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
@@ -263,7 +267,13 @@ def _table(header: list[str], rows: list[list[str]], left_out: list[str]) -> Tab
 
 
 def show_notes(notes: tuple[str, ...]) -> None:
+    """Prints each note, once in a command."""
+    shown = _shown.get()
     for note in notes:
+        if shown is not None:
+            if note in shown:
+                continue
+            shown.add(note)
         console.print(f"Note: {with_flags(note, _flags.get())}", style="yellow")
 
 

@@ -583,3 +583,11 @@ def test_output_in_any_encoding_never_ends_a_run(
     assert "a?.pth" in text
     assert "512×512" in text or "512x512" in text
     assert ("背景" in text) == (encoding in ("gbk", "utf-8"))
+
+
+def test_a_note_is_shown_once_in_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        with module.one_sentence():
+            module.show_notes(("The names fit two.", "Another."))
+            module.show_notes(("The names fit two.",))
+        assert capsys.readouterr().out.count("The names fit two.") == 1
