@@ -45,9 +45,12 @@ def main() -> None:
     b0, b2 = load(flags.checkpoint), SegFormer(standard_spec("b2", 8)).eval()
     fill(b2)
     example = torch.randn(1, 3, *flags.size)
-    networks: dict[str, Any] = {"b0 dense": b0, "b0 pruned": L1Pruner(b0, 0.5).prune(example)}
+    networks: dict[str, Any] = {
+        "b0 dense": b0,
+        "b0 pruned": L1Pruner(b0, 0.5, repair=False).prune(example),
+    }
     _int8(networks, flags)
-    networks |= {"b2 dense": b2, "b2 pruned": L1Pruner(b2, 0.5).prune(example)}
+    networks |= {"b2 dense": b2, "b2 pruned": L1Pruner(b2, 0.5, repair=False).prune(example)}
     print(f"\ntorch {torch.__version__}, {flags.size[0]}×{flags.size[1]}, batch 1")
     print(
         "| network | format | precision | off by | equal class (%) | MB | seconds to export |"

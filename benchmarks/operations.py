@@ -62,7 +62,7 @@ def main() -> None:
         torch.manual_seed(0)
         dense = fill(SegFormer(standard_spec(variant, NUM_CLASSES))).eval()
         assert isinstance(dense, SegFormer)
-        pruned = L1Pruner(dense, flags.rate).prune(
+        pruned = L1Pruner(dense, flags.rate, repair=False).prune(
             torch.empty(1, 3, *flags.shape, device="meta")
         )
         networks = {

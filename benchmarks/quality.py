@@ -45,7 +45,7 @@ def main() -> None:
     row("dense", dense)
     x = torch.randn(1, 3, *shape)
     for rate in flags.rates:
-        row(f"segprune {rate:g}", segprune.L1Pruner(dense, rate).prune(x))
+        row(f"segprune {rate:g}", segprune.L1Pruner(dense, rate, repair=False).prune(x))
         row(f"torch-pruning plain global L1 {rate:g}", prune_to(dense, rate, x))
 
 

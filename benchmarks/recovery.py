@@ -235,7 +235,11 @@ class Bench:
 
     def _fine_tuned(self, setting: Setting) -> Iterator[float]:
         pruner = L1Pruner(
-            self.dense, setting.rate, rate_of=setting.rate_of, keep_decoder=setting.keep_decoder
+            self.dense,
+            setting.rate,
+            rate_of=setting.rate_of,
+            keep_decoder=setting.keep_decoder,
+            repair=False,
         )
         model = pruner.prune(torch.empty(1, 3, *SIZE, device="meta"))
         yield self.score(model)

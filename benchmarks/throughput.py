@@ -80,7 +80,7 @@ def _variant(variant: str, batch: int, flags: argparse.Namespace) -> None:
     torch.manual_seed(0)
     dense = fill(SegFormer(standard_spec(variant, NUM_CLASSES)))
     assert isinstance(dense, SegFormer)
-    pruned = L1Pruner(deepcopy(dense), flags.rate).prune(
+    pruned = L1Pruner(deepcopy(dense), flags.rate, repair=False).prune(
         torch.empty(1, 3, *flags.size, device="meta")
     )
     number = (flags.warmup + flags.steps) * batch

@@ -29,6 +29,7 @@ from segprune.data import (
     check_labels,
     open_source,
     readable,
+    score_whole_pool,
     unlabelled,
 )
 from segprune.export import Manifest, export
@@ -96,14 +97,14 @@ def prune(
 ) -> Pruned:
     """Returns `model` pruned by the share `pruning_rate` of its parameters, or as far as `max_drop` allows.
 
-    `images`: batches of images B 3 H W without labels, uint8 or normalised, which the repair and the plan use; with
-    `data` 64 images of its train part if none are given. With `max_drop` networks of several rates are scored on the
-    val part of `data`, the smallest within so many points of the dense mIoU is returned, and `on_trial` is given each
-    of them when it was scored. The other arguments are those of `Pruner`, and `changes` single options of
-    `PruneOptions`.
+    `images`: batches of images B 3 H W without labels, uint8 or normalised, which the repair and the plan use. If none
+    are given: 64 images of the train part of `data`, and without `data` synthetic ones, which `notes` says. With
+    `max_drop` networks of several rates are scored on the val part of `data`, the smallest within so many points of
+    the dense mIoU is returned, and `on_trial` is given each of them when it was scored. The other arguments are those
+    of `Pruner`, and `changes` single options of `PruneOptions`.
 
     >>> from segprune.spec import standard_spec
-    >>> pruned = prune(SegFormer(standard_spec("b0", 8)), 0.5)
+    >>> pruned = prune(SegFormer(standard_spec("b0", 8)), 0.5, repair=False)
     >>> round(1 - pruned.after.parameters / pruned.before.parameters, 1)
     0.5
     """
@@ -175,8 +176,9 @@ def evaluate(
     """Returns the score of a network, or of any function from pixels to logits, on a data set.
 
     `data` is a folder in one of the layouts, an open data set, or its samples. Labels are read as the network was
-    trained, but those of samples are classes already. The labels of a folder are checked first. `mode` are fields of
-    `EvalMode`, such as `input_shape`. `device` is the network's own if None.
+    trained, but those of samples are classes already. The labels of a folder are checked first; of a set without
+    splits all of it is scored as val. `mode` are fields of `EvalMode`, such as `input_shape`. `device` is the network's
+    own if None.
     """
     # A plain function says nothing of its classes, so they have to be given for it.
     if num_classes is None:
@@ -191,7 +193,7 @@ def evaluate(
         )
         samples: Sequence[Sample] = source.split(split)
     elif isinstance(data, Source):
-        samples = _read_labels(data, model).split(split)
+        samples = _read_labels(score_whole_pool(data), model).split(split)
     else:
         samples = data
 
@@ -351,7 +353,11 @@ def _open(
     skip_bad: bool = False,
 ) -> tuple[Source, LabelReport]:
     """Opens a data set and checks its labels; with `skip_bad` images that cannot be read are left out first."""
-    source = _read_labels(data if isinstance(data, Source) else open_source(data), model)
+    source = data if isinstance(data, Source) else open_source(data)
+    if "train" not in splits:
+        source = score_whole_pool(source)
+    source = _read_labels(source, model)
+
     # Before the label check, which would stop at the first image that cannot be read.
     if skip_bad:
         for split in splits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,16 @@ def test_a_score_is_the_same_of_a_folder_an_open_data_set_and_its_samples(
         assert segprune.evaluate(model, given, **TINY) == expected
     train = segprune.evaluate(model, data, split="train", **TINY)
     assert train.num_images == 8
+
+
+def test_a_data_set_without_splits_is_scored_whole(dense: Path, tmp_path: Path) -> None:
+    samples = write_shapes(tmp_path / "shapes", num_train=1, num_val=2, size=SIZE)
+    for name, folder in (("images", "JPEGImages"), ("masks", "SegmentationClass")):
+        (samples / folder).rename(tmp_path / name)
+    shutil.rmtree(samples)
+    model = segprune.load(dense)
+    for given in (tmp_path, open_source(tmp_path)):
+        assert segprune.evaluate(model, given, **TINY).num_images == 3
 
 
 def test_what_does_not_say_its_classes_needs_their_number(data: Path) -> None:

@@ -23,7 +23,8 @@ class Pruned:
     """A pruned network. `plan`: the channels kept, None where nothing was to be removed.
 
     `search`: with `max_drop`, all that was tried. `before` and `after` are parameters and MACs of the network as given
-    and as pruned; None for what is not a SegFormer as its spec builds it.
+    and as pruned; None for what is not a SegFormer as its spec builds it. `notes`: what was done without being asked
+    for, such as drawing synthetic images, in sentences.
     """
 
     network: nn.Module
@@ -32,6 +33,7 @@ class Pruned:
     after: Counts | None
     search: Search | None = None
     config: Any = None  # of the network of transformers that was given
+    notes: tuple[str, ...] = ()
 
     def to_huggingface(self) -> nn.Module:
         """Returns the network in a class of transformers' kind: called, trained and saved like theirs."""
@@ -55,11 +57,12 @@ def prune(
 ) -> Pruned:
     """Returns `model` pruned by the share `pruning_rate` of its parameters; the network given is left as it was.
 
-    `images`: batches of images B 3 H W without labels, uint8 or normalised; with some, the pruned network is repaired.
-    The other arguments are those of `Pruner`, and `changes` are single options of `PruneOptions`. Prints nothing.
+    `images`: batches of images B 3 H W without labels, uint8 or normalised, for the plan and the repair; synthetic ones
+    if none are given, which `notes` says. `repair` False: neither. The other arguments are those of `Pruner`, and
+    `changes` are single options of `PruneOptions`. Prints nothing.
 
     >>> from segprune.spec import standard_spec
-    >>> pruned = prune(SegFormer(standard_spec("b0", 8)), 0.5)
+    >>> pruned = prune(SegFormer(standard_spec("b0", 8)), 0.5, repair=False)
     >>> round(1 - pruned.after.parameters / pruned.before.parameters, 1)
     0.5
     """
@@ -87,7 +90,7 @@ def with_counts(pruner: Pruner, network: nn.Module, search: Search | None = None
         count(net.spec, shape) if isinstance(net, SegFormer) else None
         for net in (pruner.model, network)
     )
-    return Pruned(network, pruner.plan, before, after, search, config)
+    return Pruned(network, pruner.plan, before, after, search, config, pruner.notes)
 
 
 def make_pruner(

@@ -36,13 +36,14 @@ from segprune.pruning.budget.latency import LatencyTable
 from segprune.pruning.budget.rate import reach
 from segprune.pruning.groups import Group, group_names, is_protected
 from segprune.pruning.images import normalise_batches
-from segprune.pruning.importance import Scores, score_channels
+from segprune.pruning.importance import NEED_IMAGES, Scores, score_channels
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.patterns import matching_names
 from segprune.pruning.plan import Plan
 from segprune.pruning.prepare import Prepared, check_head, may_fold, prepare, stock_spec
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut
+from segprune.pruning.synthetic import synthetic_images
 from segprune.pruning.verify import check_cut, leave_misread
 from segprune.timing import measure_latency
 
@@ -55,9 +56,11 @@ class Pruner:
     The network may be a `SegFormer` or any module that holds parts of one, or none; what is not a stock SegFormer
     is traced with `example_inputs`, and attention that is not ours is left alone with a warning that names it.
     A stock SegFormer's decode head is folded first unless `keep_decoder`; what that saves counts towards the rate.
+    Planned by what the repair leaves and then repaired, with synthetic images where none are given; neither with
+    `repair` False.
 
     >>> from segprune.spec import standard_spec
-    >>> pruned = Pruner(SegFormer(standard_spec("b0", 8)), 0.5, pruning_method="l2").prune()
+    >>> pruned = Pruner(SegFormer(standard_spec("b0", 8)), 0.5, repair=False).prune()
     >>> 0.49 < 1 - sum(p.numel() for p in pruned.parameters()) / 3716200 < 0.51
     True
     """
@@ -78,8 +81,9 @@ class Pruner:
 
         `pruning_rate`: the share to remove; see PruneOptions for other ways to say how much.
         `ignored_layers`: modules whose outputs are kept, with all inside them.
-        `images`: batches of images B 3 H W, for methods that need them and for the repair: pixels as uint8, or
-        normalised as the network was trained.
+        `images`: batches of images B 3 H W, for the plan, the repair and methods that need some: pixels as uint8, or
+        normalised as the network was trained. For a stock SegFormer synthetic ones are drawn if none are given, and
+        `notes` says so.
         `options`: everything else, in one record; `changes` replace single options of it.
         `latency_table`: for a rate of the latency, times of steps measured before.
         `progress`: called with steps done and their number, while steps are timed and while the network is repaired.
@@ -95,14 +99,11 @@ class Pruner:
         self.latency_table = latency_table
         self.progress = progress
         self.plan: Plan | None = None  # what the last prune() decided
+        self.notes: tuple[str, ...] = ()  # what was done without being asked for
 
         # What can be refused without running the network is refused here.
         if isinstance(model, SegFormer):
             check_head(model.spec, self.options)
-        if self.options.repair and not self.images:
-            raise ValueError(
-                "`repair` needs `images`, and there are none; give a few dozen, labels are not needed."
-            )
 
     def prune(self, example_inputs: Any = None) -> nn.Module:
         """Returns a new, smaller network; the one given is left as it was. At rate 0 its decode head is folded.
@@ -211,13 +212,31 @@ class Pruner:
     def score(self, prepared: Prepared) -> dict[str, Scores]:
         """Returns by group name a score per channel."""
         options = self.options
+        needed = options.pruning_method in NEED_IMAGES
         return score_channels(
             prepared.model,
             prepared.groups,
             options.pruning_method,
-            self.images,
+            self.find_images(prepared) if needed else (),
             seed=options.seed,
         )
+
+    def find_images(self, prepared: Prepared) -> list[Any]:
+        """Returns the images: for a stock SegFormer synthetic ones if none were given, drawn once."""
+        if not self.images and prepared.stock:
+            assert isinstance(prepared.dense, SegFormer)
+            self.images = synthetic_images(
+                prepared.dense,
+                prepared.input_shape,
+                seed=self.options.seed,
+                progress=self.progress,
+            )
+            number = sum(map(len, self.images))
+            self.notes += (
+                f"No `images` were given: {number} synthetic ones stood in for them. Real ones are better, and need "
+                "no labels. With `repair` False nothing is repaired.",
+            )
+        return self.images
 
     def decide(self, prepared: Prepared, scores: Mapping[str, Scores]) -> Plan:
         """Returns which channels are kept; nothing is cut."""
@@ -229,9 +248,10 @@ class Pruner:
         # A plan fixes the widths. Which channels fill them is open: with images that can be
         # measured.
         if self.options.plan is not None:
-            if self.options.lets_curves_choose and self.images and prepared.stock:
+            if self.options.lets_curves_choose and prepared.stock:
+                images = self.find_images(prepared)
                 return by_widths_and_curves(
-                    prepared, scores, self.images, self.options, self.progress
+                    prepared, scores, images, self.options, self.progress
                 )
             return by_widths(prepared, scores, self.options)
 
@@ -251,7 +271,8 @@ class Pruner:
 
         solver = None
         if self._uses_curves(prepared):
-            solver = solve_by_curves(prepared, scores, self.images, self.options, self.progress)
+            images = self.find_images(prepared)
+            solver = solve_by_curves(prepared, scores, images, self.options, self.progress)
 
         # Latency is predicted, measured and corrected, around a solver for ordinary
         # budgets: the curves' if there are any, else the scores'.
@@ -275,31 +296,23 @@ class Pruner:
 
     def _uses_curves(self, prepared: Prepared) -> bool:
         """Whether widths are decided by curves; ValueError where that is asked for and cannot be."""
-        if not self.options.may_use_curves:
-            return False
-
-        # Asked for by name: what is missing is an error. If nothing was asked for, scores
-        # decide in that case.
-        if self.options.plan_by is not None:
-            if not self.images:
-                raise ValueError(
-                    "`plan_by` curves needs `images`; give a few dozen, labels are not needed."
-                )
-            if not prepared.stock:
-                raise ValueError(
-                    f"{type(self.model).__name__} is not a stock SegFormer; plan it by scores."
-                )
-        return bool(self.images) and prepared.stock
+        # Scores decide for other networks, unless curves were asked for by name.
+        if self.options.plan_by == "curves" and not prepared.stock:
+            raise ValueError(
+                f"{type(self.model).__name__} is not a stock SegFormer; plan it by scores."
+            )
+        return self.options.may_use_curves and prepared.stock
 
     def repair(self, prepared: Prepared, plan: Plan, pruned: nn.Module) -> nn.Module:
-        """Returns the cut network repaired, if that is wanted: where nothing is said, where there are images."""
-        if self.options.repair is False or not self.images or not prepared.stock:
+        """Returns the cut network repaired, unless that is switched off or the network is not a stock SegFormer."""
+        if self.options.repair is False or not prepared.stock:
             return pruned
 
         assert isinstance(pruned, SegFormer)
         assert isinstance(prepared.model, SegFormer)
+        images = self.find_images(prepared)
         return repair(
-            pruned, prepared.model, prepared.groups, plan, self.images, progress=self.progress
+            pruned, prepared.model, prepared.groups, plan, images, progress=self.progress
         )
 
     def make_plan(self, example_inputs: Any = None) -> tuple[Plan, tuple[Group, ...]]:

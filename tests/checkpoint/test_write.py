@@ -133,7 +133,7 @@ def test_a_uniformly_pruned_b0_is_one_for_stock_transformers_where_segprune_is_n
     trained_like: Fill, tmp_path: Path
 ) -> None:
     dense = network(trained_like, Numerics())
-    pruned = Pruner(dense, 0.5, uniform=True).prune()
+    pruned = Pruner(dense, 0.5, uniform=True, repair=False).prune()
     assert isinstance(pruned, SegFormer)
     before, after = (count(model.spec, (64, 64)).parameters for model in (dense, pruned))
     assert 1 - after / before == pytest.approx(0.5, abs=0.02)
@@ -353,7 +353,9 @@ def test_a_decode_head_of_the_other_kind_is_refused_with_the_formats_that_have_i
 def test_what_a_user_has_to_set_in_the_other_code_is_noted(
     trained_like: Fill, tmp_path: Path
 ) -> None:
-    pruned = Pruner(network(trained_like, NUMERICS["smp"]), 0.5, uniform=True).prune()
+    pruned = Pruner(
+        network(trained_like, NUMERICS["smp"]), 0.5, uniform=True, repair=False
+    ).prune()
     assert isinstance(pruned, SegFormer)
     rims, classes = write_file(pruned, tmp_path / "a.pth", "nvlabs").notes
     assert rims.startswith(
@@ -370,7 +372,9 @@ def test_what_a_user_has_to_set_in_the_other_code_is_noted(
 def test_a_uniformly_pruned_network_in_nvlabs_names_is_read_again_and_in_bubbliiiings_cannot_be(
     trained_like: Fill, tmp_path: Path
 ) -> None:
-    pruned = Pruner(network(trained_like, NUMERICS["bubbliiiing"]), 0.5, uniform=True).prune()
+    pruned = Pruner(
+        network(trained_like, NUMERICS["bubbliiiing"]), 0.5, uniform=True, repair=False
+    ).prune()
     assert isinstance(pruned, SegFormer)
     written = write_file(pruned, tmp_path / "a.pth", "bubbliiiing")
     assert (written.readers, len(written.notes)) == (("segprune",), 2)
@@ -381,7 +385,7 @@ def test_a_uniformly_pruned_network_in_nvlabs_names_is_read_again_and_in_bubblii
     with pytest.raises(ValueError, match="are those of no variant"):
         read(tmp_path / "a.pth")
 
-    pruned = Pruner(network(trained_like, Numerics()), 0.5, uniform=True).prune()
+    pruned = Pruner(network(trained_like, Numerics()), 0.5, uniform=True, repair=False).prune()
     assert isinstance(pruned, SegFormer)
     assert len(write_file(pruned, tmp_path / "b.pth", "nvlabs").notes) == 1
     back, x = read(tmp_path / "b.pth"), torch.randn(1, 3, 64, 96)

@@ -537,7 +537,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     ),
     (
         ("--pruning_method", "taylor"),
-        r"--pruning_method taylor needs images; give them as --images DIR or --data,",
+        r"--pruning_method taylor needs images, and on random weights none are drawn; give --model_path",
     ),
     (
         ("--num_images", 3, "--no_repair"),

@@ -106,7 +106,7 @@ def test_a_step_s_time_is_the_gpu_s_and_not_that_of_its_launch() -> None:
 def test_a_plan_meets_a_latency_on_the_gpu() -> None:
     dense = SegFormer(standard_spec("b2", 150)).to(DEVICE).eval()
     table = LatencyTable(DEVICE, "fp16")
-    pruned = Pruner(dense, 0.2, rate_of="latency", latency_table=table).prune(
+    pruned = Pruner(dense, 0.2, rate_of="latency", latency_table=table, repair=False).prune(
         torch.empty(1, 3, 512, 512, device="meta")
     )
     before, after = measure_latency(

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
@@ -424,6 +424,7 @@ def test_what_contradicts_curves_is_refused(options: dict[str, Any], message: st
         PruneOptions(**options)
 
 
-def test_curves_without_images_are_refused(small_model: SegFormer) -> None:
-    with pytest.raises(ValueError, match="`plan_by` curves needs `images`"):
-        Pruner(small_model, 0.4, plan_by="curves").make_plan()
+def test_curves_of_a_network_that_is_not_stock_are_refused(small_model: SegFormer) -> None:
+    wrapped = nn.Sequential(small_model)
+    with pytest.raises(ValueError, match="Sequential is not a stock SegFormer; plan it by"):
+        Pruner(wrapped, 0.4, plan_by="curves").make_plan(torch.zeros(1, 3, 64, 64).double())

@@ -3,6 +3,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,19 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from segprune.checkpoint import build, from_state_dict, load, save
 from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
+from segprune.pruning import pruner_l1
 from segprune.pruning.groups import find_groups
 from segprune.pruning.options import RateOf
 from segprune.pruning.prepare import stock_spec
-from segprune.pruning.pruner_l1 import L1Pruner
 from segprune.pruning.trace import width_of
 from segprune.spec import Head, Spec, standard_spec
 from segprune.stats import count, layers
 from tests.dialects import reference
 
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+# What is tested here is the cut. The repair and its images have tests of their own.
+L1Pruner = partial(pruner_l1.L1Pruner, repair=False)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -192,23 +196,23 @@ def test_an_ignored_layer_that_folding_would_remove_stays(
 
 
 def test_collect_ignored_layers_may_be_overridden(small_model: SegFormer) -> None:
-    class Careful(L1Pruner):
+    class Careful(pruner_l1.L1Pruner):
         def _collect_ignored_layers(self) -> list[nn.Module]:
             return [
                 *super()._collect_ignored_layers(),
                 *(m for m in self.model.modules() if isinstance(m, Attention)),
             ]
 
-    class Careless(L1Pruner):
+    class Careless(pruner_l1.L1Pruner):
         def _collect_ignored_layers(self) -> list[nn.Module]:
             return []
 
-    careful = Careful(small_model, 0.2, round_to=1).prune().spec
+    careful = Careful(small_model, 0.2, round_to=1, repair=False).prune().spec
     for old, new in zip(small_model.spec.stages, careful.stages, strict=True):
         assert [(b.num_heads, b.qk_dim, b.v_dim, b.reduction_dim) for b in new.blocks] == [
             (b.num_heads, b.qk_dim, b.v_dim, b.reduction_dim) for b in old.blocks
         ]
-    careless = Careless(small_model, 0.7, round_to=1).prune().spec
+    careless = Careless(small_model, 0.7, round_to=1, repair=False).prune().spec
     assert careless.stages[0].width < 16
     assert careless.num_classes == 5
 

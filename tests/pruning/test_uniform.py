@@ -42,7 +42,7 @@ def removed(pruned: nn.Module, dense: SegFormer) -> tuple[float, float]:
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.7])
 def test_a_uniform_plan_meets_its_rate_and_every_rule(rate: float, dense: SegFormer) -> None:
-    pruner = Pruner(dense, rate, uniform=True)
+    pruner = Pruner(dense, rate, uniform=True, repair=False)
     pruned = pruner.prune(X)
     assert removed(pruned, dense)[0] == pytest.approx(rate, abs=0.02)
     assert isinstance(pruned, SegFormer)
@@ -57,11 +57,11 @@ def test_a_uniform_plan_meets_its_rate_and_every_rule(rate: float, dense: SegFor
 
 
 def test_rates_of_macs_and_several_at_once_are_met(dense: SegFormer) -> None:
-    assert removed(Pruner(dense, 0.6, rate_of="macs", uniform=True).prune(X), dense)[
-        1
-    ] == pytest.approx(0.6, abs=0.02)
+    assert removed(
+        Pruner(dense, 0.6, rate_of="macs", uniform=True, repair=False).prune(X), dense
+    )[1] == pytest.approx(0.6, abs=0.02)
     params, macs = removed(
-        Pruner(dense, {"params": 0.3, "macs": 0.6}, uniform=True).prune(X), dense
+        Pruner(dense, {"params": 0.3, "macs": 0.6}, uniform=True, repair=False).prune(X), dense
     )
     assert params > 0.28
     assert macs > 0.58
@@ -71,9 +71,9 @@ def test_rates_of_macs_and_several_at_once_are_met(dense: SegFormer) -> None:
 def test_a_uniform_cut_equals_zeroing_where_no_stage_gets_narrower(dense: SegFormer) -> None:
     """Head and FFNs alone: the logits are the dense network's with those channels zeroed, the head unfolded again."""
     ignore = ["encoder.stages.*.patch_embed"]
-    pruner = Pruner(dense, 0.3, uniform=True, ignore=ignore)
+    pruner = Pruner(dense, 0.3, uniform=True, repair=False, ignore=ignore)
     pruned = pruner.prune(X)
-    prepared = Pruner(dense, 0.3, uniform=True, ignore=ignore).prepare(X)
+    prepared = Pruner(dense, 0.3, uniform=True, repair=False, ignore=ignore).prepare(X)
     assert pruner.plan is not None
     folded = fold_decoder(dense)
     for group in prepared.groups:
@@ -88,20 +88,20 @@ def test_a_uniform_cut_equals_zeroing_where_no_stage_gets_narrower(dense: SegFor
 
 
 def test_the_costs_of_the_search_are_those_of_the_unfolded_network(dense: SegFormer) -> None:
-    pruner = Pruner(dense, 0.5, uniform=True)
+    pruner = Pruner(dense, 0.5, uniform=True, repair=False)
     prepared = pruner.prepare(X)
     space, search = start_search(prepared, pruner.score(prepared), pruner.options)
     choice = space.widest()
     assert search.removed(choice) == {"params": 0.0, "macs": 0.0}
     for _ in range(4):
         choice = list(space.steps(choice))[-2]
-    pruned = Pruner(dense, uniform=True, plan=space.widths(choice)).prune(X)
+    pruned = Pruner(dense, uniform=True, repair=False, plan=space.widths(choice)).prune(X)
     found = search.removed(choice)
     assert (found["params"], found["macs"]) == pytest.approx(removed(pruned, dense))
 
 
 def test_a_step_narrows_one_thing_with_nothing_in_between(dense: SegFormer) -> None:
-    pruner = Pruner(dense, 0.5, uniform=True)
+    pruner = Pruner(dense, 0.5, uniform=True, repair=False)
     prepared = pruner.prepare(X)
     space, _ = start_search(prepared, pruner.score(prepared), pruner.options)
     start = space.widest()
@@ -127,7 +127,7 @@ def test_a_uniform_network_is_priced_by_its_parameters_unless_told_otherwise(
     assert Pruner(dense).options.group_price == "both"
     specs = {}
     for price in (None, "params", "both"):
-        pruned = Pruner(dense, 0.5, uniform=True, price=price).prune(X)  # type: ignore[arg-type]
+        pruned = Pruner(dense, 0.5, uniform=True, repair=False, price=price).prune(X)  # type: ignore[arg-type]
         assert isinstance(pruned, SegFormer)
         specs[price] = pruned.spec
     assert specs[None] == specs["params"] != specs["both"]
@@ -135,7 +135,7 @@ def test_a_uniform_network_is_priced_by_its_parameters_unless_told_otherwise(
 
 def test_repair_comes_nearer_and_stays_uniform(dense: SegFormer) -> None:
     images = [torch.randn(2, 3, 64, 64) for _ in range(2)]
-    plain = Pruner(dense, 0.5, uniform=True).prune(X)
+    plain = Pruner(dense, 0.5, uniform=True, repair=False).prune(X)
     repaired = Pruner(dense, 0.5, uniform=True, images=images).prune(X)
     assert isinstance(repaired, SegFormer)
     assert uniform_problem(repaired.spec) is None
@@ -162,7 +162,7 @@ def test_what_has_no_meaning_for_uniform_stages_is_refused(
     options: dict[str, object], name: str, dense: SegFormer
 ) -> None:
     with pytest.raises(ValueError, match=f"^{name}.* cannot be combined with `uniform`"):
-        Pruner(dense, uniform=True, **options)  # type: ignore[arg-type]
+        Pruner(dense, uniform=True, repair=False, **options)  # type: ignore[arg-type]
 
 
 def test_a_rate_that_uniform_stages_cannot_meet_is_refused_with_the_nearest(
@@ -170,24 +170,24 @@ def test_a_rate_that_uniform_stages_cannot_meet_is_refused_with_the_nearest(
 ) -> None:
     message = r"Rate 0\.97 of the params cannot be met within 2% by uniform stages; ask for the nearest, 0\.\d+, or prune"
     with pytest.raises(ValueError, match=message):
-        Pruner(dense, 0.97, uniform=True).prune(X)
+        Pruner(dense, 0.97, uniform=True, repair=False).prune(X)
 
 
 def test_a_plan_that_is_not_uniform_is_refused(dense: SegFormer) -> None:
-    plan, groups = Pruner(dense, 0.5, uniform=True).make_plan(X)
+    plan, groups = Pruner(dense, 0.5, uniform=True, repair=False).make_plan(X)
     widths = {group.name: len(plan.keep[group.name]) // group.parts for group in groups}
     widths["encoder.stages.3.blocks.1.mlp.ffn"] -= 1
     with pytest.raises(
         ValueError,
         match=r"The plan is not uniform, since block 1 of stage 4 has an FFN of width .*; edit",
     ):
-        Pruner(dense, uniform=True, plan=widths).prune(X)
+        Pruner(dense, uniform=True, repair=False, plan=widths).prune(X)
 
 
 def test_stages_that_cannot_be_uniform_are_refused(dense: SegFormer, small_spec: Spec) -> None:
     message = r"Stage 1 cannot be made uniform, since its layers are too narrow, or protected at other widths; prune wi"
     with pytest.raises(ValueError, match=message):
-        Pruner(SegFormer(small_spec), 0.5, uniform=True).prune(X)
+        Pruner(SegFormer(small_spec), 0.5, uniform=True, repair=False).prune(X)
     stage = dense.spec.stages[2]
     bare = replace(stage, blocks=(stage.blocks[0].without_ffn(), stage.blocks[1]))
     spec = replace(dense.spec, stages=(*dense.spec.stages[:2], bare, dense.spec.stages[3]))
@@ -195,8 +195,8 @@ def test_stages_that_cannot_be_uniform_are_refused(dense: SegFormer, small_spec:
         ValueError,
         match="Stage 3 has blocks without attention or FFN, or with different numbers of heads",
     ):
-        Pruner(SegFormer(spec), 0.5, uniform=True).prune(X)
+        Pruner(SegFormer(spec), 0.5, uniform=True, repair=False).prune(X)
     with pytest.raises(
         ValueError, match="Sequential is not a stock SegFormer; only those have uniform stages"
     ):
-        L1Pruner(nn.Sequential(dense), 0.5, uniform=True).prune(X)
+        L1Pruner(nn.Sequential(dense), 0.5, uniform=True, repair=False).prune(X)

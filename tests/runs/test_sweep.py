@@ -75,7 +75,7 @@ from segprune.timing import measure_latency
 
 torch.set_num_threads(1)
 out, log = Path(sys.argv[1]), Path(sys.argv[2])
-pruner = Pruner(SegFormer(spec_from_dict(json.loads(sys.argv[3]))), round_to=1, input_shape=(32, 32))
+pruner = Pruner(SegFormer(spec_from_dict(json.loads(sys.argv[3]))), round_to=1, input_shape=(32, 32), repair=False)
 cases = [Case("a.pth", "l1", round(0.3 + 0.03 * i, 2)) for i in range(18)]
 
 def sweep():
@@ -85,7 +85,7 @@ def sweep():
     def measure(case):
         with log.open("a") as file:
             print(case.rate, file=file)
-        plan = decide(PruneOptions(pruning_rate=case.rate, round_to=1))
+        plan = decide(PruneOptions(pruning_rate=case.rate, round_to=1, repair=False))
         network = pruner.carry_out(prepared, plan)
         dense, latency = measure_latency([pruner.model, network], (32, 32), max_runs=3)
         parameters = count(network.spec, (32, 32)).parameters

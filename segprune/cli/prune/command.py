@@ -134,6 +134,9 @@ def run(
         batches = _load_images(options, images, source, opened.spec.preprocessing)
         if not batches and network.model_path and may_draw_images(options, images, tune):
             batches, synthetic = _draw_images(dense, options, images.num_images), True
+        # Random weights, or data without images: nothing is repaired.
+        if not batches:
+            options = replace(options, repair=False)
     batches = [batch.to(device) for batch in batches]
     # A latency is estimated from the times of single steps, which are measured once.
     table = None
@@ -345,7 +348,8 @@ def _load_images(
         places = list_images(origin)
     except FileNotFoundError as error:
         # Pruning works without images; only for those who asked for them it is an error.
-        if images.images or options.repair or options.pruning_method in NEED_IMAGES:
+        wanted = options.repair or options.plan_by == "curves"
+        if images.images or wanted or options.pruning_method in NEED_IMAGES:
             raise
         show_notes((f"No repair, since there are no images for it: {error}",))
         return []

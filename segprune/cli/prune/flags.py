@@ -210,8 +210,9 @@ def needs_images(options: PruneOptions, steps: StepFlags, run: RunFlags) -> bool
 
 
 def may_draw_images(options: PruneOptions, images: ImageFlags, tune: TuneFlags) -> bool:
-    """Returns whether synthetic images stand in: where none were given, and the repair is not switched off."""
-    return options.repair is not False and not images.images and not tune.data
+    """Returns whether synthetic images stand in: where none were given, and something is done with images."""
+    used = options.repair is not False or options.pruning_method in NEED_IMAGES
+    return used and not images.images and not tune.data
 
 
 def check_flags(
@@ -226,18 +227,17 @@ def check_flags(
     """Raises ValueError for flags that contradict those of other records, or would have no effect."""
     # First what is missing, then what cannot be combined, then what has no effect.
     some_images = bool(tune.data or images.images)
-    if options.pruning_method in NEED_IMAGES and not some_images:
-        raise ValueError(
-            f"`pruning_method` {options.pruning_method} needs images; give them as `images` DIR or `data`, labels are "
-            "not needed."
-        )
-    if (options.repair or options.plan_by == "curves") and not (
-        some_images or network.model_path
-    ):
-        name = "repair" if options.repair else "plan_by"
-        raise ValueError(
-            f"`{name}` has no effect on random weights without images; give `model_path`."
-        )
+    if not (some_images or network.model_path):
+        if options.pruning_method in NEED_IMAGES:
+            raise ValueError(
+                f"`pruning_method` {options.pruning_method} needs images, and on random weights none are drawn; give "
+                "`model_path`, or `images` DIR, labels are not needed."
+            )
+        if options.repair or options.plan_by == "curves":
+            name = "repair" if options.repair else "plan_by"
+            raise ValueError(
+                f"`{name}` has no effect on random weights without images; give `model_path`."
+            )
     if tune.epochs and not tune.data:
         raise ValueError("`epochs` was given without `data`; say what to fine-tune on.")
     if options.max_drop is not None:
