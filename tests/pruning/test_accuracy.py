@@ -139,7 +139,7 @@ def test_a_pruner_searches_in_any_unit_and_returns_what_it_tried(
 ) -> None:
     state = {name: tensor.clone() for name, tensor in small_model.state_dict().items()}
     for unit in ("params", "macs"):
-        pruner = Pruner(small_model, max_drop=1.0, rate_of=unit, round_to=1)
+        pruner = Pruner(small_model, max_drop=1.0, rate_of=unit, round_to=1, repair=False)
         result = pruner.search(by_size)
         chosen = result.chosen
         assert chosen.plan.removed[unit] == pytest.approx(chosen.rate, abs=0.01)
@@ -162,7 +162,7 @@ def test_a_latency_is_searched_from_what_folding_saves(
 
     monkeypatch.setattr("segprune.pruning.pruner.measure_latency", measure)
     monkeypatch.setattr("segprune.pruning.pruner.by_latency", by_latency)
-    pruner = Pruner(small_model, max_drop=1.0, rate_of="latency", round_to=1)
+    pruner = Pruner(small_model, max_drop=1.0, rate_of="latency", round_to=1, repair=False)
     assert pruner.search(lambda network, whole: Drop(-1.0, 0.0, 1)).chosen.rate > 0.8
 
 

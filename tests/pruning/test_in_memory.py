@@ -56,7 +56,7 @@ def test_it_is_read_as_the_same_network(theirs: nn.Module) -> None:
 def test_it_is_pruned_with_all_its_groups_and_trained_as_before(
     theirs: nn.Module, tmp_path: Path
 ) -> None:
-    pruner = L1Pruner(theirs, pruning_rate=0.6)
+    pruner = L1Pruner(theirs, pruning_rate=0.6, repair=False)
     pruned = pruner.prune({"pixel_values": X})
     assert 1 - num_parameters(pruned) / num_parameters(theirs) == pytest.approx(0.6, abs=0.01)
     assert pruned.training
@@ -69,7 +69,7 @@ def test_it_is_pruned_with_all_its_groups_and_trained_as_before(
     assert pruned.config.id2label[2] == "tree"
 
     # Pruned again, and saved with segprune or with transformers.
-    again = L1Pruner(pruned, pruning_rate=0.2).prune(X)
+    again = L1Pruner(pruned, pruning_rate=0.2, repair=False).prune(X)
     assert 1 - num_parameters(again) / num_parameters(pruned) == pytest.approx(0.2, abs=0.01)
     segprune.save(again.network, tmp_path / "again.pth")
     assert segprune.load(tmp_path / "again.pth").spec == again.network.spec
@@ -78,7 +78,7 @@ def test_it_is_pruned_with_all_its_groups_and_trained_as_before(
 
 
 def test_prune_gives_our_network_and_theirs_on_demand(theirs: nn.Module) -> None:
-    pruned = segprune.prune(theirs, 0.5, example_inputs=X)
+    pruned = segprune.prune(theirs, 0.5, example_inputs=X, repair=False)
     assert type(pruned.network) is SegFormer
     removed = 1 - pruned.after.parameters / pruned.before.parameters
     assert removed == pytest.approx(0.5, abs=0.01)
@@ -90,7 +90,7 @@ def test_prune_gives_our_network_and_theirs_on_demand(theirs: nn.Module) -> None
 def test_layers_of_theirs_can_be_ignored(theirs: nn.Module) -> None:
     linear = [m for m in theirs.modules() if isinstance(m, nn.Linear)]
     hidden = next(m for m in linear if (m.in_features, m.out_features) == (32, 128))
-    pruner = L1Pruner(theirs, 0.5, ignored_layers=[hidden])
+    pruner = L1Pruner(theirs, 0.5, ignored_layers=[hidden], repair=False)
     pruner.prune(X)
     assert "encoder.stages.0.blocks.0.mlp.fc1" in pruner.protected_names()
     assert "encoder.stages.0.blocks.0.mlp.ffn" not in pruner.plan.keep
@@ -109,6 +109,6 @@ def test_wrappers_are_taken_off(wrap: object, kind: type[SegFormer], small_spec:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, of what it needs to compile
         wrapped = wrap(model)
-    pruned = L1Pruner(wrapped, 0.5, round_to=1).prune(X)
+    pruned = L1Pruner(wrapped, 0.5, round_to=1, repair=False).prune(X)
     assert type(pruned) is kind
     assert 1 - num_parameters(pruned) / num_parameters(model) == pytest.approx(0.5, abs=0.01)
