@@ -32,6 +32,7 @@ DEPTHS = {
 }
 DECODER_DIMS = {"b0": 256, "b1": 256, "b2": 768, "b3": 768, "b4": 768, "b5": 768}
 VARIANTS = tuple(DEPTHS)
+OTHER = "other"  # the name of a network of other sizes
 
 NUM_STAGES = 4  # of every SegFormer: its decode head joins four maps
 
@@ -248,7 +249,7 @@ _MOST = dict.fromkeys(
 }
 _MOST_REAL = {"norm_eps": 1, "embed_norm_eps": 1, "bn_eps": 1, "qk_scale": 1000}
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "variant": VARIANTS,
+    "variant": (*VARIANTS, OTHER),
     "head": get_args(Head),
     "gelu": get_args(Gelu),
     "head_dropout_kind": get_args(HeadDropout),

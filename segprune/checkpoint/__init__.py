@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from segprune.checkpoint.write import Written
 
 __all__ = [
+    "FORMAT",
     "FORMATS",
     "Checkpoint",
     "build",
@@ -56,10 +57,16 @@ def load(
     variant: str | None = None,
     num_classes: int | None = None,
     weights: str | None = None,
+    heads: Sequence[int] | None = None,
 ) -> SegFormer:
     """Returns the network in a file, in eval mode. The arguments and errors are those of `read`; notes are dropped."""
     checkpoint = read(
-        path, dialect=dialect, variant=variant, num_classes=num_classes, weights=weights
+        path,
+        dialect=dialect,
+        variant=variant,
+        num_classes=num_classes,
+        weights=weights,
+        heads=heads,
     )
     return build(checkpoint).to(device)
 
@@ -71,12 +78,16 @@ def read(
     variant: str | None = None,
     num_classes: int | None = None,
     weights: str | None = None,
+    heads: Sequence[int] | None = None,
+    new_classes: int | None = None,
 ) -> Checkpoint:
     """Reads a file of torch.save, a .safetensors file, a Hugging Face folder, or a hub name ("org/name").
 
     A hub name is downloaded. `dialect` overrules what was assumed. `variant` and `num_classes` are refused if the file
     has others; `num_classes` is needed for the head that a bare backbone will get. `weights` names one of several sets
-    of weights in a file, as the note on them does. Raises ValueError and FileNotFoundError that say in one sentence
+    of weights in a file, as the note on them does. `heads` are those of each stage of a network that is no b0 to b5,
+    which its weights do not tell. `new_classes` is the number of classes of a bare backbone's head where `num_classes`
+    is not given, to look at it. Raises ValueError and FileNotFoundError that say in one sentence
     what is wrong.
     """
     hub = is_hub_name(path)
@@ -101,7 +112,8 @@ def read(
             data = record_from_folder(data, config)
 
         # Weights do not show how many heads there are, so config.json is asked.
-        heads = read_heads(config)
+        if heads is None:
+            heads = read_heads(config)
         checkpoint = from_state_dict(
             data,
             dialect=dialect,
@@ -109,6 +121,7 @@ def read(
             num_classes=num_classes,
             heads=heads,
             weights=weights,
+            new_classes=new_classes,
         )
         if not config:
             return checkpoint
@@ -147,6 +160,7 @@ def from_state_dict(
     num_classes: int | None = None,
     heads: Sequence[int] | None = None,
     weights: str | None = None,
+    new_classes: int | None = None,
 ) -> Checkpoint:
     """Reads a dict in memory: a state dict, bare or in a training script's wrapper, or our file's content.
 
@@ -160,7 +174,13 @@ def from_state_dict(
     if isinstance(state_dict, Mapping) and state_dict.get("format") == FORMAT:
         checkpoint = read_record(state_dict, dialect)
     else:
-        checkpoint = read_foreign(state_dict, dialect, num_classes, heads, weights)
+        checkpoint = read_foreign(
+            state_dict,
+            dialect,
+            new_classes if num_classes is None else num_classes,
+            heads,
+            weights,
+        )
 
     # What was given must agree with the file.
     spec = checkpoint.spec

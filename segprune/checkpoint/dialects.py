@@ -83,7 +83,10 @@ _BLOCK_PARTS = {
     ),
     "mlp.fc2": ("mlp.fc2", "mlp.dense2", "mlp.fc2", "ffn.layers.4"),
 }
-_REDUCTION = ("attn.sr", "attn.norm")  # the last stage has none
+_REDUCTION = (
+    "attn.sr",
+    "attn.norm",
+)  # where the ratio is 1, as in the last stage, there are none
 # One layer of theirs that holds several of ours, in this
 # order, side by side in this dimension of the weight.
 JOINED = {
@@ -289,8 +292,8 @@ def _tell_twins_apart(
 
 
 def decoder_dim(dialect: str, variant: str) -> int:
-    """Returns the published width of the decode head; mmsegmentation's is the same for all variants."""
-    return 256 if dialect == "mmseg" else DECODER_DIMS[variant]
+    """Returns the published width of the decode head; mmsegmentation's, and one of other sizes, is that of a b0."""
+    return 256 if dialect == "mmseg" else DECODER_DIMS.get(variant, 256)
 
 
 def naming_for(dialect: str) -> Naming:
@@ -309,8 +312,8 @@ class Layer:
     pointwise: bool  # it is a 1×1 convolution there and a linear layer here
 
 
-def list_layers(naming: Naming, depths: Sequence[int]) -> list[Layer]:
-    """Returns all layers of a network with that many blocks in each stage."""
+def list_layers(naming: Naming, depths: Sequence[int], reduced: Collection[int]) -> list[Layer]:
+    """Returns all layers of a network with that many blocks in each stage; in the stages `reduced` keys are reduced."""
     # Theirs by ours. The table is filled stage by stage, the decode head is there already.
     names = dict(naming.head)
     for i, depth in enumerate(depths):
@@ -326,7 +329,7 @@ def list_layers(naming: Naming, depths: Sequence[int]) -> list[Layer]:
             for part, columns in _BLOCK_PARTS.items()
             if columns[naming.column]
         }
-        if i == NUM_STAGES - 1:
+        if i not in reduced:
             parts = {part: theirs for part, theirs in parts.items() if part not in _REDUCTION}
         for j in range(depth):
             for part, theirs in parts.items():
@@ -349,6 +352,17 @@ def _make_layer(ours: str, theirs: str, naming: Naming) -> Layer:
 def count_depths(naming: Naming, keys: Collection[str]) -> list[int]:
     """Returns the number of blocks in each stage, from the file's own keys."""
     return [count_blocks(keys, _blocks_stem(naming, i)) for i in range(NUM_STAGES)]
+
+
+def find_reduced(naming: Naming, keys: Collection[str]) -> list[int]:
+    """Returns the stages in which keys and values are reduced, from the file's own keys."""
+    parts = tuple(f".{_BLOCK_PARTS[part][naming.column]}." for part in _REDUCTION)
+    stages = []
+    for i in range(NUM_STAGES):
+        stem = _blocks_stem(naming, i)
+        if any(key.startswith(stem) and any(part in key for part in parts) for key in keys):
+            stages.append(i)
+    return stages
 
 
 def _blocks_stem(naming: Naming, i: int) -> str:

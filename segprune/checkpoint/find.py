@@ -72,7 +72,7 @@ def find_weights(data: Any, wanted: str | None) -> tuple[Weights, tuple[str, ...
         return candidates[taken], ()
     note = (
         f"The file has several sets of weights: {_spell(taken)} was taken, not {', '.join(others)} "
-        "(`weights` of segprune.load, info and convert overrules)."
+        "(`weights` overrules, in segprune info and convert)."
     )
     return candidates[taken], (note,)
 

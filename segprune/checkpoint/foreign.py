@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from segprune.checkpoint.dialects import COUNTERS, detect, name_some, split_beside
+from torch import Tensor
+
+from segprune.checkpoint.dialects import COUNTERS, Naming, detect, name_some, split_beside
 from segprune.checkpoint.find import find_weights
 from segprune.checkpoint.ours import Checkpoint, to_float32
 from segprune.checkpoint.plain import make_plain
 from segprune.checkpoint.preprocessing import read_meta, take_buffers
-from segprune.checkpoint.rename import translate
+from segprune.checkpoint.rename import CLASSIFIER, translate
 from segprune.checkpoint.stated import read_classes, read_heads
 
 
@@ -54,6 +56,11 @@ def read_foreign(
 
     spec, state = translate(state_dict, naming, num_classes=num_classes, heads=heads)
     spec = read_meta(spec, meta)
+    if naming.head and _is_one_logit(state_dict, naming):
+        notes += (
+            "Its one logit, for a sigmoid, was read as two classes, 0 and 1, of the logits 0 and z: exact at the "
+            "threshold 0.5; for another one, t, subtract log(t / (1 - t)) from the second bias.",
+        )
     if preprocessing is not None:
         spec = replace(spec, preprocessing=preprocessing)
 
@@ -65,6 +72,10 @@ def read_foreign(
         f"Only a backbone was found: the decode head for {spec.num_classes} classes is new and untrained.",
     )
     return Checkpoint(spec, state, naming.dialect, notes, backbone_only=True, extra={})
+
+
+def _is_one_logit(state_dict: Mapping[str, Tensor], naming: Naming) -> bool:
+    return len(state_dict[f"{naming.head[CLASSIFIER]}.weight"]) == 1
 
 
 def _note_beside(keys: Sequence[str]) -> tuple[str, ...]:

@@ -181,10 +181,11 @@ def apply_config(
     if not backbone_only:
         expected["decoder_hidden_size"] = spec.decoder_dim
 
-    # A known activation is taken over. Another one is reported like any contradiction.
     activation = config.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in GELUS:
-        expected["hidden_act"] = " or ".join(GELUS)
+        raise ValueError(
+            f"config.json says hidden_act {activation}; only networks with {' or '.join(GELUS)} are read."
+        )
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise ValueError(

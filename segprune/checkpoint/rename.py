@@ -16,6 +16,7 @@ from segprune.checkpoint.dialects import (
     count_blocks,
     count_depths,
     decoder_dim,
+    find_reduced,
     join_key,
     list_layers,
     naming_for,
@@ -26,6 +27,7 @@ from segprune.spec import (
     DEPTHS,
     NUM_HEADS,
     NUM_STAGES,
+    OTHER,
     VARIANTS,
     WIDTHS,
     Spec,
@@ -33,6 +35,8 @@ from segprune.spec import (
     standard_spec,
     with_widths,
 )
+
+CLASSIFIER = "decode_head.classifier"
 
 
 def translate(
@@ -47,7 +51,12 @@ def translate(
     Strict: raises ValueError that names the file's own keys that are missing, unknown or of another shape than its
     variant's. `num_classes` is that of the head which a bare backbone will get, `heads` as for `infer_spec`.
     """
-    ours = to_ours(state_dict, naming)
+    ours = _with_two_classes(to_ours(state_dict, naming))
+    first = ours[f"{stage_name(0)}.patch_embed.proj.weight"]
+    if first.dim() == 4 and first.shape[1] != 3:
+        raise ValueError(
+            f"It takes images of {first.shape[1]} channels; only networks for three channels are read."
+        )
     spec = infer_spec(ours, naming, num_classes=num_classes, heads=heads)
 
     # Tensors are compared under our names. The message then gives those in the file.
@@ -59,6 +68,19 @@ def translate(
     if wrong:
         _raise_in_their_names(wrong, state_dict, expected, naming, spec)
     return spec, ours
+
+
+def _with_two_classes(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a network of one logit z, whose sigmoid tells two classes apart, as one of the logits 0 and z.
+
+    It is exact: the larger logit is that of sigmoid(z) > 1/2, and cross-entropy is binary cross-entropy.
+    """
+    names = [f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"]
+    if any(name not in ours or ours[name].shape[:1] != (1,) for name in names):
+        return ours
+    return ours | {
+        name: torch.cat([torch.zeros_like(ours[name]), ours[name]]) for name in names
+    }
 
 
 def _raise_in_their_names(
@@ -94,7 +116,10 @@ def to_ours(state_dict: Mapping[str, Tensor], naming: Naming) -> dict[str, Tenso
     """
     # Depths are counted in the file, before it is known which variant it is.
     layers = {
-        layer.theirs: layer for layer in list_layers(naming, count_depths(naming, state_dict))
+        layer.theirs: layer
+        for layer in list_layers(
+            naming, count_depths(naming, state_dict), find_reduced(naming, state_dict)
+        )
     }
 
     ours: dict[str, Tensor] = {}
@@ -193,7 +218,9 @@ def _put_together(layer: Layer, leaf: str, state_dict: Mapping[str, Tensor]) -> 
 def _layers_by_our_name(naming: Naming, spec: Spec) -> dict[str, Layer]:
     """Returns for each of our layers the one of theirs that holds it."""
     layers: dict[str, Layer] = {}
-    for layer in list_layers(naming, [len(stage.blocks) for stage in spec.stages]):
+    depths = [len(stage.blocks) for stage in spec.stages]
+    reduced = [i for i, stage in enumerate(spec.stages) if stage.reduction_ratio > 1]
+    for layer in list_layers(naming, depths, reduced):
         layers |= dict.fromkeys(layer.ours, layer)
     return layers
 
@@ -205,11 +232,11 @@ def infer_spec(
     num_classes: int | None = None,
     heads: Sequence[int] | None = None,
 ) -> Spec:
-    """Returns the standard network that the shapes are of; heads are 1 2 5 8, which no shape shows.
+    """Returns the network that the shapes are of; heads, which no shape shows, are 1 2 5 8 unless `heads` tells them.
 
-    The decode head may have any width. Where `heads` says how many each stage has, so may the FFNs and all stages but
-    the first. Raises ValueError if stage widths and depths are those of no variant, or if there is no decode head to
-    read the number of classes off and `num_classes` is not given.
+    The decode head may have any width. Where `heads` says how many each stage has, so may all stages and FFNs. Raises
+    ValueError if stage widths and depths are those of no variant and `heads` is not given, or if there is no decode
+    head to read the number of classes off and `num_classes` is not given.
     """
     stages = [stage_name(i) for i in range(NUM_STAGES)]
     widths = tuple(ours[f"{stage}.patch_embed.proj.weight"].shape[0] for stage in stages)
@@ -220,29 +247,50 @@ def infer_spec(
     dim = decoder_dim(naming.dialect, variant)
     if naming.head:
         dim = ours["decode_head.norm.weight"].shape[0]
-        num_classes = ours["decode_head.classifier.weight"].shape[0]
+        num_classes = ours[f"{CLASSIFIER}.weight"].shape[0]
     if num_classes is None:
         raise ValueError(
             "This is a backbone without decode head, so its classes are unknown; give `num_classes` to train it, "
             "or a whole network."
         )
-    spec = standard_spec(
-        variant, num_classes, numerics=NUMERICS[naming.dialect], decoder_dim=dim
-    )
-    spec = replace(spec, head=HEADS[naming.dialect])
-    if heads is None:
-        return spec
 
-    # Stages of the standard widths have the standard
-    # heads; others have those that the file states.
-    if widths == WIDTHS[variant]:
-        heads = NUM_HEADS
-    ffn_dims = [ours[f"{stage}.blocks.0.mlp.fc1.weight"].shape[0] for stage in stages]
-    return replace(spec, stages=tuple(map(with_widths, spec.stages, widths, heads, ffn_dims)))
+    # A network of other sizes is laid out like the smallest variant. What shapes show is then read off them.
+    home = variant if variant in VARIANTS else VARIANTS[0]
+    spec = standard_spec(home, num_classes, numerics=NUMERICS[naming.dialect], decoder_dim=dim)
+    layout = []
+    for i, stage in enumerate(spec.stages):
+        ratio = _read_ratio(ours, stages[i])
+        num_heads, ffn_dim = stage.blocks[0].num_heads, stage.blocks[0].ffn_dim
+        if heads is not None:
+            num_heads = heads[i]
+            ffn_dim = ours[f"{stages[i]}.blocks.0.mlp.fc1.weight"].shape[0]
+        if widths[i] % num_heads:
+            raise ValueError(
+                f"`heads` {spell_row(heads or NUM_HEADS)} do not divide the stage widths {spell_row(widths)}; "
+                "give the number of attention heads that each stage was trained with."
+            )
+        stage = replace(stage, reduction_ratio=ratio, blocks=(stage.blocks[0],) * depths[i])
+        layout.append(with_widths(stage, widths[i], num_heads, ffn_dim))
+    return replace(spec, variant=variant, stages=tuple(layout), head=HEADS[naming.dialect])
+
+
+def _read_ratio(ours: Mapping[str, Tensor], stage: str) -> int:
+    """Returns the reduction ratio of a stage, which is the size of its filters."""
+    shapes = [
+        tensor.shape
+        for key, tensor in ours.items()
+        if key.startswith(f"{stage}.") and key.endswith(".attn.sr.weight")
+    ]
+    # An odd shape is left for the check of all shapes.
+    ratios = [shape[3] for shape in shapes if len(shape) == 4]
+    return max(ratios, key=ratios.count) if ratios else 1
 
 
 def _find_variant(widths: tuple[int, ...], depths: tuple[int, ...], *, narrowed: bool) -> str:
-    """Returns the variant with these stage widths and depths; if `narrowed`, only the first stage's width counts."""
+    """Returns the variant with these stage widths and depths; if `narrowed`, only the first stage's width counts.
+
+    A narrowed network that is like no variant is an "other" one.
+    """
     for variant in VARIANTS:
         if (widths, depths) == (WIDTHS[variant], DEPTHS[variant]):
             return variant
@@ -251,12 +299,13 @@ def _find_variant(widths: tuple[int, ...], depths: tuple[int, ...], *, narrowed:
         # tells b0 from b1, which are equally deep.
         if narrowed and (widths[0], depths) == (WIDTHS[variant][0], DEPTHS[variant]):
             return variant
+    if narrowed and all(depths):
+        return OTHER
 
     known = [
         f"{name}: {spell_row(WIDTHS[name])}, {spell_row(DEPTHS[name])}" for name in VARIANTS
     ]
     raise ValueError(
         f"Its stage widths {spell_row(widths)} and depths {spell_row(depths)} are those of no variant "
-        f"({'; '.join(known)}); give the network as it was before another tool changed it, since weights alone do not "
-        "tell its heads."
+        f"({'; '.join(known)}); give `heads`, how many attention heads each stage has, which weights do not tell."
     )

@@ -8,11 +8,20 @@ from typing import Annotated
 from typer import Argument, Option
 
 from segprune import checkpoint
-from segprune.checkpoint import FORMATS
+from segprune.checkpoint import FORMAT, FORMATS
 from segprune.cli.console import console, show_notes
-from segprune.cli.flags import Dialect, InputFlags, ModelFile, refuse_without_effect
+from segprune.cli.flags import (
+    Dialect,
+    Heads,
+    InputFlags,
+    ModelFile,
+    Weights,
+    refuse_without_effect,
+)
 from segprune.files import is_same_path
 from segprune.stats import count
+
+TARGETS = (*FORMATS, FORMAT)
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class ConvertFlags:
     target: Annotated[
         str, Argument(metavar="TARGET", help="Folder (hf) or .pth, .pt, .bin file to write.")
     ]
-    to: Annotated[str, Option("--to", help=f"Whose format: {', '.join(FORMATS)}.")]
+    to: Annotated[str, Option("--to", help=f"Whose format: {', '.join(TARGETS)}.")]
     input_shape: Annotated[
         tuple[int, int],
         Option(
@@ -31,6 +40,8 @@ class ConvertFlags:
         ),
     ] = (512, 512)
     dialect: Dialect = None
+    weights: Weights = None
+    heads: Heads = None
 
 
 def run(flags: ConvertFlags, inputs: InputFlags, given: frozenset[str]) -> None:
@@ -38,10 +49,10 @@ def run(flags: ConvertFlags, inputs: InputFlags, given: frozenset[str]) -> None:
 
     Weights are rewritten so that the other tool's numerics give the same logits. What its classes cannot hold is
     written with code of its own into a Hugging Face folder, and refused elsewhere. What was written is read again, and
-    kept if the logits are the same.
+    kept if the logits are the same. A file for segprune itself keeps what --weights, --heads and --dialect said.
     """
-    if flags.to not in FORMATS:
-        raise ValueError(f"Unknown format {flags.to!r}; --to knows {', '.join(FORMATS)}.")
+    if flags.to not in TARGETS:
+        raise ValueError(f"Unknown format {flags.to!r}; --to knows {', '.join(TARGETS)}.")
     refuse_without_effect(
         given, ("input_shape", flags.to != "hf", f"with --to {flags.to}, which keeps no size")
     )
@@ -50,13 +61,25 @@ def run(flags: ConvertFlags, inputs: InputFlags, given: frozenset[str]) -> None:
             f"{flags.target} is the checkpoint itself; give another place to write to."
         )
 
-    opened = inputs.apply(checkpoint.read(flags.model_path, dialect=flags.dialect))
+    opened = inputs.apply(
+        checkpoint.read(
+            flags.model_path, dialect=flags.dialect, weights=flags.weights, heads=flags.heads
+        )
+    )
     # A file for another tool holds a whole network.
     if opened.backbone_only:
         raise ValueError(
             f"{flags.model_path} holds only a backbone; train it first with segprune train."
         )
     show_notes(opened.notes)
+
+    # Our own file keeps what the flags said, and every command opens it without them.
+    parameters = count(opened.spec, flags.input_shape).parameters
+    network = f"{opened.spec.variant}, {parameters:,} parameters"
+    if flags.to == FORMAT:
+        checkpoint.save(checkpoint.build(opened), flags.target, extra=opened.extra)
+        console.print(f"Written for {FORMAT}, {network}: {flags.target}", soft_wrap=True)
+        return
 
     # Write it, read it again and compare.
     written = checkpoint.convert(
@@ -70,9 +93,7 @@ def run(flags: ConvertFlags, inputs: InputFlags, given: frozenset[str]) -> None:
     show_notes(written.notes)
 
     readers = " and ".join(written.readers)
-    parameters = count(opened.spec, flags.input_shape).parameters
     console.print(
         f"Read again by {readers}: logits differ by {written.difference:.1e} of the largest at most."
     )
-    network = f"{opened.spec.variant}, {parameters:,} parameters"
     console.print(f"Written for {flags.to}, {network}: {flags.target}", soft_wrap=True)

@@ -73,6 +73,20 @@ SkipBad = Annotated[
 Dialect = Annotated[
     str | None, typer.Option("--dialect", help="Overrules the dialect that is recognised.")
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="Which of several sets of weights in the file, for example ema."
+    ),
+]
+Heads = Annotated[
+    tuple[int, int, int, int] | None,
+    typer.Option(
+        "--heads",
+        metavar="N N N N",
+        help="Attention heads of each stage of a network that is no b0 to b5.",
+    ),
+]
 Cuda = Annotated[bool, switch("--cuda", "Use the GPU.")]
 LoaderProcesses = Annotated[
     int | None,

@@ -11,10 +11,12 @@ from typer import Option
 from segprune import checkpoint
 from segprune.checkpoint import Checkpoint
 from segprune.cli.console import console, show_notes, show_settings, show_table
-from segprune.cli.flags import Dialect, ModelFile, switch
+from segprune.cli.flags import Dialect, Heads, ModelFile, Weights, switch
 from segprune.runs.records import network_size
 from segprune.spec import BlockSpec, Preprocessing, spec_to_dict
 from segprune.stats import count
+
+NEW_CLASSES = 150  # of the head that a bare backbone is shown with, as published
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class InfoFlags:
         Option("--input_shape", metavar="H W", help="Size at which MACs are counted."),
     ] = (512, 512)
     dialect: Dialect = None
+    weights: Weights = None
+    heads: Heads = None
     num_classes: Annotated[
         int | None,
         Option("--num_classes", help="For a backbone-only file: classes of the new head."),
@@ -37,7 +41,12 @@ class InfoFlags:
 def run(flags: InfoFlags) -> None:
     """Show a checkpoint's dialect, variant, widths per stage and block, parameters and MACs."""
     opened = checkpoint.read(
-        flags.model_path, dialect=flags.dialect, num_classes=flags.num_classes
+        flags.model_path,
+        dialect=flags.dialect,
+        num_classes=flags.num_classes,
+        weights=flags.weights,
+        heads=flags.heads,
+        new_classes=NEW_CLASSES,
     )
     spec = opened.spec
     counts = count(spec, flags.input_shape)

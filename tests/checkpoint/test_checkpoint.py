@@ -620,3 +620,21 @@ def test_a_lora_adapter_is_refused_with_the_remedy(trained_like: Fill, tmp_path:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"LoRA adapter, .*merge_and_unload\(\)"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("dialect", ["nvlabs", "mmseg"])
+def test_one_logit_is_read_as_two_classes_exactly(dialect: str, trained_like: Fill) -> None:
+    theirs = reference(dialect, trained_like, num_classes=1)
+    found = from_state_dict(theirs.state_dict(), dialect=dialect)
+    assert found.spec.num_classes == 2
+    assert "threshold 0.5" in found.notes[-1]
+    logits, z = infer(build(found)), infer(theirs)
+    torch.testing.assert_close(logits[:, 1:], z, rtol=0, atol=2e-5)
+    assert not logits[:, 0].any()
+    torch.testing.assert_close(logits.softmax(1)[:, 1:], z.sigmoid(), rtol=0, atol=2e-5)
+
+
+def test_other_numbers_of_channels_are_refused_with_the_number(bare: dict[str, Tensor]) -> None:
+    key = "backbone.patch_embed1.proj.weight"
+    with pytest.raises(ValueError, match=r"images of 4 channels; only .* three channels"):
+        from_state_dict(bare | {key: torch.ones(32, 4, 7, 7)})

@@ -10,9 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import SegformerForImageClassification
+from transformers import (
+    SegformerConfig,
+    SegformerForImageClassification,
+    SegformerForSemanticSegmentation,
+)
 
-from segprune.checkpoint import build, load, read
+from segprune.checkpoint import build, load, read, save
 from segprune.checkpoint.dialects import NUMERICS
 from segprune.checkpoint.hf_in import JSONS
 from segprune.spec import standard_spec
@@ -178,11 +182,9 @@ def test_weights_without_names_beside_a_config_are_refused(weights: Any, folder:
     [
         ("depths", [3, 4, 6, 3]),
         ("hidden_sizes", [64, 128, 320, 512]),
-        ("num_attention_heads", [1, 2, 4, 8]),
         ("decoder_hidden_size", 768),
         ("mlp_ratios", [4, 4, 2, 2]),
         ("sr_ratios", [8, 4, 2, 2]),
-        ("hidden_act", "gelu_new"),
         ("model_type", "swin"),
     ],
 )
@@ -324,4 +326,43 @@ def test_of_a_folder_that_is_no_checkpoint_the_one_in_it_is_named(folder: Path) 
     (folder / "model.safetensors").unlink()
     (folder / "tf_model.h5").write_bytes(b"x")
     with pytest.raises(ValueError, match="from_tf=True"):
+        read(folder)
+
+
+SIZES = {
+    "narrow": {"hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [2, 2, 3, 4]},
+    "shallow": {"depths": [1, 1, 2, 1]},
+    "heads": {"num_attention_heads": [1, 2, 4, 8]},
+    "reduction": {"sr_ratios": [4, 2, 1, 1], "mlp_ratios": [4, 2, 4, 4]},
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_a_network_of_other_sizes_is_built_from_its_config_and_its_shapes(
+    sizes: dict[str, Any], trained_like: Fill, tmp_path: Path
+) -> None:
+    config = SegformerConfig(num_labels=3, decoder_hidden_size=32, **sizes)
+    theirs = trained_like(SegformerForSemanticSegmentation(config).eval())
+    theirs.save_pretrained(tmp_path / "hf")
+    found = read(tmp_path / "hf")
+    own = sizes.keys() & {"hidden_sizes", "depths"}
+    assert found.spec.variant == ("other" if own else "b0")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        ours = build(found).parts(x)[1]
+        torch.testing.assert_close(ours, theirs(x).logits, rtol=0, atol=2e-5)
+
+    # Of the weights alone all but the heads can be read.
+    save_file(theirs.state_dict(), tmp_path / "a.safetensors")
+    again = read(tmp_path / "a.safetensors", heads=config.num_attention_heads)
+    assert again.spec.stages == found.spec.stages
+    save(build(again), tmp_path / "ours.pth")
+    assert read(tmp_path / "ours.pth").spec == again.spec
+    with pytest.raises(ValueError, match="`heads` 7 7 7 7 do not divide the stage widths"):
+        read(tmp_path / "a.safetensors", heads=[7, 7, 7, 7])
+
+
+def test_an_activation_that_is_not_known_is_refused_by_name(folder: Path) -> None:
+    edit_config(folder, hidden_act="relu")
+    with pytest.raises(ValueError, match="hidden_act relu; only networks with gelu or gelu_py"):
         read(folder)

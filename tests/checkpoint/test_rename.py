@@ -353,7 +353,7 @@ def test_widths_and_depths_of_no_variant_are_refused_with_those_expected(
     known = (
         rf"b0: 32 64 160 256, 2 2 2 2; .*b5: 64 128 320 512, {' '.join(map(str, DEPTHS['b5']))}"
     )
-    message = rf"widths 32 64 160 256 and depths 2 2 1 2 are those of no variant \({known}\); give the network as"
+    message = rf"widths 32 64 160 256 and depths 2 2 1 2 are those of no variant \({known}\); give `heads`"
     with pytest.raises(ValueError, match=message):
         convert(shallow, "nvlabs")
 

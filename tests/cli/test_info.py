@@ -114,9 +114,7 @@ def test_a_backbone_is_shown_with_the_classes_it_would_get(
         },
         path,
     )
-    assert refused("info", path).endswith(
-        "its classes are unknown; give --num_classes to train it, or a whole network."
-    )
+    assert "the decode head for 150 classes is new and untrained" in done("info", path)
     out = done("info", path, "--num_classes", 7)
     assert "num_classes 7" in out
     assert (
@@ -135,3 +133,18 @@ def test_of_an_exported_file_it_is_said_which_commands_read_it(
             f"{path} ends in '{suffix}'; a checkpoint ends in .pth, .pt, .bin or .safetensors, or is a Hugging Face "
             "folder; exported files are read by segprune eval and segprune benchmark."
         )
+
+
+def test_a_set_of_weights_is_chosen_and_kept_in_a_file_of_ours(
+    trained_like: Fill, tmp_path: Path
+) -> None:
+    ema = state_in("hf", trained_like)
+    content = {"model": {key: tensor * 0 for key, tensor in ema.items()}, "ema": ema}
+    torch.save(content, tmp_path / "a.ckpt")
+    assert "model was taken, not ema (--weights" in done("info", tmp_path / "a.ckpt")
+    assert "was taken" not in done("info", tmp_path / "a.ckpt", "--weights", "ema")
+    flags = ("--to", "segprune", "--weights", "ema", "--heads", 1, 2, 4, 8)
+    done("convert", tmp_path / "a.ckpt", tmp_path / "ours.pth", *flags)
+    found = read(tmp_path / "ours.pth")
+    assert found.state_dict["decode_head.classifier.weight"].any()
+    assert [stage.blocks[0].num_heads for stage in found.spec.stages] == [1, 2, 4, 8]
