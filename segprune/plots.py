@@ -7,11 +7,14 @@ them; if there is none, the class's number replaces its name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, findSystemFonts
@@ -191,6 +194,42 @@ def trade_off(
     # Below the axes, where long names hide no point.
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     _save(figure, path)
+
+
+def lines_svg(
+    lines: Sequence[tuple[Sequence[tuple[float, float]], str, bool]], *, whole_x: bool = False
+) -> str:
+    """Returns a chart as an SVG element for a page: points (x, y) with a colour, joined or not; in all two at least.
+
+    Axes have numbers alone, in the page's own colour and font; what they mean is for the page to write.
+    """
+    figure = Figure(figsize=(6.4, 3.2))
+    axes = figure.subplots()
+    for points, colour, joined in lines:
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        style = "o-" if joined else "D"
+        axes.plot(x, y, style, color=colour, markersize=5 if joined else 7, linewidth=1.6)
+    axes.grid(True, color="#808080", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if whole_x:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+    # Text stays text, in a colour that is replaced by the one of the page around it.
+    ink = "#010203"
+    axes.tick_params(colors=ink)
+    for spine in axes.spines.values():
+        spine.set_color(ink)
+    file = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "segprune"}):
+        figure.savefig(
+            file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+        )
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Groups of several charts have the same names, which a page may hold once.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    return svg[svg.index("<svg") :].replace(ink, "currentColor")
 
 
 def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, colour: str) -> None:

@@ -24,6 +24,7 @@ ROWS = (
     ("pruning", "export"),
     ("benchmark", "formats"),
     ("runs",),
+    ("report",),
     ("api",),
     ("cli",),
     ("doors",),

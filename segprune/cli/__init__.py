@@ -19,6 +19,7 @@ from segprune.cli import (
     export,
     info,
     predict,
+    report,
     shapes,
     sweep,
 )
@@ -58,6 +59,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # with an examp
     ),
     ("convert", convert.run, "b2_pruned_0.5.pth my_folder --to hf"),
     ("sweep", sweep.run, "logs/your_model.pth --data VOCdevkit --rates 0,0.3,0.5,0.7,0.9"),
+    ("report", report.run, "logs_pruning/l1/b2"),
     ("info", info.run, "logs/your_model.pth"),
     ("shapes", shapes.run, "data/shapes --num_train 2000"),
 )

@@ -34,6 +34,7 @@ from segprune.cli.flags import (
     refuse_without_effect,
     switch,
 )
+from segprune.cli.report import make_page
 from segprune.data import DataChoices
 from segprune.export.runtimes import PROGRAMS, is_exported, open_exported
 from segprune.files import check_writable, write_json
@@ -176,6 +177,7 @@ def run(flags: EvalFlags, inputs: InputFlags, given: frozenset[str]) -> None:
         console.print(
             f"Saved: {SCORES}, {TABLE}, {MATRIX} and plots in {flags.save_dir}", soft_wrap=True
         )
+        make_page(Path(flags.save_dir), device)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ def results_record(
             "random_weights": not settings["model_path"],
         },
         "pruning_config": dict(how),
-        "original_model": network_record(original, latencies[0], scores.get("dense")),
+        "original_model": network_record(original, latencies[0], scores.get("dense"))
+        | {"spec": spec_to_dict(opened.spec)},
         "folded_model": network_size(folded),
         "pruned_model": network_record(after, latencies[1], scores.get("pruned"))
         | {"spec": spec_to_dict(pruned.spec)},

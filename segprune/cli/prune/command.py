@@ -45,6 +45,7 @@ from segprune.cli.prune.flags import (
 )
 from segprune.cli.prune.search import save_neighbours, search_rate, search_record
 from segprune.cli.prune.steps import Tuning, prune_in_steps
+from segprune.cli.report import make_page
 from segprune.cli.train import flags as train
 from segprune.cli.train.command import check_teacher_names, fit_with
 from segprune.cli.train.flags import TrainSettings
@@ -216,7 +217,8 @@ def run(
             progress=advance,
         )
     record = results_record(opened, pruned, latencies, scores, how, settings) | {
-        "model_save_path": str(path)
+        "model_save_path": str(path),
+        "class_names": extra.get("class_names", []),
     }
     if search is not None:
         paths = save_neighbours(search, path, extra, how)
@@ -236,6 +238,7 @@ def run(
         fit = fit_with(tune_settings, pruned, tuning.source, pixels, extra, tuning.teacher)
         add_finetuned(record, fit, folder)
     show_closing(record, folder)
+    make_page(folder, device)
 
 
 def _label(options: PruneOptions) -> str:

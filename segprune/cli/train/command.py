@@ -23,6 +23,7 @@ from segprune.cli.console import (
 )
 from segprune.cli.flags import InputFlags
 from segprune.cli.prune.closing import STARTED_FROM, add_finetuned, show_closing, unfinished
+from segprune.cli.report import make_page
 from segprune.cli.train.flags import RunFlags, StartFlags, TrainSettings, check_effects
 from segprune.cli.train.view import training_view
 from segprune.data import DataChoices, Source
@@ -120,11 +121,13 @@ def run(
     console.print(f"Saved: {folder / BEST}\n       {folder / LAST}", soft_wrap=True)
 
     # A run of `segprune prune` that stopped while it fine-tuned is closed here.
-    if (
-        record is not None and os.environ.get("RANK", "0") == "0"
-    ):  # one of several processes writes
+    if os.environ.get("RANK", "0") != "0":  # one of several processes writes
+        return
+    if record is not None:
         add_finetuned(record, fitted, folder.resolve().parent)
         show_closing(record, folder.resolve().parent)
+        make_page(folder.resolve().parent, device)
+    make_page(folder, device)
 
 
 def fit_with(
