@@ -145,10 +145,9 @@ def _draw(
 
 def _map_uri(labels: Bytes, palette: Sequence[int], size: tuple[int, int]) -> str:
     """Returns the classes in their colours; black, mostly background, and what is ignored hide nothing."""
-    colours = np.asarray(palette, dtype=np.uint8).reshape(256, 3)
-    opaque = colours.any(axis=1)
-    opaque[IGNORE_INDEX] = False
-    return _palette_uri(labels, colours, opaque, size)
+    colours = np.array(palette, dtype=np.uint8).reshape(256, 3)
+    colours[IGNORE_INDEX] = 0
+    return _palette_uri(labels, colours, size)
 
 
 def _change_uri(
@@ -164,15 +163,16 @@ def _change_uri(
 
     colours = np.zeros((256, 3), dtype=np.uint8)
     colours[: len(CHANGES)] = CHANGES
-    return _palette_uri(kinds.astype(np.uint8), colours, colours.any(axis=1), size)
+    return _palette_uri(kinds.astype(np.uint8), colours, size)
 
 
-def _palette_uri(values: Bytes, colours: Bytes, opaque: Bytes, size: tuple[int, int]) -> str:
+def _palette_uri(values: Bytes, colours: Bytes, size: tuple[int, int]) -> str:
+    """Returns a image of the values in their colours [256, 3], transparent where that is black."""
     # Values must not be mixed, so that the nearest one is taken.
     drawn = Image.fromarray(values).resize(size, Image.Resampling.NEAREST)
     drawn.putpalette(colours.tobytes())
+    transparency = (255 * colours.any(axis=1)).astype(np.uint8).tobytes()
     file = io.BytesIO()
-    transparency = (opaque.astype(np.uint8) * 255).tobytes()
     drawn.save(file, format="PNG", optimize=True, transparency=transparency)
     return _data_uri(file, "png")
 

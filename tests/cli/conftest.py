@@ -11,7 +11,9 @@ from torch import nn
 
 from segprune.checkpoint import read, save
 from segprune.cli.console import console
+from segprune.cli import eval as eval_command
 from segprune.cli.prune import command as prune_command
+from segprune.cli.train import command as train_command
 from segprune.data import write_shapes
 from segprune.model import SegFormer
 from segprune.spec import Numerics, Spec, standard_spec
@@ -34,6 +36,19 @@ def _no_images_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """Drawing images, and the plan and the repair with them, takes ten seconds: only where a test is about it."""
     if "draws_images" not in request.fixturenames:
         monkeypatch.setattr(prune_command, "may_draw_images", lambda *records: False)
+
+
+@pytest.fixture
+def makes_page() -> None:
+    """For tests of the report page."""
+
+
+@pytest.fixture(autouse=True)
+def _no_page_made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page takes a second, after every run: only where a test is about it."""
+    if "makes_page" not in request.fixturenames:
+        for module in (prune_command, train_command, eval_command):
+            monkeypatch.setattr(module, "make_page", lambda folder, device: None)
 
 
 @pytest.fixture(scope="session")
