@@ -38,6 +38,7 @@ from segprune.cli.flags import (
     Verbose,
     refuse_without_effect,
 )
+from segprune.cli.report import make_page
 from segprune.data import DataChoices, Source
 from segprune.data.unlabelled import batch_pixels, list_images, load_images
 from segprune.files import check_writable
@@ -189,6 +190,7 @@ def run(flags: SweepFlags, inputs: InputFlags, given: frozenset[str]) -> None:
                 f"Interrupted; {folder.path} holds {saved}, and the same command goes on from there."
             ) from None
     _show_end(save_tables(folder), folder.path.parent)
+    make_page(folder.path.parent, device)
 
 
 def _parse_rates(text: str) -> list[float]:

@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from segprune.checkpoint import build, read
+from segprune.checkpoint import Checkpoint, build, read
 from segprune.data import DataChoices, open_source, score_whole_pool
 from segprune.files import atomic_path
 from segprune.inference.evaluate import EvalMode
 from segprune.report.examples import choose_examples
 from segprune.report.gather import Facts, Note, find_folders, gather
 from segprune.report.render import Gallery, Language, render
+from segprune.spec import Preprocessing
 
 __all__ = ["PAGE", "Language", "find_folders", "write_report"]
 
@@ -63,9 +65,11 @@ def _show_examples(
 
     # Anything may have changed since the run: files moved, labels edited.
     try:
-        networks = [build(read(path)).to(device).eval() for path in paths]
+        opened = [_read_network(path, settings) for path in paths]
+        networks = [build(own).to(device).eval() for own in opened]
+        expected = opened[0].spec.preprocessing
         source = open_source(data, settings.get("layout"))
-        source = score_whole_pool(_choices(settings).apply(source))
+        source = score_whole_pool(_choices(settings, expected).apply(source))
         samples = source.split(str(settings.get("split") or "val"))
         how = _eval_mode(settings)
         num_classes = networks[-1].spec.num_classes
@@ -77,12 +81,27 @@ def _show_examples(
     return Gallery(tuple(examples), source.class_names, source.palette)
 
 
-def _choices(settings: Any) -> DataChoices:
+def _read_network(path: str, settings: Mapping[str, Any]) -> Checkpoint:
+    """Returns the checkpoint, read as it was when the run began."""
+    given = Path(str(settings.get("model_path"))).name == Path(path).name
+    opened = read(path, dialect=settings.get("dialect") if given else None)
+    # Pixels and labels as the user said, where he said anything.
+    overruled = {}
+    for field in fields(Preprocessing):
+        value = settings.get(field.name)
+        if value is not None:
+            overruled[field.name] = tuple(value) if isinstance(value, list) else value
+    own = replace(opened.spec.preprocessing, **overruled)
+    return replace(opened, spec=replace(opened.spec, preprocessing=own))
+
+
+def _choices(settings: Mapping[str, Any], expected: Preprocessing) -> DataChoices:
     names = ("label_offset", "val_split", "val_share", "seed")
-    return DataChoices(**{name: settings[name] for name in names if name in settings})
+    given = {name: settings[name] for name in names if name in settings}
+    return DataChoices(**given, expected=expected)
 
 
-def _eval_mode(settings: Any) -> EvalMode:
+def _eval_mode(settings: Mapping[str, Any]) -> EvalMode:
     """Returns how images were put through the network; but with one view, which is enough to look at."""
     height, width = settings["input_shape"]
     mode = settings.get("mode", "letterbox")

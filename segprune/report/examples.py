@@ -21,6 +21,7 @@ from segprune.data import IGNORE_INDEX, Sample
 from segprune.data.transforms import Bytes
 from segprune.inference.evaluate import EvalMode
 from segprune.inference.label_maps import Network, Predict, label_maps, prepare
+from segprune.spec import preprocessing_of
 
 NUM_TRIED = 24
 NUM_SHOWN = 12
@@ -74,7 +75,10 @@ def choose_examples(
     progress: Progress | None = None,
 ) -> list[Example]:
     """Returns the examples of one network, or of one before and one after; those with no labelled pixel are left out."""
-    seers = [Network(network, num_classes, device, 1) for network in networks]
+    seers = [
+        Network(network, num_classes, device, 1, preprocessing_of(network))
+        for network in networks
+    ]
     places = np.linspace(0, len(samples) - 1, min(NUM_TRIED, len(samples))).round().astype(int)
 
     tried = []

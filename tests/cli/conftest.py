@@ -10,8 +10,9 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from segprune.checkpoint import read, save
-from segprune.cli.console import console
 from segprune.cli import eval as eval_command
+from segprune.cli import sweep as sweep_command
+from segprune.cli.console import console
 from segprune.cli.prune import command as prune_command
 from segprune.cli.train import command as train_command
 from segprune.data import write_shapes
@@ -47,7 +48,7 @@ def makes_page() -> None:
 def _no_page_made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page takes a second, after every run: only where a test is about it."""
     if "makes_page" not in request.fixturenames:
-        for module in (prune_command, train_command, eval_command):
+        for module in (prune_command, train_command, eval_command, sweep_command):
             monkeypatch.setattr(module, "make_page", lambda folder, device: None)
 
 

@@ -68,6 +68,7 @@ def test_the_help_of_a_command_lists_every_flag(name: str) -> None:
         "benchmark": {"model_paths"},
         "sweep": {"model_paths"},
         "convert": {"model_path", "target"},
+        "report": {"folder"},
     }.get(name, {"model_path"} if name in takes_file else set())
     fields = set()
     for record in records_of(name):
