@@ -6,13 +6,14 @@ memory   the peak of one case, in a process of its own
 rounds   all cases in turns, and the rows that come of it
 """
 
-from segprune.benchmark.cases import DTYPES, RUNTIMES, Case, export_cases, grid
+from segprune.benchmark.cases import DTYPES, OUTPUTS, RUNTIMES, Case, export_cases, grid
 from segprune.benchmark.memory import peak_memory
 from segprune.benchmark.opened import Opened, open_case
 from segprune.benchmark.rounds import Row, measure
 
 __all__ = [
     "DTYPES",
+    "OUTPUTS",
     "RUNTIMES",
     "Case",
     "Opened",

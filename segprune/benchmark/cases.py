@@ -15,6 +15,7 @@ from segprune.model import check_input
 from segprune.timing import PRECISIONS
 
 DTYPES: tuple[str, ...] = PRECISIONS
+OUTPUTS = ("logits", "classes")
 LIVE = ("torch", "compile")  # run checkpoints themselves, on a GPU as well
 COMPUTE_IN_HALF = (
     "onnx",
@@ -36,7 +37,10 @@ RUNTIMES |= {
 
 @dataclass(frozen=True)
 class Case:
-    """`path` is the file as it was given, `file` what is opened: another one where the checkpoint was exported."""
+    """`path` is the file as it was given, `file` what is opened: another one where the checkpoint was exported.
+
+    `output` is what a checkpoint's pass ends with: logits of the input's size, or the classes alone.
+    """
 
     path: str
     runtime: str
@@ -47,6 +51,7 @@ class Case:
     device: str = "cpu"
     fold: bool = False  # a checkpoint of torch and compile is folded for inference first
     file: str = ""
+    output: str = "logits"
 
     @property
     def is_exported(self) -> bool:
@@ -74,6 +79,7 @@ def grid(
     device: str = "cpu",
     fold: bool = False,
     trust: bool = False,
+    output: str = "logits",
 ) -> list[Case]:
     """Returns all combinations, the first file's first.
 
@@ -93,6 +99,10 @@ def grid(
             raise ValueError(
                 f"`dtypes` has {dtype}, which is unknown; choose from {', '.join(DTYPES)}."
             )
+    if output not in OUTPUTS:
+        raise ValueError(
+            f"`output` is {output}, which is unknown; choose from {', '.join(OUTPUTS)}."
+        )
     if device == "cpu" and "tf32" in dtypes:
         raise ValueError(
             "`dtypes` has tf32, in which only GPUs compute; leave it out, or run on a GPU."
@@ -127,6 +137,7 @@ def grid(
                     device,
                     fold and runtime in LIVE,
                     path,
+                    "logits" if is_exported(path) else output,
                 )
             )
 
@@ -134,6 +145,10 @@ def grid(
     if fold and not any(case.fold for case in cases):
         raise ValueError(
             "`fold` has no effect here, since what is exported is folded; leave it out."
+        )
+    if output != "logits" and all(case.is_exported for case in cases):
+        raise ValueError(
+            "`output` has no effect on exported files, whose output is a part of them; leave it out."
         )
     return cases
 
@@ -237,5 +252,13 @@ def _export(case: Case, folder: Path) -> Path:
     precision: Precision = "fp16" if case.dtype == "fp16" else "fp32"
     path = folder / f"network{FORMATS[format].suffix}"
     model = checkpoint.load(case.path)
-    export(model, path, format=format, precision=precision, size=case.size, batch=case.batch)
+    export(
+        model,
+        path,
+        format=format,
+        precision=precision,
+        size=case.size,
+        batch=case.batch,
+        argmax=case.output == "classes",
+    )
     return path

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from segprune import checkpoint
 from segprune.benchmark.cases import LIVE, Case
@@ -74,13 +75,20 @@ def _open_live(case: Case) -> Opened:
     model = model.to(case.device, dtype)
     # Compiling begins at the first call, which is part of the warm-up.
     network: Callable[[Tensor], Tensor] = model
+    if case.output == "classes":
+        # Compilers join upsampling and argmax by themselves.
+        eager = case.runtime == "torch"
+        network = model.classes if eager else lambda x: model(x).argmax(1)
     if case.runtime == "compile":
-        network = compile_for_one_shape(model)
+        network = compile_for_one_shape(network)
     x = _noise(case).to(case.device, dtype)
 
     @torch.no_grad()
     def predict(images: Tensor) -> Tensor:
-        return network(images.to(dtype)).float()
+        out = network(images.to(dtype))
+        if case.output == "logits":
+            return out.float()
+        return one_hot(out, model.spec.num_classes).permute(0, 3, 1, 2).float()
 
     @torch.no_grad()
     def run() -> Tensor:

@@ -20,6 +20,7 @@ from typer import Argument, Option
 from segprune import checkpoint
 from segprune.benchmark import (
     DTYPES,
+    OUTPUTS,
     RUNTIMES,
     Case,
     Opened,
@@ -57,6 +58,7 @@ COLUMNS = {  # of the table, from the record's keys
     "file": "file",
     "runtime": "runtime",
     "dtype": "dtype",
+    "output": "output",
     "input_shape": "size",
     "batch": "batch",
     "threads": "threads",
@@ -72,7 +74,7 @@ COLUMNS = {  # of the table, from the record's keys
     "peak_share": "of peak",
     "miou": "mIoU",
 }
-MEASURED = tuple(COLUMNS)[6:]
+MEASURED = tuple(COLUMNS)[7:]
 SPARE = (
     "p99_ms",
     "gmacs_per_second",
@@ -102,6 +104,12 @@ class BenchmarkConfig:
     dtypes: Annotated[
         str, Option("--dtypes", help=f"Of {', '.join(DTYPES)}, in which checkpoints compute.")
     ] = "fp32"
+    output: Annotated[
+        str,
+        Option(
+            "--output", help=f"Of {', '.join(OUTPUTS)}: what a checkpoint's pass ends with."
+        ),
+    ] = "logits"
     sizes: Annotated[
         str, Option("--sizes", metavar="HxW,…", help="Heights and widths, as 512x512,1024x512.")
     ] = "512x512"
@@ -206,6 +214,7 @@ def _list_cases(
         device=device.type,
         fold=config.fold,
         trust=config.trust,
+        output=config.output,
     )
     if config.trust and not any(path.endswith(PROGRAMS) for path in config.model_paths):
         raise ValueError(

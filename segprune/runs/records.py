@@ -53,6 +53,7 @@ def benchmark_record(row: Row, peak_memory: int | None, miou: float | None) -> d
         "file": case.path,
         "runtime": row.runtime,
         "dtype": case.dtype,
+        "output": case.output,
         "input_shape": list(case.size),
         "fold": case.fold,
         **asdict(row.latency),

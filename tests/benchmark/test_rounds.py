@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch._dynamo
 from segprune import load, save
 from segprune.benchmark import Case, Opened, export_cases, grid, measure, open_case, peak_memory
 from segprune.benchmark import memory as memory_module
+from segprune.data.transforms import IMAGENET
 from segprune.model import SegFormer
 from segprune.timing import Times
 from tests.exporting import tiny_network
@@ -37,6 +39,22 @@ def test_every_runtime_gives_the_network_s_logits(runtime: str, tmp_path: Path) 
     first = kept.clone()
     opened.predict(x)
     assert torch.equal(kept, first)  # what a pass gave is not written over by the next
+
+
+def test_a_pass_may_end_with_classes_which_are_the_logits_argmax(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    runtimes = ("torch", "compile", "torchscript")
+    cases = grid([weights], runtimes=runtimes, sizes=(SIZE,), output="classes")
+    x = torch.randn(1, 3, *SIZE)
+    with torch.no_grad():
+        expected = load(weights)(x).argmax(1)
+    for case in export_cases(cases, tmp_path):
+        opened = open_case(case)
+        assert opened.run().shape == (1, *SIZE)
+        same = opened.predict(x).argmax(1) == expected
+        assert float(same.float().mean()) > 0.999  # exported ones are folded
 
 
 def test_bf16_computes_in_it_and_folding_keeps_the_logits(weights: str) -> None:
@@ -66,7 +84,7 @@ def test_what_does_not_run_says_so_in_one_sentence(
 
 def opened(threads: int, batch: int, macs: int | None) -> Opened:
     case = Case("a.pth", "torch", "fp32", SIZE, batch, threads)
-    return Opened(case, "PyTorch", 2, macs, torch.relu, lambda: torch.zeros(1))
+    return Opened(case, "PyTorch", 2, IMAGENET, macs, torch.relu, lambda: torch.zeros(1))
 
 
 def test_the_numbers_of_a_row_follow_from_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +123,7 @@ def test_every_number_of_threads_has_a_peak_of_its_own_and_runs_with_it(
             case,
             "PyTorch",
             2,
+            IMAGENET,
             1,
             torch.relu,
             lambda: (seen.append(torch.get_num_threads()), torch.zeros(1))[1],

@@ -133,6 +133,9 @@ def test_a_checkpoint_is_exported_on_the_fly_beside_an_exported_file(
     assert said.count("TorchScript") == 2
     assert "PyTorch" in said
     assert {path.name for path in tmp_path.iterdir()} == before
+    assert refused("benchmark", script, *QUICK, "--trust", "--output", "classes").startswith(
+        "--output has no effect on exported files"
+    )
     assert refused("benchmark", script, *QUICK, "--trust", "--dtypes", "fp16").startswith(
         "--dtypes has no effect on exported files"
     )
@@ -161,6 +164,10 @@ def test_memory_is_measured_once_for_all_threads(
         (
             ("--dtypes", "int4"),
             "--dtypes has int4, which is unknown; choose from fp32, tf32, bf16, fp16.",
+        ),
+        (
+            ("--output", "masks"),
+            "--output is masks, which is unknown; choose from logits, classes.",
         ),
         (("--dtypes", ","), "--dtypes is empty; give it as in fp32,bf16."),
         (("--sizes", "512"), "--sizes is '512'; give it as in 512x512,1024x512."),
