@@ -29,7 +29,9 @@ from segprune.pruning.trace import (
     width_of,
 )
 
-MAX_STEPS = 4000  # of the tracer in one group; the widest of a b5 takes 574
+MAX_STEPS = (
+    8000  # of the tracer in one group; a b5 takes 574, 48 layers joined as in DenseNet 2645
+)
 Side = Literal["out", "in"]
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 

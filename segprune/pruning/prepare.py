@@ -210,7 +210,7 @@ def check_some(groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]
     if not groups:
         raise ValueError(
             f"Nothing in {type(model).__name__} can be pruned: every group of channels is protected, "
-            "leads to the network's outputs or belongs to attention that is not known."
+            "leads to the network's outputs or was left as it is, as the warning says."
         )
     return groups
 
