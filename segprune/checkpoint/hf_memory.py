@@ -13,6 +13,7 @@ from torch import nn
 from segprune.checkpoint import build, from_state_dict
 from segprune.checkpoint.dialects import detect
 from segprune.checkpoint.hf_in import apply_config
+from segprune.checkpoint.preprocessing import from_huggingface
 from segprune.checkpoint.rename import to_ours
 from segprune.checkpoint.stated import read_heads
 from segprune.model import SegFormer
@@ -59,6 +60,8 @@ def read_huggingface(model: nn.Module) -> SegFormer | None:
     try:
         checkpoint = from_state_dict(model.state_dict(), heads=read_heads(config))
         spec, notes = apply_config(checkpoint.spec, config, backbone_only=False)
+        # In memory there is no image processor, but the label to ignore is known.
+        spec = replace(spec, preprocessing=from_huggingface({}, config, spec.preprocessing))
     except ValueError:
         return None  # such sizes, or replaced layers, are traced instead
     for note in notes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from typer import Argument, Option
@@ -36,7 +36,7 @@ class ConvertFlags:
         Option(
             "--input_shape",
             metavar="H W",
-            help="For hf: the size its image processor resizes to.",
+            help="For hf: the size its image processor resizes to; if not given, that of a folder it comes from.",
         ),
     ] = (512, 512)
     dialect: Dialect = None
@@ -80,6 +80,11 @@ def run(flags: ConvertFlags, inputs: InputFlags, given: frozenset[str]) -> None:
         checkpoint.save(checkpoint.build(opened), flags.target, extra=opened.extra)
         console.print(f"Written for {FORMAT}, {network}: {flags.target}", soft_wrap=True)
         return
+
+    # The size of its own images is written back, unless another one is given.
+    size = opened.spec.preprocessing.size
+    if size is not None and flags.to == "hf" and "input_shape" not in given:
+        flags = replace(flags, input_shape=size)
 
     # Write it, read it again and compare.
     written = checkpoint.convert(

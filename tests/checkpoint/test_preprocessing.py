@@ -13,13 +13,14 @@ import torch
 from transformers import SegformerImageProcessor
 
 from segprune.checkpoint import convert, from_state_dict, load, read, save
+from segprune.checkpoint.hf_memory import read_huggingface
 from segprune.checkpoint.preprocessing import from_huggingface
 from segprune.data import IMAGENET, normalise
 from segprune.data.transforms import Bytes, restore_pixels
 from segprune.model import SegFormer
 from segprune.pruning.pruner import Pruner
 from segprune.spec import Preprocessing, spec_from_dict, spec_to_dict
-from tests.dialects import Fill, state_in
+from tests.dialects import Fill, hf_model, state_in
 
 OTHER = Preprocessing(
     mean=(120.0, 110.0, 90.0), std=(60.0, 50.0, 40.0), label_offset=-1, ignore_index=3
@@ -124,6 +125,14 @@ def test_the_config_in_meta_is_read_and_not_run(
 def test_a_config_that_is_none_is_passed_over(text: str, trained_like: Fill) -> None:
     data = {"meta": {"cfg": text}, "state_dict": state_in("mmseg", trained_like)}
     assert from_state_dict(data).spec.preprocessing == IMAGENET
+
+
+def test_a_network_in_memory_says_which_label_it_ignores(trained_like: Fill) -> None:
+    theirs = hf_model("b0", trained_like)
+    theirs.config.semantic_loss_ignore_index = 7
+    ours = read_huggingface(theirs)
+    assert ours is not None
+    assert ours.spec.preprocessing == Preprocessing(ignore_index=7)
 
 
 def test_buffers_of_mean_and_deviation_are_read(trained_like: Fill) -> None:
