@@ -205,10 +205,13 @@ def write_csv(rows: Iterable[Iterable[Any]], path: str | os.PathLike[str]) -> No
 
 
 def save_record(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes tensors and plain containers of them, as `load_record` reads them back."""
+    """Writes tensors and plain containers of them, as `load_record` reads them back.
+
+    An OrderedDict is written with its attributes, as a module's state dict has them.
+    """
     # Serialised in memory first, so that writing is one step whose errors are ours to tell.
     buffer = io.BytesIO()  # written to a full disk by torch itself, the OSError would be lost
-    torch.save(dict(record), buffer)
+    torch.save(record if isinstance(record, OrderedDict) else dict(record), buffer)
     _write(buffer.getbuffer(), path)
 
 
@@ -382,6 +385,12 @@ def _unpickle(path: Path) -> Any:
         raise ValueError(_say_damaged(path, "PyTorch checkpoint")) from error
 
 
+class StateDict(dict[str, Any]):
+    """A dict with the attribute in which torch keeps the versions of a state dict's layers, whatever that holds."""
+
+    _metadata: Any
+
+
 def _load_tensors(path: Path, kind: type[Any]) -> Any:
     """Returns what is in the file, a stand-in of that `kind` for each object of a class that is unknown here."""
     stand_ins = list(STAND_INS)
@@ -405,8 +414,12 @@ def _load_tensors(path: Path, kind: type[Any]) -> Any:
     if isinstance(data, Sealed) or (empty and len(stand_ins) > len(STAND_INS)):
         raise UnpicklingError(f"GLOBAL {stand_ins[len(STAND_INS)][1]}")
 
-    # A file may hang attributes on an OrderedDict, and they would hide its methods.
-    return dict(dict.items(data)) if isinstance(data, OrderedDict) else data
+    # A file may hang attributes on an OrderedDict, and they would hide its methods. One is kept.
+    if not isinstance(data, OrderedDict):
+        return data
+    plain = StateDict(dict.items(data))
+    plain._metadata = vars(data).get("_metadata")
+    return plain
 
 
 def _find_class(error: UnpicklingError) -> str | None:

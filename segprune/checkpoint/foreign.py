@@ -5,7 +5,7 @@ A foreign network gets the spec of the variant whose shapes it has and the numer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from segprune.checkpoint.ours import Checkpoint, to_float32
 from segprune.checkpoint.plain import make_plain
 from segprune.checkpoint.preprocessing import read_meta, take_buffers
 from segprune.checkpoint.rename import CLASSIFIER, translate
-from segprune.checkpoint.stated import read_classes, read_heads
+from segprune.checkpoint.stated import find_meta, read_classes, read_heads
 
 
 def read_foreign(
@@ -49,8 +49,7 @@ def read_foreign(
 
     # The meta of NVlabs' and mmsegmentation's files: classes,
     # pixels and, where `convert` wrote a pruned network, heads.
-    meta = data.get("meta") if isinstance(data, Mapping) else None
-    meta = meta if isinstance(meta, Mapping) else {}
+    meta = find_meta(data)
     if heads is None:
         heads = read_heads(meta)
 

@@ -12,6 +12,18 @@ from typing import Any
 from segprune.spec import NUM_STAGES
 
 NUM_HEADS_KEY = "num_attention_heads"
+META_KEY = (
+    "segprune"  # in a bare state dict's `_metadata`, where torch keeps the versions of layers
+)
+
+
+def find_meta(data: Any) -> Mapping[str, Any]:
+    """Returns what a file says beside its weights; empty where it says nothing."""
+    meta = data.get("meta") if isinstance(data, Mapping) else None
+    if not isinstance(meta, Mapping):
+        versions = getattr(data, "_metadata", None)
+        meta = versions.get(META_KEY) if isinstance(versions, Mapping) else None
+    return meta if isinstance(meta, Mapping) else {}
 
 
 def read_heads(stated: Mapping[str, Any]) -> list[int] | None:

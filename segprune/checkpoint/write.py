@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from segprune.checkpoint.numerics import with_numerics
 from segprune.checkpoint.preprocessing import to_meta
 from segprune.checkpoint.published import mmseg_problem, uniform_problem
 from segprune.checkpoint.rename import from_ours, to_ours
-from segprune.checkpoint.stated import NUM_HEADS_KEY, describe_classes
+from segprune.checkpoint.stated import META_KEY, NUM_HEADS_KEY, describe_classes
 from segprune.compare import TOLERANCE, compare
 from segprune.data import IMAGENET, draw_shapes, normalise, voc_palette
 from segprune.files import PICKLES, atomic_files, read_file, save_record
@@ -86,8 +87,9 @@ def write_file(
     """Writes a .pth, .pt or .bin file that `dialect`'s own code loads, reads it again and keeps it if logits agree.
 
     nvlabs, mmseg: {"meta", "state_dict"}, as their training leaves it, meta saying classes, colours, pixels and the
-    heads of a pruned network; bubbliiiing: the bare state dict. A folded head is unfolded. Raises ValueError for
-    another ending, for a network that their classes cannot hold, for another GELU, and for logits that differ.
+    heads of a pruned network; bubbliiiing: the bare state dict, whose `_metadata` say the same. A folded head is
+    unfolded. Raises ValueError for another ending, for a network that their classes cannot hold, for another GELU, and
+    for logits that differ.
     """
     path = Path(path)
     if path.suffix not in PICKLES:
@@ -117,11 +119,15 @@ def write_file(
     # What their training writes around the weights.
     colours = palette or voc_palette()
     meta: dict[str, Any] = describe_classes(dialect, spec.num_classes, class_names, colours)
-    meta |= to_meta(spec, dialect)
+    meta |= to_meta(whole.spec, dialect)
     if not _is_standard(spec, dialect):
         meta["hidden_sizes"] = [stage.width for stage in spec.stages]
         meta[NUM_HEADS_KEY] = [stage.blocks[0].num_heads for stage in spec.stages]
-    record = named if dialect == "bubbliiiing" else {"meta": meta, "state_dict": named}
+    record: dict[str, Any] = {"meta": meta, "state_dict": named}
+    if dialect == "bubbliiiing":
+        # A bare state dict has room for it where torch keeps the versions of layers.
+        record = OrderedDict(named)
+        record._metadata = {META_KEY: meta}  # type: ignore[attr-defined]
 
     with atomic_files(path) as temporary:
         save_record(record, temporary)
