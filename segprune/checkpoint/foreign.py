@@ -5,7 +5,7 @@ A foreign network gets the spec of the variant whose shapes it has and the numer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
