@@ -360,10 +360,12 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
     # JSON has lists and dicts where a spec has tuples and records.
     for stage in _to_tuple("stages", data["stages"], NUM_STAGES, NUM_STAGES):
+        if not isinstance(stage, Mapping):
+            raise TypeError(f"a stage is a {type(stage).__name__}")
         blocks = []
         for block in _to_tuple("blocks", stage["blocks"], 1, MAX_BLOCKS):
             blocks.append(_to_record(BlockSpec, block))
-        stages.append(_to_record(StageSpec, stage | {"blocks": tuple(blocks)}))
+        stages.append(_to_record(StageSpec, {**stage, "blocks": tuple(blocks)}))
 
     branch_dims = data["branch_dims"]
     if branch_dims is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from segprune.spec import NO_CLASS, Preprocessing, Spec
@@ -241,6 +242,13 @@ def take_buffers(
     for names in _BUFFERS:
         values = [left.get(name) for name in names]
         if not all(isinstance(value, Tensor) and value.numel() == 3 for value in values):
+            continue
+        # Others are refused by their names later, as all tensors without plain values are.
+        plain = (
+            value.layout == torch.strided and value.is_floating_point() and not value.is_meta
+            for value in values
+        )
+        if not all(plain):
             continue
 
         # Whether pixels were in 0..1 or 0..255 is seen by the size of the numbers alone.
