@@ -7,6 +7,7 @@ import runpy
 import subprocess
 from collections.abc import Iterator
 from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,8 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import segprune
+    from segprune.pruning import pruner
+    from segprune.pruning.synthetic import synthetic_images
     from segprune.spec import standard_spec
 
     (tmp_path / "logs").mkdir()
@@ -222,6 +225,9 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         segprune.SegFormer(standard_spec("b0", 3)), tmp_path / "logs" / "your_model.pth"
     )
     monkeypatch.chdir(tmp_path)
+
+    # Few images: what is tested is that the lines run.
+    monkeypatch.setattr(pruner, "synthetic_images", partial(synthetic_images, count=2))
     (code,) = [block for block in blocks(ENGLISH) if block.startswith("import torch")]
     shown: dict[str, object] = {"print": lambda value: None}
     exec(code.replace("512", "64"), shown)

@@ -24,7 +24,8 @@ WHAT = "the JSON file of a plan"
 EXPLAINED = (
     "width: channels kept in each of a group's parts (heads), from 1 to `slots`. Edit it, then run the same command "
     "with --plan and this file; which channels are kept is decided by their scores. share_of_params, share_of_macs: "
-    "what the whole group costs, as a share of the network. expected_loss, where curves decided: the divergence of the "
+    "what the whole group costs, as a share of the network; share_of_time, where curves decided: of the estimated time. "
+    "expected_loss, where curves decided: the divergence of the "
     "logits after the repair, in nats per pixel, that this group alone would cause."
 )
 
@@ -110,18 +111,18 @@ def plan_rows(
     return rows
 
 
-def write_plan(
-    plan: Plan, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], path: Path
-) -> None:
-    """Writes a plan as JSON, with a record per group (`plan_rows`) and the settings that it was made with."""
-    record = {
-        "explained": EXPLAINED,
+def plan_record(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what files hold of a plan: how it was decided, what it removes, and a record per group (`plan_rows`)."""
+    return {
         "decided_by": plan.decided_by,
         "removed": dict(plan.removed),
         "groups": list(rows),
-        "settings": dict(settings),
     }
-    write_json(record, path)
+
+
+def write_plan(record: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
+    """Writes a plan (`plan_record`) as JSON, with the settings that it was made with."""
+    write_json({"explained": EXPLAINED, **record, "settings": dict(settings)}, path)
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

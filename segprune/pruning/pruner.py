@@ -33,13 +33,14 @@ from segprune.pruning.budget import (
     solve_by_curves,
 )
 from segprune.pruning.budget.latency import LatencyTable
-from segprune.pruning.budget.rate import reach
+from segprune.pruning.budget.rate import group_shares, reach
+from segprune.pruning.curves import time_costs
 from segprune.pruning.groups import Group, group_names, is_protected
 from segprune.pruning.images import normalise_batches
 from segprune.pruning.importance import NEED_IMAGES, Scores, score_channels
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.patterns import matching_names
-from segprune.pruning.plan import Plan
+from segprune.pruning.plan import Plan, plan_record, plan_rows
 from segprune.pruning.prepare import Prepared, check_head, may_fold, prepare, stock_spec
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut
@@ -99,6 +100,7 @@ class Pruner:
         self.latency_table = latency_table
         self.progress = progress
         self.plan: Plan | None = None  # what the last prune() decided
+        self.record: dict[str, Any] | None = None  # what files hold of it
         self.notes: tuple[str, ...] = ()  # what was done without being asked for
 
         # What can be refused without running the network is refused here.
@@ -117,6 +119,7 @@ class Pruner:
         prepared = self.prepare(example_inputs)
         scores = self.score(prepared)
         self.plan = self.decide(prepared, scores)
+        self.record = self.describe(prepared, self.plan)
         return self._give_back(self.carry_out(prepared, self.plan))
 
     def _give_back(self, pruned: nn.Module) -> nn.Module:
@@ -156,6 +159,7 @@ class Pruner:
             on_trial,
         )
         self.plan = search.chosen.plan
+        self.record = self.describe(prepared, self.plan)
         return search
 
     def _reach(self, prepared: Prepared) -> tuple[float, float]:
@@ -314,6 +318,17 @@ class Pruner:
         return repair(
             pruned, prepared.model, prepared.groups, plan, images, progress=self.progress
         )
+
+    def describe(self, prepared: Prepared, plan: Plan) -> dict[str, Any]:
+        """Returns what files hold of a plan: by group what is kept, what it costs, and the loss expected."""
+        costs = group_shares(prepared)
+        if plan.decided_by == "curves":
+            # The estimate by which the curves' plans save time.
+            time = time_costs(prepared.rows, prepared.groups)
+            costs["time"] = {
+                group.name: time.share(g) for g, group in enumerate(prepared.groups)
+            }
+        return plan_record(plan, plan_rows(plan, prepared.groups, costs))
 
     def make_plan(self, example_inputs: Any = None) -> tuple[Plan, tuple[Group, ...]]:
         """Returns what `prune` would do, and the groups it could choose from; nothing is cut."""

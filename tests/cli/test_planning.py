@@ -309,9 +309,17 @@ def test_without_images_synthetic_ones_stand_in_unless_the_repair_is_switched_of
     done("prune", *here, "--num_images", 8, "--plan_only")
     plan = json.loads((tmp_path / "l1/b0/plan.json").read_text(encoding="utf-8"))
     assert plan["decided_by"] == "curves"
-    assert all(
-        row["expected_loss"] >= 0 and 0 < row["share_of_macs"] < 1 for row in plan["groups"]
-    )
+    for row in plan["groups"]:
+        assert row["expected_loss"] >= 0
+        for unit in ("params", "macs", "time"):
+            assert 0 < row[f"share_of_{unit}"] < 1
+
+    # The results say the same of the plan that was carried out, whose widths are the network's.
+    assert record["plan"] == {name: plan[name] for name in record["plan"]}
+    rows = {row["name"]: row["width"] for row in record["plan"]["groups"]}
+    stages = record["pruned_model"]["spec"]["stages"]
+    for i, stage in enumerate(stages[1:], 1):  # the first stage's width is protected
+        assert stage["width"] == rows[f"encoder.stages.{i}.width"]
 
     out = done("prune", *here, "--no_repair", "--plan_only")
     plan = json.loads((tmp_path / "l1/b0/plan.json").read_text(encoding="utf-8"))

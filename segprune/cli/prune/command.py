@@ -56,11 +56,10 @@ from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.machine import choose_precision, fit_to_machine
 from segprune.model import SegFormer
 from segprune.pruning.budget.latency import LatencyTable, default_folder
-from segprune.pruning.budget.rate import group_shares
 from segprune.pruning.depth import check_depth, prune_depth
 from segprune.pruning.importance import NEED_IMAGES
 from segprune.pruning.options import PruneOptions
-from segprune.pruning.plan import plan_rows, widths_of, write_plan
+from segprune.pruning.plan import widths_of, write_plan
 from segprune.pruning.prepare import check_head
 from segprune.pruning.prune import make_pruner
 from segprune.pruning.pruner import Pruner
@@ -155,10 +154,11 @@ def run(
 
     # With a budget of accuracy networks are scored now, and a rate is what comes out.
     search = None
+    plan: dict[str, Any] | None = None
     scores: dict[str, Score] = {}
     if options.max_drop is not None:
         assert source is not None
-        search, scores = search_rate(dense, source, batches, options, tune, table, device)
+        search, scores, plan = search_rate(dense, source, batches, options, tune, table, device)
         options = replace(options, max_drop=None, pruning_rate=search.chosen.rate)
 
     # Rank, decide, cut and repair: before any scoring, so that what cannot be met is said at once.
@@ -199,6 +199,7 @@ def run(
                     progress=advance,
                 )
                 cut = pruner.prune()
+            plan = pruner.record
         assert isinstance(cut, SegFormer)
         pruned = cut
     # Saved before scoring, which takes long and can be interrupted.
@@ -219,6 +220,7 @@ def run(
     record = results_record(opened, pruned, latencies, scores, how, settings) | {
         "model_save_path": str(path),
         "class_names": extra.get("class_names", []),
+        "plan": plan,
     }
     if search is not None:
         paths = save_neighbours(search, path, extra, how)
@@ -394,7 +396,7 @@ def _show_plan(pruner: Pruner, settings: dict[str, Any], path: Path) -> None:
     left_alone = sorted(name.removeprefix("encoder.") for name in pruner.left_alone(prepared))
     if left_alone:
         console.print(f"Left alone by --ignore: {', '.join(left_alone)}.", soft_wrap=True)
-    write_plan(plan, plan_rows(plan, prepared.groups, group_shares(prepared)), settings, path)
+    write_plan(pruner.describe(prepared, plan), settings, path)
     removed = ", ".join(f"{share:.1%} of the {unit}" for unit, share in plan.removed.items())
     console.print(
         f"Removes {removed}. Nothing was cut; --plan carries this file out: {path}",

@@ -33,8 +33,8 @@ def search_rate(
     tune: TuneFlags,
     table: LatencyTable | None,
     device: torch.device,
-) -> tuple[Search, dict[str, Score]]:
-    """Returns what was tried, and the scores of the dense and the chosen network on all images of val."""
+) -> tuple[Search, dict[str, Score], dict[str, Any] | None]:
+    """Returns what was tried, the scores of the dense and the chosen network on all of val, and the record of its plan."""
     assert tune.num_workers is not None
     (unit,) = options.budgets
 
@@ -71,7 +71,8 @@ def search_rate(
         "The budget holds before fine-tuning.",
         soft_wrap=True,
     )
-    return search, {"dense": scorer.score(), "pruned": scorer.score(chosen.network)}
+    scores = {"dense": scorer.score(), "pruned": scorer.score(chosen.network)}
+    return search, scores, pruner.record
 
 
 def _show_trial(trial: Trial) -> None:
