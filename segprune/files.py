@@ -393,7 +393,8 @@ class StateDict(dict[str, Any]):
 
 def _load_tensors(path: Path, kind: type[Any]) -> Any:
     """Returns what is in the file, a stand-in of that `kind` for each object of a class that is unknown here."""
-    stand_ins = list(STAND_INS)
+    # A stand-in is a class, or one with the name that the file has for it.
+    stand_ins: list[Any] = list(STAND_INS)
     while True:
         try:
             with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():

@@ -62,12 +62,13 @@ class SegpruneForSemanticSegmentation(PreTrainedModel):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Draws a new classifier where the file's has other classes; all else comes from the file."""
-        if module is self.network.decode_head.classifier:
-            for tensor, std in ((module.weight, 0.01), (module.bias, 0.0)):
+        classifier = self.network.decode_head.classifier
+        if module is classifier and classifier.bias is not None:
+            for tensor, std in ((classifier.weight, 0.01), (classifier.bias, 0.0)):
                 if not getattr(tensor, "_is_hf_initialized", False):
                     torch.nn.init.normal_(tensor, std=std)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **others: Any) -> None:
         self.network.encoder.checkpointing = enable
         self.gradient_checkpointing = enable  # what transformers asks for
 
@@ -95,6 +96,6 @@ class SegpruneForSemanticSegmentation(PreTrainedModel):
 
         # Transformers' convention: a tuple, the loss first.
         if return_dict is False:
-            values = (loss, logits, hidden)
+            values: tuple[Any, ...] = (loss, logits, hidden)
             return tuple(value for value in values if value is not None)
         return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=hidden)

@@ -86,7 +86,7 @@ def _read_network(path: str, settings: Mapping[str, Any]) -> Checkpoint:
     given = Path(str(settings.get("model_path"))).name == Path(path).name
     opened = read(path, dialect=settings.get("dialect") if given else None)
     # Pixels and labels as the user said, where he said anything.
-    overruled = {}
+    overruled: dict[str, Any] = {}
     for field in fields(Preprocessing):
         value = settings.get(field.name)
         if value is not None:
