@@ -84,6 +84,9 @@ class ExportFlags:
             help="Into the file, as a,b: preprocess (uint8 RGB B H W 3 in), argmax or coarser argmax_quarter (classes out).",
         ),
     ] = ""
+    opset: Annotated[
+        int, Option("--opset", help="Of ONNX, 13 to 18: older ones for compilers of NPUs.")
+    ] = 18
     data: Annotated[
         str, Option("--data", help="Data set whose images calibrate int8 and are compared.")
     ] = ""
@@ -158,6 +161,7 @@ def run(flags: ExportFlags, inputs: InputFlags, given: frozenset[str]) -> None:
             size=flags.input_shape,
             batch=flags.batch_size,
             dynamic=flags.dynamic,
+            opset=flags.opset,
             preprocess="preprocess" in baked,
             argmax="argmax" in baked,
             argmax_quarter="argmax_quarter" in baked,

@@ -106,7 +106,7 @@ class ExportOptions:
     """What the file shall be. `size` is H W; a `dynamic` file takes any size and batch.
 
     With `preprocess` the file takes pixels, with `argmax` or `argmax_quarter` it returns classes; see `Manifest`.
-    `class_names` and `palette` are kept in the file.
+    `class_names` and `palette` are kept in the file. `opset` is that of ONNX.
     """
 
     format: str = "onnx"
@@ -117,12 +117,23 @@ class ExportOptions:
     preprocess: bool = False
     argmax: bool = False
     argmax_quarter: bool = False
+    opset: int = onnx.OPSET
     class_names: Sequence[str] = ()
     palette: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         check_choice(self.format, self.precision)
         check_input((self.batch, 3, *self.size))
+        if self.opset not in onnx.OPSETS:
+            first, last = onnx.OPSETS[0], onnx.OPSETS[-1]
+            raise ValueError(
+                f"`opset` is {self.opset}, where {first} to {last} is allowed; give one of these."
+            )
+        if self.opset != onnx.OPSET and (self.format != "onnx" or self.dynamic):
+            raise ValueError(
+                f"`opset` {self.opset} is for the format onnx and one fixed size; leave out `opset`, or `dynamic` and "
+                "other formats."
+            )
         if self.argmax and self.argmax_quarter:
             raise ValueError(
                 "argmax and argmax_quarter in `bake` are two ways to the same classes; give one of them."
@@ -186,7 +197,7 @@ def export(
         spec=spec,
         palette=tuple(options.palette),
     )
-    job = Job(network, manifest, options.size, images)
+    job = Job(network, manifest, options.size, images, options.opset)
 
     # Write beside the target, and move the file there only if it agrees.
     limits = limits or choose_limits(precision, options.argmax_quarter)

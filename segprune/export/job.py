@@ -25,6 +25,7 @@ class Job:
     manifest: Manifest
     size: tuple[int, int]  # H W of the example; with a static shape the only one
     images: Sequence[Bytes]
+    opset: int = 18  # of ONNX
 
     def make_example(self) -> Tensor:
         """Returns an input to trace the network with. Of a dynamic one no two sizes are equal and none is 1."""

@@ -10,6 +10,7 @@ quantising them saved no time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,13 +23,17 @@ from segprune.export.manifest import KEY
 from segprune.export.runtimes import require
 
 OPSET = 18  # the exporter's own, and old enough for every runtime that is kept up
+OPSETS = range(
+    13, OPSET + 1
+)  # older ones are for compilers of NPUs; below 17 LayerNorm is several nodes
+ATTENTION = "aten::scaled_dot_product_attention"
 PURPOSE = "Exporting to ONNX"
 
 
 def write(job: Job, path: Path) -> None:
     # Ask for the package before the trace, which takes a while.
     onnx = require("onnx", PURPOSE)
-    model = _translate(job)
+    model = _translate(job) if job.opset == OPSET else _translate_traced(job, onnx)
     if job.manifest.precision == "int8":
         model = _quantise(model, job)
 
@@ -63,6 +68,43 @@ def _translate(job: Job) -> Any:
         _name_sizes(model, job)
 
     return model
+
+
+def _translate_traced(job: Job, onnx: Any) -> Any:
+    """Returns the ONNX model in an older opset, written by PyTorch's exporter of TorchScript; for one size only."""
+    optimizer = require("onnxscript.optimizer", PURPOSE)
+    source = "pixels" if job.manifest.preprocess else "images"
+    result = "classes" if job.manifest.argmax else "logits"
+
+    # That exporter knows attention from opset 14 on, so it is told for all.
+    buffer = BytesIO()
+    torch.onnx.register_custom_op_symbolic(ATTENTION, _write_attention, job.opset)
+    try:
+        with torch.no_grad():
+            torch.onnx.export(
+                job.network,
+                (job.make_example(),),
+                buffer,
+                dynamo=False,
+                opset_version=job.opset,
+                input_names=[source],
+                output_names=[result],
+            )
+    finally:
+        torch.onnx.unregister_custom_op_symbolic(ATTENTION, job.opset)
+
+    # All sizes are known, so the arithmetic on them that it writes becomes constants.
+    model = onnx.load_from_string(buffer.getvalue())
+    return optimizer.optimize(onnx.shape_inference.infer_shapes(model, data_prop=True))
+
+
+def _write_attention(
+    g: Any, q: Any, k: Any, v: Any, mask: Any, dropout: Any, causal: Any, scale: Any, gqa: Any
+) -> Any:
+    """Writes softmax(q kᵀ · scale) v, B h N d; our attention has no mask and drops nothing."""
+    products = g.op("MatMul", q, g.op("Transpose", k, perm_i=[0, 1, 3, 2]))
+    weights = g.op("Softmax", g.op("Mul", products, scale), axis_i=-1)
+    return g.op("MatMul", weights, v)
 
 
 def _name_sizes(model: Any, job: Job) -> None:

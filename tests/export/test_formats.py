@@ -329,3 +329,39 @@ def test_an_openvino_file_of_one_size_takes_no_other_and_names_what_it_gives(
         x = np.zeros(other, dtype=np.uint8 if preprocess else np.float32)
         with pytest.raises(RuntimeError, match="shape"):
             compiled({names[0]: x})
+
+
+@pytest.mark.parametrize("opset", [13, 15, 17])
+def test_older_opsets_give_the_same_logits_and_have_layernorm_from_17_on(
+    opset: int, network: SegFormer, tmp_path: Path
+) -> None:
+    _, difference = export(network, tmp_path / "it.onnx", size=SIZE, opset=opset)
+    assert difference.relative is not None
+    assert difference.relative < 1e-5
+    model = onnx.load(tmp_path / "it.onnx")
+    assert [(o.domain, o.version) for o in model.opset_import if o.domain == ""] == [
+        ("", opset)
+    ]
+    kinds = {node.op_type for node in model.graph.node}
+    assert ("LayerNormalization" in kinds) == (opset >= 17)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"opset": 12}, "`opset` is 12, where 13 to 18 is allowed"),
+        (
+            {"opset": 13, "dynamic": True},
+            "`opset` 13 is for the format onnx and one fixed size",
+        ),
+        (
+            {"opset": 13, "format": "pt2"},
+            "`opset` 13 is for the format onnx and one fixed size",
+        ),
+    ],
+)
+def test_an_opset_that_cannot_be_written_is_refused(
+    options: dict[str, Any], message: str, network: SegFormer, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(network, tmp_path / "it.onnx", size=SIZE, **options)
