@@ -103,7 +103,7 @@ def test_mistakes_end_in_one_sentence(
 ) -> None:
     out = tmp_path / "out.pth"
     assert refused("convert", small, out, "--to", "smp") == (
-        "Unknown format 'smp'; --to knows hf, nvlabs, bubbliiiing, mmseg."
+        "Unknown format 'smp'; --to knows hf, nvlabs, bubbliiiing, mmseg, segprune."
     )
     assert refused("convert", dense, out, "--to", "nvlabs", "--input_shape", 64, 64) == (
         "--input_shape has no effect with --to nvlabs, which keeps no size; leave it out."
