@@ -41,7 +41,7 @@ def version(path):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 def wait_for_saves(path, number):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     last = version(path)
     while number and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -74,7 +74,7 @@ def process(*command: object) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 

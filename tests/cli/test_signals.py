@@ -118,7 +118,7 @@ def endings(jobs: Sequence[Job]) -> list[Ending]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert (result.returncode, result.stderr) == (0, "")
     return [
@@ -142,7 +142,7 @@ def runs(
     folder = tmp_path_factory.mktemp("runs")
     rng = random.Random(1)
 
-    # One run, broken off ten times soon after it saved a state by itself, which it does in every third step.
+    # One run, broken off six times soon after it saved a state by itself, which it does in every third step.
     out = folder / "broken"
     flags = (
         "train",

@@ -86,7 +86,7 @@ def test_two_openings_are_equal_and_a_source_says_what_it_is(tmp_path: Path) -> 
 
 
 def test_files_are_listed_without_opening_one(tmp_path: Path) -> None:
-    """10,000 empty files in at most a second of processor time; on one machine it took a twentieth of that."""
+    """10,000 empty files in at most five seconds of processor time; on an idle machine it takes a twentieth of one."""
     number = 5000
     for folder, extension in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
         (tmp_path / folder).mkdir()
@@ -98,4 +98,4 @@ def test_files_are_listed_without_opening_one(tmp_path: Path) -> None:
     )
     start = time.process_time()
     assert len(open_source(tmp_path).split("train")) == number
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5

@@ -116,7 +116,7 @@ def test_two_processes_take_the_steps_of_one_with_the_same_batch(
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    subprocess.run([*command, script, data, tmp_path], check=True, timeout=300, env=environment)
+    subprocess.run([*command, script, data, tmp_path], check=True, timeout=900, env=environment)
     first, second = (torch.load(tmp_path / f"{process}.pt") for process in (0, 1))
     assert same(first["weights"], second["weights"])
     assert (first["losses"], first["iou"]) == (second["losses"], second["iou"])
