@@ -1,4 +1,4 @@
-# make demo   generated data, a dense b0, pruned by half, fine-tuned: one closing table
+# make demo   generated data, a dense b0, pruned by half, fine-tuned: one closing table, and report.html to look at
 # make test   all that CI runs: format, lint, types, tests, the wheel
 # make test-cuda   the tests that need a GPU, with this machine's own PyTorch: PYTHON names its interpreter, nothing is
 #                  downloaded, and what it lacks (torch-pruning, say) comes from wheels: make test-cuda WHEELS=folder
