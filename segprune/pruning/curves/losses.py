@@ -95,7 +95,7 @@ def work_out_losses(
         # the gradient's second moment as the metric.
         weight = _columns(model, places[0])
         result = eliminate(
-            first.moments.covariances[0], weight, first.gradient, list(widths), damping
+            first.moments.definite, weight, first.gradient, list(widths), damping
         )
         lost = torch.stack([result.lost[width] for width in widths])
         return Losses([lost.float()], tuple(result.order.tolist()))
@@ -110,7 +110,7 @@ def work_out_losses(
 
     if kind == "values":
         # Values keep fewer directions per head, as the repair shortens them.
-        weight, covariance = _columns(model, places[0]), first.moments.covariances[0]
+        weight, covariance = _columns(model, places[0]), first.moments.definite
         kept = [_short_values(weight, covariance, group.parts, width) for width in widths]
         return Losses([_unread(weight, covariance, kept, damping)])
 
@@ -128,7 +128,7 @@ def work_out_losses(
 
         # The map to come near to is the LayerNorm's own gain, a diagonal matrix (C C).
         gain = norm.weight.detach().double().diag()
-        lost_here.append(_unread(gain, item.moments.covariances[0], kept, damping))
+        lost_here.append(_unread(gain, item.moments.definite, kept, damping))
     return Losses(lost_here)
 
 

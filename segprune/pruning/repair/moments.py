@@ -54,6 +54,17 @@ class Moments:
             3
         ] / self.count - torch.outer(x, y)
 
+    @property
+    def definite(self) -> Tensor:
+        """The covariance of x with itself (p p), raised above what rounding leaves where all rows are the same."""
+        covariance = self.covariances[0].clone()
+        covariance.diagonal().add_(self._rounding)
+        return covariance
+
+    @property
+    def _rounding(self) -> float:
+        return ROUNDING * float(self._sums[2].diagonal().mean()) / self.count
+
     def through(self, matrix: Tensor) -> Moments:
         """Returns the moments as they would be with inputs x @ matrix.T."""
         # Each sum is linear in x, or quadratic: M Σx, M (Σx x^T) M^T, M (Σx y^T).
@@ -71,11 +82,7 @@ class Moments:
         xx, xy = self.covariances
         unexplained = xy - xx @ weight.T  # by the given weight
 
-        # The second term is above what rounding leaves where all rows are the same.
-        ridge = (
-            damping * float(xx.diagonal().mean())
-            + ROUNDING * float(self._sums[2].diagonal().mean()) / self.count
-        )
+        ridge = damping * float(xx.diagonal().mean()) + self._rounding
         if ridge > 0.0:
             # Cxx + r I is symmetric and positive definite, which Cholesky needs.
             damped = xx.clone()
