@@ -15,6 +15,7 @@ import pytest
 import typer
 
 from segprune.cli import app
+from segprune.cli.flags import InputFlags
 from segprune.cli.train.flags import RunFlags, StartFlags
 from segprune.training.options import TrainOptions
 
@@ -37,6 +38,7 @@ OTHERS = {
     "rdzv_backend",
     "rdzv_endpoint",
     "logdir",
+    "cases",
     "extra-index-url",
     "no-deps",
     "out",
@@ -143,7 +145,9 @@ def test_the_manual_s_table_names_all_flags_of_train_py_with_their_defaults(text
     listed = {
         row[0].strip().strip("`").split()[0]: row[1].strip() for row in tables(text)[-1][2:]
     }
-    flags = [*fields(StartFlags), *fields(TrainOptions), *fields(RunFlags)]
+    data, layout, *start = fields(StartFlags)
+    first = [data, layout, *fields(InputFlags), *start]
+    flags = [*first, *fields(TrainOptions), *fields(RunFlags)]
     assert list(listed) == [f"--{field.name}" for field in flags]
     for field in flags:
         cell, default = listed[f"--{field.name}"], shown_default(field)
