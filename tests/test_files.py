@@ -556,3 +556,16 @@ def test_paths_are_the_same_where_links_lead_to_one_place_and_a_link_to_itself_i
     assert is_same_path(tmp_path / "link", tmp_path / "a")
     assert is_same_path(tmp_path / "b", f"{tmp_path}/c/../b")
     assert not is_same_path(tmp_path / "loop", tmp_path / "a")
+
+
+FROZEN = (
+    Path(__file__).parent / "files"
+)  # written with the real packages, by the script beside them
+
+
+@pytest.mark.parametrize("name", ["mmengine.pth", "lightning.ckpt"])
+def test_training_files_of_the_real_packages_open_without_them(name: str) -> None:
+    found = read_file(FROZEN / name)[0]
+    assert torch.equal(found["state_dict"]["x"], torch.ones(2))
+    beside = found["message_hub"] if "message_hub" in found else found["hyper_parameters"]
+    assert beside.keys()

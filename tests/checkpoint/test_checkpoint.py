@@ -602,7 +602,9 @@ def test_masks_are_multiplied_in_and_sparse_tensors_filled_up(bare: dict[str, Te
         assert torch.equal(found.state_dict["encoder.stages.0.blocks.0.mlp.fc1.weight"], cut)
     with pytest.raises(ValueError, match="mask has another shape than"):
         from_state_dict(pruned | {f"{key}_mask": torch.ones(1)})
-    huge = torch.sparse_coo_tensor(torch.zeros(2, 0), torch.zeros(0), (2**16, 2**16))
+    huge = torch.sparse_coo_tensor(
+        torch.zeros(2, 0), torch.zeros(0), (2**16, 2**16), check_invariants=True
+    )
     with pytest.raises(ValueError, match="too large to be filled up"):
         from_state_dict(bare | {key: huge})
 
