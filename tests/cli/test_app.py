@@ -31,6 +31,8 @@ MANUAL = {
 FLAG_TYPES = (
     "Annotated",
     "Layout",
+    "Trust",
+    "Heads",
     "LabelOffset",
     "ValSplit",
     "ValShare",
