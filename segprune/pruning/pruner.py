@@ -251,7 +251,7 @@ class Pruner:
 
         # A plan fixes the widths. Which channels fill them is open: with images that can be
         # measured.
-        if self.options.plan is not None:
+        if self.options.plan is not None and not self.options.uniform:
             if self.options.lets_curves_choose and prepared.stock:
                 images = self.find_images(prepared)
                 return by_widths_and_curves(
