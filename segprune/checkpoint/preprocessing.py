@@ -240,8 +240,11 @@ def take_buffers(
     """Returns the state dict without the buffers of mean and deviation, what these say, and a note on them."""
     left = dict(state_dict)
     for names in _BUFFERS:
-        values = [left.get(name) for name in names]
-        if not all(isinstance(value, Tensor) and value.numel() == 3 for value in values):
+        buffers = [left.get(name) for name in names]
+        values = [
+            value for value in buffers if isinstance(value, Tensor) and value.numel() == 3
+        ]
+        if len(values) < len(names):
             continue
         # Others are refused by their names later, as all tensors without plain values are.
         plain = (

@@ -78,10 +78,11 @@ def _translate_traced(job: Job, onnx: Any) -> Any:
 
     # That exporter knows attention from opset 14 on, so it is told for all.
     buffer = BytesIO()
-    torch.onnx.register_custom_op_symbolic(ATTENTION, _write_attention, job.opset)
+    exporter: Any = torch.onnx  # its stubs know neither these functions nor files in memory
+    exporter.register_custom_op_symbolic(ATTENTION, _write_attention, job.opset)
     try:
         with torch.no_grad():
-            torch.onnx.export(
+            exporter.export(
                 job.network,
                 (job.make_example(),),
                 buffer,
@@ -91,7 +92,7 @@ def _translate_traced(job: Job, onnx: Any) -> Any:
                 output_names=[result],
             )
     finally:
-        torch.onnx.unregister_custom_op_symbolic(ATTENTION, job.opset)
+        exporter.unregister_custom_op_symbolic(ATTENTION, job.opset)
 
     # All sizes are known, so the arithmetic on them that it writes becomes constants.
     model = onnx.load_from_string(buffer.getvalue())
