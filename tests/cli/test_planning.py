@@ -484,7 +484,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     ),
     (
         ("--plan", "text.json"),
-        r'text\.json gives group decode_head\.width the width "200"; it must be a whole number\.',
+        r"text\.json gives group decode_head\.width the width '200'; it must be a whole number\.",
     ),
     (
         ("--plan", "half.json"),
