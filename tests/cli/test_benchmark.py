@@ -45,7 +45,7 @@ def test_two_files_side_by_side_make_a_table_json_csv_and_a_plot(
         "--save_dir",
         out,
     )
-    assert ", dtype fp32, size 32×32, threads 1 " in said
+    assert ", dtype fp32, output logits, size 32×32, threads 1 " in said
     assert "Peak: GMAC/s of a product of large float32 matrices in the same rounds" in said
     assert (
         "Note: With fewer than 100 rounds p99 is near the longest pass; raise --rounds and --seconds."

@@ -80,9 +80,9 @@ def test_eval_scores_an_exported_file_as_it_does_the_checkpoint(
     script: tuple[Path, str], tiny: Path, shapes: Path, tmp_path: Path
 ) -> None:
     path, _ = script
-    out = done(
-        "eval", path, "--data", shapes, *HERE, "--json", tmp_path / "file.json"
-    )  # the size is the file's own
+    # The size is the file's own.
+    trusted = ("eval", path, "--trust", "--data", shapes, *HERE)
+    out = done(*trusted, "--json", tmp_path / "file.json")
     done("eval", tiny, "--data", shapes, *HERE, *PIXELS, "--json", tmp_path / "checkpoint.json")
     assert numbers_of(tmp_path / "file.json") == numbers_of(tmp_path / "checkpoint.json")
     assert "input_shape 64 64" in out
@@ -99,12 +99,12 @@ def test_eval_of_an_exported_file_refuses_what_has_no_effect_and_sizes_it_cannot
         said
         == "--dialect has no effect on an exported file, which runs on the CPU; leave it out."
     )
-    said = refused("eval", path, "--data", shapes, "--mode", "whole")
+    said = refused("eval", path, "--trust", "--data", shapes, "--mode", "whole")
     assert said == (
         "The file takes images of 64×64 alone, where --mode whole gives every image's own size; choose another "
         "--mode, or export it again with --dynamic."
     )
-    said = refused("eval", path, "--data", shapes, *HERE, "--input_shape", 32, 96)
+    said = refused("eval", path, "--trust", "--data", shapes, *HERE, "--input_shape", 32, 96)
     assert said == (
         "The file takes images of 64×64 alone, got 32×96; give --input_shape 64 64, or export it again with --dynamic."
     )

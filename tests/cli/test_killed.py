@@ -135,6 +135,7 @@ def test_two_processes_train_one_network_and_leave_one_set_of_files(
         "contact_sheet.png",
         "epoch_loss.png",
         "epoch_miou.png",
+        "report.html",
         "resume.pth",
         "training_log.csv",
         "training_results.json",

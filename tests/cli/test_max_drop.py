@@ -144,7 +144,6 @@ def test_a_pruner_by_itself_cannot_score(dense: Path) -> None:
         (("--max_drop", 0, "--data", "."), "--max_drop is 0; give the points"),
         (("--max_drop", 1), "--max_drop needs --data"),
         (("--max_drop", 1, "--data", ".", "--pruning_rate", 0.5), "--max_drop cannot be combined with --pruning_rate"),
-        (("--max_drop", 1, "--data", ".", "--plan", "a.json"), "--max_drop cannot be combined with --plan"),
         (("--max_drop", 1, "--data", ".", "--plan_only"), "--max_drop cannot be combined with --plan_only"),
         (("--max_drop", 1, "--data", ".", "--steps", 2), "--max_drop cannot be combined with --plan_only, --steps"),
     ],

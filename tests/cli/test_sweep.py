@@ -63,7 +63,12 @@ def test_rows_say_what_was_cut_and_what_it_scores(
     # What folding alone exceeds is a row that says so.
     assert "less than folding" in folding["skipped"]
     assert "rate 0.05: left out. Rate 0.05 is less than folding" in out
-    assert {path.name for path in folder.iterdir()} == {"sweep.json", "sweep.csv", "sweep.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "sweep.json",
+        "sweep.csv",
+        "sweep.png",
+        "report.html",
+    }
 
 
 def test_the_same_command_goes_on_and_rates_may_be_added(
