@@ -63,8 +63,7 @@ def test_it_gives_the_networks_logits_and_leaves_it_as_it_was(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# PyTorch's inductor uses what PyTorch itself calls deprecated.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # inductor warns of PyTorch's own code
 @torch.no_grad()
 def test_inductor_upsamples_and_chooses_in_one_program() -> None:
     """Of the network only this part, since the whole takes a minute to compile."""

@@ -77,7 +77,7 @@ def _check(manifest: Manifest) -> None:
         or type(manifest.preprocess) is not bool
         or type(manifest.argmax) is not bool
         or type(manifest.argmax_quarter) is not bool
-        or len(names) not in (0, manifest.num_classes)
+        or len(names) > manifest.num_classes  # classes may be left without a name
         or not all(isinstance(name, str) for name in names)
         or len(palette) not in (0, 768)
         or not all(type(number) is int and 0 <= number <= 255 for number in palette)

@@ -384,7 +384,7 @@ def test_the_widths_of_a_plan_carried_out_keep_the_same_channels(
 @pytest.mark.parametrize(
     ("options", "with_images", "decided_by"),
     [
-        ({}, False, "scores"),
+        ({"repair": False}, False, "scores"),
         ({"plan_by": "scores"}, True, "scores"),
         ({"repair": False}, True, "scores"),
         ({"pruning_method": "l2"}, True, "scores"),

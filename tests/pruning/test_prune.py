@@ -103,9 +103,12 @@ def test_single_options_are_arguments_too_and_unknown_ones_are_refused(
 
 
 def test_rate_0_has_no_plan_and_another_network_no_counts(small_model: SegFormer) -> None:
-    nothing = segprune.prune(small_model, 0.0)
+    nothing = segprune.prune(small_model, 0.0, keep_decoder=True)
     assert nothing.plan is None
     assert nothing.before == nothing.after
+    folded = segprune.prune(small_model, 0.0)
+    assert folded.plan is None
+    assert folded.after == count(segprune.fold_decoder(small_model).spec, (512, 512))
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 128, 3), nn.Conv2d(128, 4, 1)
     )
