@@ -290,7 +290,7 @@ class Options(dict[str, Any]):
 
 def _marked_options() -> Options:
     options = Options(lr=0.1)
-    options.items = 5  # type: ignore[assignment, method-assign]
+    options.values = 5  # type: ignore[assignment, method-assign]
     return options
 
 
