@@ -33,6 +33,7 @@ class Compiled:
 
     def __init__(self, model: SegFormer, dtype: torch.dtype, *, classes: bool) -> None:
         self.notes: list[str] = []
+        self.spec = model.spec  # whoever feeds images asks it how they are normalised
         self._dtype, self._classes = dtype, classes
 
         # Folded in the precision that the weights have, then cast: rounded once.
@@ -69,6 +70,8 @@ class Compiled:
         program = compile_for_one_shape(self._answer)
         try:
             program(images)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # compilers fail in many ways of their own
             self.notes.append(
                 f"Not compiled for {tuple(images.shape)}, runs eagerly: {_reason_of(error)}"

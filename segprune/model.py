@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from segprune.spec import BlockSpec, Numerics, Spec, StageSpec
+from segprune.spec import NUM_STAGES, BlockSpec, Numerics, Spec, StageSpec
 
 
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -462,6 +462,8 @@ def find_winners(logits: Tensor, size: torch.Size) -> Tensor | None:
     return kept if 2 * len(kept) <= num_classes else None
 
 
+# What a pass calls one after another; the upsampling of the logits follows them.
+PARTS = (*(f"encoder.stages.{i}" for i in range(NUM_STAGES)), "decode_head")
 MIN_SIZE = 32
 LANES = 16  # float32 numbers in the widest vectors
 UPSAMPLED = 4  # times: the decode head works at a quarter of the input's size

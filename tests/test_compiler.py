@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 import segprune.compiler
 from segprune import SegFormer, compiled
 from segprune.compiler import compile_for_one_shape
+from segprune.spec import Preprocessing, preprocessing_of
 from tests.training.tiny import tiny_model
 
 Compiled = Callable[[Tensor], Tensor]
@@ -135,3 +138,26 @@ def test_each_function_has_programs_of_its_own(
         for factor in (1.0, 2.0, 3.0):
             program = compile_for_one_shape(partial(torch.mul, factor))
             assert torch.equal(program(ones), factor * ones)
+
+
+def test_who_feeds_it_images_knows_how_they_are_normalised(
+    model: SegFormer, shapes: list[tuple[int, ...]]
+) -> None:
+    own = Preprocessing(mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
+    model = copy.deepcopy(model)
+    model.spec = replace(model.spec, preprocessing=own)
+    assert preprocessing_of(compiled(model)) == own
+
+
+def test_too_little_memory_is_no_reason_to_run_eagerly(
+    model: SegFormer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_in_vain(function: Compiled, **_: Any) -> Compiled:
+        def call(x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_in_vain)
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled(model)(torch.randn(1, 3, 32, 32))

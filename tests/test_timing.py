@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from segprune.model import SegFormer
+from segprune.model import PARTS, SegFormer
 from segprune.timing import (
     CPU,
     REPLAYS,
@@ -18,6 +18,7 @@ from segprune.timing import (
     get_tf32,
     matrix_product,
     measure_latency,
+    measure_parts,
     set_tf32,
     summarise,
     tf32_products,
@@ -196,3 +197,13 @@ def test_tf32_is_switched_for_products_and_convolutions_and_put_back(allowed: bo
         assert get_tf32() == (True, False)
     finally:
         set_tf32(*before)
+
+
+def test_each_part_is_timed_alone_on_what_it_reads(small_model: SegFormer) -> None:
+    model, read = small_model.float(), []
+    model.encoder.stages[1].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    first, second = measure_parts([model, copy.deepcopy(model)], PARTS, (64, 96), max_runs=3)
+    assert list(first) == list(second) == list(PARTS)
+    assert all(ms > 0.0 for ms in first.values())
+    assert len(read) == 2 * (1 + 1 + 3)  # watched, warmed up, and in three rounds; of both
+    assert {tuple(x.shape[2:]) for x in read} == {(16, 24)}

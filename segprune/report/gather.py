@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from segprune.checkpoint import read
 from segprune.files import read_json
+from segprune.model import PARTS
 from segprune.spec import Spec, spec_from_dict, standard_spec
 from segprune.stats import layers
 
@@ -30,8 +31,6 @@ RECORDS: dict[Kind, str] = {
     "train": "training_results.json",
 }
 WIDTHS = ("stage", "heads", "qk", "v", "reduction", "ffn")  # by kind of group, of one block
-PARTS = ("encoder.stages.0", "encoder.stages.1", "encoder.stages.2", "encoder.stages.3")
-HEAD = "decode_head"
 
 
 @dataclass(frozen=True)
@@ -451,7 +450,7 @@ def _part_rows(
     """Returns the cost of every stage and of the decode head, before and after."""
     lists = [layers(spec, shape) for spec in (dense, kept)]
     rows = []
-    for name in (*PARTS, HEAD):
+    for name in PARTS:
         costs: dict[str, list[float]] = {"params": [], "macs": []}
         for own in lists:
             inside = [layer for layer in own if layer.name.startswith(f"{name}.")]

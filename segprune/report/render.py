@@ -18,8 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import segprune
+from segprune.model import PARTS
 from segprune.report.examples import CHANGES, NUM_TRIED, Example
-from segprune.report.gather import HEAD, PARTS, WIDTHS, Facts, Note, Point
+from segprune.report.gather import WIDTHS, Facts, Note, Point
 from segprune.report.words import WORDS
 
 Language = Literal["en", "zh"]
@@ -59,7 +60,7 @@ def render(facts: Facts, gallery: Gallery, lang: Language) -> str:
             lang=lang,
             version=segprune.__version__,
             kinds=WIDTHS,
-            part_names=(*PARTS, HEAD),
+            part_names=PARTS,
             changes=[_hex(colour) for colour in CHANGES],
             num_tried=NUM_TRIED,
             trade_off=trade_off,

@@ -17,6 +17,7 @@ from segprune.data import open_source
 from segprune.data.shapes import CLASS_NAMES
 from segprune.fold import fold_decoder
 from segprune.inference.evaluate import EvalMode, evaluate
+from segprune.model import PARTS
 from segprune.pruning.options import PruneOptions
 from segprune.stats import count
 from segprune.training.distill import Distillation
@@ -133,6 +134,13 @@ def test_the_closing_table_shows_what_the_json_holds(tuned: tuple[Path, str]) ->
         row = rf"{name} │ {values['parameters_M']:.3f} │ {values['macs_G']:.3f} │ \S+ \S+ │ {values['miou']:.4f} │"
         assert re.search(row, out), row
     assert f"Parameters -{record['reduction']['parameters_reduction_percent']:.1f} %" in out
+
+
+def test_every_part_of_both_networks_is_timed(tuned: tuple[Path, str]) -> None:
+    record = record_in(tuned[0])
+    for name in ("original_model", "pruned_model"):
+        assert list(record[name]["parts_ms"]) == list(PARTS)
+        assert all(ms > 0 for ms in record[name]["parts_ms"].values())
 
 
 def test_the_scores_are_those_of_the_three_files(

@@ -86,11 +86,12 @@ def results_record(
     opened: Checkpoint,
     pruned: SegFormer,
     latencies: Sequence[Latency],
+    parts_ms: Sequence[Mapping[str, float]],
     scores: Mapping[str, Score],
     how: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns what pruning_results.json holds, fine-tuning apart."""
+    """Returns what pruning_results.json holds, fine-tuning apart; times are of the dense and the pruned network."""
     shape = settings["input_shape"]
     original, after = count(opened.spec, shape), count(pruned.spec, shape)
     # Folding changes no logits, so what it saves is told apart from what pruning saves.
@@ -108,10 +109,10 @@ def results_record(
         },
         "pruning_config": dict(how),
         "original_model": network_record(original, latencies[0], scores.get("dense"))
-        | {"spec": spec_to_dict(opened.spec)},
+        | {"spec": spec_to_dict(opened.spec), "parts_ms": dict(parts_ms[0])},
         "folded_model": network_size(folded),
         "pruned_model": network_record(after, latencies[1], scores.get("pruned"))
-        | {"spec": spec_to_dict(pruned.spec)},
+        | {"spec": spec_to_dict(pruned.spec), "parts_ms": dict(parts_ms[1])},
         "reduction": reduction_record(original, folded, after) | {"speedup": speedup},
         "settings": dict(settings),
         "environment": environment(),

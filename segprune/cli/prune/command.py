@@ -54,7 +54,7 @@ from segprune.data.unlabelled import batch_images, list_images, load_images
 from segprune.files import check_writable, write_json
 from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.machine import choose_precision, fit_to_machine
-from segprune.model import SegFormer
+from segprune.model import PARTS, SegFormer
 from segprune.pruning.budget.latency import LatencyTable, default_folder
 from segprune.pruning.depth import check_depth, prune_depth
 from segprune.pruning.importance import NEED_IMAGES
@@ -66,7 +66,7 @@ from segprune.pruning.pruner import Pruner
 from segprune.pruning.synthetic import synthetic_images
 from segprune.runs.folder import check_kept, check_not_overwritten, classes_of
 from segprune.spec import Preprocessing, standard_spec
-from segprune.timing import measure_latency
+from segprune.timing import measure_latency, measure_parts
 from segprune.training.options import TrainOptions
 from segprune.training.rates import advise_rate, choose_rates
 
@@ -109,16 +109,16 @@ def run(
     tune_settings = replace(tune_settings, options=tune_options)
     # What was chosen is put back into the flags, since these are printed and saved.
     tune = replace(tune, amp=tune_options.amp, num_workers=tune_options.num_workers)
+    notes = [*opened.notes, *(fitted if tune.data else ())]
     if tune.epochs:
         check_not_overwritten(finetuned_folder(path), network.model_path)
         tune = replace(tune, lr=tune_options.lr)
+        notes.append(reason)
     settings = merge_settings(network, options, images, steps, tune, inputs, out)
     settings |= {"phi": variant, "num_classes": opened.spec.num_classes}
     chosen = {"phi": variant, "num_classes": opened.spec.num_classes, "dialect": opened.dialect}
     show_settings("Pruning", settings, given, chosen)
-    show_notes(opened.notes)
-    show_notes((reason,) if tune.epochs else ())
-    show_notes(fitted if tune.data else ())
+    show_notes(tuple(notes))
 
     # Open the data, and check its labels.
     source, pixels = (
@@ -173,9 +173,12 @@ def run(
         teacher = None if tune.no_distill or not network.model_path else opened
         tuning = Tuning(tune_settings, source, pixels, extra, teacher)
 
-    # Branches first; the channels then make up for what is still missing.
-    start = _remove_branches(dense, options, steps.depth, batches) if steps.depth else dense
-    if steps.count > 1 or steps.depth:
+    if search is not None:
+        assert isinstance(search.chosen.network, SegFormer)
+        pruned = search.chosen.network
+    elif steps.count > 1 or steps.depth:
+        # Branches first; the channels then make up for what is still missing.
+        start = _remove_branches(dense, options, steps.depth, batches) if steps.depth else dense
         pruned = prune_in_steps(
             dense,
             start,
@@ -187,21 +190,9 @@ def run(
             path=path,
             latency_table=table,
         )
+        del start
     else:
-        cut = None if search is None else search.chosen.network
-        if cut is None:
-            with progress_bar("pruning") as advance:
-                pruner = make_pruner(
-                    dense,
-                    images=batches,
-                    options=options,
-                    latency_table=table,
-                    progress=advance,
-                )
-                cut = pruner.prune()
-            plan = pruner.record
-        assert isinstance(cut, SegFormer)
-        pruned = cut
+        pruned, plan = _cut(dense, options, batches, table)
     # Saved before scoring, which takes long and can be interrupted.
     checkpoint.save(pruned, path, extra=extra)
 
@@ -217,7 +208,14 @@ def run(
             precision=choose_precision(tune.amp, device),
             progress=advance,
         )
-    record = results_record(opened, pruned, latencies, scores, how, settings) | {
+    parts = measure_parts(
+        [dense, pruned],
+        PARTS,
+        options.input_shape,
+        device=device,
+        precision=choose_precision(tune.amp, device),
+    )
+    record = results_record(opened, pruned, latencies, parts, scores, how, settings) | {
         "model_save_path": str(path),
         "class_names": extra.get("class_names", []),
         "plan": plan,
@@ -235,12 +233,28 @@ def run(
                 advise_rate(scores["dense"].miou, scores["pruned"].miou, tune_options.lr)
             )
         # The dense network is needed no more, and training needs its memory.
-        del dense, start
+        del dense
         console.print("\nFine-tuning the pruned network", style="bold")
         fit = fit_with(tune_settings, pruned, tuning.source, pixels, extra, tuning.teacher)
         add_finetuned(record, fit, folder)
     show_closing(record, folder)
     make_page(folder, device)
+
+
+def _cut(
+    dense: SegFormer,
+    options: PruneOptions,
+    images: Sequence[Tensor],
+    table: LatencyTable | None,
+) -> tuple[SegFormer, dict[str, Any] | None]:
+    """Returns the pruned network, repaired, and the record of its plan."""
+    with progress_bar("pruning") as advance:
+        pruner = make_pruner(
+            dense, images=images, options=options, latency_table=table, progress=advance
+        )
+        pruned = pruner.prune()
+    assert isinstance(pruned, SegFormer)
+    return pruned, pruner.record
 
 
 def _label(options: PruneOptions) -> str:
