@@ -25,13 +25,10 @@ from segprune.files import (
     atomic_path,
     check_writable,
     is_same_path,
-    load_record,
-    read_file,
     read_json,
-    save_record,
-    save_tensors,
     write_json,
 )
+from segprune.tensor_files import load_record, read_file, save_record, save_tensors
 
 
 @contextmanager

@@ -27,9 +27,9 @@ from segprune.checkpoint.hf_in import (
 from segprune.checkpoint.ours import FORMAT, Checkpoint, read_record, record_from_metadata, save
 from segprune.checkpoint.preprocessing import from_huggingface
 from segprune.checkpoint.stated import read_classes, read_heads
-from segprune.files import read_file
 from segprune.model import SegFormer
 from segprune.spec import check_variant
+from segprune.tensor_files import read_file
 
 if TYPE_CHECKING:
     from segprune.checkpoint.write import Written

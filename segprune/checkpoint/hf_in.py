@@ -16,8 +16,9 @@ from typing import Any
 from segprune.checkpoint.find import LORA
 from segprune.checkpoint.ours import FORMAT, VERSION
 from segprune.checkpoint.stated import NUM_HEADS_KEY, read_classes
-from segprune.files import SUFFIXES, read_file, read_json
+from segprune.files import read_json
 from segprune.spec import Gelu, Spec, spec_from_dict, spec_to_dict
+from segprune.tensor_files import SUFFIXES, read_file
 
 GELUS: dict[str, Gelu] = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # transformers' words
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

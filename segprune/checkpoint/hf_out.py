@@ -25,10 +25,11 @@ from segprune.checkpoint.published import uniform_problem
 from segprune.checkpoint.rename import from_ours
 from segprune.checkpoint.stated import names_or_placeholders
 from segprune.checkpoint.write import Logits, Written, check_written
-from segprune.files import atomic_folder, save_tensors, write_json
+from segprune.files import atomic_folder, write_json
 from segprune.fold import unfold_decoder
 from segprune.model import SegFormer, check_input
 from segprune.spec import Spec, spec_to_dict
+from segprune.tensor_files import save_tensors
 
 CODE = ("segprune.spec", "segprune.model", "segprune.checkpoint.modeling_segprune")
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from segprune.checkpoint.dialects import name_some
-from segprune.files import parse_json, save_record, save_tensors
+from segprune.files import parse_json
 from segprune.model import SegFormer
 from segprune.spec import Spec, spec_from_dict, spec_to_dict
+from segprune.tensor_files import save_record, save_tensors
 
 FORMAT, VERSION = "segprune", 1
 MAX_EXTRA = 100_000  # values in the extra of a file

@@ -27,10 +27,11 @@ from segprune.checkpoint.rename import from_ours, to_ours
 from segprune.checkpoint.stated import META_KEY, NUM_HEADS_KEY, describe_classes
 from segprune.compare import TOLERANCE, compare
 from segprune.data import IMAGENET, draw_shapes, normalise, voc_palette
-from segprune.files import PICKLES, atomic_files, read_file, save_record
+from segprune.files import atomic_files
 from segprune.fold import unfold_decoder
 from segprune.model import SegFormer
 from segprune.spec import VARIANTS, Spec, standard_spec
+from segprune.tensor_files import PICKLES, read_file, save_record
 
 SIZE = (96, 128)  # of the image that is compared
 CONV_SEG = "decode_head.conv_seg"  # a layer of NVlabs' head that is never run

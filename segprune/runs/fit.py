@@ -13,11 +13,12 @@ from accelerate import Accelerator
 
 from segprune.checkpoint.ours import check_extra, check_state, check_storages, expected_state
 from segprune.data import Source
-from segprune.files import load_record, parse_json
+from segprune.files import parse_json
 from segprune.inference.label_maps import EvalMode
 from segprune.model import SegFormer
 from segprune.runs.folder import RESUME, Fit, Journal, Saving, classes_of
 from segprune.spec import Spec, spec_from_dict
+from segprune.tensor_files import load_record
 from segprune.training.loop import OnStep, train
 from segprune.training.options import TrainOptions, complete
 from segprune.training.state import (

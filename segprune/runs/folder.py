@@ -25,12 +25,13 @@ import torch
 
 from segprune.checkpoint import load, save
 from segprune.data import Sample, Source
-from segprune.files import atomic_path, is_same_path, save_record, write_csv, write_json
+from segprune.files import atomic_path, is_same_path, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, Score
 from segprune.inference.label_maps import label_maps, make_network, prepare
 from segprune.model import SegFormer
 from segprune.runs.records import environment, score_from_record, score_record
 from segprune.spec import spec_to_dict
+from segprune.tensor_files import save_record
 from segprune.training.state import EpochResult, TrainState
 
 BEST, LAST, RESULTS, LOG, RESUME, SHEET = (

@@ -13,9 +13,9 @@ import torch
 
 from segprune.checkpoint import read
 from segprune.data import write_shapes
-from segprune.files import load_record, save_record
 from segprune.inference.evaluate import Score
 from segprune.runs.folder import Journal
+from segprune.tensor_files import load_record, save_record
 from segprune.training import loop
 from tests.commands import (
     BEST,

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from segprune import machine
-from segprune.files import load_record, save_record
 from segprune.inference.evaluate import Tally
 from segprune.machine import (
     choose_amp,
@@ -21,6 +20,7 @@ from segprune.machine import (
     fit_to_machine,
 )
 from segprune.runs.folder import Journal
+from segprune.tensor_files import load_record, save_record
 from segprune.timing import tf32_products
 from segprune.training.options import TrainOptions
 from tests.commands import SIZE, done, interrupted, results_in, told, training
