@@ -276,7 +276,21 @@ def finetune(
         return FineTuned(load(run.path, device=device), run.score, run.epoch, run.path)
 
     # Without a folder the best weights stay in memory.
-    network.encoder.checkpointing = chosen.checkpointing
+    splits = Splits(source.split("train"), source.split("val"))
+    return _train_in_memory(network, chosen, splits, device, taught_by, on_step, on_epoch)
+
+
+def _train_in_memory(
+    network: SegFormer,
+    options: TrainOptions,
+    splits: Splits,
+    device: torch.device,
+    teacher: SegFormer | None,
+    on_step: Callable[[int, int, float, float], None],
+    on_epoch: Callable[[EpochResult], None] | None,
+) -> FineTuned:
+    """Trains in place, and returns the network with the weights of its best epoch."""
+    network.encoder.checkpointing = options.checkpointing
     best: dict[str, Any] = {}
 
     def keep_best(result: EpochResult, state: TrainState) -> None:
@@ -289,15 +303,14 @@ def finetune(
         if on_epoch is not None:
             on_epoch(result)
 
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=chosen.amp)
-    splits = Splits(source.split("train"), source.split("val"))
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=options.amp)
     try:
         train(
             network,
-            chosen,
+            options,
             splits,
             accelerator=accelerator,
-            teacher=taught_by,
+            teacher=teacher,
             on_step=on_step,
             on_epoch=keep_best,
         )
