@@ -197,9 +197,14 @@ def trade_off(
 
 
 def lines_svg(
-    lines: Sequence[tuple[Sequence[tuple[float, float]], str, bool]], *, whole_x: bool = False
+    lines: Sequence[tuple[Sequence[tuple[float, float]], str, bool]],
+    *,
+    whole_x: bool = False,
+    least_height: float = 0.0,
 ) -> str:
     """Returns a chart as an SVG element for a page: points (x, y) with a colour, joined or not; in all two at least.
+
+    The y axis spans at least `least_height`, or differences that mean nothing would fill the chart.
 
     Axes have numbers alone, in the page's own colour and font; what they mean is for the page to write.
     """
@@ -209,6 +214,10 @@ def lines_svg(
         x, y = [point[0] for point in points], [point[1] for point in points]
         style = "o-" if joined else "D"
         axes.plot(x, y, style, color=colour, markersize=5 if joined else 7, linewidth=1.6)
+    bottom, top = axes.get_ylim()
+    if top - bottom < least_height:
+        middle = (bottom + top) / 2
+        axes.set_ylim(middle - least_height / 2, middle + least_height / 2)
     axes.grid(True, color="#808080", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,3 +211,15 @@ def test_a_plot_that_cannot_be_written_leaves_the_old_one(
     ):
         plots.bars([0.7], [], "", path)
     assert [file.read_bytes() for file in path.parent.iterdir()] == [before]
+
+
+def test_a_chart_does_not_blow_up_what_is_next_to_nothing() -> None:
+    points = [((0.0, 0.5), (1.0, 0.5001))]
+    spans = []
+    for least in (0.0, 0.02):
+        svg = plots.lines_svg([(points[0], "#000000", False)], least_height=least)
+        numbers = [float(text) for text in re.findall(r">(0\.\d+)</text>", svg)]
+        heights = [number for number in numbers if 0.4 < number < 0.6]
+        spans.append(max(heights) - min(heights))
+    assert spans[0] < 0.001
+    assert spans[1] > 0.01

@@ -27,6 +27,7 @@ Language = Literal["en", "zh"]
 TEMPLATES = Path(__file__).parent / "templates"
 UNITS = {"parameters": 1e6, "macs": 1e9, "latency_ms": 1.0}  # of an axis
 COLOURS = ("#2a78c2", "#d9822b", "#3a9a5b", "#b0508f", "#8a6bbf", "#a08a2a")  # of the curves
+LEAST_MIOU = 0.02  # that the y axis of the trade-off spans: less looks like a difference where there is none
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _draw_points(facts: Facts) -> tuple[Markup, list[tuple[str, str]]]:
         names.append((COLOURS[k % len(COLOURS)], name))
     from segprune import plots  # drawing takes a second to import
 
-    return Markup(plots.lines_svg(lines)), names
+    return Markup(plots.lines_svg(lines, least_height=LEAST_MIOU)), names
 
 
 def _draw_epochs(facts: Facts) -> list[tuple[str, Markup]]:

@@ -97,6 +97,17 @@ def test_nothing_is_wider_than_the_screen(width: int, shown: Shown) -> None:
     assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_a_number_stands_on_one_line_on_a_narrow_screen(shown: Shown) -> None:
+    shown.page.set_viewport_size({"width": 390, "height": 900})
+    lines = shown.page.evaluate(
+        """[...document.querySelectorAll(".classes td:last-child")].map(cell => {
+            const range = document.createRange(); range.selectNodeContents(cell);
+            return new Set([...range.getClientRects()].map(box => box.top)).size; })"""
+    )
+    assert len(lines) > 2
+    assert set(lines) == {1}
+
+
 def test_nothing_is_fetched_and_nothing_complains(shown: Shown) -> None:
     outside = [url for url in shown.requests if not url.startswith(("data:", "file:"))]
     assert outside == []
