@@ -19,12 +19,11 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzzing import HARMED, REFUSALS, Target, list_targets
+from tests.fuzzing import HARMED, REFUSALS, Case, Target, list_targets
 
 SECONDS = 20  # for one case
 GIGABYTES = 6  # of address space beyond what the imports take
@@ -78,13 +77,13 @@ def _run_kind(kind: str, target: Target, number: int, start: int) -> bool:
             phases=(Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
         )
-        @given(target.inputs)
-        def read(data: Any) -> None:
+        @given(target.cases)
+        def read(case: Case) -> None:
             nonlocal slowest
-            case, sentence = time.perf_counter(), "read"
+            begun, sentence = time.perf_counter(), "read"
             signal.alarm(SECONDS)
             try:
-                target.read(data, folder)
+                target.read(case.data, folder)
             except REFUSALS as refusal:
                 tally["refused"] += 1
                 sentence = str(refusal)
@@ -92,7 +91,7 @@ def _run_kind(kind: str, target: Target, number: int, start: int) -> bool:
                 signal.alarm(0)
             assert sentence, "a refusal without a sentence"
             tally["cases"] += 1
-            slowest = max(slowest, time.perf_counter() - case)
+            slowest = max(slowest, time.perf_counter() - begun)
             assert os.listdir() == ["files"], f"something was written outside: {os.listdir()}"
 
         good = True

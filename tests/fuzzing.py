@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import reprlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -348,6 +349,16 @@ CONTENTS += (
 CONTENTS += ("link", "pipe")
 
 
+@dataclass(frozen=True, repr=False)
+class Case:
+    """An input that can be printed: written out whole, `laughs` would take hours."""
+
+    data: Any
+
+    def __repr__(self) -> str:
+        return reprlib.repr(self.data)
+
+
 @dataclass(frozen=True)
 class Target:
     """A kind of input and its reader; `read` gets the input and a folder that it may write into.
@@ -358,6 +369,10 @@ class Target:
     inputs: st.SearchStrategy[Any]
     read: Callable[[Any, Path], None]
     weight: int = 1
+
+    @property
+    def cases(self) -> st.SearchStrategy[Case]:
+        return self.inputs.map(Case)
 
 
 def list_targets() -> dict[str, Target]:

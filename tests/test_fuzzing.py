@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.fuzzing import HARMED, REFUSALS, list_targets
+from tests.fuzzing import HARMED, REFUSALS, Case, list_targets
 
 TARGETS = list_targets()
 
@@ -28,10 +27,10 @@ def test_what_is_damaged_or_hostile_is_read_or_refused_in_one_sentence(
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
-    @given(target.inputs)
-    def read(data: Any) -> None:
+    @given(target.cases)
+    def read(case: Case) -> None:
         try:
-            target.read(data, tmp_path / "files")
+            target.read(case.data, tmp_path / "files")
         except REFUSALS as refusal:
             sentences.append(str(refusal))
 
