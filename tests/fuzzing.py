@@ -294,6 +294,8 @@ def read_data(tree: list[tuple[str, bytes | str]], folder: Path) -> None:
     root = folder / f"data{len(os.listdir(folder))}"
     for name, content in tree:
         path = root / name
+        if os.path.lexists(path):
+            continue  # writing to a pipe would wait for its reader
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if content == "link":

@@ -53,7 +53,7 @@ def test_what_is_no_manifest_is_refused(text: str) -> None:
         {"num_classes": "8"},
         {"num_classes": True},
         {"class_names": 5},
-        {"class_names": ["a"]},
+        {"class_names": ["a"] * 99},
         {"palette": 5},
         {"palette": [1, 2]},
         {"variant": "../b0"},
