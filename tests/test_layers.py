@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOORS = ("prune_train", "train", "pruning")
 ROWS = (
-    ("spec", "files", "timing", "options", "stand_ins"),
+    ("spec", "files", "timing", "options", "stand_ins", "shapes_only"),
     ("model", "data", "plots", "machine", "tensor_files"),
     ("stats", "fold", "compare", "inference"),
     ("compiler",),

@@ -28,6 +28,7 @@ from segprune.checkpoint.ours import FORMAT, Checkpoint, read_record, record_fro
 from segprune.checkpoint.preprocessing import from_huggingface
 from segprune.checkpoint.stated import read_classes, read_heads
 from segprune.model import SegFormer
+from segprune.shapes_only import without_weights
 from segprune.spec import check_variant
 from segprune.tensor_files import read_file
 
@@ -218,7 +219,7 @@ def build(checkpoint: Checkpoint) -> SegFormer:
             {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
         )
     else:
-        with torch.device("meta"):  # b5's random weights take seconds, only to be overwritten
+        with without_weights():
             model = SegFormer(checkpoint.spec)
         model.load_state_dict(state, assign=True)
     return model.eval()

@@ -17,6 +17,7 @@ from segprune.checkpoint.preprocessing import from_huggingface
 from segprune.checkpoint.rename import to_ours
 from segprune.checkpoint.stated import read_heads
 from segprune.model import SegFormer
+from segprune.shapes_only import without_weights
 from segprune.spec import spec_to_dict
 
 
@@ -106,7 +107,7 @@ def to_huggingface(network: SegFormer, like: Any = None) -> nn.Module:
             for name in ("id2label", "label2id", "semantic_loss_ignore_index")
         }
     config = SegpruneConfig(spec=spec_to_dict(network.spec), **stated)
-    with torch.device("meta"):  # its weights are replaced at once
+    with without_weights():  # they are replaced at once
         model = SegpruneForSemanticSegmentation(config)
     model.network = network
     return model.train(network.training)

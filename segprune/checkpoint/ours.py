@@ -18,6 +18,7 @@ from torch import Tensor
 from segprune.checkpoint.dialects import name_some
 from segprune.files import parse_json
 from segprune.model import SegFormer
+from segprune.shapes_only import without_weights
 from segprune.spec import Spec, spec_from_dict, spec_to_dict
 from segprune.tensor_files import save_record, save_tensors
 
@@ -234,7 +235,7 @@ def check_storages(state_dict: Mapping[str, Any]) -> None:
 
 def expected_state(spec: Spec, *, encoder_only: bool = False) -> dict[str, Tensor]:
     """Returns the state dict of `SegFormer(spec)` on the meta device: names and shapes without weights."""
-    with torch.device("meta"):
+    with without_weights():
         state = SegFormer(spec).state_dict()
     return {
         key: tensor

@@ -17,6 +17,7 @@ from segprune.model import SegFormer
 from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.options import PruneOptions, RateOf
 from segprune.pruning.trace import tensors_in, trace
+from segprune.shapes_only import without_weights
 from segprune.spec import Spec
 from segprune.stats import Layer, count, layers
 
@@ -62,7 +63,7 @@ def stock_spec(model: nn.Module) -> Spec | None:
         return None
 
     # On the meta device the reference has names and shapes, but takes no memory.
-    with torch.device("meta"):
+    with without_weights():
         reference = SegFormer(model.spec)
 
     modules, expected = (

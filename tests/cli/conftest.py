@@ -1,14 +1,16 @@
 """What the commands' tests share: generated data, a dense b0 and a small network in files, a wide console."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from segprune import timing
 from segprune.checkpoint import read, save
 from segprune.cli import eval as eval_command
 from segprune.cli import sweep as sweep_command
@@ -52,6 +54,17 @@ def _no_page_made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
             monkeypatch.setattr(module, "make_page", lambda folder, device: None)
 
 
+@pytest.fixture(autouse=True)
+def _few_passes_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a pass takes is of no interest here, and thirty of each network take seconds."""
+    time_in_turns = timing.time_in_turns
+
+    def time_few(turns: Sequence[timing.Turn], *, max_rounds: int, **rest: Any) -> object:
+        return time_in_turns(turns, max_rounds=min(max_rounds, timing.MIN_ROUNDS), **rest)
+
+    monkeypatch.setattr(timing, "time_in_turns", time_few)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 pictures to train on and 3 to score, 32×32; never changed by a test."""
@@ -62,10 +75,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A b0 that says it was trained with a learning rate of 1e-3."""
+    """A b0 with hidden layers of half the width, for speed; it says it was trained with a learning rate of 1e-3."""
     path = tmp_path_factory.mktemp("dense") / "b0.pth"
     torch.manual_seed(3)
-    model = SegFormer(standard_spec("b0", 8))
+    spec = standard_spec("b0", 8)
+    stages = []
+    for stage in spec.stages:
+        blocks = tuple(replace(block, ffn_dim=2 * stage.width) for block in stage.blocks)
+        stages.append(replace(stage, blocks=blocks))
+    model = SegFormer(replace(spec, stages=tuple(stages)))
     nn.init.normal_(
         model.decode_head.classifier.weight
     )  # so that no class is everywhere the highest

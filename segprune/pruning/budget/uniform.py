@@ -16,7 +16,6 @@ from math import ceil, lcm
 from typing import Any
 
 import numpy as np
-import torch
 
 from segprune.checkpoint.published import uniform_problem
 from segprune.model import SegFormer
@@ -29,6 +28,7 @@ from segprune.pruning.patterns import match
 from segprune.pruning.plan import Plan, check_widths, keep_best, read_plan
 from segprune.pruning.prepare import Prepared
 from segprune.pruning.surgery import cut_channels, read_spec
+from segprune.shapes_only import without_weights
 from segprune.spec import Spec, StageSpec, block_name, stage_name, with_unfolded_head
 from segprune.stats import Counts, Layer, count, removed_shares
 
@@ -65,7 +65,7 @@ def by_uniform_stages(
     assert isinstance(model, SegFormer)
 
     # The meta device has shapes only, which is all that a spec is read from.
-    with torch.device("meta"):
+    with without_weights():
         network = SegFormer(model.spec)
     cut_channels(network, prepared.groups, plan)
     pruned = with_unfolded_head(read_spec(network))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segprune.model import PatchEmbed, attend, to_map, to_tokens
+from segprune.shapes_only import without_weights
 from segprune.spec import Spec, StageSpec, block_name, stage_name
 from segprune.stats import Layer, layers
 from segprune.timing import DTYPE_OF, Precision
@@ -204,7 +205,7 @@ class Place:
 
     def module(self, build: Callable[[], nn.Module]) -> nn.Module:
         # Built without memory or random numbers, then filled with ones.
-        with torch.device("meta"):
+        with without_weights():
             module = build()
 
         module = module.to_empty(device=self.device).to(self.dtype).eval()
