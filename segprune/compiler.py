@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from segprune.timing import GraphRecorder
 MAX_SHAPES = 8  # that are kept ready; each holds its own program, and on a GPU its own memory
 
 Function = Callable[[Tensor], Tensor]
+Answer = Literal["logits", "classes", "quarter"]  # the last: logits before the last upsampling
 
 
 class Compiled:
@@ -31,10 +33,10 @@ class Compiled:
     are filled up. At most `MAX_SHAPES` sizes are kept, the least recently used one goes. `notes` says what fell back.
     """
 
-    def __init__(self, model: SegFormer, dtype: torch.dtype, *, classes: bool) -> None:
+    def __init__(self, model: SegFormer, dtype: torch.dtype, answer: Answer) -> None:
         self.notes: list[str] = []
         self.spec = model.spec  # whoever feeds images asks it how they are normalised
-        self._dtype, self._classes = dtype, classes
+        self._dtype, self._kind = dtype, answer
 
         # Folded in the precision that the weights have, then cast: rounded once.
         self._network = fold_for_inference(model).to(dtype)
@@ -62,8 +64,10 @@ class Compiled:
         return program(F.pad(images, (0, 0, 0, 0, 0, 0, 0, length - batch)))[:batch]
 
     def _answer(self, images: Tensor) -> Tensor:
+        if self._kind == "quarter":
+            return self._network.parts(images)[1]
         logits = self._network(images)
-        return logits.argmax(1) if self._classes else logits
+        return logits.argmax(1) if self._kind == "classes" else logits
 
     def _prepare(self, images: Tensor) -> Function:
         """Returns the program for images of this very shape, after its first call."""
@@ -124,10 +128,32 @@ def compiled(
     >>> compiled(SegFormer(standard_spec("b0", 8)), classes=True).notes
     []
     """
-    program = Compiled(model, dtype, classes=classes)
+    program = Compiled(model, dtype, "classes" if classes else "logits")
     if input_shape is not None:
         program(torch.zeros(batch, 3, *input_shape))
     return program
+
+
+class CompiledParts:
+    """A compiled network as scoring and prediction take it: they upsample its logits themselves, where they read them."""
+
+    upsamples_last = True
+
+    def __init__(self, model: SegFormer, dtype: torch.dtype = torch.float32) -> None:
+        self.spec, self._program = model.spec, Compiled(model, dtype, "quarter")
+        self.resize, self.resize_rows = model.resize, model.resize_rows
+        self.can_resize_rows = model.can_resize_rows
+
+    @property
+    def notes(self) -> list[str]:
+        return self._program.notes
+
+    def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Returns no maps, and the logits B K H/4 W/4."""
+        return [], self._program(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.resize(self._program(x).float(), x.shape[2:])
 
 
 def compile_for_one_shape(function: Function) -> Function:

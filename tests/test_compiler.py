@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch.nn import functional as F
 
 import segprune.compiler
 from segprune import SegFormer, compiled
-from segprune.compiler import compile_for_one_shape
+from segprune.compiler import CompiledParts, compile_for_one_shape
+from segprune.data.transforms import IMAGENET
+from segprune.inference.label_maps import EvalMode, label_maps, make_network, prepare
 from segprune.spec import Preprocessing, preprocessing_of
 from tests.training.tiny import tiny_model
 
@@ -122,6 +125,20 @@ def test_what_does_not_compile_runs_eagerly_and_says_why(
     program, images = compiled(model), torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
     assert "no compiler" in program.notes[0]
+
+
+def test_scored_compiled_it_gives_the_same_label_maps(
+    model: SegFormer, shapes: list[tuple[int, ...]]
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (48, 130, 3), dtype=np.uint8)
+    how = EvalMode(input_shape=(96, 160))
+    maps = []
+    for predict in (model, CompiledParts(model)):
+        network = make_network(predict, model.spec.num_classes, "cpu", 1, IMAGENET)
+        assert network.upsampling is predict
+        maps.append(label_maps(network, [prepare(image, how)], how)[0])
+    assert torch.equal(*maps)
+    assert shapes == [(1, 3, 96, 160)]
 
 
 def test_images_of_a_wrong_shape_are_refused(model: SegFormer) -> None:

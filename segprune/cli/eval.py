@@ -22,6 +22,7 @@ from segprune.cli.console import (
     show_settings,
 )
 from segprune.cli.flags import (
+    Compile,
     Cuda,
     Data,
     Dialect,
@@ -35,6 +36,7 @@ from segprune.cli.flags import (
     switch,
 )
 from segprune.cli.report import make_page
+from segprune.compiler import CompiledParts
 from segprune.data import DataChoices
 from segprune.export.runtimes import PROGRAMS, is_exported, open_exported
 from segprune.files import check_writable, write_json
@@ -94,6 +96,7 @@ class EvalFlags:
     ] = 8
     num_workers: LoaderProcesses = None
     cuda: Cuda = False
+    compile: Compile = False
     dialect: Dialect = None
     trust: Trust = False
     json_path: Annotated[
@@ -157,6 +160,8 @@ def run(flags: EvalFlags, inputs: InputFlags, given: frozenset[str]) -> None:
             progress=advance,
             **vars(how),
         )
+    if isinstance(network, CompiledParts):
+        show_notes(tuple(network.notes))
     show_score(f"{flags.model_path} on {flags.split}", score, names)
 
     # Save.
@@ -203,8 +208,13 @@ def _open_network(
     if not is_exported(flags.model_path):
         opened = inputs.apply(checkpoint.read(flags.model_path, dialect=flags.dialect))
         read = {"dialect": opened.dialect, "variant": opened.spec.variant}
+
+        def build() -> Predict:
+            model = checkpoint.build(opened).to(device)
+            return CompiledParts(model) if flags.compile else model
+
         return _Opened(
-            lambda: checkpoint.build(opened).to(device),
+            build,
             opened.spec.num_classes,
             opened.spec.preprocessing,
             read,
@@ -212,7 +222,9 @@ def _open_network(
         )
 
     where = "on an exported file, which runs on the CPU"
-    refuse_without_effect(given, ("dialect", True, where), ("cuda", True, where))
+    refuse_without_effect(
+        given, ("dialect", True, where), ("cuda", True, where), ("compile", True, where)
+    )
     fixed = "on an exported file, which was written for its own; export the checkpoint again with it"
     refuse_without_effect(given, *((name, True, fixed) for name in ("mean", "std", "channels")))
     # What the file takes stands in its manifest.

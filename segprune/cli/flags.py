@@ -88,6 +88,14 @@ Heads = Annotated[
     ),
 ]
 Cuda = Annotated[bool, switch("--cuda", "Use the GPU.")]
+Compile = Annotated[
+    bool,
+    switch(
+        "--compile",
+        "Compile the network for each size of image (torch.compile, on a GPU CUDA graphs too): the first of a size "
+        "takes up to a minute, all that follow are faster.",
+    ),
+]
 LoaderProcesses = Annotated[
     int | None,
     typer.Option(

@@ -23,6 +23,7 @@ from segprune.cli.console import (
     show_table,
 )
 from segprune.cli.flags import (
+    Compile,
     Cuda,
     Dialect,
     InputFlags,
@@ -31,11 +32,12 @@ from segprune.cli.flags import (
     refuse_without_effect,
     switch,
 )
+from segprune.compiler import CompiledParts
 from segprune.data import voc_palette
 from segprune.files import atomic_path, check_writable, write_json
 from segprune.inference.draw import legend
 from segprune.inference.inputs import check_sources_kept, find_images, recognise_input
-from segprune.inference.label_maps import MODES, EvalMode, Network
+from segprune.inference.label_maps import MODES, EvalMode, Network, Upsampling
 from segprune.inference.predict import (
     KINDS,
     Predictions,
@@ -90,6 +92,7 @@ class PredictFlags:
     ] = 4
     amp: Annotated[str, Option("--amp", help="Mixed precision: no, fp16 or bf16.")] = "no"
     cuda: Cuda = False
+    compile: Compile = False
     max_frames: Annotated[
         int | None, Option("--max_frames", min=1, help="Of a video or camera.")
     ] = None
@@ -178,6 +181,8 @@ def run(flags: PredictFlags, inputs: InputFlags, given: frozenset[str]) -> None:
         done.notes.append(
             f"Skipped {number_of(len(done.skipped), 'image')} that could not be read: {first}"
         )
+    if isinstance(job.network.upsampling, CompiledParts):
+        done.notes += job.network.upsampling.notes
     show_notes(tuple(done.notes))
     console.print(
         f"{number_of(number, thing)} in {seconds:.1f} s, {number / seconds:.1f} {thing}s per second."
@@ -260,13 +265,19 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _place_network(model: SegFormer, device: torch.device, flags: PredictFlags) -> Network:
-    """Puts the network on the device, in mixed precision on demand. It raises ValueError for NaN or infinity."""
+    """Puts the network on the device, in mixed precision or compiled on demand.
+
+    It raises ValueError for NaN or infinity. Compiled, its weights are cast, which autocast does in every pass.
+    """
     model, amp = model.to(device), AMPS[flags.amp]
+    upsampling: Upsampling = model
+    if flags.compile:
+        upsampling, amp = CompiledParts(model, amp or torch.float32), None
 
     # argmax of NaN is a class as well, so a broken network would seem to work.
     def predict(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            logits = model.parts(pixels)[1].float()  # upsampled where they are read
+            logits = upsampling.parts(pixels)[1].float()  # upsampled where they are read
         if not logits.isfinite().all():
             raise ValueError(
                 "The network gives logits that are NaN or infinite; leave out --amp, or give another checkpoint."
@@ -274,7 +285,7 @@ def _place_network(model: SegFormer, device: torch.device, flags: PredictFlags) 
         return logits
 
     classes, preprocessing = model.spec.num_classes, model.spec.preprocessing
-    return Network(predict, classes, device, flags.batch_size, preprocessing, model)
+    return Network(predict, classes, device, flags.batch_size, preprocessing, upsampling)
 
 
 def _film(flags: PredictFlags, job: PredictJob, *, camera: bool) -> tuple[Predictions, float]:

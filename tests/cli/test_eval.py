@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segprune.checkpoint import load, save
@@ -42,6 +43,24 @@ def test_the_score_is_the_librarys_and_is_saved_as_json(
     ) in out
     assert "│ 7 bar │" in out  # named by the data's classes.txt
     assert f"Saved: {path}" in out
+
+
+def test_compiled_it_scores_the_same(
+    data: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_for = []
+
+    def compile_nothing(function: object, **_: object) -> object:
+        compiled_for.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    path = tmp_path / "score.json"
+    done("eval", dense, "--data", data, *SIZE, *HERE, "--compile", "--json", path)
+    expected = score_of(dense, data, EvalMode(input_shape=(32, 32)))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["pixel_accuracy"] == pytest.approx(expected.pixel_accuracy, abs=1e-3)
+    assert len(compiled_for) == 1  # three images in one batch
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,25 @@ def test_mixed_precision_changes_few_pixels(
         )
         masks.append(load_mask(tmp_path / name / "mask/b.png"))
     assert np.mean(masks[0] == masks[1]) > 0.9
+
+
+def test_compiled_it_gives_the_same_masks_and_names_what_fell_back(
+    photos: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", fail_to_compile)
+    done(*predicting_on(photos, small, tmp_path / "plain", "--kind", "mask"))
+    out = done(*predicting_on(photos, small, tmp_path / "fast", "--kind", "mask", "--compile"))
+    assert "Not compiled for (3, 3, 32, 32), runs eagerly: no compiler" in out
+    for name in ("a", "sub/b", "sub/猫"):
+        masks = [load_mask(tmp_path / way / f"mask/{name}.png") for way in ("plain", "fast")]
+        assert (masks[0] == masks[1]).mean() > 0.99  # rounded otherwise, as all is folded
+
+
+def fail_to_compile(function: object, **_: object) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        raise RuntimeError("no compiler")
+
+    return call
 
 
 def test_the_number_of_threads_and_the_batch_change_nothing(
