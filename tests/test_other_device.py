@@ -13,7 +13,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import segprune
 from segprune import L1Pruner
@@ -107,6 +108,37 @@ def test_networks_are_saved_loaded_and_folded(
     ):
         assert places(network) == {"cuda"}
         torch.testing.assert_close(network(x).cpu(), small_model(x.cpu()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["mlp", "folded", "conv"])
+def test_maps_are_brought_into_the_fast_layout_before_they_are_upsampled(
+    device: OtherDevice,
+    dense_of: Callable[[str], SegFormer],
+    head: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_order: set[bool] = set()
+    interpolate = F.interpolate
+
+    def watch(x: Tensor, **how: Any) -> Tensor:
+        in_order.add(x.is_contiguous())
+        return interpolate(x, **how)
+
+    monkeypatch.setattr(F, "interpolate", watch)
+    dense, x = dense_of(head), torch.randn(2, 3, 64, 96).double()
+    expected = dense(x)
+    assert in_order == {False}  # a CPU's maps stay as they are
+
+    in_order.clear()
+    logits = moved(dense)(x.to(OTHER))
+    assert in_order == {True}
+    torch.testing.assert_close(logits.cpu(), expected)
+
+    # Nor does a compiler's or an exporter's graph hold a copy.
+    in_order.clear()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    moved(dense)(x.to(OTHER))
+    assert in_order == {False}
 
 
 @pytest.mark.parametrize("method", METHODS)
