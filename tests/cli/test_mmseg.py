@@ -10,7 +10,6 @@ import torch
 from benchmarks.trained_like import fill
 from segprune.checkpoint import load, read
 from segprune.export import open_exported
-from segprune.stats import count
 from tests.commands import BEST, HERE, SIZE, done, invoke, refused, results_in, training
 from tests.dialects import reference
 
@@ -95,28 +94,6 @@ def test_it_is_exported_and_timed_with_its_batch_norms_in_the_products(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     quick = ("--sizes", "32x32", "--rounds", 3, "--seconds", 0, "--threads", 1, "--no_memory")
     done("benchmark", small, *quick, "--save_dir", tmp_path / "times")
-
-
-def test_several_steps_by_macs_after_whole_branches_meet_the_rate(
-    theirs: Path, tmp_path: Path
-) -> None:
-    flags = (
-        "--rate_of",
-        "macs",
-        "--pruning_rate",
-        0.6,
-        "--steps",
-        2,
-        "--depth",
-        0.1,
-        "--no_repair",
-    )
-    done("prune", "--model_path", theirs, *SIZE, *flags, "--save_dir", tmp_path)
-    before, after = (
-        count(load(path).spec, (32, 32)).macs
-        for path in (theirs, record_in(tmp_path)["model_save_path"])
-    )
-    assert 1 - after / before == pytest.approx(0.6, abs=0.01)
 
 
 def test_flags_for_other_heads_are_refused(theirs: Path) -> None:

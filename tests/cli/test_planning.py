@@ -1,4 +1,4 @@
-"""`segprune prune` beyond one rate: plans as files, rates by name, budgets, criteria with pictures, repair, steps."""
+"""`segprune prune` beyond one rate: plans as files, rates by name, budgets, criteria with pictures, repair."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from segprune import load
 from segprune.data import open_source
 from segprune.data.unlabelled import batch_images, list_images, load_images
 from segprune.stats import count
-from tests.commands import HERE, SIZE, done, interrupted, invoke, refused
+from tests.commands import HERE, SIZE, done, refused
 
 SHAPE = (32, 32)
 FINELY = ("--round_to", 1)  # for the small network, whose groups have few channels
@@ -203,31 +203,6 @@ def test_of_a_plan_in_which_nothing_is_ignored_nothing_is_said_of_it(
     assert "Left alone" not in planned[1]
 
 
-def test_a_branch_with_an_ignored_group_stays_and_so_does_its_block(
-    dense: Path, tmp_path: Path
-) -> None:
-    most = ("--pruning_rate", 0.9, "--depth", 0.25, "--ignore", "stages.*.attn.qk")
-    out = done("prune", "--model_path", dense, *SIZE, *most, "--save_dir", tmp_path)
-    (named,) = re.findall(r"Branches removed: (.+?)\. ", out)
-    assert all(name.endswith(".mlp") for name in named.split(", "))
-
-
-def test_a_rate_below_what_folding_takes_is_refused_in_the_users_numbers_before_branches_go(
-    dense: Path, tmp_path: Path
-) -> None:
-    flags = ("--rate_of", "macs", "--depth", 0.05, "--save_dir", tmp_path, "--pruning_rate")
-    status, out, errors = invoke("prune", "--model_path", dense, *SIZE, *flags, 0.5)
-    (least,) = re.findall(
-        r"Rate 0\.5 is less than folding the decode head alone removes \((0\.\d+)\)", errors
-    )
-    rate = float(least) + 0.002
-    status, out, errors = invoke("prune", "--model_path", dense, *SIZE, *flags, rate)
-    said = rf"Error: Rate {rate:g} is less than --depth 0\.05 and folding the decode head together remove "
-    assert re.match(said + r"\(0\.\d+\); .*--keep_decoder, or less depth\.", errors), errors
-    assert status == 1
-    assert "Branches removed" not in out
-
-
 def test_a_criterion_that_needs_pictures_takes_them_without_labels(
     dense: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -334,98 +309,6 @@ def test_random_weights_are_not_repaired_without_images(
     said = refused("prune", "--phi", "b0", *SIZE, *flags, "--save_dir", tmp_path)
     assert re.match(
         rf"{flags[0]} has no effect on random weights without images; give --model_path", said
-    )
-
-
-@pytest.mark.parametrize("flags", [(), ("--rate_of", "macs", "--pruning_rate", 0.8)])
-def test_pruning_in_steps_meets_the_rate(
-    flags: tuple[object, ...], dense: Path, tmp_path: Path
-) -> None:
-    done("prune", "--model_path", dense, *SIZE, *flags, "--steps", 3, "--save_dir", tmp_path)
-    path = next((tmp_path / "l1/b0").glob("*.pth"))
-    before, after = (count(load(path).spec, SHAPE) for path in (dense, path))
-    if flags:
-        assert 1 - after.macs / before.macs == pytest.approx(0.8, abs=0.01)
-    else:
-        assert 1 - after.parameters / before.parameters == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.mark.parametrize(("unit", "depth"), [("params", 0.3), ("macs", 0.1)])
-def test_branches_go_first_and_count_towards_the_rate(
-    unit: str, depth: float, dense: Path, tmp_path: Path
-) -> None:
-    flags = (
-        "--rate_of",
-        unit,
-        "--pruning_rate",
-        0.8,
-        "--depth",
-        depth,
-        "--ignore",
-        "stages.3.blocks.0.mlp",
-    )
-    out = done("prune", "--model_path", dense, *SIZE, *flags, "--save_dir", tmp_path)
-    (named,) = re.findall(r"Branches removed: (.+?)\. ", out)
-    label = {"params": "0.8", "macs": "macs0.8"}[unit]
-    path = tmp_path / f"l1/b0/b0_pruned_{label}.pth"
-    branches = [
-        (b.has_attention, b.has_ffn) for stage in load(path).spec.stages for b in stage.blocks
-    ]
-    assert sum(map(sum, branches)) < 16
-    assert "stages.3.blocks.0.mlp" not in named.split(", ")
-    before, after = (count(load(file).spec, SHAPE) for file in (dense, path))
-    size = {"params": "parameters"}.get(unit, unit)
-    assert 1 - getattr(after, size) / getattr(before, size) == pytest.approx(0.8, abs=0.01)
-
-
-def test_between_steps_the_network_is_trained(dense: Path, data: Path, tmp_path: Path) -> None:
-    steps = ("--steps", "2,1", "--epochs", 1, "--no_repair")
-    out = done(
-        "prune",
-        "--model_path",
-        dense,
-        *SIZE,
-        *HERE,
-        *steps,
-        "--data",
-        data,
-        "--save_dir",
-        tmp_path,
-    )
-    assert (
-        0
-        < out.index(" Fine-tuning after step 1 ")
-        < out.index(" Fine-tuning the pruned network ")
-    )
-    folder = tmp_path / "l1/b0"
-    sizes = [
-        count(load(folder / name).spec, SHAPE).parameters
-        for name in (
-            "b0_pruned_0.5_step1.pth",
-            "b0_pruned_0.5_step1_finetuned/best_epoch_weights.pth",
-            "b0_pruned_0.5.pth",
-        )
-    ]
-    assert (
-        sizes[0]
-        == sizes[1]
-        > sizes[2]
-        == pytest.approx(count(load(dense).spec, SHAPE).parameters / 2, rel=0.02)
-    )
-    assert "finetuned_model" in json.loads(
-        (folder / "pruning_results.json").read_text(encoding="utf-8")
-    )
-
-
-def test_training_that_is_a_part_of_pruning_has_to_be_begun_again(
-    dense: Path, data: Path, tmp_path: Path
-) -> None:
-    part = ("--steps", "2,1", "--no_repair")
-    here = (*SIZE, *HERE, "--data", data, "--epochs", 1, "--save_dir", tmp_path)
-    status, errors = interrupted(1, "prune", "--model_path", dense, *part, *here)
-    assert (status, errors) == (
-        130,
-        "Training was interrupted in epoch 1 after 1 batches. Begin again with the same command.\n",
     )
 
 
@@ -550,25 +433,6 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         r"--images has no effect where nothing is repaired or ranked by images;",
     ),
     (("--repair", "--plan_only"), r"--repair has no effect with --plan_only, which cuts"),
-    (("--depth", 1), r"--depth is 1; it must be at least 0 and below 1\."),
-    (
-        ("--depth", 0.5),
-        r"--depth is 0\.5, a part of the rate of the params, 0\.5; it must be below it\.",
-    ),
-    (
-        ("--depth", 0.1, "--rate_of", "latency"),
-        r"--depth needs a rate of params or macs, and no plan",
-    ),
-    (
-        ("--steps", "1,1"),
-        r"--steps gives epochs between two steps; that needs 2 steps or more, and --epochs\.",
-    ),
-    (("--steps", "0"), r"--steps is '0'; give a number from 1 up"),
-    (("--steps", "two"), r"--steps is 'two'; give a number from 1 up"),
-    (
-        ("--steps", 2, "--plan_only"),
-        r"--steps cannot be combined with --plan, --plan_only or shares by name",
-    ),
     (
         ("--plan_only", "--epochs", 1, "--data", "."),
         r"--epochs has no effect with --plan_only, which cuts nothing;",

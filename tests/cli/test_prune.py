@@ -537,7 +537,7 @@ def test_a_setting_of_fine_tuning_is_refused_before_anything_long_begins(
     assert not (tmp_path / "out").exists()
 
 
-def test_pruning_in_steps_does_not_write_over_its_input(dense: Path, tmp_path: Path) -> None:
+def test_pruning_again_does_not_write_over_its_input(dense: Path, tmp_path: Path) -> None:
     flags = ("--pruning_rate", 0.3, *SIZE)
     done("prune", "--model_path", dense, *flags, "--save_dir", tmp_path)
     once = tmp_path / "l1/b0/b0_pruned_0.3.pth"

@@ -47,7 +47,7 @@ PRUNINGS: list[tuple[object, ...]] = [
     (),
     ("--keep_decoder",),
     ("--uniform",),
-    ("--heads", "--depth", 0.3),
+    ("--heads",),
 ]
 
 

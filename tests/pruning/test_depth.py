@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import segprune
 from segprune.checkpoint import load, save
 from segprune.fold import fold_decoder
 from segprune.model import DropPath, SegFormer
@@ -19,6 +20,7 @@ from segprune.pruning.depth import (
     branches,
     choose,
     noise,
+    prune_depth,
     remove,
     without,
 )
@@ -340,6 +342,29 @@ def test_the_costs_of_all_branches_are_what_the_network_costs_less_without_them(
         assert (whole, whole - costs[name]) == pair
 
 
+def test_branches_go_first_and_channels_after_them(
+    small_model: SegFormer, batches: list[Tensor]
+) -> None:
+    dense = small_model.float()
+    images = [batch.float() for batch in batches]
+    shorter, names = prune_depth(
+        dense, 0.2, images, input_shape=(64, 64), ignore=("stages.*.attn.qk",)
+    )
+    assert all(name.endswith(".mlp") for name in names)  # whose queries and keys stay
+
+    before, after = (count(model.spec, (64, 64)).parameters for model in (dense, shorter))
+    assert 0 < 1 - after / before <= 0.2
+    options = {"input_shape": (64, 64), "round_to": 1, "repair": False}
+    pruned = segprune.prune(shorter, 0.5, **options).network
+    left = count(stock_spec(pruned), (64, 64)).parameters
+    assert 1 - left / after == pytest.approx(0.5, abs=0.02)
+
+
+def test_without_images_noise_stands_in_for_them(small_model: SegFormer) -> None:
+    shorter, names = prune_depth(small_model.float(), 0.1, input_shape=(64, 64), unit="macs")
+    assert shorter.spec == without(small_model.spec, names)
+
+
 def test_the_last_of_a_stage_and_branches_without_a_score_stay(small_spec: Spec) -> None:
     scores = {
         name: score
@@ -367,7 +392,7 @@ def test_channels_of_what_remains_are_cut_to_the_budget(small_model: SegFormer) 
     bare = remove(small_model, SOME)
     pruned = L1Pruner(bare, 0.3, round_to=1, repair=False).prune()
     assert stock_spec(pruned) == pruned.spec
-    left = count(pruned.spec, (64, 64)).parameters / count(bare.spec, (64, 64)).parameters
+    left = count(stock_spec(pruned), (64, 64)).parameters / count(bare.spec, (64, 64)).parameters
     assert left == pytest.approx(0.7, abs=0.01)
     assert [
         [(b.has_attention, b.has_ffn) for b in stage.blocks] for stage in pruned.spec.stages

@@ -21,7 +21,6 @@ from segprune.cli.console import (
     show_notes,
     show_table,
 )
-from segprune.cli.prune.flags import StepFlags
 from segprune.files import read_json, write_json
 from segprune.inference.evaluate import Score
 from segprune.model import SegFormer
@@ -59,7 +58,7 @@ NOTED = (
 
 
 def pruning_config(
-    options: PruneOptions, steps: StepFlags, images: Sequence[Tensor], *, synthetic: bool
+    options: PruneOptions, images: Sequence[Tensor], *, synthetic: bool
 ) -> dict[str, Any]:
     """Returns what was asked; `pruning_rate` is None where something else than one rate said it."""
     budgets = options.budgets
@@ -76,8 +75,6 @@ def pruning_config(
         "synthetic_images": synthetic,
         "price": options.group_price,
         "normalise": options.normalise,
-        "steps": steps.count,
-        "depth": steps.depth,
         **{name: getattr(options, name) for name in NOTED},
     }
 

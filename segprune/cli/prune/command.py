@@ -36,7 +36,6 @@ from segprune.cli.prune.flags import (
     ImageFlags,
     NetworkFlags,
     RunFlags,
-    StepFlags,
     TuneFlags,
     check_flags,
     may_draw_images,
@@ -44,7 +43,6 @@ from segprune.cli.prune.flags import (
     needs_images,
 )
 from segprune.cli.prune.search import save_neighbours, search_rate, search_record
-from segprune.cli.prune.steps import Tuning, prune_in_steps
 from segprune.cli.report import make_page
 from segprune.cli.train import flags as train
 from segprune.cli.train.command import check_teacher_names, fit_with
@@ -56,7 +54,6 @@ from segprune.inference.evaluate import EvalMode, Score, evaluate
 from segprune.machine import choose_precision, fit_to_machine
 from segprune.model import PARTS, SegFormer
 from segprune.pruning.budget.latency import LatencyTable, default_folder
-from segprune.pruning.depth import check_depth, prune_depth
 from segprune.pruning.importance import NEED_IMAGES
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.plan import widths_of, write_plan
@@ -66,7 +63,7 @@ from segprune.pruning.pruner import Pruner
 from segprune.pruning.synthetic import synthetic_images
 from segprune.runs.folder import check_kept, check_not_overwritten, classes_of
 from segprune.spec import Preprocessing, standard_spec
-from segprune.timing import measure_latency, measure_parts
+from segprune.timing import Latency, Precision, measure_latency, measure_parts
 from segprune.training.options import TrainOptions
 from segprune.training.rates import advise_rate, choose_rates
 
@@ -77,7 +74,6 @@ def run(
     network: NetworkFlags,
     options: PruneOptions,
     images: ImageFlags,
-    steps: StepFlags,
     tune: TuneFlags,
     out: RunFlags,
     inputs: InputFlags,
@@ -89,9 +85,7 @@ def run(
     `segprune.load` read, and pruning_results.json beside it.
     """
     # Flags that contradict each other are refused before anything is opened.
-    check_flags(given, network, options, images, steps, tune, out)
-    if steps.depth:
-        check_depth(steps.depth, options)
+    check_flags(given, network, options, images, tune, out)
     device = choose_device(out.cuda)
 
     # Open the checkpoint.
@@ -103,22 +97,17 @@ def run(
     check_kept(path, network.model_path, save_dir=Path(out.save_dir))
 
     # Settle the fine-tuning, so that nothing long begins with settings that it cannot have.
-    tune_settings = _tune_settings(network, options, tune, out, inputs, opened, path)
-    tune_options, fitted = fit_to_machine(tune_settings.options, device)
-    tune_options, reason = choose_rates(tune_options, opened.extra)
-    tune_settings = replace(tune_settings, options=tune_options)
+    training, notes = _settle_training(network, options, tune, out, inputs, opened, path)
     # What was chosen is put back into the flags, since these are printed and saved.
-    tune = replace(tune, amp=tune_options.amp, num_workers=tune_options.num_workers)
-    notes = [*opened.notes, *(fitted if tune.data else ())]
+    chosen = training.options
+    tune = replace(tune, amp=chosen.amp, num_workers=chosen.num_workers)
     if tune.epochs:
-        check_not_overwritten(finetuned_folder(path), network.model_path)
-        tune = replace(tune, lr=tune_options.lr)
-        notes.append(reason)
-    settings = merge_settings(network, options, images, steps, tune, inputs, out)
-    settings |= {"phi": variant, "num_classes": opened.spec.num_classes}
-    chosen = {"phi": variant, "num_classes": opened.spec.num_classes, "dialect": opened.dialect}
-    show_settings("Pruning", settings, given, chosen)
-    show_notes(tuple(notes))
+        tune = replace(tune, lr=chosen.lr)
+    settings = merge_settings(network, options, images, tune, inputs, out)
+    read = {"phi": variant, "num_classes": opened.spec.num_classes}
+    settings |= read
+    show_settings("Pruning", settings, given, read | {"dialect": opened.dialect})
+    show_notes((*opened.notes, *notes))
 
     # Open the data, and check its labels.
     source, pixels = (
@@ -127,10 +116,11 @@ def run(
     check_writable(folder)
     # The dense network is never changed: it is scored and timed beside the pruned one.
     dense = checkpoint.build(opened).to(device)
+
     # Images that were given, those of the data, or synthetic ones made from the network.
     batches: list[Tensor] = []
     synthetic = False
-    if needs_images(options, steps, out):
+    if needs_images(options, out):
         batches = _load_images(options, images, source, opened.spec.preprocessing)
         if not batches and network.model_path and may_draw_images(options, images, tune):
             batches, synthetic = _draw_images(dense, options, images.num_images), True
@@ -139,83 +129,46 @@ def run(
             options = replace(options, repair=False)
     batches = [batch.to(device) for batch in batches]
     # A latency is estimated from the times of single steps, which are measured once.
+    precision = choose_precision(tune.amp, device)
     table = None
     if "latency" in options.budgets:
-        table = LatencyTable(device, choose_precision(tune.amp, device), default_folder())
+        table = LatencyTable(device, precision, default_folder())
 
     # Nothing is cut, scored or timed for a plan alone.
     if out.plan_only:
-        _show_plan(
-            make_pruner(dense, images=batches, options=options, latency_table=table),
-            settings,
-            folder / PLAN,
-        )
+        pruner = make_pruner(dense, images=batches, options=options, latency_table=table)
+        _show_plan(pruner, settings, folder / PLAN)
         return
 
-    # With a budget of accuracy networks are scored now, and a rate is what comes out.
+    # Rank, decide, cut and repair: before any scoring, so that what cannot be met is said at once.
+    # With a budget of accuracy networks are scored on the way, and a rate is what comes out.
     search = None
-    plan: dict[str, Any] | None = None
     scores: dict[str, Score] = {}
-    if options.max_drop is not None:
+    if options.max_drop is None:
+        pruned, plan = _cut(dense, options, batches, table)
+    else:
         assert source is not None
         search, scores, plan = search_rate(dense, source, batches, options, tune, table, device)
         options = replace(options, max_drop=None, pruning_rate=search.chosen.rate)
+        assert isinstance(search.chosen.network, SegFormer)
+        pruned = search.chosen.network
 
-    # Rank, decide, cut and repair: before any scoring, so that what cannot be met is said at once.
+    # Save before scoring, which takes long and can be interrupted.
     classes = {} if source is None else classes_of(source, opened.spec.num_classes)
-    how = pruning_config(options, steps, batches, synthetic=synthetic)
+    how = pruning_config(options, batches, synthetic=synthetic)
     how["max_drop"] = None if search is None else search.max_drop
     # The checkpoint's own class names win over those of the data set.
     extra = classes | opened.extra | {"pruning": how}
-    tuning = None
-    if source is not None and tune.epochs:
-        # A network with random weights has nothing to teach.
-        teacher = None if tune.no_distill or not network.model_path else opened
-        tuning = Tuning(tune_settings, source, pixels, extra, teacher)
-
-    if search is not None:
-        assert isinstance(search.chosen.network, SegFormer)
-        pruned = search.chosen.network
-    elif steps.count > 1 or steps.depth:
-        # Branches first; the channels then make up for what is still missing.
-        start = _remove_branches(dense, options, steps.depth, batches) if steps.depth else dense
-        pruned = prune_in_steps(
-            dense,
-            start,
-            options,
-            batches,
-            steps.count,
-            epochs=steps.epochs,
-            tuning=tuning,
-            path=path,
-            latency_table=table,
-        )
-        del start
-    else:
-        pruned, plan = _cut(dense, options, batches, table)
-    # Saved before scoring, which takes long and can be interrupted.
     checkpoint.save(pruned, path, extra=extra)
 
     # Score and time the two networks.
     if source is not None and not scores:
         scores["dense"] = _score(dense, source, options, tune, device, "scoring dense")
         scores["pruned"] = _score(pruned, source, options, tune, device, "scoring pruned")
-    with progress_bar("timing dense and pruned") as advance:
-        latencies = measure_latency(
-            [dense, pruned],
-            options.input_shape,
-            device=device,
-            precision=choose_precision(tune.amp, device),
-            progress=advance,
-        )
-    parts = measure_parts(
-        [dense, pruned],
-        PARTS,
-        options.input_shape,
-        device=device,
-        precision=choose_precision(tune.amp, device),
-    )
-    record = results_record(opened, pruned, latencies, parts, scores, how, settings) | {
+    times = _time([dense, pruned], options.input_shape, device, precision)
+
+    # Written before fine-tuning too, which may not come to its end.
+    record = results_record(opened, pruned, *times, scores, how, settings) | {
         "model_save_path": str(path),
         "class_names": extra.get("class_names", []),
         "plan": plan,
@@ -223,19 +176,18 @@ def run(
     if search is not None:
         paths = save_neighbours(search, path, extra, how)
         record["search"] = search_record(search, options, paths)
-    # Written before fine-tuning too, which may not come to its end.
     write_json(record, folder / RESULTS)
 
     # Fine-tune, and report.
-    if tuning is not None:
-        if "lr" not in given and "lr" in opened.extra and tune_options.lr is not None:
-            show_notes(
-                advise_rate(scores["dense"].miou, scores["pruned"].miou, tune_options.lr)
-            )
+    if source is not None and tune.epochs:
+        if "lr" not in given and "lr" in opened.extra and chosen.lr is not None:
+            show_notes(advise_rate(scores["dense"].miou, scores["pruned"].miou, chosen.lr))
+        # A network with random weights has nothing to teach.
+        teacher = None if tune.no_distill or not network.model_path else opened
         # The dense network is needed no more, and training needs its memory.
         del dense
         console.print("\nFine-tuning the pruned network", style="bold")
-        fit = fit_with(tune_settings, pruned, tuning.source, pixels, extra, tuning.teacher)
+        fit = fit_with(training, pruned, source, pixels, extra, teacher)
         add_finetuned(record, fit, folder)
     show_closing(record, folder)
     make_page(folder, device)
@@ -418,14 +370,19 @@ def _show_plan(pruner: Pruner, settings: dict[str, Any], path: Path) -> None:
     )
 
 
-def _remove_branches(
-    dense: SegFormer, options: PruneOptions, depth: float, images: Sequence[Tensor]
-) -> SegFormer:
-    with progress_bar("skipping one branch at a time") as advance:
-        model, names = prune_depth(dense, depth, options, images, advance)
-    short = ", ".join(name.removeprefix("encoder.") for name in names)
-    console.print(f"Branches removed: {short}.", soft_wrap=True)
-    return model
+def _time(
+    networks: list[SegFormer],
+    input_shape: tuple[int, int],
+    device: torch.device,
+    precision: Precision,
+) -> tuple[list[Latency], list[dict[str, float]]]:
+    """Returns the latency of each network, and the milliseconds of its parts."""
+    with progress_bar("timing dense and pruned") as advance:
+        latencies = measure_latency(
+            networks, input_shape, device=device, precision=precision, progress=advance
+        )
+    parts = measure_parts(networks, PARTS, input_shape, device=device, precision=precision)
+    return latencies, parts
 
 
 def _score(
@@ -450,7 +407,7 @@ def _score(
         )
 
 
-def _tune_settings(
+def _settle_training(
     network: NetworkFlags,
     options: PruneOptions,
     tune: TuneFlags,
@@ -458,8 +415,11 @@ def _tune_settings(
     inputs: InputFlags,
     opened: Checkpoint,
     path: Path,
-) -> TrainSettings:
-    """Returns the settings of `segprune train` that fine-tune the network in `path`, the dense one as its teacher."""
+) -> tuple[TrainSettings, list[str]]:
+    """Returns the settings of `segprune train` that fine-tune the network in `path`, and what was chosen among them.
+
+    The dense network is the teacher. Raises ValueError for settings that training cannot have.
+    """
     # The dense checkpoint teaches; its dialect was perhaps given, and it is read again.
     teacher = "" if tune.no_distill else network.model_path
     start = train.StartFlags(
@@ -484,5 +444,12 @@ def _tune_settings(
         num_workers=tune.num_workers,
         seed=options.seed,
     )
+    train_options, fitted = fit_to_machine(train_options, choose_device(out.cuda))
+    train_options, reason = choose_rates(train_options, opened.extra)
+    notes = [*fitted] if tune.data else []
+    if tune.epochs:
+        check_not_overwritten(finetuned_folder(path), network.model_path)
+        notes.append(reason)
+
     run = train.RunFlags(cuda=out.cuda, save_dir=str(finetuned_folder(path)))
-    return TrainSettings(start, train_options, run, inputs)
+    return TrainSettings(start, train_options, run, inputs), notes

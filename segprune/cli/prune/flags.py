@@ -71,57 +71,6 @@ class ImageFlags:
 
 
 @dataclass(frozen=True)
-class StepFlags:
-    """The cut in several steps. `steps` is their number, and after a comma the epochs of training between two."""
-
-    PANELS: ClassVar[Mapping[str, str]] = {"steps": "Before and between"}
-
-    steps: Annotated[
-        str,
-        Option(
-            "--steps",
-            metavar="N[,EPOCHS]",
-            help="Prune in N steps of equal size, each repaired by itself; fine-tune that many epochs between two, on "
-            "--data.",
-        ),
-    ] = "1"
-    depth: Annotated[
-        float,
-        Option(
-            "--depth",
-            help="Share of the network removed as whole attention or FFN branches, and blocks, before channels are "
-            "cut; a part of the rate.",
-        ),
-    ] = 0.0
-
-    @property
-    def count(self) -> int:
-        return self._numbers[0]
-
-    @property
-    def epochs(self) -> int:
-        return self._numbers[1]
-
-    @property
-    def _numbers(self) -> tuple[int, int]:
-        count, _, epochs = self.steps.partition(",")
-        return int(count), int(epochs or 0)
-
-    def __post_init__(self) -> None:
-        words = self.steps.split(",")
-        if (
-            len(words) > 2
-            or not all(word.strip().isdecimal() for word in words)
-            or int(words[0]) < 1
-        ):
-            raise ValueError(
-                f"`steps` is {self.steps!r}; give a number from 1 up, or with epochs, as 3,2."
-            )
-        if not 0.0 <= self.depth < 1.0:
-            raise ValueError(f"`depth` is {self.depth:g}; it must be at least 0 and below 1.")
-
-
-@dataclass(frozen=True)
 class TuneFlags:
     PANELS: ClassVar[Mapping[str, str]] = {"data": "Scoring and fine-tuning"}
 
@@ -198,15 +147,10 @@ def merge_settings(*records: Any) -> dict[str, Any]:
     return settings
 
 
-def needs_images(options: PruneOptions, steps: StepFlags, run: RunFlags) -> bool:
-    """Returns whether images, if there are some, are of use: to plan, repair, method or the choice of branches."""
+def needs_images(options: PruneOptions, run: RunFlags) -> bool:
+    """Returns whether images, if there are some, are of use: to plan, repair or method."""
     will_repair = options.repair is not False and not run.plan_only
-    return (
-        will_repair
-        or options.may_use_curves
-        or options.pruning_method in NEED_IMAGES
-        or steps.depth > 0.0
-    )
+    return will_repair or options.may_use_curves or options.pruning_method in NEED_IMAGES
 
 
 def may_draw_images(options: PruneOptions, images: ImageFlags, tune: TuneFlags) -> bool:
@@ -220,7 +164,6 @@ def check_flags(
     network: NetworkFlags,
     options: PruneOptions,
     images: ImageFlags,
-    steps: StepFlags,
     tune: TuneFlags,
     run: RunFlags,
 ) -> None:
@@ -246,29 +189,17 @@ def check_flags(
             raise ValueError(
                 f"`max_drop` needs `{missing}`: trained networks are scored on val."
             )
-        if run.plan_only or steps.count > 1 or steps.depth:
+        if run.plan_only:
             raise ValueError(
-                "`max_drop` cannot be combined with `plan_only`, `steps` or `depth`; leave one of them out."
+                "`max_drop` cannot be combined with `plan_only`; leave one of them out."
             )
     if run.plan_only and options.plan is not None:
         raise ValueError(
             "`plan_only` has no effect with `plan`, which is decided already; leave one of them out."
         )
-    if steps.depth and run.plan_only:
-        raise ValueError("`depth` cannot be combined with `plan_only`; leave one of them out.")
-    if steps.epochs and not (steps.count > 1 and tune.epochs):
-        raise ValueError(
-            "`steps` gives epochs between two steps; that needs 2 steps or more, and `epochs`."
-        )
-    if steps.count > 1 and (
-        run.plan_only or options.shares_by_name or options.plan is not None
-    ):
-        raise ValueError(
-            "`steps` cannot be combined with `plan`, `plan_only` or shares by name; leave one of them out."
-        )
 
     # Images serve the ranking, the plan and the repair, and nothing else.
-    unused = not needs_images(options, steps, run)
+    unused = not needs_images(options, run)
     refuse_without_effect(
         given,
         ("epochs", run.plan_only, "with `plan_only`, which cuts nothing"),

@@ -139,12 +139,11 @@ def fit_with(
     teacher: Checkpoint | None,
     *,
     resumed: Resumable | None = None,
-    resumable: bool = True,
 ) -> Fit:
     """Trains as the settings say, and shows the run. Ctrl-C and a full disk end in the command that continues it.
 
     `pixels` per class are what the label check counted. `extra` is what the new checkpoints take over from the one
-    that training starts from. A run that is not `resumable` is a part of another command.
+    that training starts from.
     """
     options, run = settings.options, settings.run
     # Rules for class weights need the labels' counts, which are known by now.
@@ -162,7 +161,7 @@ def fit_with(
     folder = Path(run.save_dir)
     # A command to copy, hence quoted: the folder's name may hold blanks.
     command = f"python -m segprune train --resume --save_dir {shlex.quote(str(folder))}"
-    saving = Saving(folder, settings.merged(), extra, run.keep, run.tensorboard, resumable)
+    saving = Saving(folder, settings.merged(), extra, run.keep, run.tensorboard)
     # The view closes before a message is printed, or it would be drawn over it.
     try:
         with training_view() as view:
@@ -178,8 +177,7 @@ def fit_with(
                 on_result=view.epoch,
             )
     except TrainingInterrupted as interrupted:
-        remedy = f"Go on with: {command}" if resumable else "Begin again with the same command."
-        raise KeyboardInterrupt(f"{interrupted} {remedy}") from interrupted
+        raise KeyboardInterrupt(f"{interrupted} Go on with: {command}") from interrupted
     except RunStopped as stopped:
         said = str(stopped).removesuffix(".")
         raise OSError(f"{said} with {command}.") from stopped

@@ -151,13 +151,8 @@ def check_reach(limit: Limit, narrowest: Widths, options: PruneOptions) -> None:
     )
 
 
-def check_least(
-    limit: Limit, groups: Sequence[Group], options: PruneOptions, *, depth: float = 0.0
-) -> None:
-    """Raises ValueError if folding (or shares by name) alone already removes more than the requested share.
-
-    `depth`: the share asked for whole branches, which were removed before, if they count towards the limit.
-    """
+def check_least(limit: Limit, groups: Sequence[Group], options: PruneOptions) -> None:
+    """Raises ValueError if folding (or shares by name) alone already removes more than the requested share."""
     # The network as folding and the shares by name leave it, with nothing else removed.
     widest = np.array(
         [widths[-1] for widths in allowed_widths(groups, options)], dtype=np.int64
@@ -167,16 +162,12 @@ def check_least(
         return
 
     # Each cause has its own remedy.
-    by_name = bool(options.shares_by_name)
-    cause = "the shares by name" if by_name else "folding the decode head"
-    removes = (
-        f"`depth` {depth:g} and {cause} together remove" if depth else f"{cause} alone removes"
-    )
-    remedy = "" if by_name else ", keep the head with `keep_decoder`"
-    remedy += "" if by_name or depth else ", or fold it and remove nothing else with rate 0"
-    remedy += ", or less depth" if depth else ""
+    cause, remedy = "the shares by name", ""
+    if not options.shares_by_name:
+        cause = "folding the decode head"
+        remedy = ", keep the head with `keep_decoder`, or fold it and remove nothing else with rate 0"
     raise ValueError(
-        f"Rate {limit.rate:g} is less than {removes} ({least:.3f}); ask for a higher rate{remedy}."
+        f"Rate {limit.rate:g} is less than {cause} alone removes ({least:.3f}); ask for a higher rate{remedy}."
     )
 
 

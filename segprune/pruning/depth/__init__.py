@@ -8,7 +8,7 @@ branch, so that writer's bias takes it. Whole layers ranked by what the output i
 
 from segprune.pruning.depth.branches import Branch, branch_costs, branches, without
 from segprune.pruning.depth.choice import choose
-from segprune.pruning.depth.first import check_depth, prune_depth
+from segprune.pruning.depth.first import prune_depth
 from segprune.pruning.depth.removal import remove
 from segprune.pruning.depth.scores import branch_scores, noise
 
@@ -17,7 +17,6 @@ __all__ = [
     "branch_costs",
     "branch_scores",
     "branches",
-    "check_depth",
     "choose",
     "noise",
     "prune_depth",
