@@ -134,8 +134,6 @@ def test_names_of_classes_in_the_file_that_do_not_fit_are_refused(
 
 
 def test_uniform_and_depth_contradict_each_other(dense: Path) -> None:
-    said = refused("prune", "--model_path", dense, "--uniform", "--depth", 0.1)
-    assert "--depth" in said
     assert "--uniform" in said
     assert "leave one of them out" in said
 

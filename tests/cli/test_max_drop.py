@@ -145,7 +145,6 @@ def test_a_pruner_by_itself_cannot_score(dense: Path) -> None:
         (("--max_drop", 1), "--max_drop needs --data"),
         (("--max_drop", 1, "--data", ".", "--pruning_rate", 0.5), "--max_drop cannot be combined with --pruning_rate"),
         (("--max_drop", 1, "--data", ".", "--plan_only"), "--max_drop cannot be combined with --plan_only"),
-        (("--max_drop", 1, "--data", ".", "--steps", 2), "--max_drop cannot be combined with --plan_only, --steps"),
     ],
 )  # fmt: skip
 def test_a_wrong_flag_is_refused(
