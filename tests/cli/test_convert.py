@@ -133,11 +133,6 @@ def test_names_of_classes_in_the_file_that_do_not_fit_are_refused(
     )
 
 
-def test_uniform_and_depth_contradict_each_other(dense: Path) -> None:
-    assert "--uniform" in said
-    assert "leave one of them out" in said
-
-
 def test_a_link_to_itself_is_refused_like_any_file_that_is_missing(tmp_path: Path) -> None:
     (tmp_path / "loop.pth").symlink_to("loop.pth")
     assert refused("convert", tmp_path / "loop.pth", tmp_path / "out", "--to", "hf")

@@ -392,7 +392,9 @@ def test_channels_of_what_remains_are_cut_to_the_budget(small_model: SegFormer) 
     bare = remove(small_model, SOME)
     pruned = L1Pruner(bare, 0.3, round_to=1, repair=False).prune()
     assert stock_spec(pruned) == pruned.spec
-    left = count(stock_spec(pruned), (64, 64)).parameters / count(bare.spec, (64, 64)).parameters
+    left = (
+        count(stock_spec(pruned), (64, 64)).parameters / count(bare.spec, (64, 64)).parameters
+    )
     assert left == pytest.approx(0.7, abs=0.01)
     assert [
         [(b.has_attention, b.has_ffn) for b in stage.blocks] for stage in pruned.spec.stages
