@@ -248,11 +248,10 @@ def split_beside(state_dict: Mapping[str, T], naming: Naming) -> tuple[dict[str,
         roots = {naming.prefix.split(".")[0]}
     else:
         # A bare backbone's layers begin in as many ways as it has parts.
-        columns = [*_PARTS.values(), _BLOCKS]
-        names = [column[naming.column] for column in columns]
-        roots = {
-            name.format(i=i, s=i + 1).split(".")[0] for name in names for i in range(NUM_STAGES)
-        }
+        roots = set()
+        for column in (*_PARTS.values(), _BLOCKS):
+            name = column[naming.column]
+            roots |= {name.format(i=i, s=i + 1).split(".")[0] for i in range(NUM_STAGES)}
     stems = (*(f"{root}." for root in roots), *_head_stems(naming), *naming.extras)
 
     own: dict[str, T] = {}

@@ -352,12 +352,11 @@ class Pruner:
 
         # Layers of a converted network were named as they were given.
         if self.model is not self.given and not isinstance(self.given, SegFormer):
-            theirs = {
-                f"{name}.{leaf}" if name else leaf
-                for name, module in self.given.named_modules()
-                if id(module) in inside
-                for leaf, _ in module.named_parameters(recurse=False)
-            }
+            theirs: set[str] = set()
+            for name, module in self.given.named_modules():
+                if id(module) in inside:
+                    own = module.named_parameters(prefix=name, recurse=False)
+                    theirs |= {parameter for parameter, _ in own}
             names |= {name.rpartition(".")[0] for name in our_names(self.given, theirs)}
         return names
 
