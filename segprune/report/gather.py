@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from segprune.checkpoint import read
 from segprune.files import read_json
 from segprune.model import PARTS
+from segprune.report.words import WORDS
 from segprune.spec import Spec, spec_from_dict, standard_spec
 from segprune.stats import layers
 
@@ -108,7 +109,7 @@ class Facts:
     parts: tuple[PartRow, ...] = ()
     points: tuple[Point, ...] = ()
     cost: str = "macs"  # of the points: parameters, macs or latency_ms
-    knees: tuple[tuple[str, str], ...] = ()  # of a sweep: name and reason
+    knees: tuple[tuple[str, Note], ...] = ()  # of a sweep: name and reason
     epochs: tuple[tuple[float, float | None, float | None], ...] = ()  # number, loss, mIoU
     measured: tuple[Note, ...] = ()
     commands: tuple[tuple[str, str], ...] = ()  # what for, and what to type
@@ -233,7 +234,8 @@ def _gather_prune(folder: Path, record: Mapping[str, Any]) -> Facts:
 
 
 def _gather_sweep(folder: Path, record: Mapping[str, Any]) -> Facts:
-    cost = _text(record, "cost") or "parameters"
+    spent_as = _text(record, "cost") or "parameters"  # the rows' name for it
+    cost = "latency_ms" if spent_as == "comparable_ms" else spent_as
     settings = _pick(record, dict, "settings") or {}
     rows = [row for row in _pick(record, list, "rows") or [] if isinstance(row, dict)]
     several = len({_text(row, "method") for row in rows}) > 1
@@ -243,7 +245,7 @@ def _gather_sweep(folder: Path, record: Mapping[str, Any]) -> Facts:
 
     points = []
     for row in rows:
-        spent = _number(row, cost)
+        spent = _number(row, spent_as)
         miou = _number(row, "finetuned_miou")
         miou = _number(row, "miou") if miou is None else miou
         if spent is not None and miou is not None:
@@ -256,7 +258,7 @@ def _gather_sweep(folder: Path, record: Mapping[str, Any]) -> Facts:
     for knee in _pick(record, list, "knees") or []:
         if isinstance(knee, dict) and _number(knee, "rate") is not None:
             rate = f"{knee['rate']:g}"
-            knees.append((f"{name_curve(knee)}: {rate}", _text(knee, "reason")))
+            knees.append((f"{name_curve(knee)}: {rate}", _explain_knee(knee, cost)))
             command = ["segprune", "prune", "--model_path", _text(knee, "file")]
             command += ["--pruning_rate", rate, "--rate_of", _text(record, "rate_of")]
             command += ["--data", _text(settings, "data"), "--epochs", "50"]
@@ -274,6 +276,16 @@ def _gather_sweep(folder: Path, record: Mapping[str, Any]) -> Facts:
         tables=_tables(record, "settings", "environment"),
         notes=tuple(notes),
     )
+
+
+def _explain_knee(knee: Mapping[str, Any], cost: str) -> Note:
+    names = ("saved", "points_lost", "next_rate", "next_points_lost")
+    saved, lost, rate, next_lost = (_number(knee, name) for name in names)
+    key = f"knee_{cost}"
+    if saved is None or lost is None or rate is None or next_lost is None or key not in WORDS:
+        return Note("knee_other", {"reason": _text(knee, "reason")})
+    told = {"saved": f"{saved:.0%}", "lost": f"{lost:.1f}", "rate": f"{rate:g}"}
+    return Note(key, told | {"next_lost": f"{next_lost:.1f}"})
 
 
 def _gather_eval(folder: Path, record: Mapping[str, Any]) -> Facts:

@@ -138,6 +138,22 @@ WORDS: dict[str, tuple[str, str]] = {
     "rate": ("network or rate", "网络或剪枝率"),
     "curve": ("curve", "曲线"),
     "knee": ("Where the curve bends", "曲线的拐点"),
+    "knee_parameters": (
+        "Up to here {saved} of the parameters are saved for {lost} points of mIoU; the next step, to rate {rate}, costs "
+        "{next_lost}.",
+        "到此为止，以 {lost} 个百分点的 mIoU 节省了 {saved} 的参数；下一步（剪枝率 {rate}）再损失 {next_lost} 个百分点。",
+    ),
+    "knee_macs": (
+        "Up to here {saved} of the MACs are saved for {lost} points of mIoU; the next step, to rate {rate}, costs "
+        "{next_lost}.",
+        "到此为止，以 {lost} 个百分点的 mIoU 节省了 {saved} 的 MACs；下一步（剪枝率 {rate}）再损失 {next_lost} 个百分点。",
+    ),
+    "knee_latency_ms": (
+        "Up to here {saved} of the time is saved for {lost} points of mIoU; the next step, to rate {rate}, costs "
+        "{next_lost}.",
+        "到此为止，以 {lost} 个百分点的 mIoU 节省了 {saved} 的耗时；下一步（剪枝率 {rate}）再损失 {next_lost} 个百分点。",
+    ),
+    "knee_other": ("{reason}", "{reason}"),
     "training": ("Training", "训练"),
     "loss": ("loss", "损失"),
     "epoch": ("epoch", "轮次"),

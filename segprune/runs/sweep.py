@@ -211,6 +211,10 @@ def find_knee(curve: Sequence[Row], cost: str) -> dict[str, Any] | None:
         "file": knee["file"],
         "method": knee["method"],
         "rate": knee["rate"],
+        "saved": share,
+        "points_lost": before,
+        "next_rate": following["rate"],
+        "next_points_lost": after,
         "reason": f"up to here {share:.0%} of the {NAMES[cost].split()[0]} is saved for {before:.1f} points of mIoU, "
         f"and the next step, to rate {following['rate']:g}, costs {after:.1f}",
     }

@@ -95,18 +95,31 @@ def test_folders_are_found_below_one_that_has_no_results(tmp_path: Path) -> None
     assert find_folders(tmp_path) == [tmp_path / "a" / "b"]
 
 
-def test_a_sweep_shows_its_points_and_the_knee(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("unit", "cost", "said"),
+    [
+        ("params", "parameters", "are saved for 1.2 points"),
+        ("latency", "comparable_ms", "of the time is saved for 1.2 points"),
+        ("macs", "macs", "it bends"),  # as older files have it: a sentence alone
+    ],
+)
+def test_a_sweep_shows_its_points_and_the_knee(
+    unit: str, cost: str, said: str, tmp_path: Path
+) -> None:
     rows = []
     for rate in (0.0, 0.5, 0.9):
-        row = {"file": EVIL, "method": "l1", "rate": rate, "parameters": 1e6 * (1 - rate)}
+        row = {"file": EVIL, "method": "l1", "rate": rate, cost: 1e6 * (1 - rate)}
         rows.append(row | {"miou": 0.5 - rate / 4})
-    knee = {"file": EVIL, "method": "l1", "rate": 0.5, "reason": "it bends"}
-    record = {"rate_of": "params", "cost": "parameters", "rows": rows, "knees": [knee]}
+    knee: dict[str, Any] = {"file": EVIL, "method": "l1", "rate": 0.5, "reason": "it bends"}
+    if said != "it bends":
+        knee |= {"saved": 0.5, "points_lost": 1.2, "next_rate": 0.9, "next_points_lost": 8.0}
+    record = {"rate_of": unit, "cost": cost, "rows": rows, "knees": [knee]}
     write_json(record | {"settings": {"data": "my data"}}, tmp_path / "sweep.json")
+
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert len(gather(tmp_path).points) == 3
-    assert "it bends" in page
-    assert "--pruning_rate 0.5 --rate_of params --data &#39;my data&#39;" in page
+    assert said in page
+    assert f"--pruning_rate 0.5 --rate_of {unit} --data &#39;my data&#39;" in page
     assert EVIL not in page
 
 

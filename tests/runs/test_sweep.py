@@ -244,7 +244,9 @@ def test_the_tables_hold_every_row_and_mark_the_best_at_their_cost(tmp_path: Pat
 
     best = {(row["file"], row["rate"]) for row in record["rows"] if row["best"]}
     assert best == {("a.pth", 0.6), ("b.pth", 0.6)}
-    assert [(knee["file"], knee["rate"]) for knee in record["knees"]] == [("a.pth", 0.6)]
+    (knee,) = record["knees"]
+    assert (knee["file"], knee["rate"], knee["next_rate"]) == ("a.pth", 0.6, 0.9)
+    assert knee["points_lost"] < knee["next_points_lost"]
     assert json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8")) == record
     rows = list(
         csv.DictReader((tmp_path / "sweep.csv").read_text(encoding="utf-8").splitlines())
