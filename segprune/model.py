@@ -39,6 +39,11 @@ def to_upsample(maps: Tensor) -> Tensor:
     return maps
 
 
+def pool_map(maps: Tensor, factor: int) -> Tensor:
+    """Averages B C H W over windows of `factor` × `factor`; one that reaches beyond the edge counts what lies inside."""
+    return F.avg_pool2d(maps, factor, ceil_mode=True, count_include_pad=False)
+
+
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): while training, a sample's whole branch is dropped."""
 
@@ -97,7 +102,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Ten
 
 
 class Attention(nn.Module):
-    """Efficient self-attention: keys and values come from a map reduced by a strided convolution.
+    """Efficient self-attention: keys and values come from a map reduced by a strided convolution, and by averages over
+    windows where `kv_reduction` is above 1.
 
     Query/key and value widths may differ, and the scale is stored: after channels are cut, the products of
     those that are kept are scaled as they were trained.
@@ -107,6 +113,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = block.num_heads
         self.qk_scale = block.qk_scale
+        self.kv_reduction = block.kv_reduction
 
         # Keys and values read the reduced map, which may be narrower.
         source = width if block.reduction_dim is None else block.reduction_dim
@@ -129,10 +136,19 @@ class Attention(nn.Module):
         # M tokens of a smaller map, if there is one.
         source = x
         if self.sr is not None and self.norm is not None:
-            source = self.norm(to_tokens(self.sr(to_map(x, height, width))))  # B N C -> B M C
+            reduced = self.sr(to_map(x, height, width))
+            height, width = reduced.shape[2:]
+            source = self.norm(to_tokens(reduced))  # B N C -> B M C
+        source = self.pool(source, height, width)
         return self.proj(
             attend(self.q(x), self.k(source), self.v(source), self.num_heads, self.qk_scale)
         )
+
+    def pool(self, source: Tensor, height: int, width: int) -> Tensor:
+        """Returns what keys and values read of a map's tokens, B M C: averages over windows, if it is to be coarser."""
+        if self.kv_reduction == 1:
+            return source
+        return to_tokens(pool_map(to_map(source, height, width), self.kv_reduction))
 
 
 class Mlp(nn.Module):

@@ -130,6 +130,9 @@ class Numerics:
 class BlockSpec:
     """One transformer block: `qk_dim` and `v_dim` are per head, `ffn_dim` is the hidden width.
 
+    Keys and values are read from a map averaged over windows of `kv_reduction` × `kv_reduction`, after the stage's own
+    reduction if it has one; 1 leaves the map as it is. No weights belong to it.
+
     A branch that was removed has widths 0: a block without attention is 0 0 0 in its heads, with no reduction and
     scale 0, one without FFN has `ffn_dim` 0. One of the two is always there.
     """
@@ -142,6 +145,7 @@ class BlockSpec:
         int | None
     )  # channels of the reduced keys' and values' source; None: no reduction
     qk_scale: float  # what q·k is multiplied with; kept when channels are cut, never recomputed
+    kv_reduction: int = 1
 
     @property
     def has_attention(self) -> bool:
@@ -238,6 +242,7 @@ class Spec:
 # What the fields of a spec in a file may hold: far more than any network has, and so little that a file which was made
 # to do harm asks for no more memory or time than its own weights take.
 MAX_BLOCKS = 256  # of a stage
+MAX_KV_REDUCTION = 64
 _MOST = dict.fromkeys(
     ("num_classes", "decoder_dim", "branch_dims", "width", "qk_dim", "v_dim", "ffn_dim"), 2**16
 ) | {
@@ -246,6 +251,7 @@ _MOST = dict.fromkeys(
     "kernel_size": 63,
     "stride": 16,
     "reduction_ratio": 64,
+    "kv_reduction": MAX_KV_REDUCTION,
 }
 _MOST_REAL = {"norm_eps": 1, "embed_norm_eps": 1, "bn_eps": 1, "qk_scale": 1000}
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -323,7 +329,8 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
-    """The inverse of `spec_to_dict`. Older files name neither a head, which is "mlp", nor their preprocessing.
+    """The inverse of `spec_to_dict`. Older files name neither a head, which is "mlp", nor their preprocessing, nor any
+    `kv_reduction`, which is 1.
 
     Raises ValueError for whatever no network has, since the file may be damaged or made to do harm: a missing or
     unknown key, a value of another type or beyond its range, a block without branches, more blocks than `MAX_BLOCKS`.
@@ -364,6 +371,8 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"a stage is a {type(stage).__name__}")
         blocks = []
         for block in _to_tuple("blocks", stage["blocks"], 1, MAX_BLOCKS):
+            if isinstance(block, Mapping):
+                block = {"kv_reduction": 1, **block}
             blocks.append(_to_record(BlockSpec, block))
         stages.append(_to_record(StageSpec, {**stage, "blocks": tuple(blocks)}))
 
@@ -439,6 +448,12 @@ def _check_stage(stage: StageSpec) -> None:
             raise ValueError(
                 "This segprune spec has a reduction_dim where nothing is reduced; the file is damaged."
             )
+        _check_value("kv_reduction", block.kv_reduction)
+        if block.kv_reduction > 1 and not attention:
+            raise ValueError(
+                f"This segprune spec has kv_reduction {block.kv_reduction} in a block without attention; the file is "
+                "damaged."
+            )
         if not block.has_attention and not block.has_ffn:
             raise ValueError(
                 "This segprune spec has a block without attention and FFN; the file is damaged."
@@ -468,6 +483,28 @@ def _check_value(name: str, value: Any, *, removed: bool = False) -> None:
         raise ValueError(
             f"This segprune spec has {name} {reprlib.repr(value)}, which must be {allowed}; the file is damaged."
         )
+
+
+def list_kv_reductions(spec: Spec) -> dict[str, int]:
+    """Returns each attention's `kv_reduction` by the attention's name, in the order in which they run."""
+    factors = {}
+    for i, stage in enumerate(spec.stages):
+        for j, block in enumerate(stage.blocks):
+            if block.has_attention:
+                factors[f"{block_name(i, j)}.attn"] = block.kv_reduction
+    return factors
+
+
+def with_kv_reductions(spec: Spec, factors: Mapping[str, int]) -> Spec:
+    """Returns the spec with these factors, by the attention's name; attention that is not named keeps its own."""
+    stages = []
+    for i, stage in enumerate(spec.stages):
+        blocks = []
+        for j, block in enumerate(stage.blocks):
+            factor = factors.get(f"{block_name(i, j)}.attn", block.kv_reduction)
+            blocks.append(replace(block, kv_reduction=factor))
+        stages.append(replace(stage, blocks=tuple(blocks)))
+    return replace(spec, stages=tuple(stages))
 
 
 def with_folded_head(spec: Spec) -> Spec:

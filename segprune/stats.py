@@ -111,7 +111,7 @@ def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
 
         # Keys and values come from a map that is reduced
         # without padding, so its size is rounded down.
-        reduced = (height // stage.reduction_ratio) * (width // stage.reduction_ratio)
+        reduced = height // stage.reduction_ratio, width // stage.reduction_ratio
         for j, block in enumerate(stage.blocks):
             rows += _block_layers(block_name(i, j), stage, block, area, reduced)
         rows.append(_norm(f"{prefix}.norm", stage.width))
@@ -125,7 +125,7 @@ def _norm(name: str, dim: int) -> Layer:
 
 
 def _block_layers(
-    prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int
+    prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: tuple[int, int]
 ) -> Iterator[Layer]:
     width = stage.width
     if block.has_attention:
@@ -141,22 +141,24 @@ def _block_layers(
 
 
 def _attention_layers(
-    prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: int
+    prefix: str, stage: StageSpec, block: BlockSpec, area: int, reduced: tuple[int, int]
 ) -> Iterator[Layer]:
     width, qk, v = stage.width, block.num_heads * block.qk_dim, block.num_heads * block.v_dim
 
     source = width  # channels of what keys and values read
     if block.reduction_dim is not None:
         source, kernel = block.reduction_dim, stage.reduction_ratio**2
-        yield Layer(f"{prefix}.sr", "product", width, source, reduced, kernel)
+        yield Layer(f"{prefix}.sr", "product", width, source, reduced[0] * reduced[1], kernel)
         yield _norm(f"{prefix}.norm", source)
 
+    # Windows that reach beyond the edge count, so sizes are divided and rounded up.
+    keys = -(-reduced[0] // block.kv_reduction) * -(-reduced[1] // block.kv_reduction)
     yield Layer(f"{prefix}.q", "product", width, qk, area)
-    yield Layer(f"{prefix}.k", "product", source, qk, reduced)
-    yield Layer(f"{prefix}.v", "product", source, v, reduced)
+    yield Layer(f"{prefix}.k", "product", source, qk, keys)
+    yield Layer(f"{prefix}.v", "product", source, v, keys)
 
     # One row for both products of attention: its kernel is the number of keys.
-    yield Layer(prefix, "attention", qk, v, area, reduced)
+    yield Layer(prefix, "attention", qk, v, area, keys)
     yield Layer(f"{prefix}.proj", "product", v, width, area)
 
 

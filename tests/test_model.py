@@ -9,7 +9,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segprune.model import Attention, DropPath, SegFormer, attend, check_input, find_winners
-from segprune.spec import BlockSpec, Numerics, Spec, standard_spec
+from segprune.spec import (
+    BlockSpec,
+    Numerics,
+    Spec,
+    list_kv_reductions,
+    standard_spec,
+    with_kv_reductions,
+)
 
 PUBLISHED = {  # parameters at 21 classes
     "b0": 3_719_541,
@@ -95,6 +102,35 @@ def test_attention_equals_the_textbook_formula(qk_dim: int, v_dim: int) -> None:
     torch.testing.assert_close(
         attention(x, 3, 4), attention.proj(torch.cat(heads, -1)), rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 9])
+def test_keys_and_values_come_from_the_means_of_windows_and_partial_ones_count(
+    factor: int,
+) -> None:
+    block = BlockSpec(2, 4, 4, 1, None, 0.7, factor)
+    attention = Attention(10, block, 1, 1e-5).double()
+    x = torch.randn(2, 7 * 5, 10).double()
+    rows = x.unflatten(1, (7, 5))
+    means = []
+    for top in range(0, 7, factor):
+        for left in range(0, 5, factor):
+            window = rows[:, top : top + factor, left : left + factor]
+            means.append(window.mean((1, 2)))
+    source = torch.stack(means, 1)
+    found = attend(attention.q(x), attention.k(source), attention.v(source), 2, 0.7)
+    torch.testing.assert_close(attention(x, 7, 5), attention.proj(found), rtol=0, atol=1e-12)
+
+
+def test_a_coarser_map_needs_no_weights_and_any_size_will_do(small_model: SegFormer) -> None:
+    names = list_kv_reductions(small_model.spec)
+    model = SegFormer(with_kv_reductions(small_model.spec, dict.fromkeys(names, 2))).double()
+    model.load_state_dict(small_model.state_dict())
+    model.eval()
+    for size in ((32, 32), (33, 97), (64, 96)):
+        x = torch.randn(1, 3, *size).double()
+        assert model(x).shape == small_model(x).shape
+    assert not torch.allclose(model(x), small_model(x))
 
 
 @pytest.mark.parametrize(("qk_dim", "v_dim"), [(4, 6), (6, 4), (5, 5)])

@@ -14,10 +14,12 @@ from segprune.spec import (
     WIDTHS,
     Spec,
     check_variant,
+    list_kv_reductions,
     spec_from_dict,
     spec_to_dict,
     standard_spec,
     with_folded_head,
+    with_kv_reductions,
     with_unfolded_head,
 )
 
@@ -54,6 +56,27 @@ def test_a_spec_survives_json(small_spec: Spec, change: dict[str, Any]) -> None:
 def test_a_spec_from_before_heads_had_kinds_has_the_published_one(small_spec: Spec) -> None:
     old = _changed(spec_to_dict(small_spec), ("head",), ...)
     assert spec_from_dict(old) == small_spec
+
+
+def test_a_spec_from_before_maps_could_be_coarser_has_factors_of_1(small_spec: Spec) -> None:
+    old = spec_to_dict(small_spec)
+    for stage in old["stages"]:
+        for block in stage["blocks"]:
+            del block["kv_reduction"]
+    assert spec_from_dict(old) == small_spec
+    coarse = with_kv_reductions(small_spec, {"encoder.stages.2.blocks.1.attn": 2})
+    assert spec_from_dict(json.loads(json.dumps(spec_to_dict(coarse)))) == coarse
+    assert list_kv_reductions(coarse) == dict.fromkeys(list_kv_reductions(coarse), 1) | {
+        "encoder.stages.2.blocks.1.attn": 2
+    }
+
+
+def test_a_coarser_map_where_nothing_reads_it_is_refused(small_spec: Spec) -> None:
+    bare = replace(small_spec.stages[2].blocks[0].without_attention(), kv_reduction=2)
+    stages = list(small_spec.stages)
+    stages[2] = replace(stages[2], blocks=(bare, *stages[2].blocks[1:]))
+    with pytest.raises(ValueError, match="kv_reduction 2 in a block without attention"):
+        spec_from_dict(spec_to_dict(replace(small_spec, stages=tuple(stages))))
 
 
 def test_a_head_of_another_kind_and_a_conv_head_without_branches_are_refused(
@@ -142,6 +165,7 @@ def test_a_missing_or_unknown_key_is_refused(
         ("stages", 0, "width"),
         ("stages", 2, "blocks", 1, "v_dim"),
         ("stages", 1, "blocks", 0, "reduction_dim"),
+        ("stages", 3, "blocks", 0, "kv_reduction"),
     ],
 )
 def test_a_width_that_is_no_whole_number_from_1_up_is_refused(
@@ -174,6 +198,7 @@ def test_a_width_that_is_no_whole_number_from_1_up_is_refused(
         (("stages", 1, "blocks", 0, "qk_scale"), "1"),
         (("stages", 1, "blocks", 0, "num_heads"), True),
         (("stages", 1, "blocks", 0, "reduction_dim"), None),
+        (("stages", 1, "blocks", 0, "kv_reduction"), 65),
         (("numerics", "bn_eps"), 1e308),
         (("head",), 3),
     ],

@@ -12,8 +12,10 @@ from segprune.spec import (
     HeadForm,
     Spec,
     StageSpec,
+    list_kv_reductions,
     standard_spec,
     with_folded_head,
+    with_kv_reductions,
 )
 from segprune.stats import Counts, count, layers, removed_shares
 
@@ -69,6 +71,12 @@ def conv(spec: Spec) -> Spec:
     return replace(spec, head="conv")
 
 
+def coarser(spec: Spec) -> Spec:
+    """Keys and values averaged over windows of 2 × 2 and 3 × 3, in turns."""
+    names = list_kv_reductions(spec)
+    return with_kv_reductions(spec, {name: 2 + i % 2 for i, name in enumerate(names)})
+
+
 CHANGES = {
     "dense": lambda spec: spec,
     "folded": folded,
@@ -77,6 +85,7 @@ CHANGES = {
     "conv": conv,
     "conv and pruned": lambda spec: narrowed(conv(spec)),
     "without branches": shallower,
+    "coarser": coarser,
     "folded, pruned and without branches": lambda spec: shallower(narrowed(folded(spec))),
 }
 

@@ -21,7 +21,7 @@ from segprune.checkpoint.dialects import NUMERICS
 from segprune.checkpoint.hf_in import GELUS, PROCESSOR, WEIGHTS
 from segprune.checkpoint.numerics import with_numerics
 from segprune.checkpoint.preprocessing import to_huggingface
-from segprune.checkpoint.published import uniform_problem
+from segprune.checkpoint.published import fitting_options, uniform_problem
 from segprune.checkpoint.rename import from_ours
 from segprune.checkpoint.stated import names_or_placeholders
 from segprune.checkpoint.write import Logits, Written, check_written
@@ -74,7 +74,8 @@ def write_folder(
 def _write_notes(spec: Spec, problem: str | None) -> list[str]:
     notes = []
     if problem:
-        without = " (prune with `uniform` to do without)" if spec.head_form.linear else ""
+        options = fitting_options(spec, uniform_problem)
+        without = f" (prune with {options} to do without)" if options else ""
         notes.append(
             f"Transformers' own classes cannot hold this network, since {problem}; the folder has its code with it, "
             f"which from_pretrained runs with trust_remote_code=True{without}."

@@ -6,7 +6,17 @@ per stage and one width in the decode head; mmsegmentation's also one width of a
 
 from __future__ import annotations
 
-from segprune.spec import HEAD_FORMS, BlockSpec, Head, Spec, StageSpec
+from collections.abc import Callable
+
+from segprune.spec import (
+    HEAD_FORMS,
+    BlockSpec,
+    Head,
+    Spec,
+    StageSpec,
+    list_kv_reductions,
+    with_kv_reductions,
+)
 
 
 def uniform_problem(spec: Spec, head: Head = "mlp") -> str | None:
@@ -46,6 +56,21 @@ def mmseg_problem(spec: Spec) -> str | None:
     return None
 
 
+def fitting_options(spec: Spec, problem_of: Callable[[Spec], str | None]) -> str | None:
+    """Returns the options of pruning that make a network fit such classes, in words; None where none do.
+
+    `problem_of` is one of the functions above.
+    """
+    plain = with_kv_reductions(spec, dict.fromkeys(list_kv_reductions(spec), 1))
+    fits = problem_of(plain) is None
+    if not fits and not spec.head_form.linear:
+        return None
+    options = [] if fits else ["`uniform`"]
+    if plain != spec:
+        options.append("`kv_reduction` 1")
+    return " and ".join(options)
+
+
 def _block_problem(stage: StageSpec, block: BlockSpec) -> str | None:
     """Returns what keeps one block from being as its stage asks."""
     width, first = stage.width, stage.blocks[0]
@@ -64,6 +89,8 @@ def _block_problem(stage: StageSpec, block: BlockSpec) -> str | None:
             return f"{name} of width {dim} per head where the stage's width {width} asks for {expected}"
     if block.reduction_dim != (width if stage.reduction_ratio > 1 else None):
         return f"a reduction of width {block.reduction_dim} where the stage has {width}"
+    if block.kv_reduction > 1:
+        return f"keys and values of a map that is averaged over windows (kv_reduction {block.kv_reduction})"
 
     # FFNs are a whole multiple of the stage's width, the same in all its blocks.
     if block.ffn_dim % width:

@@ -22,7 +22,7 @@ from segprune.checkpoint.dialects import HEADS, NUMERICS, decoder_dim, detect
 from segprune.checkpoint.find import find_weights
 from segprune.checkpoint.numerics import with_numerics
 from segprune.checkpoint.preprocessing import to_meta
-from segprune.checkpoint.published import mmseg_problem, uniform_problem
+from segprune.checkpoint.published import fitting_options, mmseg_problem, uniform_problem
 from segprune.checkpoint.rename import from_ours, to_ours
 from segprune.checkpoint.stated import META_KEY, NUM_HEADS_KEY, describe_classes
 from segprune.compare import TOLERANCE, compare
@@ -97,7 +97,7 @@ def write_file(
         raise ValueError(
             f"{path} ends in {path.suffix!r}; {dialect}'s code reads {', '.join(PICKLES)}: give such a name."
         )
-    problem = mmseg_problem(model.spec) if dialect == "mmseg" else uniform_problem(model.spec)
+    problem = _problem_of(dialect)(model.spec)
     if problem is not None:
         remedy = _name_remedy(model.spec, dialect)
         raise ValueError(
@@ -162,6 +162,11 @@ def _open_again(path: Path, dialect: str, spec: Spec | None) -> Logits:
     return lambda x: model.parts(x)[1]
 
 
+def _problem_of(dialect: str) -> Callable[[Spec], str | None]:
+    """Returns what says why the dialect's classes cannot hold a network."""
+    return mmseg_problem if dialect == "mmseg" else uniform_problem
+
+
 def _name_remedy(spec: Spec, dialect: str) -> str:
     if spec.head != HEADS[dialect]:
         others = [
@@ -169,11 +174,8 @@ def _name_remedy(spec: Spec, dialect: str) -> str:
         ]
         return f"write {', '.join(others)} or hf instead"
     elsewhere = "write hf instead, which needs no uniform widths"
-    return (
-        elsewhere
-        if not spec.head_form.linear
-        else f"prune with `uniform` for them, or {elsewhere}"
-    )
+    options = fitting_options(spec, _problem_of(dialect))
+    return elsewhere if options is None else f"prune with {options} for them, or {elsewhere}"
 
 
 def _write_notes(spec: Spec, dialect: str, readable: bool) -> list[str]:

@@ -16,6 +16,7 @@ from segprune.runs.records import network_size
 from segprune.spec import BlockSpec, Preprocessing, spec_to_dict
 from segprune.stats import count
 
+WIDTHS = ("block", "stage", "heads", "qk", "v", "reduction", "ffn")
 NEW_CLASSES = 150  # of the head that a bare backbone is shown with, as published
 
 
@@ -85,8 +86,11 @@ def run(flags: InfoFlags) -> None:
     for i, stage in enumerate(spec.stages):
         for j, block in enumerate(stage.blocks):
             rows.append([f"stages.{i}.blocks.{j}", str(stage.width), *_describe_block(block)])
-    title = "Widths, named as in plans and in --ignore; qk and v per head"
-    show_table(title, ["block", "stage", "heads", "qk", "v", "reduction", "ffn"], rows)
+    title = (
+        "Widths, named as in plans and in --ignore; qk and v per head; kv ÷: side of the windows that keys and values "
+        "are averaged over"
+    )
+    show_table(title, [*WIDTHS, "kv ÷"], rows)
     show_notes(opened.notes)
 
 
@@ -112,5 +116,6 @@ def _describe_preprocessing(own: Preprocessing) -> dict[str, str]:
 def _describe_block(block: BlockSpec) -> list[str]:
     widths = (block.num_heads, block.qk_dim, block.v_dim, block.reduction_dim, block.ffn_dim)
     return [
-        str(width) if width else "–" for width in widths
+        *(str(width) if width else "–" for width in widths),
+        str(block.kv_reduction) if block.has_attention else "–",
     ]  # a branch that was removed has widths 0

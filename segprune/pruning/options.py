@@ -12,6 +12,7 @@ from segprune.model import check_input
 from segprune.options import option
 from segprune.pruning.importance import METHODS
 from segprune.pruning.patterns import parse_names, parse_shares
+from segprune.spec import MAX_KV_REDUCTION
 
 RateOf = Literal["params", "macs", "channels", "latency"]
 Scope = Literal["global", "local", "isomorphic"]
@@ -84,6 +85,12 @@ class PruneOptions:
     )
     heads: bool = option(False, "Whole attention heads may be removed too.")
     keep_decoder: bool = option(False, "Do not fold the decode head.")
+    kv_reduction: int | str | Mapping[str, int] | None = option(
+        None,
+        "Attention reads keys and values from a map averaged over K × K: no weights are needed, and much is saved where "
+        "the input is large. 2: in all stages where that saves enough; or by name, stages.0=2,stages.1=4. 1 undoes it.",
+        metavar="K",
+    )
     uniform: bool = option(
         False,
         "Keep every stage uniform, so that stock transformers can hold the network: convert.",
@@ -113,6 +120,7 @@ class PruneOptions:
             "ignore",
             tuple(parse_names(self.ignore) if isinstance(self.ignore, str) else self.ignore),
         )
+        _set(self, "kv_reduction", _read_factors(self.kv_reduction))
         _set(self, "sensitivity", self.sensitivity or None)
         _set(
             self,
@@ -164,12 +172,19 @@ class PruneOptions:
         return self.max_rate
 
     @property
+    def kv_factors(self) -> Mapping[str, int]:
+        """What keys and values are averaged over, by pattern; "" stands for the stages where that saves enough."""
+        assert self.kv_reduction is None or isinstance(self.kv_reduction, Mapping)
+        return self.kv_reduction or {}
+
+    @property
     def group_price(self) -> Price:
         """Uniform networks keep the published decode head: priced by its MACs, it would lose nearly all its width."""
         return self.price or ("params" if self.uniform else "both")
 
     @property
     def removes_nothing(self) -> bool:
+        """Whether no channel is removed."""
         return self.plan is None and not any(self.budgets.values()) and not self.shares_by_name
 
     @property
@@ -232,6 +247,29 @@ def _read_max_rate(limit: Any) -> dict[str, float]:
         shares = parse_shares(limit, "max_rate", "0.8, or stages.3=0.6,head=0.5")
         return {pattern or "*": share for pattern, share in shares.items()}
     return dict(limit) if isinstance(limit, Mapping) else {"*": float(limit)}
+
+
+def _read_factors(wanted: Any) -> dict[str, int] | None:
+    """Returns the factors by pattern; one number has the pattern ""."""
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        wanted = parse_shares(wanted, "kv_reduction", "2, or stages.0=2,stages.1=4")
+    elif not isinstance(wanted, Mapping):
+        wanted = {"": wanted}
+
+    factors = {}
+    for name, factor in wanted.items():
+        # Text was read as a fraction, of which whole numbers are a part.
+        whole = type(factor) in (int, float) and factor == int(factor)
+        if not whole or not 1 <= factor <= MAX_KV_REDUCTION:
+            of = f" for {name}" if name else ""
+            raise ValueError(
+                f"`kv_reduction` is {factor}{of}; it must be a whole number from 1 to {MAX_KV_REDUCTION}, the side of "
+                "the windows that keys and values are averaged over."
+            )
+        factors[name] = int(factor)
+    return factors or None
 
 
 def _check_words(options: PruneOptions) -> None:
@@ -320,6 +358,8 @@ def _check_uniform(options: PruneOptions) -> None:
     # Uniform stages have one width each and the published decode head: what asks for other
     # widths, group by group, or for another head contradicts that.
     excluded = options.given(("heads", "keep_decoder", "scope"))
+    if any(factor > 1 for factor in options.kv_factors.values()):
+        excluded.append("`kv_reduction` above 1")
     excluded += [
         f"{unit} as a unit of `pruning_rate`"
         for unit in ("channels", "latency")

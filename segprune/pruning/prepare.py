@@ -14,11 +14,12 @@ from torch import nn
 
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
+from segprune.pruning.coarser import choose_factors, with_factors
 from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.options import PruneOptions, RateOf
 from segprune.pruning.trace import tensors_in, trace
 from segprune.shapes_only import without_weights
-from segprune.spec import Spec
+from segprune.spec import Spec, list_kv_reductions
 from segprune.stats import Layer, count, layers
 
 TRACE_SHAPE = (
@@ -32,7 +33,8 @@ class Prepared:
     """A network before anything is removed from it. Nothing here is changed later: `surgery.cut` cuts a copy.
 
     `dense` is the network as given and `model` the one that groups, layers and plans are of: a copy whose decode head
-    is folded, unless it is kept. `stock`: it is a SegFormer exactly as its spec builds it.
+    is folded, unless it is kept, and whose keys and values come from a coarser map, if they are to. `stock`: it is a
+    SegFormer exactly as its spec builds it.
     """
 
     dense: nn.Module
@@ -79,8 +81,14 @@ def stock_spec(model: nn.Module) -> Spec | None:
     return model.spec if equal else None
 
 
-def check_head(spec: Spec, options: PruneOptions) -> None:
-    """Raises ValueError for an option that only decode heads as published can have."""
+def check_published(spec: Spec, options: PruneOptions) -> None:
+    """Raises ValueError for an option that only networks as published can have."""
+    coarse = any(factor > 1 for factor in list_kv_reductions(spec).values())
+    if coarse and options.uniform and not options.kv_factors:
+        raise ValueError(
+            "`uniform` is for stock classes, which average no keys and values, and this network does; undo it with "
+            "`kv_reduction` 1, or leave `uniform` out."
+        )
     if spec.head_form.linear:
         return
     for name in options.given(("keep_decoder", "uniform")):
@@ -101,6 +109,10 @@ def prepare(
         assert isinstance(model, SegFormer)
         return _prepare_stock(model, example_inputs, protected, options)
 
+    if options.kv_factors:
+        raise ValueError(
+            f"{type(model).__name__} is not a stock SegFormer, and `kv_reduction` is for those alone; leave it out."
+        )
     if example_inputs is None:
         raise ValueError(
             f"{type(model).__name__} is not a stock SegFormer and must be traced: "
@@ -130,6 +142,9 @@ def _prepare_stock(
     )
     fold = may_fold(protected, options)
     model = fold_decoder(dense) if fold else copy.deepcopy(dense)
+    if options.kv_factors:
+        factors = choose_factors(model.spec, options.kv_factors, (height, width))
+        model = with_factors(model, factors)
 
     parameter = next(model.parameters())
     x = torch.zeros(1, 3, *TRACE_SHAPE, device=parameter.device, dtype=parameter.dtype)

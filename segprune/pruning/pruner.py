@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from segprune.checkpoint.hf_memory import (
@@ -33,19 +34,21 @@ from segprune.pruning.budget import (
     solve_by_curves,
 )
 from segprune.pruning.budget.latency import LatencyTable
-from segprune.pruning.budget.rate import group_shares, reach
+from segprune.pruning.budget.rate import group_shares, reach, with_shares
+from segprune.pruning.coarser import with_factors
 from segprune.pruning.curves import time_costs
 from segprune.pruning.groups import Group, group_names, is_protected
 from segprune.pruning.images import normalise_batches
 from segprune.pruning.importance import NEED_IMAGES, Scores, score_channels
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.patterns import matching_names
-from segprune.pruning.plan import Plan, plan_record, plan_rows
-from segprune.pruning.prepare import Prepared, check_head, may_fold, prepare, stock_spec
+from segprune.pruning.plan import Plan, keep_best, plan_record, plan_rows
+from segprune.pruning.prepare import Prepared, check_published, may_fold, prepare, stock_spec
 from segprune.pruning.repair import repair
 from segprune.pruning.surgery import cut
 from segprune.pruning.synthetic import synthetic_images
 from segprune.pruning.verify import check_cut, leave_misread
+from segprune.spec import list_kv_reductions
 from segprune.timing import measure_latency
 
 HIGHEST_RATE = 0.99  # that is tried where the most that can be removed is not known beforehand
@@ -105,7 +108,7 @@ class Pruner:
 
         # What can be refused without running the network is refused here.
         if isinstance(model, SegFormer):
-            check_head(model.spec, self.options)
+            check_published(model.spec, self.options)
 
     def prune(self, example_inputs: Any = None) -> nn.Module:
         """Returns a new, smaller network; the one given is left as it was. At rate 0 its decode head is folded.
@@ -113,7 +116,7 @@ class Pruner:
         `example_inputs` (B 3 H W, or what the network takes) sets the size at which MACs are counted, and is needed
         for a network that is not a stock SegFormer.
         """
-        if self.options.removes_nothing:
+        if self.options.removes_nothing and not self.options.kv_factors:
             return self._give_back(self._fold_only())
 
         prepared = self.prepare(example_inputs)
@@ -249,6 +252,11 @@ class Pruner:
                 "`max_drop` needs networks to be scored; call segprune.prune, or Pruner.search, which do."
             )
 
+        # No channel is removed where only keys and values come from a coarser map.
+        if self.options.removes_nothing:
+            widest = np.array([group.slots for group in prepared.groups], dtype=np.int64)
+            return with_shares(prepared, keep_best(prepared.groups, scores, widest))
+
         # A plan fixes the widths. Which channels fill them is open: with images that can be
         # measured.
         if self.options.plan is not None and not self.options.uniform:
@@ -315,9 +323,13 @@ class Pruner:
         assert isinstance(pruned, SegFormer)
         assert isinstance(prepared.model, SegFormer)
         images = self.find_images(prepared)
-        return repair(
-            pruned, prepared.model, prepared.groups, plan, images, progress=self.progress
-        )
+
+        # The aim is what the network puts out with the map that it was given with.
+        reference = prepared.model
+        if self.options.kv_factors:
+            assert isinstance(prepared.dense, SegFormer)
+            reference = with_factors(reference, list_kv_reductions(prepared.dense.spec))
+        return repair(pruned, reference, prepared.groups, plan, images, progress=self.progress)
 
     def describe(self, prepared: Prepared, plan: Plan) -> dict[str, Any]:
         """Returns what files hold of a plan: by group what is kept, what it costs, and the loss expected."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from segprune.checkpoint.published import mmseg_problem, uniform_problem
+from segprune.checkpoint.published import fitting_options, mmseg_problem, uniform_problem
 from segprune.spec import BlockSpec, Spec, standard_spec, with_widths
 
 
@@ -40,6 +40,10 @@ def test_dense_networks_are_uniform_folded_or_not(variant: str) -> None:
         ({"ffn_dim": 192}, "an FFN of width 192 where block 0 has 256"),
         ({"num_heads": 1}, "1 heads where block 0 has 2"),
         ({"ffn_dim": 0}, "no attention or no FFN"),
+        (
+            {"kv_reduction": 2},
+            "keys and values of a map that is averaged over windows (kv_reduction 2)",
+        ),
     ],
 )
 def test_what_is_in_the_way_is_said(widths: dict[str, int], problem: str) -> None:
@@ -47,6 +51,15 @@ def test_what_is_in_the_way_is_said(widths: dict[str, int], problem: str) -> Non
         uniform_problem(changed(standard_spec("b0", 5), **widths))
         == f"block 1 of stage 2 has {problem}"
     )
+
+
+def test_what_makes_a_network_fit_is_named() -> None:
+    spec = standard_spec("b0", 5)
+    assert fitting_options(changed(spec, kv_reduction=2), uniform_problem) == "`kv_reduction` 1"
+    assert fitting_options(changed(spec, qk_dim=8), uniform_problem) == "`uniform`"
+    both = changed(spec, kv_reduction=2, qk_dim=8)
+    assert fitting_options(both, uniform_problem) == "`uniform` and `kv_reduction` 1"
+    assert fitting_options(replace(both, head="conv"), mmseg_problem) is None
 
 
 def test_heads_have_to_divide_the_width_and_branches_to_be_as_wide_as_the_head() -> None:

@@ -36,6 +36,7 @@ from segprune.data.transforms import normalise
 from segprune.fold import fold_decoder
 from segprune.formats import register
 from segprune.model import SegFormer
+from segprune.pruning.coarser import with_factors
 from segprune.pruning.pruner import Pruner
 from segprune.spec import Numerics, Spec, standard_spec, with_widths
 from segprune.stats import count
@@ -157,11 +158,14 @@ def test_any_other_network_goes_with_its_code_where_segprune_is_not(
     head: str, small_model: SegFormer, conv_model: SegFormer, tmp_path: Path
 ) -> None:
     model = fold_decoder(small_model.float()) if head == "mlp" else conv_model.float()
+    model = with_factors(model, {"encoder.stages.0.blocks.1.attn": 2})
     notes = write_folder(model, tmp_path / "hf", class_names=CLASSES).notes
     assert len(notes) == 1
     if head == "mlp":
         reason = "block 0 of stage 1 has values of width 12 per head where the stage's width 16 asks for 16"
-        way = "trust_remote_code=True (prune with `uniform` to do without)."
+        way = (
+            "trust_remote_code=True (prune with `uniform` and `kv_reduction` 1 to do without)."
+        )
     else:
         reason = (
             "its decode head has a BatchNorm and a ReLU in each branch, not linear branches"
@@ -461,6 +465,10 @@ def test_what_their_classes_cannot_hold_is_refused_by_name(
     )
     with pytest.raises(ValueError, match=message):
         write_file(small_model.float(), tmp_path / "a.pth", "bubbliiiing")
+    dense = SegFormer(standard_spec("b0", 5))
+    coarse = with_factors(dense, {"encoder.stages.0.blocks.1.attn": 2})
+    with pytest.raises(ValueError, match=r"block 1 of stage 1 .* prune with `kv_reduction` 1 "):
+        write_file(coarse, tmp_path / "a.pth", "nvlabs")
     with pytest.raises(
         ValueError,
         match=r"a\.onnx ends in '\.onnx'; nvlabs's code reads \.pth, \.pt, \.bin: give such",

@@ -519,6 +519,8 @@ def test_the_fine_tuning_of_another_network_never_ends_in_the_results(
         ({"pruning_rate": {"head": 0.5}}, "head-0.5"),
         ({"pruning_rate": {"stages.*/x": 0.5}}, "rates_[0-9a-f]{8}"),
         ({"plan": "my.json"}, "plan"),
+        ({"plan": "my.json", "kv_reduction": 2}, "plan_kv2"),
+        ({"pruning_rate": 0.0, "kv_reduction": "stages.0=2"}, "0_kv2-stages.0"),
     ],
 )
 def test_other_budgets_units_and_groups_have_other_names(

@@ -34,7 +34,7 @@ from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.importance import score_channels
 from segprune.pruning.plan import Plan
 from segprune.pruning.pruner import Pruner
-from segprune.spec import Spec, standard_spec
+from segprune.spec import Spec, standard_spec, with_kv_reductions
 from segprune.stats import layers
 from segprune.timing import Latency, summarise
 from tests.pruning.cutting import STEM, cut_copy
@@ -96,6 +96,22 @@ def test_every_layer_that_works_is_a_side_of_a_step(
     assert kinds.count("add") == 2 * sum(len(stage.blocks) for stage in spec.stages)
     assert kinds.count("sum") == (3 if head else 0)
     assert kinds.count("upsample") == 4
+
+
+def test_keys_and_values_of_a_coarser_map_are_averaged_in_a_step_of_their_own(
+    small_spec: Spec,
+) -> None:
+    name = "encoder.stages.0.blocks.0.attn"
+    coarse = with_kv_reductions(small_spec, {name: 2})
+    before, after = steps(small_spec, (96, 160)), steps(coarse, (96, 160))
+    (pool,) = [step for step in after if step.shape.kind == "pool"]
+    assert len(after) == len(before) + 1
+    assert pool.shape == Shape("pool", (1, 3, 5, 2), (16,))  # from 24 × 40 by 8
+    assert build_step(pool.shape, HERE)().shape == (1, 2 * 3, 16)
+    (attention,) = [
+        step for step in after if (name, 0) in step.sides and "attention" in str(step.shape)
+    ]
+    assert attention.shape.sizes == (1, 1, 24 * 40, 2 * 3)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
@@ -344,13 +360,14 @@ def test_tables_lie_where_the_system_keeps_caches(
 
 
 def test_measuring_times_every_kind_of_step_and_moves_no_random_state(small_spec: Spec) -> None:
+    coarse = with_kv_reductions(small_spec, {"encoder.stages.0.blocks.0.attn": 2})
     shapes = [
         step.shape
-        for spec in (small_spec, replace(small_spec, branch_dims=None))
+        for spec in (coarse, replace(small_spec, branch_dims=None))
         for step in steps(spec, SHAPE)
     ]
     by_kind = list({shape.kind: shape for shape in shapes}.values())
-    assert len(by_kind) == 12
+    assert len(by_kind) == 13
     state, calls = torch.get_rng_state(), []
     times = measure_shapes(by_kind, HERE, lambda done, total: calls.append((done, total)))
     assert all(0.0 < ms < 1e4 for ms in times)

@@ -41,6 +41,15 @@ def test_a_plan_leaves_no_rate_and_text_says_what_python_does() -> None:
     assert PruneOptions(pruning_rate=0.0).removes_nothing
 
 
+def test_what_keys_and_values_are_averaged_over_is_said_for_all_or_by_name() -> None:
+    assert PruneOptions().kv_factors == {}
+    assert PruneOptions(kv_reduction=2).kv_factors == {"": 2}
+    named = PruneOptions(kv_reduction="2, stages.1=4")
+    assert named.kv_factors == {"": 2, "stages.1": 4}
+    assert replace(named, seed=3) == PruneOptions(kv_reduction=named.kv_factors, seed=3)
+    assert PruneOptions(uniform=True, kv_reduction=1).kv_factors == {"": 1}
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"pruning_method": "l3"}, "`pruning_method` is 'l3'"),
     ({"pruning_rate": 1.0}, "`pruning_rate` is 1; it must be at least 0 and below 1"),
@@ -66,6 +75,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"scope": "isomorphic", "normalise": "max"},
         "`normalise` has no effect with `scope` isomorphic",
+    ),
+    ({"kv_reduction": 0}, "`kv_reduction` is 0; it must be a whole number from 1 to 64"),
+    ({"kv_reduction": "stages.0=1.5"}, "`kv_reduction` is 1.5 for stages.0"),
+    ({"kv_reduction": "two"}, "`kv_reduction` is 'two'; write it as 2, or stages.0=2"),
+    ({"kv_reduction": True}, "`kv_reduction` is True"),
+    (
+        {"uniform": True, "kv_reduction": 2},
+        "`kv_reduction` above 1 cannot be combined with `uniform`",
     ),
     ({"uniform": True, "heads": True}, "`heads` cannot be combined with `uniform`"),
 ]

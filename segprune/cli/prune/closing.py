@@ -53,6 +53,7 @@ NOTED = (
     "heads",
     "keep_decoder",
     "uniform",
+    "kv_reduction",
     "seed",
 )  # options that say what was removed
 

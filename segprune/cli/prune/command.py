@@ -57,7 +57,7 @@ from segprune.pruning.budget.latency import LatencyTable, default_folder
 from segprune.pruning.importance import NEED_IMAGES
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.plan import widths_of, write_plan
-from segprune.pruning.prepare import check_head
+from segprune.pruning.prepare import check_published
 from segprune.pruning.prune import make_pruner
 from segprune.pruning.pruner import Pruner
 from segprune.pruning.synthetic import synthetic_images
@@ -90,7 +90,7 @@ def run(
 
     # Open the checkpoint.
     opened = inputs.apply(_read_network(network, options.seed))
-    check_head(opened.spec, options)
+    check_published(opened.spec, options)
     variant = opened.spec.variant
     folder = Path(out.save_dir) / options.pruning_method / variant
     path = folder / f"{variant}_pruned_{_label(options)}.pth"
@@ -211,17 +211,21 @@ def _cut(
 
 def _label(options: PruneOptions) -> str:
     """Returns what was asked, for the name of the file: the rate, or what says it otherwise."""
+    words = []
     if options.max_drop is not None:
-        return f"drop{options.max_drop:g}"
-    if options.plan is not None:
-        return "plan"
+        words.append(f"drop{options.max_drop:g}")
+    elif options.plan is not None:
+        words.append("plan")
 
     # A share of the parameters alone is the plain rate; other units and groups are named, so that no two share a file.
-    words = []
-    for unit, share in options.budgets.items():
-        words.append(f"{share:g}" if unit == "params" else f"{unit}{share:g}")
-    for pattern, share in sorted(options.shares_by_name.items()):
-        words.append(f"{pattern}-{share:g}")
+    if not words:
+        for unit, share in options.budgets.items():
+            words.append(f"{share:g}" if unit == "params" else f"{unit}{share:g}")
+        for pattern, share in sorted(options.shares_by_name.items()):
+            words.append(f"{pattern}-{share:g}")
+
+    for pattern, factor in sorted(options.kv_factors.items()):
+        words.append(f"kv{factor}" if not pattern else f"kv{factor}-{pattern}")
 
     # Patterns may hold what no file name can.
     text = "_".join(words)

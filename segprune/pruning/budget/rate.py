@@ -162,12 +162,14 @@ def check_least(limit: Limit, groups: Sequence[Group], options: PruneOptions) ->
         return
 
     # Each cause has its own remedy.
-    cause, remedy = "the shares by name", ""
+    cause, remedy = "the shares by name alone", ""
     if not options.shares_by_name:
-        cause = "folding the decode head"
-        remedy = ", keep the head with `keep_decoder`, or fold it and remove nothing else with rate 0"
+        cause = "folding the decode head alone"
+        remedy = ", keep the head with `keep_decoder`, or remove no channels with rate 0"
+    if options.kv_factors and limit.rate_of != "params":
+        cause = f"`kv_reduction` with {cause.removesuffix(' alone')}"
     raise ValueError(
-        f"Rate {limit.rate:g} is less than {cause} alone removes ({least:.3f}); ask for a higher rate{remedy}."
+        f"Rate {limit.rate:g} is less than {cause} removes ({least:.3f}); ask for a higher rate{remedy}."
     )
 
 

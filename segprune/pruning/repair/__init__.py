@@ -32,7 +32,7 @@ from segprune.pruning.repair.stages import repair_stage
 from segprune.pruning.surgery import cut_channels, read_spec, removed_positions
 from segprune.pruning.trace import eval_mode
 from segprune.shapes_only import without_weights
-from segprune.spec import stage_name
+from segprune.spec import list_kv_reductions, stage_name, with_kv_reductions
 from segprune.timing import tf32_products
 
 DAMPING = (
@@ -53,7 +53,8 @@ def repair(
 ) -> SegFormer:
     """Returns a network with the widths of `pruned` and logits nearer those of `dense`; both are left as they were.
 
-    `dense` is what was cut with `groups` and `plan` to become `pruned`: for a folded head the folded network.
+    `dense` is what was cut with `groups` and `plan` to become `pruned`: for a folded head the folded network. Only the
+    map that keys and values come from may be coarser in `pruned`.
     `batches` are normalised images B 3 H W, without labels; they are kept in memory. Solved in float64. `progress`
     is called with the steps done (blocks, and the head) and their number. Every layer but depth-wise convolutions is
     solved anew, whether or not it was cut itself. Raises ValueError for no image, images of another shape, values that
@@ -124,7 +125,8 @@ def _check_networks(
     # Cuts a network without weights by the plan, and compares its widths with the pruned
     # one's.
     with without_weights():
-        expected = SegFormer(dense.spec)
+        factors = list_kv_reductions(pruned.spec)
+        expected = SegFormer(with_kv_reductions(dense.spec, factors))
 
     if {group.name for group in groups} == plan.keep.keys():
         # Groups of another network name layers, or channels, that this one does not have.

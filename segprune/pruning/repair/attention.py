@@ -58,6 +58,10 @@ def repair_attention(
     # The map that keys and values read, which the reduction makes smaller.
     source, from_source = _repair_reduction(dense, pruned, into, inputs, damping)
 
+    # Where the pruned one reads a coarser map, what it gets there is held to the averages of the dense map.
+    if pruned.kv_reduction > 1:
+        source = source.pooled(pruned.kv_reduction)
+
     # Each product at full width first, for what the pruned network gives it to read.
     rows = {inner: _head_rows(name, dense, removed, inner) for inner in ("q", "k", "v")}
     query = _fit_full(dense.q, rows["q"], into, inputs, damping)
@@ -131,7 +135,9 @@ def _repair_reduction(
     fit_layer(pruned.sr, conv_rows(pruned.sr, maps.pruned, targets), weight, damping)
 
     # Then the LayerNorm behind it, on what the convolution puts out now.
-    source = Pairs(reduced, [to_tokens(pruned.sr(x)) for x in maps.pruned], [])
+    written = [pruned.sr(x) for x in maps.pruned]
+    sizes = [(x.shape[2], x.shape[3]) for x in written]
+    source = Pairs(reduced, [to_tokens(x) for x in written], sizes)
     how = fit_norm(dense.norm, pruned.norm, basis, source, damping)
     return source.through(dense.norm, pruned.norm), how
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segprune.model import to_map
+from segprune.model import pool_map, to_map, to_tokens
 from segprune.pruning.groups import Side
 from segprune.pruning.repair.moments import Rows, fit
 from segprune.pruning.trace import width_of
@@ -48,6 +48,16 @@ class Pairs:
             for tokens in (self.dense, self.pruned)
         )
         return Pairs(dense, pruned, self.sizes)
+
+    def pooled(self, factor: int) -> Pairs:
+        """Returns tokens of the maps averaged over windows of `factor` × `factor`."""
+
+        def pool(x: Tensor) -> Tensor:
+            return to_tokens(pool_map(x, factor))
+
+        sizes = [(-(-height // factor), -(-width // factor)) for height, width in self.sizes]
+        pooled = self.as_maps().through(pool, pool)
+        return Pairs(pooled.dense, pooled.pruned, sizes)
 
 
 def kept(removed: Removed, name: str, side: Side, layer: nn.Linear | nn.Conv2d) -> Tensor:

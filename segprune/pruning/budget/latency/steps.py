@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segprune.model import PatchEmbed, attend, to_map, to_tokens
+from segprune.model import PatchEmbed, attend, pool_map, to_map, to_tokens
 from segprune.shapes_only import without_weights
-from segprune.spec import Spec, StageSpec, block_name, stage_name
+from segprune.spec import BlockSpec, Spec, StageSpec, block_name, stage_name
 from segprune.stats import Layer, layers
 from segprune.timing import DTYPE_OF, Precision
 
@@ -26,6 +26,7 @@ Kind = Literal[
     "norm",  # B N; width
     "linear",  # B N; in, out
     "reduction",  # B H W ratio; in, out
+    "pool",  # B H W factor; width
     "attention",  # B heads N M; the larger of qk_dim and v_dim, per head
     "depthwise",  # B H W tanh; hidden width. tanh: whether GELU is the approximate one
     "add",  # B N; width
@@ -81,9 +82,7 @@ def steps(spec: Spec, input_shape: tuple[int, int], batch: int = 1) -> list[Step
         for j, block in enumerate(stage.blocks):
             name = block_name(i, j)
             if f"{name}.attn" in rows:
-                all_steps += _attention_steps(
-                    rows, name, stage, block.num_heads, (batch, height, width)
-                )
+                all_steps += _attention_steps(rows, name, stage, block, (batch, height, width))
             if f"{name}.mlp.fc1" in rows:
                 all_steps += _ffn_steps(
                     rows, name, (batch, height, width), tanh=spec.numerics.gelu == "tanh"
@@ -99,7 +98,7 @@ def _attention_steps(
     rows: Mapping[str, Layer],
     name: str,
     stage: StageSpec,
-    num_heads: int,
+    block: BlockSpec,
     size: tuple[int, int, int],
 ) -> Iterator[Step]:
     batch, area = size[0], size[1] * size[2]
@@ -107,18 +106,22 @@ def _attention_steps(
     reduced = rows[attn].kernel  # the number of keys and values
     yield _plain(rows, "norm", (batch, area), f"{name}.norm1")
 
-    # Keys and values read a smaller map where the stage reduces it.
+    # Keys and values read a smaller map where the stage reduces it, and a coarser one of that.
+    ratio, factor = stage.reduction_ratio, block.kv_reduction
     if f"{attn}.sr" in rows:
-        yield _product(rows, "reduction", (*size, stage.reduction_ratio), f"{attn}.sr")
+        yield _product(rows, "reduction", (*size, ratio), f"{attn}.sr")
+    if factor > 1:
+        sizes = (batch, size[1] // ratio, size[2] // ratio, factor)
+        yield Step(Shape("pool", sizes, (rows[f"{attn}.k"].in_dim,)), ((f"{attn}.k", 0),))
     yield _product(rows, "linear", (batch, area), f"{attn}.q")
     yield _product(rows, "linear", (batch, reduced), f"{attn}.k")
     yield _product(rows, "linear", (batch, reduced), f"{attn}.v")
 
     # The wider of queries and values decides: where torch
     # has no kernel for both, the narrower one is filled up.
-    head_dim = max(rows[attn].in_dim, rows[attn].out_dim) // num_heads
+    head_dim = max(rows[attn].in_dim, rows[attn].out_dim) // block.num_heads
     yield Step(
-        Shape("attention", (batch, num_heads, area, reduced), (head_dim,)),
+        Shape("attention", (batch, block.num_heads, area, reduced), (head_dim,)),
         ((attn, 0), (attn, 1)),
     )
 
@@ -253,6 +256,11 @@ def _reduction(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> R
     return lambda: norm(to_tokens(conv(x)))
 
 
+def _pool(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
+    x = place.map(sizes[:3], dims[0])
+    return lambda: to_tokens(pool_map(x, sizes[3]))
+
+
 def _attention(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runner:
     batch, num_heads, area, reduced = sizes
     q, k, v = (place.ones((batch, n), num_heads * dims[0]) for n in (area, reduced, reduced))
@@ -306,6 +314,7 @@ _BUILDERS: dict[Kind, Callable[[Place, tuple[int, ...], tuple[int, ...]], Runner
     "norm": _norm,
     "linear": _linear,
     "reduction": _reduction,
+    "pool": _pool,
     "attention": _attention,
     "depthwise": _depthwise,
     "add": _add,
