@@ -33,6 +33,7 @@ PAGES = (
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 DOORS = {"train.py": "train", "prune_train.py": "prune"}
 OTHERS = {
+    "cpu",  # of benchmarks.gpu
     "nproc_per_node",
     "nnodes",
     "rdzv_backend",
