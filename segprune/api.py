@@ -335,9 +335,9 @@ def export_model(
 ) -> tuple[Manifest, Difference]:
     """Writes the network for another runtime, runs the file, and keeps it if it agrees with the network.
 
-    `images` are a folder or a data set whose images calibrate int8 and are compared. `options` are those of
-    `segprune.export.ExportOptions`, such as `format` and `precision`. Returns what the file takes and returns, and how
-    far it is from the network.
+    `images` are a folder or a data set whose images calibrate int8, show fp16's ranges and are compared. `options` are
+    those of `segprune.export.ExportOptions`, such as `format` and `precision`. Returns what the file takes and returns,
+    and how far it is from the network.
     """
     # The same letterboxed images calibrate int8 and are compared.
     loaded: Sequence[Any] = ()

@@ -88,7 +88,11 @@ class ExportFlags:
         int, Option("--opset", help="Of ONNX, 13 to 18: older ones for compilers of NPUs.")
     ] = 18
     data: Annotated[
-        str, Option("--data", help="Data set whose images calibrate int8 and are compared.")
+        str,
+        Option(
+            "--data",
+            help="Data set whose images calibrate int8, show fp16's ranges and are compared.",
+        ),
     ] = ""
     layout: Layout = None
     split: Annotated[str, Option("--split", help="The part of --data to take images from.")] = (
@@ -172,6 +176,10 @@ def run(flags: ExportFlags, inputs: InputFlags, given: frozenset[str]) -> None:
         )
     compared = number_of(difference.num_images, "image")
     console.print(f"Run again on {compared} and compared with PyTorch: {difference.text}.")
+    if manifest.float32:
+        console.print(
+            f"Left in float32, since their values pass half of fp16's range: {', '.join(manifest.float32)}."
+        )
     if manifest.argmax_quarter:
         share = 100 * (1 - difference.agreement)
         console.print(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from segprune.compare import TOLERANCE, Difference, Limits, compare
 from segprune.data.transforms import Bytes, normalise
 from segprune.export import ncnn, onnx, openvino, torch_files
+from segprune.export.half import halve
 from segprune.export.job import Job
 from segprune.export.manifest import PRECISIONS, Manifest, Precision
 from segprune.export.network import Deployed
@@ -68,7 +69,7 @@ LIMITS: dict[Precision, Limits] = {
 class Format:
     """`write` makes the file, which ends in `suffix`, and those beside it if the format has several.
 
-    With `stores_half`, fp16 says how the weights are stored; in other formats the network also computes in it.
+    With `stores_half`, fp16 says how the weights are stored; in other formats the graph itself is in half precision.
     """
 
     suffix: str
@@ -79,7 +80,7 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", PRECISIONS, onnx.write),
-    "openvino": Format(".xml", PRECISIONS, openvino.write, stores_half=True),
+    "openvino": Format(".xml", PRECISIONS, openvino.write),
     "pt2": Format(".pt2", ("fp32", "fp16"), torch_files.write_pt2),
     "aotinductor": Format(".pt2", ("fp32", "fp16"), torch_files.write_aotinductor),
     "torchscript": Format(".torchscript", ("fp32", "fp16"), torch_files.write_torchscript),
@@ -134,6 +135,10 @@ class ExportOptions:
                 f"`opset` {self.opset} is for the format onnx and one fixed size; leave out `opset`, or `dynamic` and "
                 "other formats."
             )
+        if self.format == "torchscript" and self.precision == "fp16" and self.dynamic:
+            raise ValueError(
+                "fp16 in the format torchscript is for one fixed size; leave out `dynamic`, or choose pt2 or fp32."
+            )
         if self.argmax and self.argmax_quarter:
             raise ValueError(
                 "argmax and argmax_quarter in `bake` are two ways to the same classes; give one of them."
@@ -152,9 +157,9 @@ def export(
     """Writes the network to `path`, runs the file and compares it with the network.
 
     `changes` are single options of `ExportOptions`, such as `format`. `images` [H, W, 3] uint8 RGB of its `size`
-    calibrate int8, which needs some, and are what is compared; without them generated images are compared. Raises
-    ValueError for what cannot be done and for a file that differs by more than `limits`, which is not kept; OSError
-    where `path` cannot be written.
+    calibrate int8, which needs some, show what overflows in fp16, and are compared; without them images are generated.
+    Raises ValueError for what cannot be done and for a file that differs by more than `limits`, which is not kept;
+    OSError where `path` cannot be written.
     """
     options = replace(options or ExportOptions(), **changes)
     format = FORMATS[options.format]
@@ -173,11 +178,8 @@ def export(
 
     # The file is compared with the network as it came, in float32, whatever is done to the network for the file.
     reference = copy.deepcopy(model).cpu().float().eval()
-    # Where only storage is halved, the writer does it; the network stays in float32.
-    half = precision == "fp16" and not format.stores_half
     network = Deployed(
         reference,
-        half=half,
         preprocess=options.preprocess,
         argmax=options.argmax,
         argmax_quarter=options.argmax_quarter,
@@ -198,6 +200,9 @@ def export(
         palette=tuple(options.palette),
     )
     job = Job(network, manifest, options.size, images, options.opset)
+    # Where only storage is halved, the writer does it; the network stays in float32.
+    if precision == "fp16" and not format.stores_half:
+        job = _halve(job)
 
     # Write beside the target, and move the file there only if it agrees.
     limits = limits or choose_limits(precision, options.argmax_quarter)
@@ -213,7 +218,7 @@ def export(
         if not difference.within(limits):
             raise ValueError(_describe_difference(difference, limits, precision))
 
-    return manifest, difference
+    return job.manifest, difference
 
 
 def choose_limits(precision: Precision, argmax_quarter: bool = False) -> Limits:
@@ -222,6 +227,12 @@ def choose_limits(precision: Precision, argmax_quarter: bool = False) -> Limits:
     if argmax_quarter:
         return replace(limits, agreement=min(limits.agreement, QUARTER_AGREEMENT))
     return limits
+
+
+def _halve(job: Job) -> Job:
+    """Returns the job with its network in half precision, save for what would overflow, which the manifest names."""
+    network, names = halve(job.trace(), job.make_batches())
+    return replace(job, network=network, manifest=replace(job.manifest, float32=names))
 
 
 def run_both(
@@ -246,7 +257,7 @@ def _describe_difference(difference: Difference, limits: Limits, precision: Prec
     # What helps depends on where the precision was lost.
     remedies = {
         "fp32": "give a larger `tolerance` if that is enough for you",
-        "fp16": "export as fp32, whose range is larger",
+        "fp16": "give images like those the network will see, or export as fp32",
         "int8": "give more images to calibrate on, or a lower `agreement` and score the file with segprune eval",
     }
     return (

@@ -7,21 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segprune.data import draw_shapes
+from segprune.data.leaves import draw_leaves
 from segprune.data.transforms import Bytes, normalise
 from segprune.export.manifest import MIN_DYNAMIC, Manifest
-from segprune.export.network import Deployed
+from segprune.spec import preprocessing_of
 
 MAX_BATCHES = 8
+NUM_DRAWN = 8  # images to find the ranges of activations with, where none are given
 
 
 @dataclass(frozen=True)
 class Job:
     """The network, what its file will say of itself, and images [H, W, 3] uint8 for calibration."""
 
-    network: Deployed
+    network: nn.Module  # a `Deployed`, or its graph in half precision
     manifest: Manifest
     size: tuple[int, int]  # H W of the example; with a static shape the only one
     images: Sequence[Bytes]
@@ -41,14 +43,18 @@ class Job:
         # With preprocessing built in, normalising here would do it twice.
         if self.manifest.preprocess:
             return torch.from_numpy(np.stack(list(images)))
-        own = self.network.preprocessing
+        own = preprocessing_of(self)
         return torch.stack([normalise(image, own) for image in images])
 
     def make_batches(self) -> list[Tensor]:
-        """Returns the images in batches that the file takes; the last one is filled up with the first images."""
+        """Returns the images in batches that the file takes; the last one is filled up with the first images.
+
+        Without images they are drawn: dead leaves, whose edges and contrasts are those of photographs.
+        """
         size = 1 if self.manifest.shape is None else self.manifest.shape[0]
         # A file of a fixed batch takes nothing less, so the last batch needs filling.
         images = list(self.images)
+        images = images or [draw_leaves(0, index, self.size) for index in range(NUM_DRAWN)]
         images += images[: -len(images) % size]
         return [self.prepare(images[i : i + size]) for i in range(0, len(images), size)]
 

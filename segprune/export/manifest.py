@@ -14,6 +14,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # Smallest side of a file for any size: below it a stage's map is one pixel high, and traced as if that never changed.
 MIN_DYNAMIC = 64
 MAX_SIDE = 1 << 15  # of a batch and of images, far beyond any memory
+LISTS = ("class_names", "palette", "float32")
 KEY = "segprune"  # under which a file keeps its manifest
 
 
@@ -24,7 +25,8 @@ class Manifest:
     With `preprocess` the file takes uint8 RGB B H W 3, else normalised float32 B 3 H W. With `argmax` it returns
     classes uint8 B H W, else logits float32 B K H W. `spec` describes the network as it runs, for its MACs. `palette`
     is 768 numbers, the colours in which masks are drawn; empty: Pascal VOC's. With `argmax_quarter` classes were chosen
-    at a quarter of the size, and `argmax` is set, too.
+    at a quarter of the size, and `argmax` is set, too. `float32` names the modules of the network that fp16 or int8
+    left in float32.
     """
 
     variant: str
@@ -38,6 +40,7 @@ class Manifest:
     spec: Spec | None = None
     palette: tuple[int, ...] = ()
     argmax_quarter: bool = False
+    float32: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -51,8 +54,8 @@ def parse_manifest(text: str) -> Manifest:
         # JSON has lists only; tuples make the result equal to what was written.
         shape = None if data["shape"] is None else tuple(data["shape"])
         spec = None if data["spec"] is None else spec_from_dict(data["spec"])
-        # A manifest may leave these two out.
-        lists = {name: tuple(data.get(name, ())) for name in ("class_names", "palette")}
+        # A manifest may leave these out.
+        lists = {name: tuple(data.get(name, ())) for name in LISTS}
         manifest = Manifest(**data | lists | {"shape": shape, "spec": spec})
         _check(manifest)
         return manifest
@@ -78,7 +81,7 @@ def _check(manifest: Manifest) -> None:
         or type(manifest.argmax) is not bool
         or type(manifest.argmax_quarter) is not bool
         or len(names) > manifest.num_classes  # classes may be left without a name
-        or not all(isinstance(name, str) for name in names)
+        or not all(isinstance(name, str) for name in (*names, *manifest.float32))
         or len(palette) not in (0, 768)
         or not all(type(number) is int and 0 <= number <= 255 for number in palette)
     ):

@@ -1,4 +1,4 @@
-"""The network as it is exported: folded, in its precision, with preprocessing and argmax built in on request."""
+"""The network as it is exported: folded, with preprocessing and argmax built in on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ class Deployed(nn.Module):
         self,
         model: SegFormer,
         *,
-        half: bool = False,
         preprocess: bool = False,
         argmax: bool = False,
         argmax_quarter: bool = False,
@@ -37,9 +36,7 @@ class Deployed(nn.Module):
 
         self.preprocess, self.argmax = preprocess, argmax
         self.argmax_quarter = argmax_quarter
-        self.dtype = torch.float16 if half else torch.float32
-        # Fold first, then cast: folding in half precision would round twice.
-        self.network = fold_for_inference(model).cpu().to(self.dtype)
+        self.network = fold_for_inference(model).cpu()
         # As buffers they move with the network to its device.
         self.preprocessing = model.spec.preprocessing
         mean, std = torch.tensor(self.preprocessing.mean), torch.tensor(self.preprocessing.std)
@@ -48,7 +45,6 @@ class Deployed(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        # Normalise in float32 even for fp16: pixels minus mean lose digits in half.
         if self.preprocess:
             if self.preprocessing.channels == "bgr":
                 x = x.flip(-1)
@@ -58,13 +54,12 @@ class Deployed(nn.Module):
 
         # Classes by way of float, since TensorRT makes uint8 of floats alone.
         if self.argmax_quarter:
-            logits = self.network.parts(x.to(self.dtype))[1].float()  # B K H/4 W/4
+            logits = self.network.parts(x)[1]  # B K H/4 W/4
             classes = logits.argmax(1, keepdim=True).float()
             size = x.shape[2:]
             return F.interpolate(classes, size=size, mode="nearest")[:, 0].to(torch.uint8)
 
-        # Float32 out, so that every runtime returns the same type.
-        logits = self.network(x.to(self.dtype)).float()  # B K H W
+        logits = self.network(x)  # B K H W
         if not self.argmax:
             return logits
 

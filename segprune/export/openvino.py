@@ -5,16 +5,18 @@ from __future__ import annotations
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from xml.etree import ElementTree
 
 from segprune.export.job import Job
 from segprune.export.manifest import KEY
 from segprune.export.runtimes import require
 
 PURPOSE = "Exporting to OpenVINO"
+MARK = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
 
 
 def write(job: Job, path: Path) -> None:
-    """Writes both files. fp16 halves the weights; the device chooses how to compute. nncf quantises to int8."""
+    """Writes both files. In fp16 the graph says what is half; the device chooses how to compute. nncf makes int8."""
     int8, shape = job.manifest.precision == "int8", job.manifest.shape
     if (
         int8 and shape is not None and shape[0] > 1
@@ -49,4 +51,25 @@ def write(job: Job, path: Path) -> None:
 
     # Set after quantising, which returns another model.
     model.set_rt_info(job.manifest.text, [KEY])
-    ov.save_model(model, path, compress_to_fp16=job.manifest.precision == "fp16")
+    ov.save_model(model, path, compress_to_fp16=False)
+    if job.manifest.precision == "fp16":
+        _mark_float32(path)
+
+
+def _mark_float32(path: Path) -> None:
+    """Marks every layer that computes in float32, so that devices which compute in half leave it there.
+
+    The mark is what OpenVINO calls DisablePrecisionConversion; from Python it can be set in the file alone.
+    """
+    tree = ElementTree.parse(path)
+    for layer in tree.iterfind("layers/layer"):
+        ports = layer.findall("output/port[@precision='FP32']")
+        if not ports or layer.get("type") in ("Parameter", "Const"):
+            continue
+        marks = layer.find("rt_info")
+        if marks is None:
+            # Behind the attributes in <data> and before the ports, as OpenVINO writes it.
+            marks = ElementTree.Element("rt_info")
+            layer.insert(int(layer.find("data") is not None), marks)
+        marks.append(ElementTree.Element("attribute", MARK))
+    tree.write(path, encoding="utf-8", xml_declaration=True)

@@ -355,6 +355,10 @@ def test_older_opsets_give_the_same_logits_and_have_layernorm_from_17_on(
             "`opset` 13 is for the format onnx and one fixed size",
         ),
         (
+            {"precision": "fp16", "format": "torchscript", "dynamic": True},
+            "fp16 in the format torchscript is for one fixed size; leave out `dynamic`",
+        ),
+        (
             {"opset": 13, "format": "pt2"},
             "`opset` 13 is for the format onnx and one fixed size",
         ),

@@ -54,6 +54,8 @@ def test_what_is_no_manifest_is_refused(text: str) -> None:
         {"num_classes": True},
         {"class_names": 5},
         {"class_names": ["a"] * 99},
+        {"float32": 5},
+        {"float32": ["a", 1]},
         {"palette": 5},
         {"palette": [1, 2]},
         {"variant": "../b0"},
