@@ -41,7 +41,11 @@ def to_upsample(maps: Tensor) -> Tensor:
 
 def pool_map(maps: Tensor, factor: int) -> Tensor:
     """Averages B C H W over windows of `factor` × `factor`; one that reaches beyond the edge counts what lies inside."""
-    return F.avg_pool2d(maps, factor, ceil_mode=True, count_include_pad=False)
+    # A window larger than the map averages all of it, but OpenVINO refuses one. Sizes are no integers while traced.
+    height, width = (
+        min(factor, side) if isinstance(side, int) else factor for side in maps.shape[2:]
+    )
+    return F.avg_pool2d(maps, (height, width), ceil_mode=True, count_include_pad=False)
 
 
 class DropPath(nn.Module):

@@ -7,7 +7,7 @@ NAME.onnx.json          the settings and how far the file is from the network in
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,22 +32,25 @@ from segprune.cli.flags import (
     refuse_without_effect,
     switch,
 )
-from segprune.data import DataChoices
+from segprune.data import DataChoices, Source
 from segprune.data.transforms import Bytes
 from segprune.data.unlabelled import list_images, load_images
 from segprune.export import (
     BAKED,
     FORMATS,
     PRECISIONS,
+    LayerCost,
     Limits,
     Precision,
+    Runtime,
     check_choice,
     choose_limits,
     export,
 )
 from segprune.export.tensorrt import command_line
 from segprune.files import check_writable, write_json
-from segprune.model import check_input
+from segprune.inference.evaluate import EvalMode, evaluate
+from segprune.model import SegFormer, check_input
 from segprune.runs.records import environment
 from segprune.spec import Spec
 
@@ -118,7 +121,16 @@ class ExportFlags:
             "--agreement",
             min=0.0,
             max=1.0,
-            help="Share of pixels that must keep their class; 0.9 for int8.",
+            help="Share of pixels that must keep their class; 0.9 for int8, where layers are left in float32 for it.",
+        ),
+    ] = None
+    max_drop: Annotated[
+        float | None,
+        Option(
+            "--max_drop",
+            min=0.0,
+            metavar="POINTS",
+            help="int8: mIoU that may be lost on val of --data; layers are left in float32 until this holds.",
         ),
     ] = None
     tensorrt: Annotated[
@@ -156,9 +168,12 @@ def run(flags: ExportFlags, inputs: InputFlags, given: frozenset[str]) -> None:
     # Write the file, run it and compare it.
     # Images calibrate int8, and both networks are compared on them.
     images = _load_images(flags, inputs, spec)
+    network = checkpoint.build(opened)
+    accept = None if flags.max_drop is None else _limit_drop(flags, inputs, network)
+    costs: list[LayerCost] = []
     with quiet_exporters():
         manifest, difference = export(
-            checkpoint.build(opened),
+            network,
             output,
             format=flags.format,
             precision=flags.precision,
@@ -173,13 +188,16 @@ def run(flags: ExportFlags, inputs: InputFlags, given: frozenset[str]) -> None:
             palette=palette,
             images=images,
             limits=_choose_limits(flags, baked),
+            accept=accept,
+            on_ranked=costs.extend,
         )
     compared = number_of(difference.num_images, "image")
     console.print(f"Run again on {compared} and compared with PyTorch: {difference.text}.")
     if manifest.float32:
-        console.print(
-            f"Left in float32, since their values pass half of fp16's range: {', '.join(manifest.float32)}."
-        )
+        reason = "since their values pass half of fp16's range"
+        if flags.precision == "int8":
+            reason = f"of {len(costs)} layers, since quantising them costs most"
+        console.print(f"Left in float32, {reason}: {', '.join(manifest.float32)}.")
     if manifest.argmax_quarter:
         share = 100 * (1 - difference.agreement)
         console.print(
@@ -193,6 +211,7 @@ def run(flags: ExportFlags, inputs: InputFlags, given: frozenset[str]) -> None:
         "settings": settings,
         "manifest": asdict(manifest),
         "difference": asdict(difference),
+        "layers": [asdict(cost) for cost in costs],
         "bytes": output.stat().st_size,
         "environment": environment(),
     }
@@ -224,12 +243,16 @@ def _check_flags(flags: ExportFlags, given: frozenset[str], baked: frozenset[str
             "--data, or a folder of images as --calibration."
         )
 
+    if flags.max_drop is not None and not flags.data:
+        raise ValueError("--max_drop needs --data: files are scored on its val.")
+
     # A flag that changes nothing is refused, since its user expects a change.
     refuse_without_effect(
         given,
         ("batch_size", flags.dynamic, "with --dynamic, which takes any batch"),
         ("layout", not flags.data, "without --data"),
         ("split", not flags.data, "without --data"),
+        ("max_drop", flags.precision != "int8", f"with --precision {flags.precision}"),
         ("num_calibration", not images, "without --data or --calibration"),
         (
             "tolerance",
@@ -274,19 +297,38 @@ def _choose_limits(flags: ExportFlags, baked: frozenset[str]) -> Limits:
     return limits if flags.agreement is None else replace(limits, agreement=flags.agreement)
 
 
+def _limit_drop(
+    flags: ExportFlags, inputs: InputFlags, network: SegFormer
+) -> Callable[[Runtime], bool]:
+    """Returns what tells whether a file loses no more than --max_drop points of mIoU on val."""
+    samples = _open_split(flags, inputs, network.spec, "val").split("val")
+
+    def score(predict: SegFormer | Runtime) -> float:
+        how = EvalMode(input_shape=flags.input_shape)
+        return 100 * evaluate(predict, samples, network.spec.num_classes, how).miou
+
+    assert flags.max_drop is not None
+    least = score(network) - flags.max_drop
+    return lambda runtime: score(runtime) >= least
+
+
+def _open_split(flags: ExportFlags, inputs: InputFlags, spec: Spec, split: str) -> Source:
+    source, _ = open_data(
+        flags.data,
+        flags.layout,
+        spec.num_classes,
+        (split,),
+        choices=DataChoices(inputs.label_offset, expected=spec.preprocessing),
+    )
+    return source
+
+
 def _load_images(flags: ExportFlags, inputs: InputFlags, spec: Spec) -> Sequence[Bytes]:
     """Loads those of --data or --calibration, letterboxed to --input_shape [H, W, 3]."""
     if flags.calibration:
         places = list_images(flags.calibration)
     elif flags.data:
-        source, _ = open_data(
-            flags.data,
-            flags.layout,
-            spec.num_classes,
-            (flags.split,),
-            choices=DataChoices(inputs.label_offset, expected=spec.preprocessing),
-        )
-        places = list_images(source, flags.split)
+        places = list_images(_open_split(flags, inputs, spec, flags.split), flags.split)
     else:
         return ()
     return load_images(places, flags.num_calibration, flags.input_shape)

@@ -27,6 +27,7 @@ from segprune.compare import TOLERANCE, Difference, Limits, compare
 from segprune.data.transforms import Bytes, normalise
 from segprune.export import ncnn, onnx, openvino, torch_files
 from segprune.export.half import halve
+from segprune.export.int8 import LayerCost, find_fewest, rank_layers
 from segprune.export.job import Job
 from segprune.export.manifest import PRECISIONS, Manifest, Precision
 from segprune.export.network import Deployed
@@ -43,6 +44,7 @@ __all__ = [
     "PROGRAMS",
     "Difference",
     "ExportOptions",
+    "LayerCost",
     "Limits",
     "Manifest",
     "Precision",
@@ -152,14 +154,17 @@ def export(
     *,
     images: Sequence[Bytes] = (),
     limits: Limits | None = None,
+    accept: Callable[[Runtime], bool] | None = None,
+    on_ranked: Callable[[Sequence[LayerCost]], None] | None = None,
     **changes: Any,
 ) -> tuple[Manifest, Difference]:
     """Writes the network to `path`, runs the file and compares it with the network.
 
     `changes` are single options of `ExportOptions`, such as `format`. `images` [H, W, 3] uint8 RGB of its `size`
     calibrate int8, which needs some, show what overflows in fp16, and are compared; without them images are generated.
-    Raises ValueError for what cannot be done and for a file that differs by more than `limits`, which is not kept;
-    OSError where `path` cannot be written.
+    `accept` judges the open file as well. Where int8 does not hold, layers are ranked, which `on_ranked` gets, and the
+    fewest of them that help are left in float32. Raises ValueError for what cannot be done and for a file that differs
+    by more than `limits`, which is not kept; OSError where `path` cannot be written.
     """
     options = replace(options or ExportOptions(), **changes)
     format = FORMATS[options.format]
@@ -207,15 +212,27 @@ def export(
     # Write beside the target, and move the file there only if it agrees.
     limits = limits or choose_limits(precision, options.argmax_quarter)
     with atomic_files(path) as temporary:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # PyTorch's exporters call functions that PyTorch deprecates
-            format.write(job, temporary)
+
+        def attempt(job: Job) -> tuple[Difference, bool]:
+            """Returns how far the file is off, and whether that may be."""
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # PyTorch's exporters call what PyTorch deprecates
+                format.write(job, temporary)
+            runtime = open_exported(temporary, trust=True)
+            difference = compare(run_both(reference, runtime, job))
+            accepted = difference.within(limits) and (accept is None or accept(runtime))
+            return difference, accepted
 
         # An error in here leaves no file behind.
-        difference = compare(run_both(reference, open_exported(temporary, trust=True), job))
-        if not difference.within(limits):
+        difference, accepted = attempt(job)
+        if precision == "int8" and not accepted:
+            costs = rank_layers(job)
+            if on_ranked is not None:
+                on_ranked(costs)
+            job, difference, accepted = _leave_fewest(job, difference, costs, attempt)
+        if not accepted:
             raise ValueError(_describe_difference(difference, limits, precision))
 
     return job.manifest, difference
@@ -233,6 +250,28 @@ def _halve(job: Job) -> Job:
     """Returns the job with its network in half precision, save for what would overflow, which the manifest names."""
     network, names = halve(job.trace(), job.make_batches())
     return replace(job, network=network, manifest=replace(job.manifest, float32=names))
+
+
+def _leave_fewest(
+    job: Job,
+    difference: Difference,
+    costs: Sequence[LayerCost],
+    attempt: Callable[[Job], tuple[Difference, bool]],
+) -> tuple[Job, Difference, bool]:
+    """Returns the job that leaves as few layers in float32 as will do; its file is the last that was written."""
+    tried = {0: (job, difference, False)}
+
+    def holds(number: int) -> bool:
+        names = tuple(cost.name for cost in costs[:number])
+        trial = replace(job, manifest=replace(job.manifest, float32=names))
+        tried[number] = (trial, *attempt(trial))
+        return tried[number][2]
+
+    # With all but one of them in float32 there is hardly any int8 left to save.
+    fewest = find_fewest(len(costs) - 1, holds)
+    if fewest is not None and fewest != list(tried)[-1]:
+        holds(fewest)
+    return tried[0] if fewest is None else tried[fewest]
 
 
 def run_both(
@@ -254,11 +293,17 @@ def _describe_difference(difference: Difference, limits: Limits, precision: Prec
     if difference.relative is not None and limits.tolerance is not None:
         allowed = f"at most {limits.tolerance:g} and {allowed}"
 
+    if difference.within(limits):
+        return (
+            f"The exported file is close to the network ({difference.text}) but scores too low, even with all layers "
+            "but one in float32, and was not kept; allow a larger `max_drop`, or export as fp32."
+        )
+
     # What helps depends on where the precision was lost.
     remedies = {
         "fp32": "give a larger `tolerance` if that is enough for you",
         "fp16": "give images like those the network will see, or export as fp32",
-        "int8": "give more images to calibrate on, or a lower `agreement` and score the file with segprune eval",
+        "int8": "give more images to calibrate on, a lower `agreement` or a larger `max_drop`, or export as fp32",
     }
     return (
         f"The exported file is too far from the network ({difference.text}; {allowed} were allowed) and was not kept; "

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segprune.export.int8 import find_kept
 from segprune.export.job import Job
 from segprune.export.manifest import KEY
 from segprune.export.runtimes import require
@@ -28,6 +29,7 @@ OPSETS = range(
 )  # older ones are for compilers of NPUs; below 17 LayerNorm is several nodes
 ATTENTION = "aten::scaled_dot_product_attention"
 PURPOSE = "Exporting to ONNX"
+QUANTISED = ["Conv", "Gemm", "MatMul"]
 
 
 def write(job: Job, path: Path) -> None:
@@ -142,11 +144,18 @@ def _quantise(model: Any, job: Job) -> Any:
 
         # The products inside attention are those that read no weights.
         graph = onnx.load(joined).graph
-        weights = {tensor.name for tensor in graph.initializer}
+        arrays = {}
+        for tensor in graph.initializer:
+            arrays[tensor.name] = onnx.numpy_helper.to_array(tensor)
+        weights = set(arrays)
         attention = []
+        products = {}
         for node in graph.node:
             if node.op_type == "MatMul" and not weights & set(node.input):
                 attention.append(node.name)
+            elif node.op_type in QUANTISED:
+                products[node.name] = arrays[(set(node.input[:2]) & weights).pop()]
+        kept = find_kept(job, products)
 
         # Why these settings: see the top of the module.
         quantization.quantize_static(
@@ -154,8 +163,8 @@ def _quantise(model: Any, job: Job) -> Any:
             quantised,
             _Reader(graph.input[0].name, iter(job.make_batches())),
             quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-            nodes_to_exclude=attention,
+            op_types_to_quantize=QUANTISED,
+            nodes_to_exclude=[*attention, *kept],
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,

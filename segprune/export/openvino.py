@@ -5,13 +5,16 @@ from __future__ import annotations
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
+from segprune.export.int8 import find_kept
 from segprune.export.job import Job
 from segprune.export.manifest import KEY
 from segprune.export.runtimes import require
 
 PURPOSE = "Exporting to OpenVINO"
+PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 MARK = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
 
 
@@ -46,7 +49,11 @@ def write(job: Job, path: Path) -> None:
         data = nncf.Dataset(batches, lambda x: x.numpy())
         with redirect_stdout(StringIO()):  # its progress bars
             model = nncf.quantize(
-                model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+                model,
+                data,
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(batches),
+                ignored_scope=nncf.IgnoredScope(names=find_kept(job, find_products(model))),
             )
 
     # Set after quantising, which returns another model.
@@ -54,6 +61,17 @@ def write(job: Job, path: Path) -> None:
     ov.save_model(model, path, compress_to_fp16=False)
     if job.manifest.precision == "fp16":
         _mark_float32(path)
+
+
+def find_products(model: Any) -> dict[str, Any]:
+    """Returns the weights of all convolutions and products by the name of the operation that reads them."""
+    products = {}
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() in PRODUCTS:
+            weight = operation.input_value(1).get_node()
+            if weight.get_type_name() == "Constant":
+                products[operation.get_friendly_name()] = weight.data
+    return products
 
 
 def _mark_float32(path: Path) -> None:

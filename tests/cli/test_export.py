@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,35 @@ def test_an_int8_onnx_file_is_calibrated_on_a_data_set_baked_and_scored(
     assert "mIoU" in done("eval", "exported/tiny_int8.onnx", "--data", shapes, *HERE)
 
 
+def test_int8_that_loses_too_much_names_what_it_costs_layer_by_layer(
+    tiny: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The network's score, then a file's that loses too much, then files' that hold; none is really in int8.
+    scores = iter([0.5, 0.485, *[0.495] * 20])
+    monkeypatch.setattr(
+        "segprune.cli.export.evaluate", lambda *_: SimpleNamespace(miou=next(scores))
+    )
+    written = []
+
+    def write(job: Job, path: Path) -> None:
+        written.append(job.manifest.float32)
+        FORMATS["torchscript"].write(job, path)
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=write))
+    monkeypatch.setitem(OPENERS, ".onnx", OPENERS[".torchscript"])
+    path = tmp_path / "x.onnx"
+    flags = ("--precision", "int8", "--data", shapes, "--max_drop", 1, "--output", path)
+    out = done("export", tiny, *PIXELS, *flags)
+
+    record = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+    names = [layer["name"] for layer in record["layers"]]
+    assert written[0] == ()
+    assert len(written[1]) == len(names) - 1
+    assert record["manifest"]["float32"] == names[:1]
+    assert f"Left in float32, of {len(names)} layers, " in out
+    assert names[0] in out
+
+
 def test_a_folder_of_images_does_for_comparison_too(
     tiny: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +269,14 @@ def test_a_file_that_computes_something_else_is_not_kept(
         (
             ("--data", "a", "--calibration", "b"),
             "--data and --calibration are two sources of the same images;",
+        ),
+        (
+            ("--precision", "int8", "--calibration", "a", "--max_drop", 1),
+            "--max_drop needs --data: files are scored on its val.",
+        ),
+        (
+            ("--data", "a", "--max_drop", 1),
+            "--max_drop has no effect with --precision fp32; leave it out.",
         ),
         (("--calibration", "nowhere"), "nowhere holds no image; give a folder with"),
         (
