@@ -19,6 +19,7 @@ from segprune.fold import fold_decoder
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import PARTS
 from segprune.pruning.options import PruneOptions
+from segprune.spec import list_kv_reductions
 from segprune.stats import count
 from segprune.training.distill import Distillation
 from tests.commands import HERE, SIZE, done, interrupted, refused, told, training
@@ -244,6 +245,21 @@ def test_rate_0_folds_the_head_and_writes_it(dense: Path, tmp_path: Path) -> Non
     reduction = record_in(tmp_path)["reduction"]
     assert reduction["parameters_reduction_percent"] > 1
     assert reduction["flops_reduction_percent"] > 10
+
+
+def test_rate_0_may_only_coarsen_the_map_of_keys_and_values(
+    dense: Path, tmp_path: Path
+) -> None:
+    flags = ("--pruning_rate", 0, "--kv_reduction", "stages.3=2", "--no_repair", *SIZE)
+    done("prune", "--model_path", dense, *flags, "--save_dir", tmp_path)
+    coarse, folded = load(tmp_path / "l1/b0/b0_pruned_0_kv2-stages.3.pth"), load(dense)
+    factors = list_kv_reductions(coarse.spec)
+    assert {name for name, factor in factors.items() if factor == 2} == {
+        name for name in factors if "stages.3" in name
+    }
+    state = fold_decoder(folded).state_dict()
+    assert all(torch.equal(coarse.state_dict()[name], state[name]) for name in state)
+    assert record_in(tmp_path)["pruning_config"]["kv_reduction"] == {"stages.3": 2}
 
 
 def test_rate_0_writes_a_copy_with_the_head_kept(dense: Path, tmp_path: Path) -> None:
