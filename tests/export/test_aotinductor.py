@@ -18,8 +18,10 @@ from tests.exporting import tiny_network
 def test_the_compiled_package_gives_the_networks_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Optimising, and headers compiled in advance for later, take two thirds of the time.
+    # Optimising, headers compiled in advance for later and trial compilations that show which vector
+    # instructions work take most of the time.
     config = torch._inductor.config
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", False)
     monkeypatch.setattr(config.aot_inductor, "debug_compile", True)
     monkeypatch.setattr(config.aot_inductor, "precompile_headers", False)
     monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)

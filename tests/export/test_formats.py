@@ -4,6 +4,8 @@ import io
 import os
 import warnings
 import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from segprune.benchmark.cases import grid
 from segprune.data import draw_shapes, normalise
 from segprune.export import FORMATS, Limits, Manifest, export, open_exported
+from segprune.export.job import Job
 from segprune.export.manifest import MIN_DYNAMIC
 from segprune.export.runtimes import Runtime, is_compiled
 from segprune.model import SegFormer
@@ -30,14 +33,17 @@ CASES: dict[str, dict[str, Any]] = {
     "onnx baked": {"format": "onnx", "preprocess": True, "argmax": True, "batch": 1},
     "onnx fp16": {"format": "onnx", "precision": "fp16"},
     "onnx int8": {"format": "onnx", "precision": "int8"},
-    "openvino": {"format": "openvino"},
-    "openvino fp16": {"format": "openvino", "precision": "fp16", "preprocess": True},
-    "pt2": {"format": "pt2", "preprocess": True},
+    "openvino": {"format": "openvino", "batch": 1},
+    "openvino fp16": {"format": "openvino", "precision": "fp16"},
+    "openvino baked": {"format": "openvino", "preprocess": True, "argmax": True, "batch": 1},
+    "openvino int8": {"format": "openvino", "precision": "int8", "batch": 1},
+    "pt2": {"format": "pt2", "preprocess": True, "argmax": True, "batch": 1},
     "torchscript": {"format": "torchscript"},
     "ncnn": {"format": "ncnn", "batch": 1},
     "ncnn fp16": {"format": "ncnn", "batch": 1, "precision": "fp16"},
     "torchscript any size": {"format": "torchscript", "dynamic": True},
 }
+Case = tuple[str, Path, Manifest, float, Runtime]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +51,30 @@ def network() -> SegFormer:
     return tiny_network()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _trace_once() -> Iterator[None]:
+    """Files that compute the same share one graph of torch.export, which takes longer to trace than to write."""
+    traces: dict[object, torch.export.ExportedProgram] = {}
+    trace = Job.trace
+
+    def trace_once(job: Job) -> torch.export.ExportedProgram:
+        # Equal manifests come from the one network of this module; the dtype tells what computes in half precision.
+        same = replace(job.manifest, format="", precision="fp32", class_names=())
+        key = (same.text, next(job.network.parameters()).dtype)
+        if key not in traces:
+            traces[key] = trace(job)
+        return traces[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "trace", trace_once)
+        yield
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(
     request: pytest.FixtureRequest, network: SegFormer, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, Manifest, float]:
-    """Name, file, what it says of itself, and the share of pixels that agreed."""
+) -> Case:
+    """Name, file, what it says of itself, the share of pixels that agreed, and the file opened."""
     options = {"batch": 2} | CASES[request.param]
     path = tmp_path_factory.mktemp("export") / f"it{FORMATS[options['format']].suffix}"
     if options.get("precision") == "int8":  # random weights stand it worse than trained ones
@@ -57,7 +82,8 @@ def case(
     manifest, difference = export(
         network, path, size=SIZE, class_names=("sky", "Straße"), **options
     )
-    return request.param, path, manifest, difference.agreement
+    runtime = open_exported(path, trust=True)
+    return request.param, path, manifest, difference.agreement, runtime
 
 
 def calibration_images(number: int) -> list[Any]:
@@ -78,10 +104,10 @@ def relative(runtime: Runtime, network: SegFormer, x: torch.Tensor) -> float:
 
 
 def test_the_file_gives_the_networks_logits_in_batches_of_any_size(
-    case: tuple[str, Path, Manifest, float], network: SegFormer
+    case: Case, network: SegFormer
 ) -> None:
-    name, path, manifest, agreement = case
-    runtime, x = open_exported(path, trust=True), images(3)  # no multiple of the file's batch
+    name, _, manifest, agreement, runtime = case
+    x = images(3)  # no multiple of the file's batch
     if manifest.argmax:
         with torch.no_grad():
             assert torch.equal(runtime(x).argmax(1), network(x).argmax(1))
@@ -94,11 +120,11 @@ def test_the_file_gives_the_networks_logits_in_batches_of_any_size(
 
 
 def test_the_file_itself_says_what_it_takes_and_gives(
-    case: tuple[str, Path, Manifest, float],
+    case: Case,
 ) -> None:
-    name, path, manifest, _ = case
+    name, _, manifest, _, runtime = case
     options = CASES[name]
-    assert open_exported(path, trust=True).manifest == manifest
+    assert runtime.manifest == manifest
     assert (manifest.format, manifest.num_classes, manifest.variant) == (
         options["format"],
         5,
@@ -110,16 +136,15 @@ def test_the_file_itself_says_what_it_takes_and_gives(
     assert manifest.class_names == ("sky", "Straße")
 
 
-def test_nothing_else_is_left_in_the_folder(case: tuple[str, Path, Manifest, float]) -> None:
-    _, path, manifest, _ = case
+def test_nothing_else_is_left_in_the_folder(case: Case) -> None:
+    _, path, manifest, _, _ = case
     assert sorted(os.listdir(path.parent)) == LEFT.get(manifest.format, [path.name])
 
 
 def test_a_size_that_the_file_does_not_take_is_refused_and_the_right_one_named(
-    case: tuple[str, Path, Manifest, float], network: SegFormer
+    case: Case, network: SegFormer
 ) -> None:
-    _, path, manifest, _ = case
-    runtime = open_exported(path, trust=True)
+    _, _, manifest, _, runtime = case
     if manifest.shape is None:
         assert relative(runtime, network, images(1, (MIN_DYNAMIC + 1, 109))) < 1e-5
         with pytest.raises(
@@ -139,9 +164,9 @@ def test_a_size_that_the_file_does_not_take_is_refused_and_the_right_one_named(
     "case", [name for name in CASES if name.startswith("onnx")], indirect=True, scope="module"
 )
 def test_onnx_has_an_opset_from_17_up_and_no_batchnorm_left(
-    case: tuple[str, Path, Manifest, float],
+    case: Case,
 ) -> None:
-    _, path, manifest, _ = case
+    _, path, manifest, _, _ = case
     model = onnx.load(path)
     assert [(o.domain, o.version) for o in model.opset_import if o.domain == ""] == [("", 18)]
     kinds = {node.op_type for node in model.graph.node}
@@ -162,24 +187,22 @@ def test_onnx_has_an_opset_from_17_up_and_no_batchnorm_left(
         assert onnx.TensorProto.FLOAT not in weights
 
 
-def test_int8_in_openvino_agrees_and_refuses_to_calibrate_in_batches(
+def test_int8_in_openvino_refuses_to_calibrate_in_batches(
     network: SegFormer, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {
-        "format": "openvino",
-        "precision": "int8",
-        "size": SIZE,
-        "images": calibration_images(4),
-    }
-    _, difference = export(
-        network, tmp_path / "it.xml", **options, limits=Limits(None, 0.5), batch=1
-    )
-    assert difference.agreement > 0.5
     with pytest.raises(
         ValueError,
         match="nncf calibrates on one image at a time; for int8 give `batch_size` 1, or",
     ):
-        export(network, tmp_path / "it.xml", **options, batch=2)
+        export(
+            network,
+            tmp_path / "it.xml",
+            format="openvino",
+            precision="int8",
+            size=SIZE,
+            images=calibration_images(4),
+            batch=2,
+        )
 
 
 @pytest.mark.parametrize(
@@ -297,20 +320,12 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     assert not is_compiled(tmp_path / "other.torchscript")
 
 
-@pytest.mark.parametrize("preprocess", [False, True])
+@pytest.mark.parametrize("case", ["openvino", "openvino baked"], indirect=True, scope="module")
 def test_an_openvino_file_of_one_size_takes_no_other_and_names_what_it_gives(
-    network: SegFormer, tmp_path: Path, preprocess: bool
+    case: Case,
 ) -> None:
-    path = tmp_path / "it.xml"
-    export(
-        network,
-        path,
-        format="openvino",
-        size=SIZE,
-        batch=1,
-        preprocess=preprocess,
-        argmax=preprocess,
-    )
+    _, path, manifest, _, _ = case
+    preprocess = manifest.preprocess
     model = pytest.importorskip("openvino").Core().read_model(path)
     ((source,), (result,)) = model.inputs, model.outputs
     height, width = SIZE
@@ -331,7 +346,7 @@ def test_an_openvino_file_of_one_size_takes_no_other_and_names_what_it_gives(
             compiled({names[0]: x})
 
 
-@pytest.mark.parametrize("opset", [13, 15, 17])
+@pytest.mark.parametrize("opset", [13, 17])
 def test_older_opsets_give_the_same_logits_and_have_layernorm_from_17_on(
     opset: int, network: SegFormer, tmp_path: Path
 ) -> None:
