@@ -18,7 +18,7 @@ STAGES = (
 
 
 def tiny_network(num_classes: int = 5) -> SegFormer:
-    torch.manual_seed(4)
+    torch.manual_seed(17)  # with which several classes occur
     spec = Spec("b0", num_classes, STAGES, (32, 28, 36, 30), 44, Numerics())
     model = fill(SegFormer(spec).eval())
     assert isinstance(model, SegFormer)
