@@ -278,7 +278,7 @@ def reference(
 ) -> nn.Module:
     """In float32 and eval mode, every weight and statistic as training would leave it."""
     kind = ConvReference if dialect == "mmseg" else Reference
-    return fill(kind(variant, num_classes, PUBLISHED[dialect], **options).eval())
+    return build_filled(lambda: kind(variant, num_classes, PUBLISHED[dialect], **options), fill)
 
 
 def smp_names(nvlabs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -319,9 +319,13 @@ def hf_config(variant: str, num_classes: int = 5) -> SegformerConfig:
 def hf_model(
     variant: str, fill: Fill, kind: type[nn.Module] = SegformerForSemanticSegmentation
 ) -> nn.Module:
+    return build_filled(lambda: kind(hf_config(variant)), fill)
+
+
+def build_filled(build: Callable[[], nn.Module], fill: Fill) -> nn.Module:
     """In eval mode; built without its slow initialisation, all of which `fill` overwrites."""
     with torch.device("meta"):
-        model = kind(hf_config(variant))
+        model = build()
     model = model.to_empty(device="cpu")
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):

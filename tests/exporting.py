@@ -13,7 +13,7 @@ STAGES = (
     StageSpec(16, 7, 4, 8, (BlockSpec(1, 16, 12, 40, 14, 0.25, 2),)),
     StageSpec(24, 3, 2, 4, (BlockSpec(2, 12, 10, 64, 20, 0.2).without_ffn(),)),
     StageSpec(40, 3, 2, 2, (BlockSpec(4, 10, 8, 96, 36, 0.35).without_attention(),)),
-    StageSpec(48, 3, 2, 1, (BlockSpec(4, 12, 14, 128, None, 0.3, 3),)),
+    StageSpec(48, 3, 2, 1, (BlockSpec(4, 12, 14, 128, None, 0.3, 2),)),
 )
 
 

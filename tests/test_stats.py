@@ -90,13 +90,18 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("input_shape", [(512, 512), (353, 419)])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("variant", ["b0", "b2", "b5"])
+MEASURED = [
+    *(("b0", name, (353, 419)) for name in CHANGES),
+    *(("b2", name, (512, 512)) for name in CHANGES),
+    ("b5", "dense", (512, 512)),
+]
+
+
+@pytest.mark.parametrize(("variant", "change", "input_shape"), MEASURED)
 def test_macs_equal_those_that_torch_counts(
-    variant: str, change, input_shape: tuple[int, int]
+    variant: str, change: str, input_shape: tuple[int, int]
 ) -> None:
-    spec = change(standard_spec(variant, 150))
+    spec = CHANGES[change](standard_spec(variant, 150))
     with torch.device("meta"):  # where fused attention is counted too
         model, x = SegFormer(spec).eval(), torch.empty(1, 3, *input_shape)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -21,8 +21,8 @@ SIZE = (32, 64)
 
 
 @pytest.fixture
-def weights(small_model: SegFormer, tmp_path: Path) -> str:
-    save(small_model.float(), tmp_path / "small.pth")
+def weights(tmp_path: Path) -> str:
+    save(tiny_network(), tmp_path / "small.pth")
     return str(tmp_path / "small.pth")
 
 

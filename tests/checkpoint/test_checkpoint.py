@@ -2,6 +2,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ def test_our_file_is_tensors_and_plain_data(model: SegFormer, tmp_path: Path) ->
     assert content["spec"] == spec_to_dict(model.spec)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("dialect", NUMERICS)
+@pytest.mark.parametrize(
+    ("dialect", "suffix"), list(zip(NUMERICS, cycle(SUFFIXES), strict=False))
+)
 def test_a_foreign_networks_numerics_stay_with_it(
     dialect: str, suffix: str, trained_like: Fill, tmp_path: Path
 ) -> None:

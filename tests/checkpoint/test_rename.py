@@ -50,7 +50,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["b0", "b2"])
 def test_a_hugging_face_network_has_the_logits_of_transformers(
     variant: str, trained_like: Fill
 ) -> None:

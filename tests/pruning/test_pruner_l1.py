@@ -66,8 +66,7 @@ def assert_trains(model: nn.Module, *shape: int) -> None:
 # A stock SegFormer
 
 
-@pytest.mark.parametrize("rate", [0.3, 0.5, 0.7])
-@pytest.mark.parametrize("variant", ["b0", "b2"])
+@pytest.mark.parametrize(("variant", "rate"), [("b0", 0.3), ("b0", 0.7), ("b2", 0.5)])
 def test_the_parameters_fall_by_the_rate(variant: str, rate: float) -> None:
     model = SegFormer(standard_spec(variant, 8))
     pruner = L1Pruner(model, pruning_rate=rate)
@@ -80,8 +79,7 @@ def test_the_parameters_fall_by_the_rate(variant: str, rate: float) -> None:
     assert_trains(pruned, 64, 96)
 
 
-@pytest.mark.parametrize("rate", [0.3, 0.5])
-@pytest.mark.parametrize("rate_of", ["params", "macs"])
+@pytest.mark.parametrize(("rate_of", "rate"), [("params", 0.3), ("macs", 0.5)])
 def test_a_network_of_mmsegmentation_is_pruned_by_the_rate(
     rate_of: RateOf, rate: float, trained_like: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:
@@ -457,8 +455,7 @@ class WithTorchAttention(nn.Module):
         return self.out(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-@pytest.mark.parametrize("rate_of", ["params", "macs"])
-@pytest.mark.parametrize("rate", [0.3, 0.6])
+@pytest.mark.parametrize(("rate_of", "rate"), [("params", 0.6), ("macs", 0.3)])
 @pytest.mark.parametrize("build", [ExtraBranch, OwnDecoder, Inverted])
 def test_a_user_s_own_network_loses_the_rate(
     build: Callable[[Spec], nn.Module], rate: float, rate_of: str, small_spec: Spec
@@ -612,8 +609,7 @@ class Around(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("rate_of", ["params", "macs"])
-@pytest.mark.parametrize("inputs", [X, {"pixel_values": X}])
+@pytest.mark.parametrize(("inputs", "rate_of"), [(X, "params"), ({"pixel_values": X}, "macs")])
 def test_a_hugging_face_network_is_pruned_around_its_attention(
     around: nn.Module, inputs: object, rate_of: str
 ) -> None:

@@ -7,6 +7,7 @@ finite, and choose other signs. `another_driver` does the same to the CPU's.
 import ast
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,9 @@ def assert_same(network: SegFormer, other: SegFormer) -> None:
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "head"), list(zip(METHODS, cycle(HEADS), strict=False))
+)  # every method, and every kind of head several times
 def test_the_repair_gives_the_same_network_with_another_driver(
     dense_of: Callable[[str], SegFormer], method: str, head: str
 ) -> None:
