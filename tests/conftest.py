@@ -1,12 +1,11 @@
 """What most tests share: one thread, one seed, a small network and weights as training would leave them."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.trained_like import fill
 from segprune.model import SegFormer
@@ -50,31 +49,16 @@ def trained_like() -> Callable[[nn.Module], nn.Module]:
     return fill
 
 
-@pytest.fixture(scope="session")
-def copy_filled() -> Callable[[Spec], SegFormer]:
-    """Copies a network in float64 and evaluation mode whose trained-like weights are drawn once for all tests."""
-    networks: dict[Spec, tuple[SegFormer, Tensor]] = {}
-
-    def copy_one(spec: Spec) -> SegFormer:
-        if spec not in networks:
-            torch.manual_seed(0)
-            model = fill(SegFormer(spec).double().eval())
-            assert isinstance(model, SegFormer)
-            networks[spec] = model, torch.get_rng_state()
-
-        # What a test draws next is no part of the weights.
-        model, state = networks[spec]
-        torch.set_rng_state(state)
-        return copy.deepcopy(model)
-
-    return copy_one
+@pytest.fixture
+def small_model(small_spec: Spec, trained_like: Callable[[nn.Module], nn.Module]) -> SegFormer:
+    """The small network in float64 and evaluation mode, with trained-like weights."""
+    model = trained_like(SegFormer(small_spec).double().eval())
+    assert isinstance(model, SegFormer)
+    return model
 
 
 @pytest.fixture
-def small_model(small_spec: Spec, copy_filled: Callable[[Spec], SegFormer]) -> SegFormer:
-    return copy_filled(small_spec)
-
-
-@pytest.fixture
-def conv_model(conv_spec: Spec, copy_filled: Callable[[Spec], SegFormer]) -> SegFormer:
-    return copy_filled(conv_spec)
+def conv_model(conv_spec: Spec, trained_like: Callable[[nn.Module], nn.Module]) -> SegFormer:
+    model = trained_like(SegFormer(conv_spec).double().eval())
+    assert isinstance(model, SegFormer)
+    return model
