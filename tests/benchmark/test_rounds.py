@@ -17,7 +17,7 @@ from segprune.model import SegFormer
 from segprune.timing import Times
 from tests.exporting import tiny_network
 
-SIZE = (32, 64)
+SIZE = (64, 96)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_what_does_not_run_says_so_in_one_sentence(
     monkeypatch.setattr(SegFormer, "forward", broken)
     with pytest.raises(
         ValueError,
-        match=r"small.pth in torch, fp32, 32×64, batch 1 did not run \(no kernel for this\)",
+        match=r"small.pth in torch, fp32, 64×96, batch 1 did not run \(no kernel for this\)",
     ):
         open_case(case)
 
