@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from segprune.export.job import Job
 from segprune.export.runtimes import require
 from segprune.export.torch_files import write_torchscript
+from segprune.spec import Spec
 
 SUFFIX = ".ncnn.param"
 
@@ -29,6 +30,9 @@ def write(job: Job, path: Path) -> None:
             "A file of the format ncnn takes one normalised image of one size and returns logits; leave out `dynamic`, "
             "`batch_size` and `bake`."
         )
+    assert manifest.spec is not None
+    _check_windows(manifest.spec, job.size)
+
     # Ask for the converter before the trace, which takes much longer.
     pnnx = require("pnnx", "Exporting to ncnn")
 
@@ -57,3 +61,17 @@ def write(job: Job, path: Path) -> None:
         )
     # Last, so that there is no manifest without a network.
     path.with_name(f"{stem}.ncnn.json").write_text(manifest.text, encoding="utf-8")
+
+
+def _check_windows(spec: Spec, size: tuple[int, int]) -> None:
+    """Raises ValueError for averages over windows larger than the map, which ncnn divides by zero."""
+    shorter = min(size)
+    for i, stage in enumerate(spec.stages, 1):
+        shorter = -(-shorter // stage.stride)  # padded by half the kernel, so rounded up
+        side = shorter // stage.reduction_ratio
+        factor = max(block.kv_reduction for block in stage.blocks)
+        if factor > max(side, 1):
+            raise ValueError(
+                f"Keys and values of stage {i} are averaged over {factor} × {factor}, and at {size[0]}×{size[1]} their map "
+                f"is {side} high or wide, which ncnn cannot do; give a larger `input_shape`."
+            )

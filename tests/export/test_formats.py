@@ -21,6 +21,7 @@ from segprune.export.job import Job
 from segprune.export.manifest import MIN_DYNAMIC
 from segprune.export.runtimes import Runtime, is_compiled
 from segprune.model import SegFormer
+from segprune.pruning.coarser import with_factors
 from tests.exporting import tiny_network
 
 SIZE = (64, 96)
@@ -242,6 +243,17 @@ def test_what_ncnn_cannot_take_is_refused(
         match=r"takes one normalised image of one size and returns logits; leave out `dyn",
     ):
         export(network, tmp_path / "it.ncnn.param", format="ncnn", size=SIZE, **options)
+
+
+def test_windows_that_are_larger_than_a_map_are_refused_for_ncnn(
+    network: SegFormer, tmp_path: Path
+) -> None:
+    coarse = with_factors(network, {"encoder.stages.3.blocks.0.attn": 3})
+    with pytest.raises(
+        ValueError, match=r"of stage 4 are averaged over 3 × 3, and at 64×96 .* is 2 high or"
+    ):
+        export(coarse, tmp_path / "it.ncnn.param", format="ncnn", size=(64, 96))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_network_that_pnnx_cannot_convert_is_refused(
