@@ -13,6 +13,7 @@ from segprune.benchmark import Case, export_cases, grid, open_case
 from segprune.export import Manifest, Runtime, export
 from segprune.fold import fold_decoder
 from segprune.model import SegFormer
+from segprune.spec import Spec
 from segprune.stats import count
 
 
@@ -22,12 +23,11 @@ def weights(small_model: SegFormer, tmp_path: Path) -> str:
     return str(tmp_path / "small.pth")
 
 
-@pytest.fixture
-def script(small_model: SegFormer, tmp_path: Path) -> str:
-    export(
-        small_model.float(), tmp_path / "small.torchscript", format="torchscript", size=(32, 64)
-    )
-    return str(tmp_path / "small.torchscript")
+@pytest.fixture(scope="module")
+def script(small_spec: Spec, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("script") / "small.torchscript"
+    export(SegFormer(small_spec), path, format="torchscript", size=(32, 64))
+    return str(path)
 
 
 def test_all_combinations_come_the_first_file_s_first() -> None:

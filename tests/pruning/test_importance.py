@@ -13,6 +13,7 @@ from segprune.model import SegFormer
 from segprune.pruning.groups import Group, find_groups
 from segprune.pruning.importance import METHODS, NEED_IMAGES, gradients, score_channels
 from segprune.pruning.importance.settings import Settings
+from segprune.spec import Spec
 
 
 @pytest.fixture
@@ -20,9 +21,11 @@ def model(small_model: SegFormer) -> SegFormer:
     return fold_decoder(small_model)
 
 
-@pytest.fixture
-def groups(model: SegFormer) -> tuple[Group, ...]:
-    return find_groups(model, torch.zeros(1, 3, 64, 64).double(), set(), heads=True).groups
+@pytest.fixture(scope="module")
+def groups(small_spec: Spec) -> tuple[Group, ...]:
+    """Found once: only the widths matter, and tracing takes longer than most tests here."""
+    network = fold_decoder(SegFormer(small_spec))
+    return find_groups(network, torch.zeros(1, 3, 64, 64), set(), heads=True).groups
 
 
 def scale_channel(model: nn.Module, group: Group, channel: int, factor: float) -> None:
