@@ -46,7 +46,7 @@ from segprune.pruning.prune import Pruned, make_pruner, with_counts
 from segprune.pruning.prune import prune as prune_network
 from segprune.runs.fit import fit
 from segprune.runs.folder import Saving
-from segprune.spec import preprocessing_of
+from segprune.spec import RGB, preprocessing_of
 from segprune.training.loop import train
 from segprune.training.losses import compute_class_weights
 from segprune.training.objective import check_distilled
@@ -70,15 +70,19 @@ class FineTuned:
 
 
 def load_images(
-    data: Data, number: int = NUM_IMAGES, input_shape: tuple[int, int] = (512, 512)
+    data: Data,
+    number: int = NUM_IMAGES,
+    input_shape: tuple[int, int] = (512, 512),
+    channels: int = RGB,
 ) -> list[Tensor]:
-    """Returns batches B 3 H W of `number` images, uint8 RGB, from a data set's train part or a folder of images.
+    """Returns batches B C H W of `number` images, uint8 RGB, from a data set's train part or a folder of images.
 
     They are what `segprune.prune` takes as `images`, which normalises them as the network was trained. Labels are not
-    read.
+    read. `channels` are those of a network that takes no RGB, `network.spec.in_channels`.
     """
+    places = _find_images(data)
     return unlabelled.batch_pixels(
-        unlabelled.load_images(_find_images(data), number, input_shape)
+        unlabelled.load_images(places, number, input_shape, channels)
     )
 
 
@@ -124,7 +128,8 @@ def prune(
 
     images = list(images)
     if data is not None and not images and options.repair is not False:
-        images = load_images(data, NUM_IMAGES, options.input_shape)
+        channels = preprocessing_of(model).num_channels
+        images = load_images(data, NUM_IMAGES, options.input_shape, channels)
     if options.max_drop is None:
         return prune_network(
             model,
@@ -342,7 +347,9 @@ def export_model(
     # The same letterboxed images calibrate int8 and are compared.
     loaded: Sequence[Any] = ()
     if images is not None:
-        loaded = unlabelled.load_images(_find_images(images), num_images, input_shape)
+        channels = preprocessing_of(model).num_channels
+        places = _find_images(images)
+        loaded = unlabelled.load_images(places, num_images, input_shape, channels)
     return export(model, path, size=input_shape, batch=batch_size, images=loaded, **options)
 
 

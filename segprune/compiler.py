@@ -27,7 +27,7 @@ Answer = Literal["logits", "classes", "quarter"]  # the last: logits before the 
 
 
 class Compiled:
-    """Takes normalised images B 3 H W of any type, gives logits B K H W or classes B H W (int64).
+    """Takes normalised images B C H W of any type, gives logits B K H W or classes B H W (int64).
 
     The first call with a larger batch or another (H, W) compiles, which takes from seconds to minutes; smaller batches
     are filled up. At most `MAX_SHAPES` sizes are kept, the least recently used one goes. `notes` says what fell back.
@@ -46,7 +46,7 @@ class Compiled:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        check_input(tuple(images.shape))
+        check_input(tuple(images.shape), self.spec.in_channels)
         images = images.to(self._device, self._dtype)
         batch, size = len(images), (images.shape[2], images.shape[3])
 
@@ -130,7 +130,7 @@ def compiled(
     """
     program = Compiled(model, dtype, "classes" if classes else "logits")
     if input_shape is not None:
-        program(torch.zeros(batch, 3, *input_shape))
+        program(torch.zeros(batch, model.spec.in_channels, *input_shape))
     return program
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from segprune.spec import NUM_STAGES, BlockSpec, Numerics, Spec, StageSpec
+from segprune.spec import NUM_STAGES, RGB, BlockSpec, Numerics, Spec, StageSpec
 
 
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -258,7 +258,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.checkpointing = False
         self.stages = nn.ModuleList()
-        rates, in_channels = iter(drop_path_rates(spec)), 3
+        rates, in_channels = iter(drop_path_rates(spec)), spec.in_channels
 
         # Rates rise over all blocks of the network, so
         # every stage takes its part of one sequence.
@@ -390,7 +390,7 @@ class SegFormer(nn.Module):
 
     def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Returns the encoder's four maps, and the logits B K H/4 W/4 before the last upsampling."""
-        check_input(x.shape)
+        check_input(x.shape, self.spec.in_channels)
         maps = self.encoder(x)
         return maps, self.decode_head(maps)
 
@@ -509,10 +509,12 @@ UPSAMPLED = 4  # times: the decode head works at a quarter of the input's size
 STRIP_NUMBERS = 1 << 21  # logits in one strip: 8 MiB, of which caches hold the part in use
 
 
-def check_input(shape: tuple[int, ...]) -> None:
-    """Raises ValueError for what is not a batch of images B 3 H W with both sides at least 32."""
-    if len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"The network takes images as B 3 H W, got shape {tuple(shape)}.")
+def check_input(shape: tuple[int, ...], in_channels: int = RGB) -> None:
+    """Raises ValueError for what is not a batch of images B C H W of so many channels, both sides at least 32."""
+    if len(shape) != 4 or shape[1] != in_channels:
+        raise ValueError(
+            f"The network takes images as B {in_channels} H W, got shape {tuple(shape)}."
+        )
     if min(shape[2:]) < MIN_SIZE:
         raise ValueError(
             f"The input is {shape[2]}×{shape[3]} pixels; both sides must be at least {MIN_SIZE}, "

@@ -44,6 +44,8 @@ STRIDES = (4, 2, 2, 2)
 FFN_RATIO = 4
 
 LEAST_STD, MOST_PIXEL = 1e-3, 1e6  # of pixels in 0..255, with much room
+RGB = 3  # input channels of a network that says nothing else
+MOST_CHANNELS = 1024  # of an image; hyperspectral ones have hundreds
 NO_CLASS = 255  # the label that is always ignored
 
 
@@ -51,14 +53,16 @@ NO_CLASS = 255  # the label that is always ignored
 class Preprocessing:
     """What a network was trained with: how pixels become its input, and how a mask's values become its classes.
 
-    Pixels 0..255, their channels in the order of `channels`, become (pixels - `mean`) / `std`. Every label gets
+    Pixels 0..255, their channels in the order of `channels`, become (pixels - `mean`) / `std`; "bgr" exchanges the
+    first and the third channel, whatever follows them. Every label gets
     `label_offset` added, and is ignored where that makes it negative; `ignore_index` is then ignored, and 255 always.
     `size` (H, W) is that of the images in training, which nothing here depends on. The defaults are ImageNet's, as
-    SegFormer was trained with.
+    SegFormer was trained with. A network that takes more or fewer channels than there are numbers in `mean` was read
+    from a file that does not say them.
     """
 
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)
     channels: Channels = "rgb"
     label_offset: int = 0
     ignore_index: int = NO_CLASS
@@ -69,11 +73,21 @@ class Preprocessing:
             values = getattr(self, name)
             if not _are_numbers(values, least):
                 raise ValueError(
-                    f"`{name}` is {reprlib.repr(values)}, where three numbers from {least:g} to {MOST_PIXEL:g} are "
+                    f"`{name}` is {reprlib.repr(values)}, where numbers from {least:g} to {MOST_PIXEL:g} are "
                     "allowed, one for each channel of pixels in 0..255; give those that the network was trained with."
                 )
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"`mean` has {len(self.mean)} numbers and `std` {len(self.std)}, where one of each is needed for "
+                "every channel; give as many of both."
+            )
         if self.channels not in get_args(Channels):
             raise ValueError(f"`channels` is {reprlib.repr(self.channels)}; choose rgb or bgr.")
+        if self.channels == "bgr" and self.num_channels < RGB:
+            raise ValueError(
+                f"`channels` is bgr, where an image has {self.num_channels} channels; leave it out, since nothing is "
+                "exchanged there."
+            )
 
         # A positive offset would move class 254 onto the ignored 255.
         for name, low, high in (
@@ -92,19 +106,51 @@ class Preprocessing:
                 f"`size` is {reprlib.repr(self.size)}, where a height and a width in pixels are allowed."
             )
 
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images that the record is for."""
+        return len(self.mean)
+
 
 def _are_numbers(values: tuple[Any, ...], least: float) -> bool:
-    """Tells whether these are three numbers in the range; NaN is in none."""
+    """Tells whether these are one or more numbers in the range; NaN is in none."""
     right = [value for value in values if type(value) in (int, float)]
-    return len(right) == len(values) == 3 and all(
+    return 0 < len(right) == len(values) <= MOST_CHANNELS and all(
         least <= number <= MOST_PIXEL for number in right
     )
 
 
 def preprocessing_of(network: object) -> Preprocessing:
-    """Returns what a network, or an exported file, was trained with; the defaults for any other function."""
+    """Returns what a network, or an exported file, was trained with; the defaults for any other function.
+
+    Raises ValueError where mean and deviation of its channels are not known.
+    """
     spec = getattr(getattr(network, "manifest", network), "spec", None)
-    return spec.preprocessing if isinstance(spec, Spec) else Preprocessing()
+    return stated_preprocessing(spec) if isinstance(spec, Spec) else Preprocessing()
+
+
+def stated_preprocessing(spec: Spec) -> Preprocessing:
+    """Returns the spec's record. Raises ValueError where its mean and deviation are not those of as many channels."""
+    own = spec.preprocessing
+    if own.num_channels != spec.in_channels:
+        raise ValueError(
+            f"The network takes images of {spec.in_channels} channels, but mean and deviation are known for "
+            f"{own.num_channels}; give `mean` and `std`, {spec.in_channels} numbers each, of pixels in 0..255 as in "
+            "its training."
+        )
+    return own
+
+
+def preprocessing_of_drawn(spec: Spec) -> Preprocessing:
+    """Returns what makes generated images ready for the network, if need be with ImageNet's mean brightness.
+
+    These show how weights behave and are nobody's data, so they do not have to wait for what a file does not say.
+    """
+    own = spec.preprocessing
+    if own.num_channels == spec.in_channels:
+        return own
+    mean, std = (sum(values) / RGB for values in (Preprocessing.mean, Preprocessing.std))
+    return Preprocessing(mean=(mean,) * spec.in_channels, std=(std,) * spec.in_channels)
 
 
 @dataclass(frozen=True)
@@ -209,7 +255,7 @@ class Spec:
     """One network. `branch_dims` are the widths of the decode head's branches; None says that the head is folded.
 
     `head` "mlp" is the published one, whose branches are linear, so that it can be folded; in mmsegmentation's, "conv",
-    each branch has a BatchNorm and a ReLU.
+    each branch has a BatchNorm and a ReLU. `in_channels` are those of the images.
     """
 
     variant: str
@@ -220,6 +266,7 @@ class Spec:
     numerics: Numerics
     head: Head = "mlp"
     preprocessing: Preprocessing = Preprocessing()
+    in_channels: int = RGB
 
     @property
     def folded(self) -> bool:
@@ -247,6 +294,7 @@ _MOST = dict.fromkeys(
     ("num_classes", "decoder_dim", "branch_dims", "width", "qk_dim", "v_dim", "ffn_dim"), 2**16
 ) | {
     "num_heads": 2**10,
+    "in_channels": MOST_CHANNELS,
     "reduction_dim": 2**16,
     "kernel_size": 63,
     "stride": 16,
@@ -324,19 +372,25 @@ def with_widths(stage: StageSpec, width: int, num_heads: int, ffn_dim: int) -> S
 
 
 def spec_to_dict(spec: Spec) -> dict[str, Any]:
-    """Returns plain dicts, lists and numbers, as JSON and `torch.load(weights_only=True)` know them."""
-    return asdict(spec)
+    """Returns plain dicts, lists and numbers, as JSON and `torch.load(weights_only=True)` know them.
+
+    `in_channels` is left out where it is 3, so that versions without it read such networks too.
+    """
+    data = asdict(spec)
+    if spec.in_channels == RGB:
+        del data["in_channels"]
+    return data
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     """The inverse of `spec_to_dict`. Older files name neither a head, which is "mlp", nor their preprocessing, nor any
-    `kv_reduction`, which is 1.
+    `kv_reduction`, which is 1; without `in_channels` it is 3.
 
     Raises ValueError for whatever no network has, since the file may be damaged or made to do harm: a missing or
     unknown key, a value of another type or beyond its range, a block without branches, more blocks than `MAX_BLOCKS`.
     """
     try:
-        missing = {"head": "mlp", "preprocessing": Preprocessing()}
+        missing = {"head": "mlp", "preprocessing": Preprocessing(), "in_channels": RGB}
         spec = _to_record(Spec, missing | {**data} | _parse_fields(data))
     except (LookupError, TypeError) as error:
         raise ValueError(
@@ -344,7 +398,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> Spec:
         ) from error
 
     # The keys are right. Now the values, each by its name.
-    for name in ("variant", "head", "num_classes", "decoder_dim"):
+    for name in ("variant", "head", "num_classes", "in_channels", "decoder_dim"):
         _check_value(name, getattr(spec, name))
     for width in spec.branch_dims or ():
         _check_value("branch_dims", width)
@@ -388,9 +442,10 @@ def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
     if "preprocessing" in data:
         values = asdict(Preprocessing()) | {**data["preprocessing"]}
-        for name, number in (("mean", 3), ("std", 3), ("size", 2)):
+        ranges = (("mean", 1, MOST_CHANNELS), ("std", 1, MOST_CHANNELS), ("size", 2, 2))
+        for name, least, most in ranges:
             if values[name] is not None:
-                values[name] = _to_tuple(name, values[name], number, number)
+                values[name] = _to_tuple(name, values[name], least, most)
         parsed["preprocessing"] = _to_record(Preprocessing, values)
     return parsed
 

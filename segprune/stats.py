@@ -90,9 +90,9 @@ def count(spec: Spec, input_shape: tuple[int, int]) -> Counts:
 
 def layers(spec: Spec, input_shape: tuple[int, int]) -> list[Layer]:
     """Returns one row per layer of `SegFormer(spec)`, named as its modules are."""
-    check_input((1, 3, *input_shape))
+    check_input((1, spec.in_channels, *input_shape), spec.in_channels)
     rows: list[Layer] = []
-    in_channels, positions = 3, []
+    in_channels, positions = spec.in_channels, []
 
     height, width = input_shape
     for i, stage in enumerate(spec.stages):

@@ -121,7 +121,7 @@ def measure_latency(
         )
 
     # Times depend on shapes and types, not on what is in the images.
-    images = torch.randn(batch, 3, *input_shape).to(device, dtype)
+    images = _draw_noise(networks[0], batch, input_shape).to(device, dtype)
 
     passes = []
     for network in networks:
@@ -150,6 +150,12 @@ def measure_latency(
     ]
 
 
+def _draw_noise(network: nn.Module, batch: int, input_shape: tuple[int, int]) -> torch.Tensor:
+    """Returns as many channels as the network's spec has; a network without one takes 3."""
+    channels = getattr(getattr(network, "spec", None), "in_channels", 3)
+    return torch.randn(batch, channels, *input_shape)
+
+
 def measure_parts(
     networks: Sequence[nn.Module],
     parts: Sequence[str],
@@ -166,7 +172,7 @@ def measure_parts(
     pixels, so the parts' times do not add up to the pass's to the last bit.
     """
     device, dtype = torch.device(device), DTYPE_OF[precision]
-    image = torch.randn(1, 3, *input_shape).to(device, dtype)
+    image = _draw_noise(networks[0], 1, input_shape).to(device, dtype)
 
     passes = []
     with tf32_products(precision == "tf32"), torch.inference_mode():

@@ -12,9 +12,10 @@ from torch.nn.functional import one_hot
 from segprune import checkpoint
 from segprune.benchmark.cases import LIVE, Case
 from segprune.compiler import compile_for_one_shape
+from segprune.data.transforms import IMAGENET
 from segprune.export import open_exported
 from segprune.fold import fold_for_inference
-from segprune.spec import Preprocessing, preprocessing_of
+from segprune.spec import RGB, Preprocessing, Spec, preprocessing_of_drawn
 from segprune.stats import count
 from segprune.timing import DTYPE_OF, set_tf32
 
@@ -81,7 +82,7 @@ def _open_live(case: Case) -> Opened:
         network = model.classes if eager else lambda x: model(x).argmax(1)
     if case.runtime == "compile":
         network = compile_for_one_shape(network)
-    x = _noise(case).to(case.device, dtype)
+    x = _noise(case, model.spec).to(case.device, dtype)
 
     @torch.no_grad()
     def predict(images: Tensor) -> Tensor:
@@ -98,13 +99,14 @@ def _open_live(case: Case) -> Opened:
     # Those of the network as it runs, folded or not.
     macs = count(model.spec, case.size).macs
     spec = model.spec
-    return Opened(case, name, spec.num_classes, spec.preprocessing, macs, predict, run)
+    own = preprocessing_of_drawn(spec)
+    return Opened(case, name, spec.num_classes, own, macs, predict, run)
 
 
 def _open_exported(case: Case) -> Opened:
     # `grid` has refused what is not trusted; others were exported a moment ago.
     runtime = open_exported(case.file, trust=True)
-    manifest, x = runtime.manifest, _noise(case)
+    manifest, x = runtime.manifest, _noise(case, runtime.manifest.spec)
     # Noise with about the spread of pixels, as the file takes uint8.
     if manifest.preprocess:
         x = (
@@ -117,13 +119,15 @@ def _open_exported(case: Case) -> Opened:
         case,
         runtime.name,
         manifest.num_classes,
-        preprocessing_of(runtime),
+        IMAGENET if manifest.spec is None else preprocessing_of_drawn(manifest.spec),
         macs,
         runtime,
         lambda: runtime.run(x),
     )
 
 
-def _noise(case: Case) -> Tensor:
+def _noise(case: Case, spec: Spec | None) -> Tensor:
     # Seeded, so that all cases of one size run on the same numbers.
-    return torch.randn(case.batch, 3, *case.size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    channels = RGB if spec is None else spec.in_channels
+    return torch.randn(case.batch, channels, *case.size, generator=generator)

@@ -128,8 +128,7 @@ def read(
             return checkpoint
 
         # What stands beside the weights says how images and labels are read.
-        own = checkpoint.spec.preprocessing
-        preprocessing = from_huggingface(processor, config, own)
+        preprocessing = from_huggingface(processor, config, checkpoint.spec)
         checkpoint = replace(
             checkpoint, spec=replace(checkpoint.spec, preprocessing=preprocessing)
         )

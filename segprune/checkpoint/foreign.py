@@ -61,6 +61,13 @@ def read_foreign(
             "threshold 0.5; for another one, t, subtract log(t / (1 - t)) from the second bias.",
         )
     if preprocessing is not None:
+        # A single number is that of every channel.
+        if preprocessing.num_channels == 1:
+            preprocessing = replace(
+                preprocessing,
+                mean=preprocessing.mean * spec.in_channels,
+                std=preprocessing.std * spec.in_channels,
+            )
         spec = replace(spec, preprocessing=preprocessing)
 
     if naming.head:

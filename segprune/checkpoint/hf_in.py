@@ -215,7 +215,7 @@ def _describe(spec: Spec) -> dict[str, Any]:
     stages = spec.stages
     return {
         "model_type": "segformer",
-        "num_channels": 3,
+        "num_channels": spec.in_channels,
         "depths": [len(stage.blocks) for stage in stages],
         "hidden_sizes": [stage.width for stage in stages],
         NUM_HEADS_KEY: [stage.blocks[0].num_heads for stage in stages],

@@ -62,7 +62,7 @@ def read_huggingface(model: nn.Module) -> SegFormer | None:
         checkpoint = from_state_dict(model.state_dict(), heads=read_heads(config))
         spec, notes = apply_config(checkpoint.spec, config, backbone_only=False)
         # In memory there is no image processor, but the label to ignore is known.
-        spec = replace(spec, preprocessing=from_huggingface({}, config, spec.preprocessing))
+        spec = replace(spec, preprocessing=from_huggingface({}, config, spec))
     except ValueError:
         return None  # such sizes, or replaced layers, are traced instead
     for note in notes:

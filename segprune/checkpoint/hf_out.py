@@ -58,7 +58,7 @@ def write_folder(
 
     with atomic_folder(folder) as temporary:
         write_json(config | labels, temporary / "config.json")
-        processor = to_huggingface(model.spec.preprocessing, input_shape)
+        processor = to_huggingface(model.spec, input_shape)
         write_json(processor, temporary / PROCESSOR)
 
         # Clones, since safetensors refuses tensors that share memory.
@@ -114,7 +114,7 @@ def _describe_stock(model: SegFormer) -> tuple[dict[str, Any], dict[str, Tensor]
     config = {
         "architectures": ["SegformerForSemanticSegmentation"],
         "model_type": "segformer",
-        "num_channels": 3,
+        "num_channels": spec.in_channels,
         "num_encoder_blocks": len(stages),
         "depths": [len(stage.blocks) for stage in stages],
         "hidden_sizes": [stage.width for stage in stages],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from segprune.model import SegFormer
-from segprune.spec import Numerics, Spec, StageSpec, block_name, stage_name
+from segprune.spec import RGB, Numerics, Spec, StageSpec, block_name, stage_name
 
 
 def with_numerics(
@@ -95,8 +95,14 @@ def with_rgb(model: SegFormer) -> SegFormer:
     # The first convolution's input channels change places, and the numbers of each with it.
     model = copy.deepcopy(model)
     weight = model.list_stages()[0].patch_embed.proj.weight
-    weight.data = weight.data.flip(1)
-    turned = replace(own, mean=own.mean[::-1], std=own.std[::-1], channels="rgb")
+    order = [2, 1, 0, *range(RGB, model.spec.in_channels)]
+    weight.data = weight.data[:, order]
+    turned = replace(
+        own,
+        mean=tuple(own.mean[i] for i in order),
+        std=tuple(own.std[i] for i in order),
+        channels="rgb",
+    )
     model.spec = replace(model.spec, preprocessing=turned)
     return model
 

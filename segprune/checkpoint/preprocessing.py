@@ -7,14 +7,14 @@ in `meta`; the buffers `mean` and `std` of training scripts around segmentation_
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from segprune.spec import NO_CLASS, Preprocessing, Spec
+from segprune.spec import MOST_CHANNELS, NO_CLASS, RGB, Preprocessing, Spec
 
 MOST_TEXT = 1 << 20  # characters of a config that is read; real ones have some ten thousand
 _BUFFERS = (("mean", "std"), ("pixel_mean", "pixel_std"))
@@ -22,9 +22,9 @@ _UNIT = 255.0  # Hugging Face's and smp's numbers are those of pixels in 0..1
 
 
 def from_huggingface(
-    processor: Mapping[str, Any], config: Mapping[str, Any], own: Preprocessing
+    processor: Mapping[str, Any], config: Mapping[str, Any], spec: Spec
 ) -> Preprocessing:
-    """Returns `own` with what preprocessor_config.json and config.json say. Raises ValueError for odd numbers.
+    """Returns the spec's record with what preprocessor_config.json and config.json say. Raises ValueError for odd numbers.
 
     A missing entry, and one that is null, is transformers' default.
     """
@@ -40,10 +40,13 @@ def from_huggingface(
         )
         unit = 1 / factor
         if not said.get("do_normalize", True):
-            changes = {"mean": (0.0,) * 3, "std": (unit,) * 3}
-        elif config.get("num_channels") in (None, 3):
             changes = {
-                name: _scaled(said[f"image_{name}"], unit)
+                "mean": (0.0,) * spec.in_channels,
+                "std": (unit,) * spec.in_channels,
+            }
+        elif spec.in_channels == RGB or {"image_mean", "image_std"} <= said.keys():
+            changes = {
+                name: _scaled(said[f"image_{name}"], unit, spec.in_channels)
                 for name in ("mean", "std")
                 if f"image_{name}" in said
             }
@@ -54,11 +57,21 @@ def from_huggingface(
     ignored = config.get("semantic_loss_ignore_index")
     if ignored is not None:
         changes["ignore_index"] = _label(ignored)
-    return replace(own, **changes)
+    return replace(spec.preprocessing, **changes)
 
 
-def to_huggingface(preprocessing: Preprocessing, size: tuple[int, int]) -> dict[str, Any]:
-    """Returns what preprocessor_config.json says; images are resized to `size` (H, W)."""
+def to_huggingface(spec: Spec, size: tuple[int, int]) -> dict[str, Any]:
+    """Returns what preprocessor_config.json says; images are resized to `size` (H, W).
+
+    Mean and deviation are left out where they are not known for the network's channels.
+    """
+    preprocessing = spec.preprocessing
+    numbers = {}
+    if preprocessing.num_channels == spec.in_channels:
+        numbers = {
+            "image_mean": [round(mean / _UNIT, 9) for mean in preprocessing.mean],
+            "image_std": [round(std / _UNIT, 9) for std in preprocessing.std],
+        }
     return {
         "image_processor_type": "SegformerImageProcessor",
         "do_resize": True,
@@ -67,8 +80,7 @@ def to_huggingface(preprocessing: Preprocessing, size: tuple[int, int]) -> dict[
         "do_rescale": True,
         "rescale_factor": 1 / _UNIT,
         "do_normalize": True,
-        "image_mean": [round(mean / _UNIT, 9) for mean in preprocessing.mean],
-        "image_std": [round(std / _UNIT, 9) for std in preprocessing.std],
+        **numbers,
         # Transformers knows of no other offset, and each of ours has a note.
         "do_reduce_labels": preprocessing.label_offset == -1,
     }
@@ -82,9 +94,13 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _scaled(values: Any, unit: float) -> tuple[Any, ...]:
-    """Returns the numbers as those of pixels in 0..255; what are no three numbers is left for the record to refuse."""
-    values = list(values) if isinstance(values, list | tuple) else [values] * 3
+def _scaled(values: Any, unit: float, in_channels: int) -> tuple[Any, ...]:
+    """Returns the numbers as those of pixels in 0..255; what are no numbers is left for the record to refuse.
+
+    One number is that of every channel.
+    """
+    values = list(values) if isinstance(values, list | tuple) else [values]
+    values = values * in_channels if len(values) == 1 else values
     # Rounded, so that 0.485 becomes the 123.675 that it was made from.
     return tuple(
         round(value * unit, 6) if type(value) in (int, float) else value for value in values
@@ -113,6 +129,7 @@ def read_meta(spec: Spec, meta: Mapping[str, Any]) -> Spec:
 
     Images are BGR there until they are told to be RGB. Raises ValueError for odd numbers.
     """
+    in_channels = spec.in_channels
     text = meta.get("cfg", meta.get("config"))
     config = _parse_config(text) if isinstance(text, str) else text
     parts = [*_find_dicts(config), *_find_dicts(meta.get("dataset_meta"))]
@@ -131,10 +148,12 @@ def read_meta(spec: Spec, meta: Mapping[str, Any]) -> Spec:
                 "bgr_to_rgb", stated.get("to_rgb", "data_preprocessor" not in part)
             )
             changes = {
-                "mean": _scaled([0.0] * 3 if mean is None else mean, 1.0),
-                "std": _scaled([1.0] * 3 if std is None else std, 1.0),
-                "channels": "rgb" if rgb else "bgr",
+                "mean": _scaled(0.0 if mean is None else mean, 1.0, in_channels),
+                "std": _scaled(1.0 if std is None else std, 1.0, in_channels),
             }
+            if in_channels != RGB:
+                rgb = in_channels < RGB or not _exchanges_channels(parts)
+            changes["channels"] = "rgb" if rgb else "bgr"
             break
 
     if any(part.get("reduce_zero_label") is True for part in parts):
@@ -151,10 +170,24 @@ def read_meta(spec: Spec, meta: Mapping[str, Any]) -> Spec:
     return replace(spec, preprocessing=preprocessing, numerics=numerics)
 
 
+def _exchanges_channels(parts: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether files of more than three channels come as B G R and the rest, by what the pipeline loads with.
+
+    mmcv's OpenCV and Pillow exchange the first and the third, its tifffile and mmsegmentation's GDAL do not; and the
+    model turns images of three channels alone.
+    """
+    for part in parts:
+        if part.get("type") == "LoadImageFromFile":
+            return part.get("imdecode_backend", "cv2") != "tifffile"
+    return False
+
+
 def to_meta(spec: Spec, dialect: str) -> dict[str, str]:
     """Returns the entry of `meta` that says it, as the text of a config; only RGB is written."""
     preprocessing = spec.preprocessing
     numbers = f"mean={list(preprocessing.mean)}, std={list(preprocessing.std)}"
+    # A file whose mean and deviation are not known says nothing of them.
+    known = preprocessing.num_channels == spec.in_channels
     zero = preprocessing.label_offset == -1
     labels = f"dict(type='LoadAnnotations', reduce_zero_label={zero})"
     align = f"align_corners={spec.numerics.align_corners}"
@@ -164,9 +197,11 @@ def to_meta(spec: Spec, dialect: str) -> dict[str, str]:
         pixels = (
             f"data_preprocessor = dict(type='SegDataPreProcessor', {numbers}, bgr_to_rgb=True)"
         )
-        return {"cfg": f"{pixels}\n{head}\ntrain_pipeline = [{labels}]\n"}
+        lines = (*((pixels,) if known else ()), head, f"train_pipeline = [{labels}]")
+        return {"cfg": "".join(f"{line}\n" for line in lines)}
     pixels = f"dict(type='Normalize', {numbers}, to_rgb=True)"
-    return {"config": f"{head}\ntrain_pipeline = [{labels}, {pixels}]\n"}
+    steps = ", ".join((labels, pixels) if known else (labels,))
+    return {"config": f"{head}\ntrain_pipeline = [{steps}]\n"}
 
 
 def _parse_config(text: str) -> dict[str, Any]:
@@ -242,7 +277,9 @@ def take_buffers(
     for names in _BUFFERS:
         buffers = [left.get(name) for name in names]
         values = [
-            value for value in buffers if isinstance(value, Tensor) and value.numel() == 3
+            value
+            for value in buffers
+            if isinstance(value, Tensor) and 1 <= value.numel() <= MOST_CHANNELS
         ]
         if len(values) < len(names):
             continue
@@ -262,7 +299,8 @@ def take_buffers(
         )
         small = max(*mean, *std) <= 1.0
         unit = _UNIT if small else 1.0
-        said = Preprocessing(mean=_scaled(mean, unit), std=_scaled(std, unit))
+        number = max(len(mean), len(std))
+        said = Preprocessing(mean=_scaled(mean, unit, number), std=_scaled(std, unit, number))
         note = (
             f"Images are normalised by the file's own {names[0]} and {names[1]}, taken as of pixels in "
             f"{'0..1' if small else '0..255'} (`mean` and `std` overrule)."

@@ -25,9 +25,11 @@ from segprune.checkpoint.dialects import (
 from segprune.checkpoint.ours import check_keys, check_state, expected_state, spell_row
 from segprune.spec import (
     DEPTHS,
+    MOST_CHANNELS,
     NUM_HEADS,
     NUM_STAGES,
     OTHER,
+    RGB,
     VARIANTS,
     WIDTHS,
     Spec,
@@ -52,11 +54,6 @@ def translate(
     variant's. `num_classes` is that of the head which a bare backbone will get, `heads` as for `infer_spec`.
     """
     ours = _with_two_classes(to_ours(state_dict, naming))
-    first = ours[f"{stage_name(0)}.patch_embed.proj.weight"]
-    if first.dim() == 4 and first.shape[1] != 3:
-        raise ValueError(
-            f"It takes images of {first.shape[1]} channels; only networks for three channels are read."
-        )
     spec = infer_spec(ours, naming, num_classes=num_classes, heads=heads)
 
     # Tensors are compared under our names. The message then gives those in the file.
@@ -234,9 +231,9 @@ def infer_spec(
 ) -> Spec:
     """Returns the network that the shapes are of; heads, which no shape shows, are 1 2 5 8 unless `heads` tells them.
 
-    The decode head may have any width. Where `heads` says how many each stage has, so may all stages and FFNs. Raises
-    ValueError if stage widths and depths are those of no variant and `heads` is not given, or if there is no decode
-    head to read the number of classes off and `num_classes` is not given.
+    The images may have any channels, and the decode head any width. Where `heads` says how many each stage has, so may
+    all stages and FFNs. Raises ValueError if stage widths and depths are those of no variant and `heads` is not given,
+    or if there is no decode head to read the number of classes off and `num_classes` is not given.
     """
     stages = [stage_name(i) for i in range(NUM_STAGES)]
     widths = tuple(ours[f"{stage}.patch_embed.proj.weight"].shape[0] for stage in stages)
@@ -271,7 +268,21 @@ def infer_spec(
             )
         stage = replace(stage, reduction_ratio=ratio, blocks=(stage.blocks[0],) * depths[i])
         layout.append(with_widths(stage, widths[i], num_heads, ffn_dim))
-    return replace(spec, variant=variant, stages=tuple(layout), head=HEADS[naming.dialect])
+
+    first = ours[f"{stages[0]}.patch_embed.proj.weight"]
+    # An odd shape is left for the check of all shapes.
+    in_channels = first.shape[1] if first.dim() == 4 else RGB
+    if not 1 <= in_channels <= MOST_CHANNELS:
+        raise ValueError(
+            f"It takes images of {in_channels} channels, where 1 to {MOST_CHANNELS} are allowed; give another network."
+        )
+    return replace(
+        spec,
+        variant=variant,
+        stages=tuple(layout),
+        head=HEADS[naming.dialect],
+        in_channels=in_channels,
+    )
 
 
 def _read_ratio(ours: Mapping[str, Tensor], stage: str) -> int:

@@ -26,11 +26,12 @@ from segprune.checkpoint.published import fitting_options, mmseg_problem, unifor
 from segprune.checkpoint.rename import from_ours, to_ours
 from segprune.checkpoint.stated import META_KEY, NUM_HEADS_KEY, describe_classes
 from segprune.compare import TOLERANCE, compare
-from segprune.data import IMAGENET, draw_shapes, normalise, voc_palette
+from segprune.data import IMAGENET, normalise, voc_palette
+from segprune.data.leaves import draw_example
 from segprune.files import atomic_files
 from segprune.fold import unfold_decoder
 from segprune.model import SegFormer
-from segprune.spec import VARIANTS, Spec, standard_spec
+from segprune.spec import RGB, VARIANTS, Spec, preprocessing_of_drawn, standard_spec
 from segprune.tensor_files import PICKLES, read_file, save_record
 
 SIZE = (96, 128)  # of the image that is compared
@@ -59,7 +60,9 @@ def check_written(
     Raises ValueError if one of them is further off than `TOLERANCE`.
     """
     # Before the last upsampling, which transformers leaves to its image processor.
-    x = normalise(draw_shapes(0, "val", 0, SIZE)[0], model.spec.preprocessing)[None]
+    spec = model.spec
+    image = draw_example(0, SIZE, spec.in_channels)
+    x = normalise(image, preprocessing_of_drawn(spec))[None]
     worst = 0.0
     with torch.inference_mode():
         # In float32 on the CPU, as the readers compute.
@@ -208,7 +211,10 @@ def _write_notes(spec: Spec, dialect: str, readable: bool) -> list[str]:
 
 
 def _is_standard(spec: Spec, dialect: str) -> bool:
-    return _has_standard_stages(spec) and spec.decoder_dim == decoder_dim(dialect, spec.variant)
+    # A variant's class takes RGB.
+    if spec.in_channels != RGB or not _has_standard_stages(spec):
+        return False
+    return spec.decoder_dim == decoder_dim(dialect, spec.variant)
 
 
 def _has_standard_stages(spec: Spec) -> bool:
@@ -234,6 +240,8 @@ def _call_of_nvlabs(spec: Spec) -> str:
         depths=[len(stage.blocks) for stage in stages],
         sr_ratios=[stage.reduction_ratio for stage in stages],
     )
+    if spec.in_channels != RGB:
+        encoder += f", in_chans={spec.in_channels}"
     # Their defaults have no biases and another eps; a variant's class passes these.
     encoder += ", qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)"
     return f"MixVisionTransformer({encoder}), decode head width {spec.decoder_dim}"
@@ -248,6 +256,8 @@ def _call_of_mmseg(spec: Spec) -> str:
         num_layers=[len(stage.blocks) for stage in spec.stages],
         mlp_ratio=first.blocks[0].ffn_dim // first.width,
     )
+    if spec.in_channels != RGB:
+        encoder += f", in_channels={spec.in_channels}"
     head = _spell_arguments(
         in_channels=[stage.width for stage in spec.stages], channels=spec.decoder_dim
     )

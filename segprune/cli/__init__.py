@@ -24,7 +24,7 @@ from segprune.cli import (
     sweep,
 )
 from segprune.cli.console import accept_any_text, keep_freed_memory
-from segprune.cli.flags import CONTEXT, command
+from segprune.cli.flags import CONTEXT, Command, command
 from segprune.cli.prune import command as prune
 from segprune.cli.train import command as train
 
@@ -65,7 +65,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # with an examp
 )
 for _name, _run, _example in _COMMANDS:
     _epilog = f"Example: segprune {_name} {_example}"
-    app.command(_name, context_settings=CONTEXT, epilog=_epilog)(command(_run))
+    app.command(_name, cls=Command, context_settings=CONTEXT, epilog=_epilog)(command(_run))
 
 
 def main() -> None:

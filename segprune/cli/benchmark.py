@@ -30,6 +30,7 @@ from segprune.benchmark import (
     open_case,
     peak_memory,
 )
+from segprune.checkpoint import Checkpoint
 from segprune.cli.console import (
     choose_device,
     console,
@@ -42,8 +43,8 @@ from segprune.cli.console import (
     show_table,
 )
 from segprune.cli.flags import Layout, LoaderProcesses, Trust, Verbose, switch
-from segprune.data import DataChoices, Sample
-from segprune.export import PROGRAMS, is_exported, open_exported
+from segprune.data import IMAGENET, DataChoices, Sample
+from segprune.export import PROGRAMS, Runtime, is_exported, open_exported
 from segprune.files import check_writable, write_csv, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.machine import fit_to_machine
@@ -175,7 +176,7 @@ def run(config: BenchmarkConfig, given: frozenset[str]) -> None:
         check_writable(config.save_dir)
     # Files may differ in their classes and in how they read labels; the data is opened once for each.
     readings = {
-        _read_labelling(path, config.trust): None for path in dict.fromkeys(config.model_paths)
+        _read_labelling(path, config): None for path in dict.fromkeys(config.model_paths)
     }
     samples = (
         {reading: _open_samples(config, *reading) for reading in readings}
@@ -227,14 +228,19 @@ def _list_cases(
     return cases
 
 
-def _read_labelling(path: str, trust: bool) -> tuple[int, Preprocessing]:
+def _read_labelling(path: str, config: BenchmarkConfig) -> tuple[int, Preprocessing]:
     """Reads the file, so that one that is missing or damaged is refused before anything runs."""
+    file: Runtime | Checkpoint
     if is_exported(path):
-        runtime = open_exported(path, trust=trust)
-        return runtime.manifest.num_classes, preprocessing_of(runtime)
-    file = checkpoint.read(path)
-    show_notes(file.notes)
-    return file.spec.num_classes, file.spec.preprocessing
+        file = open_exported(path, trust=config.trust)
+        num_classes = file.manifest.num_classes
+    else:
+        file = checkpoint.read(path)
+        show_notes(file.notes)
+        num_classes = file.spec.num_classes
+
+    # Nothing reads an image without data.
+    return num_classes, preprocessing_of(file) if config.data else IMAGENET
 
 
 def _open_samples(

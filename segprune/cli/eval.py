@@ -216,7 +216,7 @@ def _open_network(
         return _Opened(
             build,
             opened.spec.num_classes,
-            opened.spec.preprocessing,
+            preprocessing_of(opened),
             read,
             opened.notes,
         )

@@ -52,7 +52,7 @@ from segprune.files import check_writable, write_json
 from segprune.inference.evaluate import EvalMode, evaluate
 from segprune.model import SegFormer, check_input
 from segprune.runs.records import environment
-from segprune.spec import Spec
+from segprune.spec import Spec, stated_preprocessing
 
 
 @dataclass(frozen=True)
@@ -318,17 +318,18 @@ def _open_split(flags: ExportFlags, inputs: InputFlags, spec: Spec, split: str) 
         flags.layout,
         spec.num_classes,
         (split,),
-        choices=DataChoices(inputs.label_offset, expected=spec.preprocessing),
+        choices=DataChoices(inputs.label_offset, expected=stated_preprocessing(spec)),
     )
     return source
 
 
 def _load_images(flags: ExportFlags, inputs: InputFlags, spec: Spec) -> Sequence[Bytes]:
-    """Loads those of --data or --calibration, letterboxed to --input_shape [H, W, 3]."""
+    """Loads those of --data or --calibration, letterboxed to --input_shape [H, W, C]."""
+    if not flags.calibration and not flags.data:
+        return ()
+    own = stated_preprocessing(spec)
     if flags.calibration:
         places = list_images(flags.calibration)
-    elif flags.data:
-        places = list_images(_open_split(flags, inputs, spec, flags.split), flags.split)
     else:
-        return ()
-    return load_images(places, flags.num_calibration, flags.input_shape)
+        places = list_images(_open_split(flags, inputs, spec, flags.split), flags.split)
+    return load_images(places, flags.num_calibration, flags.input_shape, own.num_channels)

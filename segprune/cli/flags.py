@@ -9,20 +9,22 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from segprune.checkpoint import Checkpoint
 from segprune.cli.console import one_sentence
 from segprune.data import LAYOUTS
 from segprune.machine import exact_products
 from segprune.options import option
-from segprune.spec import Channels, Preprocessing, Spec
+from segprune.spec import Channels, Preprocessing, Spec, stated_preprocessing
 
+NUMBERS = "R G B ..."  # a flag of as many numbers as an image has channels
 CONTEXT = {
     "token_normalize_func": lambda flag: flag.replace("-", "_"),
     "help_option_names": ["--help", "_h"],
@@ -124,11 +126,13 @@ class InputFlags:
         "mean": "Pixels and labels, if not as the checkpoint says"
     }
 
-    mean: tuple[float, float, float] | None = option(
-        None, "Subtracted from the pixels 0..255 of each channel.", metavar="R G B"
+    mean: tuple[float, ...] | None = option(
+        None,
+        "Subtracted from the pixels 0..255 of each channel: as many numbers as the network takes channels.",
+        metavar=NUMBERS,
     )
-    std: tuple[float, float, float] | None = option(
-        None, "What they are then divided by.", metavar="R G B"
+    std: tuple[float, ...] | None = option(
+        None, "What they are then divided by.", metavar=NUMBERS
     )
     channels: Channels | None = option(
         None, "Order in which the network takes them: rgb or bgr."
@@ -145,7 +149,10 @@ class InputFlags:
         return replace(opened, spec=self.apply_to(opened.spec))
 
     def apply_to(self, spec: Spec) -> Spec:
-        return replace(spec, preprocessing=self.overrule(spec.preprocessing))
+        spec = replace(spec, preprocessing=self.overrule(spec.preprocessing))
+        if self.mean is not None or self.std is not None:
+            stated_preprocessing(spec)  # refuses another number of channels
+        return spec
 
     def overrule(self, own: Preprocessing) -> Preprocessing:
         given = {name: value for name, value in asdict(self).items() if value is not None}
@@ -271,7 +278,43 @@ def _flag_of(name: str, annotation: Any, metadata: Mapping[str, Any]) -> Any:
         return switch(f"--{name}", help_text)
     if annotation == bool | None:
         return typer.Option(f"--{name}/--no_{name}", help=help_text)
-    return typer.Option(f"--{name}", metavar=metadata["metavar"] or None, help=help_text)
+    metavar = metadata["metavar"] or None
+    if _is_variadic(annotation):
+        return typer.Option(f"--{name}", metavar=metavar, help=help_text, parser=parse_numbers)
+    return typer.Option(f"--{name}", metavar=metavar, help=help_text)
+
+
+def _is_variadic(annotation: Any) -> bool:
+    return annotation == tuple[float, ...] | None
+
+
+def parse_numbers(text: str | Sequence[float]) -> tuple[float, ...]:
+    """Returns the numbers between commas and blanks."""
+    words = re.split(r"[,\s]+", text.strip(", ")) if isinstance(text, str) else text
+    return tuple(float(word) for word in words)
+
+
+class Command(TyperCommand):
+    """Takes any number of numbers behind a flag: `--mean 1 2 3 4` is `--mean "1 2 3 4"`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags: set[str] = set()
+        for parameter in self.params:
+            if parameter.metavar == NUMBERS:
+                flags.update(parameter.opts)
+
+        joined: list[str] = []
+        numbers_follow = False
+        for word in args:
+            is_number = (
+                re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?,?", word, re.IGNORECASE) is not None
+            )
+            if numbers_follow and is_number and joined[-1] not in flags:
+                joined[-1] += f" {word}"
+            else:
+                numbers_follow = word in flags or (numbers_follow and is_number)
+                joined.append(word)
+        return super().parse_args(ctx, joined)
 
 
 def _flag_type(annotation: Any) -> Any:
@@ -279,6 +322,8 @@ def _flag_type(annotation: Any) -> Any:
     kinds = (
         get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     )
+    if _is_variadic(annotation):
+        return str | None  # which the flag's own parser turns into numbers
     if str not in kinds and not any(get_origin(kind) is Literal for kind in kinds):
         return annotation
     return str | None if NoneType in kinds else str

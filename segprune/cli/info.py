@@ -13,7 +13,7 @@ from segprune.checkpoint import Checkpoint
 from segprune.cli.console import console, show_notes, show_settings, show_table
 from segprune.cli.flags import Dialect, Heads, ModelFile, Weights, switch
 from segprune.runs.records import network_size
-from segprune.spec import BlockSpec, Preprocessing, spec_to_dict
+from segprune.spec import BlockSpec, Spec, spec_to_dict
 from segprune.stats import count
 
 WIDTHS = ("block", "stage", "heads", "qk", "v", "reduction", "ffn")
@@ -74,7 +74,8 @@ def run(flags: InfoFlags) -> None:
         "variant": spec.variant,
         "num_classes": spec.num_classes,
         "decode head": _describe_head(opened),
-        **_describe_preprocessing(spec.preprocessing),
+        "channels": spec.in_channels,
+        **_describe_preprocessing(spec),
         "parameters": f"{counts.parameters:,}",
         "MACs": f"{counts.macs / 1e9:.3f} G at {flags.input_shape[0]}×{flags.input_shape[1]}",
         "FLOPs": f"{counts.flops / 1e9:.3f} G (2 × MACs)",
@@ -100,10 +101,15 @@ def _describe_head(opened: Checkpoint) -> str:
     return f"{spec.head_form.branches}; {branches}width {spec.decoder_dim}"
 
 
-def _describe_preprocessing(own: Preprocessing) -> dict[str, str]:
+def _describe_preprocessing(spec: Spec) -> dict[str, str]:
     """Returns how images and labels are read, as the flags that overrule it are named."""
+    own = spec.preprocessing
     numbers = {"mean": own.mean, "std": own.std}
-    facts = {name: " ".join(f"{value:g}" for value in three) for name, three in numbers.items()}
+    facts = {
+        name: " ".join(f"{value:g}" for value in all_of) for name, all_of in numbers.items()
+    }
+    if own.num_channels != spec.in_channels:
+        facts = dict.fromkeys(numbers, f"not stated for {spec.in_channels} channels")
     facts["pixels"] = f"(pixels 0..255 - mean) / std, {own.channels.upper()}"
     if own.size is not None:
         facts["pixels"] += f"; trained at {own.size[0]}×{own.size[1]}"

@@ -47,6 +47,7 @@ from segprune.inference.predict import (
 )
 from segprune.inference.video import open_video
 from segprune.model import SegFormer, check_input
+from segprune.spec import preprocessing_of
 
 RECORD = "predictions.json"
 AMPS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -284,7 +285,7 @@ def _place_network(model: SegFormer, device: torch.device, flags: PredictFlags) 
             )
         return logits
 
-    classes, preprocessing = model.spec.num_classes, model.spec.preprocessing
+    classes, preprocessing = model.spec.num_classes, preprocessing_of(model)
     return Network(predict, classes, device, flags.batch_size, preprocessing, upsampling)
 
 

@@ -65,6 +65,7 @@ from segprune.runs.sweep import (
     measure_cases,
     save_tables,
 )
+from segprune.spec import stated_preprocessing
 from segprune.stats import count
 from segprune.timing import measure_latency
 
@@ -217,6 +218,11 @@ def _check_files(opened: dict[str, Checkpoint]) -> None:
                 f"{first} has {opened[first].spec.num_classes} classes and {file} has {other.spec.num_classes}; give "
                 "files that were trained on the same data."
             )
+        if other.spec.in_channels != opened[first].spec.in_channels:
+            raise ValueError(
+                f"{first} takes images of {opened[first].spec.in_channels} channels and {file} of "
+                f"{other.spec.in_channels}; give files that were trained on the same data."
+            )
         if _labels_of(other) != _labels_of(opened[first]):
             raise ValueError(
                 f"{first} and {file} read labels differently (`label_offset` and `ignore_index` {_labels_of(opened[first])}"
@@ -248,7 +254,7 @@ class _Measurer:
             flags.val_split,
             flags.val_share,
             flags.seed,
-            spec.preprocessing,
+            stated_preprocessing(spec),
         )
         self.source: Source
         self.source, _ = open_data(
@@ -259,7 +265,9 @@ class _Measurer:
             choices=choices,
             num_workers=flags.num_workers,
         )
-        loaded = load_images(list_images(self.source), flags.num_images, flags.input_shape)
+        channels = choices.expected.num_channels
+        places = list_images(self.source)
+        loaded = load_images(places, flags.num_images, flags.input_shape, channels)
         # Pixels, which each network's pruner normalises as that one was trained.
         self.images: list[Tensor] = [batch.to(device) for batch in batch_pixels(loaded)]
         self.key: tuple[str, str] | None = None

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from segprune.data.shapes import draw_shapes
 from segprune.data.transforms import Bytes
+from segprune.spec import RGB
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -41,8 +43,15 @@ BLUR = (0.0, 1.2)  # pixels
 NOISE = (0.0, 0.02)  # deviation, as a share of full brightness
 
 
-def draw_leaves(seed: int, index: int, size: tuple[int, int]) -> Bytes:
-    """Returns one image [H, W, 3], always the same for the same arguments.
+def draw_example(index: int, size: tuple[int, int], channels: int = RGB) -> Bytes:
+    """Returns an image [H, W, C] to run networks on: one of the generated data set, or leaves where it is not RGB."""
+    if channels == RGB:
+        return draw_shapes(0, "val", index, size)[0]
+    return draw_leaves(0, index, size, channels)
+
+
+def draw_leaves(seed: int, index: int, size: tuple[int, int], channels: int = RGB) -> Bytes:
+    """Returns one image [H, W, C], always the same for the same arguments.
 
     At another size it is the same scene: the same leaves in the same colours, with other grains of the same textures.
     """
@@ -51,7 +60,7 @@ def draw_leaves(seed: int, index: int, size: tuple[int, int]) -> Bytes:
     rng, grain = (np.random.default_rng([seed, index, stream]) for stream in (0, 1))
     horizon = float(rng.uniform(*HORIZON)) * size[0] if rng.uniform() < SCENES else None
     leaves = _lay_leaves(rng, size, horizon)
-    image = _paint(rng, grain, leaves, horizon)
+    image = _paint((rng, grain), leaves, horizon, channels)
     image = _blur(image, rng.uniform(*BLUR))
 
     # Noise comes after the blur, as a sensor adds it behind the lens.
@@ -139,9 +148,13 @@ def _is_inside(u: Floats, v: Floats, power: int) -> npt.NDArray[np.bool_]:
 
 
 def _paint(
-    rng: np.random.Generator, grain: np.random.Generator, leaves: _Leaves, horizon: float | None
+    rngs: tuple[np.random.Generator, np.random.Generator],
+    leaves: _Leaves,
+    horizon: float | None,
+    channels: int,
 ) -> Floats:
-    """Returns the colour of every pixel, H W 3, about 0 to 1."""
+    """Returns the colour of every pixel, H W C, about 0 to 1."""
+    rng, grain = rngs
     owner = leaves.owner
     height, width = owner.shape
     count = len(leaves.radii)
@@ -149,13 +162,12 @@ def _paint(
     # A palette of a few colours; leaves stray from them, in brightness most.
     colourful = rng.uniform(0.0, 0.15)
     palette = rng.uniform(0.1, 0.9, (int(rng.integers(3, 8)), 1)) + rng.normal(
-        0.0, 0.05, (1, 3)
+        0.0, 0.05, (1, channels)
     )
     palette = palette + rng.normal(0.0, colourful, palette.shape)
     colours = palette[rng.integers(0, len(palette), count)]
-    colours = (
-        colours + rng.normal(0.0, 0.12, (count, 1)) + rng.normal(0.0, colourful / 3, (count, 3))
-    )
+    colours = colours + rng.normal(0.0, 0.12, (count, 1))
+    colours = colours + rng.normal(0.0, colourful / 3, (count, channels))
 
     # Shading: linear over a leaf, along a direction that all leaves nearly share.
     light = rng.uniform(0.0, 2.0 * math.pi) + rng.normal(0.0, 0.6, count)
@@ -164,9 +176,8 @@ def _paint(
     contrast = rng.uniform(*CONTRAST, count).astype(np.float32)
     # The sky is bright, nearly grey with a touch of blue, and has little texture.
     if horizon is not None:
-        colours[1] = rng.uniform(0.65, 1.05) + rng.uniform(0.0, 0.1) * np.array(
-            [-1.0, 0.0, 1.0]
-        )
+        blue = np.linspace(-1.0, 1.0, channels)
+        colours[1] = rng.uniform(0.65, 1.05) + rng.uniform(0.0, 0.1) * blue
         contrast[1] *= 0.3
     # slope * (position - centre), with the constant part taken out once per leaf.
     offsets = -(slopes * leaves.centres).sum(0)

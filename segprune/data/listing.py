@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from segprune.data.pixels import IMAGE_EXTENSIONS, Colour
+from segprune.data.pixels import ARRAY, IMAGE_EXTENSIONS, Colour
 from segprune.data.samples import Pair
 
 MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")
@@ -74,6 +74,18 @@ def list_files(top: str | os.PathLike[str], *, skip: str | os.PathLike[str] = ""
         paths.extend(os.path.join(folder, name) for name in names)
 
     return paths
+
+
+def choose_images(paths: Iterable[str]) -> list[str]:
+    """Returns the images among the files; arrays (.npy), which may hold anything, only where there are no others."""
+    images: list[str] = []
+    arrays: list[str] = []
+    for path in paths:
+        extension = os.path.splitext(path)[1].lower()
+        if extension in IMAGE_EXTENSIONS:
+            (arrays if extension == ARRAY else images).append(path)
+
+    return images or arrays
 
 
 def _walk(

@@ -25,7 +25,7 @@ from segprune.data.pixels import (
     read_header,
 )
 from segprune.data.transforms import IGNORE_INDEX, IMAGENET, Bytes, Transform, normalise
-from segprune.spec import Preprocessing
+from segprune.spec import RGB, Preprocessing
 
 Progress = Callable[[int, int], None]
 S = TypeVar("S", bound="Sample")
@@ -42,7 +42,7 @@ class Sample(Protocol):
     def name(self) -> str: ...
 
     def load(self) -> tuple[Bytes, Bytes]:
-        """Returns the image [H, W, 3] uint8 RGB and its labels [H, W] uint8, 255 ignored.
+        """Returns the image [H, W, C] uint8 and its labels [H, W] uint8, 255 ignored.
 
         Raises ValueError where they cannot be used.
         """
@@ -58,6 +58,7 @@ class Pair:
     mask: Location
     table: bytes | None = None  # 256 labels by the mask's value; None: the value is the label
     colours: tuple[Colour, ...] = ()  # of the classes; a coloured mask is read by them
+    channels: int = RGB  # of the image that the network takes
 
     def __str__(self) -> str:
         return str(self.image)
@@ -71,17 +72,17 @@ class Pair:
 
     def read_header(self) -> tuple[tuple[int, int], int]:
         """Returns the image's size (H, W) as stored and its EXIF orientation, without decoding it."""
-        return read_header(self.image)
+        return read_header(self.image, self.channels)
 
     def load(self) -> tuple[Bytes, Bytes]:
-        """Returns image [H, W, 3] and labels [H, W]. Raises SampleError for unreadable files and unequal sizes."""
+        """Returns image [H, W, C] and labels [H, W]. Raises SampleError for unreadable files and unequal sizes."""
         # The upright image is decoded only where the stored one does not fit.
-        image = load_image(self.image)
+        image = load_image(self.image, channels=self.channels)
         labels = self.load_labels()
 
         # The mask of a turned image may have been drawn on the image as stored or on the upright one.
         if image.shape[:2] != labels.shape:
-            upright = load_image(self.image, upright=True)
+            upright = load_image(self.image, upright=True, channels=self.channels)
             if upright.shape[:2] != labels.shape:
                 raise SampleError(
                     describe_unequal(self.image, self.mask, image.shape, labels.shape)
@@ -149,8 +150,17 @@ def shift_labels(source: Source, offset: int, ignore_index: int = IGNORE_INDEX) 
     return replace(source, lister=list_shifted, own_numbering=own_numbering)
 
 
+def with_channels(source: Source, channels: int) -> Source:
+    """Returns the data set with its images read with so many channels."""
+
+    def list_read(split: str) -> tuple[Pair, ...]:
+        return tuple(replace(pair, channels=channels) for pair in source.split(split))
+
+    return source if channels == RGB else replace(source, lister=list_read)
+
+
 class SegmentationData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Pixels [3, H, W] float32 normalised and labels [H, W] int64; labels >= num_classes become IGNORE_INDEX.
+    """Pixels [C, H, W] float32 normalised and labels [H, W] int64; labels >= num_classes become IGNORE_INDEX.
 
     What the transform draws depends on (seed, epoch, index) alone. Workers take a copy of the data set when
     they start, so `set_epoch` reaches only those started after it: leave persistent_workers off.

@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from segprune.data.samples import MissingSplitError, Pair, Source, shift_labels
+from segprune.data.samples import (
+    MissingSplitError,
+    Pair,
+    Source,
+    shift_labels,
+    with_channels,
+)
 from segprune.data.transforms import IGNORE_INDEX, IMAGENET
 from segprune.spec import Preprocessing
 
@@ -42,7 +48,7 @@ class DataChoices:
 
     def apply(self, source: Source) -> Source:
         """Returns the data set as it was chosen."""
-        source = self._read_labels(source)
+        source = with_channels(self._read_labels(source), self.expected.num_channels)
         if self.val_split:
             return score_on(source, self.val_split)
         if self.val_share is not None:

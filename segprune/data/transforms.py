@@ -1,6 +1,7 @@
 """Images and masks made ready for a network: letterbox, augmentation, normalisation.
 
-Images are uint8 [H, W, 3] RGB in 0..255, masks uint8 [H, W] holding class indices; both are numpy arrays
+Images are uint8 [H, W, C] in 0..255, RGB unless a network takes other channels, masks uint8 [H, W] holding class
+indices; both are numpy arrays
 until `normalise`. Padding is grey 128 in images and `IGNORE_INDEX` in masks, in training as in evaluation.
 MEAN and STD are those of a network that says nothing else: ImageNet's on 0..255.
 """
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from segprune.spec import NO_CLASS, Preprocessing
+from segprune.spec import NO_CLASS, RGB, Preprocessing
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -35,36 +36,40 @@ _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.
 
 
 def normalise(image: Bytes, preprocessing: Preprocessing = IMAGENET) -> torch.Tensor:
-    """Returns [H, W, 3] uint8 RGB as the [3, H, W] float32 that a network with this preprocessing takes."""
+    """Returns [H, W, C] uint8 as the [C, H, W] float32 that a network with this preprocessing takes."""
     return normalise_pixels(torch.from_numpy(np.array(image))[None], preprocessing)[0]
 
 
 def normalise_pixels(
     pixels: torch.Tensor, preprocessing: Preprocessing = IMAGENET
 ) -> torch.Tensor:
-    """Returns B 3 H W float32 of B H W 3 uint8 RGB, on the pixels' own device."""
+    """Returns B C H W float32 of B H W C uint8, on the pixels' own device."""
     mean = torch.tensor(preprocessing.mean, device=pixels.device)
     std = torch.tensor(preprocessing.std, device=pixels.device)
-    scaled = (_order_channels(pixels, preprocessing).float() - mean) / std
+    scaled = (order_channels(pixels, preprocessing).float() - mean) / std
     return scaled.permute(0, 3, 1, 2).contiguous()
 
 
 def restore_pixels(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """The inverse of `normalise_pixels`, in float32: B H W 3 RGB in 0..255, not rounded."""
+    """The inverse of `normalise_pixels`, in float32: B H W C in 0..255, not rounded."""
     mean = torch.tensor(preprocessing.mean, device=images.device)
     std = torch.tensor(preprocessing.std, device=images.device)
-    return _order_channels(images.float().permute(0, 2, 3, 1) * std + mean, preprocessing)
+    return order_channels(images.float().permute(0, 2, 3, 1) * std + mean, preprocessing)
 
 
 def renormalise(images: torch.Tensor, own: Preprocessing, other: Preprocessing) -> torch.Tensor:
-    """Returns images B 3 H W that were normalised for one network as another one takes them."""
+    """Returns images B C H W that were normalised for one network as another one takes them."""
     same = (own.mean, own.std, own.channels) == (other.mean, other.std, other.channels)
     return images if same else normalise_pixels(restore_pixels(images, own), other)
 
 
-def _order_channels(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """Turns RGB in the last dimension into the network's order, and back."""
-    return pixels if preprocessing.channels == "rgb" else pixels.flip(-1)
+def order_channels(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Turns the channels in the last dimension into the network's order, and back: R and B change places, if any."""
+    if preprocessing.channels == "rgb":
+        return pixels
+    if pixels.shape[-1] == RGB:
+        return pixels.flip(-1)
+    return torch.cat([pixels[..., :RGB].flip(-1), pixels[..., RGB:]], -1)
 
 
 def letterbox(
@@ -80,11 +85,11 @@ def letterbox(
     top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
     whole = (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
 
-    image = _resize(image, (height, width), whole, Image.Resampling.BICUBIC)
+    image = resize(image, (height, width), whole, Image.Resampling.BICUBIC)
     image = _pad(image, shape, (top, left), GREY)
     # Nearest neighbour keeps labels; blending two would name a third class.
     if mask is not None:
-        mask = _resize(mask, (height, width), whole, Image.Resampling.NEAREST)
+        mask = resize(mask, (height, width), whole, Image.Resampling.NEAREST)
         mask = _pad(mask, shape, (top, left), IGNORE_INDEX)
 
     return image, mask, (top, left, height, width)
@@ -132,8 +137,8 @@ class TrainTransform:
         self, image: Bytes, mask: Bytes, rng: np.random.Generator
     ) -> tuple[Bytes, Bytes]:
         size, box, corner = self._draw_crop(image.shape[:2], rng)
-        image = _resize(image, size, box, Image.Resampling.BICUBIC)
-        mask = _resize(mask, size, box, Image.Resampling.NEAREST)
+        image = resize(image, size, box, Image.Resampling.BICUBIC)
+        mask = resize(mask, size, box, Image.Resampling.NEAREST)
 
         if rng.random() < self.flip:
             image, mask = image[:, ::-1], mask[:, ::-1]
@@ -168,21 +173,30 @@ class TrainTransform:
 
 
 def jitter_colour(image: Bytes, rng: np.random.Generator) -> Bytes:
-    """Changes brightness, contrast, saturation and hue of [H, W, 3] at random, in one linear map of RGB."""
+    """Changes brightness, contrast, saturation and hue of [H, W, C] at random, in one linear map of the channels.
+
+    Saturation and hue are RGB's alone; of other images, all channels are equal parts of the brightness.
+    """
     brightness, contrast, saturation = (
         rng.uniform(1 - x, 1 + x) for x in (BRIGHTNESS, CONTRAST, SATURATION)
     )
     angle = 2 * np.pi * rng.uniform(-HUE, HUE)
 
-    # Hue turns the chroma plane, saturation stretches it; brightness and contrast scale everything.
-    turn = np.eye(3)
-    turn[1:, 1:] = saturation * np.array(
-        [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    )
-    matrix = brightness * contrast * np.linalg.inv(_YIQ) @ turn @ _YIQ
+    # Brightness and contrast scale everything.
+    channels = image.shape[2]
+    matrix, luma = brightness * contrast * np.eye(channels), np.full(channels, 1 / channels)
+
+    # Hue turns the chroma plane, saturation stretches it.
+    if channels == RGB:
+        turn = np.eye(3)
+        turn[1:, 1:] = saturation * np.array(
+            [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        )
+        matrix = brightness * contrast * np.linalg.inv(_YIQ) @ turn @ _YIQ
+        luma = _YIQ[0]
 
     # Contrast changes the distance from the image's mean luma, which therefore only brightness may move.
-    mean_luma = float(image.mean(axis=(0, 1)) @ _YIQ[0])
+    mean_luma = float(image.mean(axis=(0, 1)) @ luma)
     offset = brightness * (1 - contrast) * mean_luma
 
     changed = image.astype(np.float32) @ matrix.T.astype(np.float32) + np.float32(offset)
@@ -196,13 +210,17 @@ def _fit(size: tuple[int, ...], shape: tuple[int, int], scale: float = 1.0) -> t
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-def _resize(
+def resize(
     array: Bytes,
     size: tuple[int, int],
-    box: tuple[float, float, float, float],
+    box: tuple[float, float, float, float] | None,
     how: Image.Resampling,
 ) -> Bytes:
-    """Returns the part `box` (left, top, right, bottom) of an array, resampled to `size` (H, W)."""
+    """Returns the part `box` (left, top, right, bottom) of an array, all of it if None, resampled to `size` (H, W)."""
+    # Pillow knows no other images of several channels, and weighs colours by a fourth one, taking it for alpha.
+    if array.ndim == 3 and array.shape[2] != RGB:
+        bands = [resize(array[..., i], size, box, how) for i in range(array.shape[2])]
+        return np.stack(bands, axis=2)
     resized = Image.fromarray(array).resize((size[1], size[0]), how, box=box)
     return np.asarray(resized)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from segprune.data.listing import list_files
+from segprune.data.listing import choose_images, list_files
 from segprune.data.pixels import IMAGE_EXTENSIONS, Location, load_image
 from segprune.data.samples import MissingSplitError, Source
 from segprune.data.transforms import IMAGENET, Bytes, letterbox, normalise_pixels
-from segprune.spec import Preprocessing
+from segprune.spec import RGB, Preprocessing
 
 BATCH = 8
 
@@ -36,9 +35,7 @@ def list_images(
         return [pair.image for pair in pairs]
 
     # The same walk as for data sets, so hidden files are left out here too.
-    paths = [
-        path for path in list_files(source) if Path(path).suffix.lower() in IMAGE_EXTENSIONS
-    ]
+    paths = choose_images(list_files(source))
     if not paths:
         raise FileNotFoundError(
             f"{source} holds no image; give a folder with {', '.join(IMAGE_EXTENSIONS)} files."
@@ -46,8 +43,10 @@ def list_images(
     return paths
 
 
-def load_images(places: Sequence[Location], number: int, shape: tuple[int, int]) -> list[Bytes]:
-    """Loads `number` of the images, or all if there are fewer, letterboxed into `shape`: [H, W, 3] uint8.
+def load_images(
+    places: Sequence[Location], number: int, shape: tuple[int, int], channels: int = RGB
+) -> list[Bytes]:
+    """Loads `number` of the images, or all if there are fewer, letterboxed into `shape`: [H, W, C] uint8.
 
     They are spread evenly over all of them, since neighbours in a data set are often alike. ValueError for one that
     is damaged.
@@ -55,21 +54,22 @@ def load_images(places: Sequence[Location], number: int, shape: tuple[int, int])
     # Whole-number steps take the first image and never the same one twice.
     number = min(number, len(places))
     chosen = [places[i * len(places) // number] for i in range(number)]
-    return [letterbox(load_image(place, upright=True), None, shape)[0] for place in chosen]
+    images = [load_image(place, upright=True, channels=channels) for place in chosen]
+    return [letterbox(image, None, shape)[0] for image in images]
 
 
 def batch_images(
     images: Sequence[Bytes], preprocessing: Preprocessing = IMAGENET
 ) -> list[Tensor]:
-    """Returns the images normalised in batches B 3 H W."""
+    """Returns the images normalised in batches B C H W."""
     return [normalise_pixels(batch, preprocessing) for batch in _stack(images)]
 
 
 def batch_pixels(images: Sequence[Bytes]) -> list[Tensor]:
-    """Returns the images in batches B 3 H W of uint8 RGB, for a network that is not known yet."""
+    """Returns the images in batches B C H W of uint8, for a network that is not known yet."""
     return [batch.permute(0, 3, 1, 2).contiguous() for batch in _stack(images)]
 
 
 def _stack(images: Sequence[Bytes]) -> list[Tensor]:
-    pixels = [torch.from_numpy(image) for image in images]  # each H W 3
+    pixels = [torch.from_numpy(image) for image in images]  # each H W C
     return [torch.stack(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]

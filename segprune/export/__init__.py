@@ -160,7 +160,7 @@ def export(
 ) -> tuple[Manifest, Difference]:
     """Writes the network to `path`, runs the file and compares it with the network.
 
-    `changes` are single options of `ExportOptions`, such as `format`. `images` [H, W, 3] uint8 RGB of its `size`
+    `changes` are single options of `ExportOptions`, such as `format`. `images` [H, W, C] uint8 of its `size`
     calibrate int8, which needs some, show what overflows in fp16, and are compared; without them images are generated.
     `accept` judges the open file as well. Where int8 does not hold, layers are ranked, which `on_ranked` gets, and the
     fewest of them that help are left in float32. Raises ValueError for what cannot be done and for a file that differs
@@ -175,6 +175,9 @@ def export(
         raise ValueError(
             f"{path} ends in {path.suffix!r}, where a file of the format {options.format} ends in {format.suffix}."
         )
+    # Images, unlike generated ones, wait for what the network's file does not say.
+    if images:
+        preprocessing_of(model)
     # Generated images would calibrate the ranges of activations for the wrong data.
     if precision == "int8" and not images:
         raise ValueError(
@@ -281,7 +284,7 @@ def run_both(
     for images in job.choose_compared():
         with torch.no_grad():
             # The network always takes normalised images, whatever the file takes.
-            own = preprocessing_of(reference)
+            own = job.preprocessing
             logits = reference(torch.stack([normalise(image, own) for image in images]))
         yield logits, runtime.run_any(job.prepare(images))
 

@@ -22,11 +22,11 @@ KEY = "segprune"  # under which a file keeps its manifest
 class Manifest:
     """`shape` is the only batch, height and width that the file takes; None: any, with sides from `MIN_DYNAMIC` up.
 
-    With `preprocess` the file takes uint8 RGB B H W 3, else normalised float32 B 3 H W. With `argmax` it returns
-    classes uint8 B H W, else logits float32 B K H W. `spec` describes the network as it runs, for its MACs. `palette`
-    is 768 numbers, the colours in which masks are drawn; empty: Pascal VOC's. With `argmax_quarter` classes were chosen
-    at a quarter of the size, and `argmax` is set, too. `float32` names the modules of the network that fp16 or int8
-    left in float32.
+    With `preprocess` the file takes uint8 B H W C, RGB or whatever `in_channels` of `spec` counts, else normalised
+    float32 B C H W. With `argmax` it returns classes uint8 B H W, else logits float32 B K H W. `spec` describes the
+    network as it runs, for its MACs. `palette` is 768 numbers, the colours in which masks are drawn; empty: Pascal
+    VOC's. With `argmax_quarter` classes were chosen at a quarter of the size, and `argmax` is set, too. `float32` names
+    the modules of the network that fp16 or int8 left in float32.
     """
 
     variant: str

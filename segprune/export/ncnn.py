@@ -47,7 +47,7 @@ def write(job: Job, path: Path) -> None:
         command = [
             pnnx.EXEC_PATH,
             trace.name,
-            f"inputshape=[1,3,{height},{width}]",
+            f"inputshape=[1,{job.in_channels},{height},{width}]",
             f"fp16={int(manifest.precision == 'fp16')}",
             f"ncnnparam={path.resolve()}",
             f"ncnnbin={path.resolve().with_name(f'{stem}.ncnn.bin')}",

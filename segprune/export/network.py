@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segprune.data.transforms import order_channels
 from segprune.fold import fold_for_inference
 from segprune.model import SegFormer
+from segprune.spec import preprocessing_of, preprocessing_of_drawn
 
 MAX_CLASSES = 256  # that a uint8 class map can tell apart
 
@@ -38,7 +40,10 @@ class Deployed(nn.Module):
         self.argmax_quarter = argmax_quarter
         self.network = fold_for_inference(model).cpu()
         # As buffers they move with the network to its device.
-        self.preprocessing = model.spec.preprocessing
+        # Without it, what is done here is done to generated images alone.
+        self.preprocessing = (
+            preprocessing_of(model) if preprocess else preprocessing_of_drawn(model.spec)
+        )
         mean, std = torch.tensor(self.preprocessing.mean), torch.tensor(self.preprocessing.std)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -46,11 +51,10 @@ class Deployed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.preprocess:
-            if self.preprocessing.channels == "bgr":
-                x = x.flip(-1)
+            x = order_channels(x, self.preprocessing)
             x = ((x.float() - self.mean) / self.std).permute(
                 0, 3, 1, 2
-            )  # B H W 3 uint8 -> B 3 H W
+            )  # B H W C uint8 -> B C H W
 
         # Classes by way of float, since TensorRT makes uint8 of floats alone.
         if self.argmax_quarter:

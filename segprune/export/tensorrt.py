@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from segprune.export.manifest import MIN_DYNAMIC, Manifest
+from segprune.spec import RGB
 
 SMALLEST = (
     1,
@@ -26,13 +27,16 @@ def command_line(path: Path, manifest: Manifest) -> str:
     # An engine of any size is tuned between bounds, which have to be named.
     if manifest.shape is None:
         name = "pixels" if manifest.preprocess else "images"
+        channels = RGB if manifest.spec is None else manifest.spec.in_channels
         for flag, (batch, height, width) in (
             ("minShapes", SMALLEST),
             ("optShapes", USUAL),
             ("maxShapes", LARGEST),
         ):
             sizes = (
-                (batch, height, width, 3) if manifest.preprocess else (batch, 3, height, width)
+                (batch, height, width, channels)
+                if manifest.preprocess
+                else (batch, channels, height, width)
             )
             words.append(f"--{flag}={name}:{'x'.join(map(str, sizes))}")
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from segprune.data import IGNORE_INDEX
 from segprune.data.transforms import Bytes
+from segprune.spec import RGB
 
 Row = tuple[str, Bytes, Bytes, Bytes]  # name, image, labels, predicted
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -55,9 +56,17 @@ def paint(labels: Bytes, palette: Sequence[int]) -> Bytes:
     return painted
 
 
+def as_rgb(image: Bytes) -> Bytes:
+    """Returns [H, W, 3] to look at, of an image of any channels: the first three of more, the first alone of fewer."""
+    channels = image.shape[2]
+    if channels == RGB:
+        return image
+    return image[..., :RGB] if channels > RGB else np.repeat(image[..., :1], RGB, axis=2)
+
+
 def overlay(image: Bytes, labels: Bytes, palette: Sequence[int], alpha: float = 0.5) -> Bytes:
     """Lays the labels' colours over the image with weight `alpha` in 0..1; black, mostly background, hides nothing."""
-    painted = paint(labels, palette)
+    image, painted = as_rgb(image), paint(labels, palette)
     painted = np.where(painted.any(axis=2, keepdims=True), painted, image)
     return np.asarray(Image.blend(Image.fromarray(image), Image.fromarray(painted), alpha))
 
@@ -72,7 +81,7 @@ def mask_image(labels: Bytes, palette: Sequence[int]) -> Image.Image:
 def side_by_side(image: Bytes, mask: Bytes) -> Bytes:
     """Returns [H, W + GAP + W, 3]: an image and its painted mask, white between them."""
     between = np.full((image.shape[0], GAP, 3), 255, dtype=np.uint8)
-    return np.concatenate([image, between, mask], axis=1)
+    return np.concatenate([as_rgb(image), between, mask], axis=1)
 
 
 def error_map(labels: Bytes, predicted: Bytes) -> Bytes:
@@ -173,7 +182,7 @@ def _draw_block(
         max(1, round(labels.shape[0] * scale)),
     )  # W, H
     smooth = Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.NEAREST
-    panels = [Image.fromarray(image).resize(size, smooth)]
+    panels = [Image.fromarray(as_rgb(image)).resize(size, smooth)]
     for panel in (
         paint(labels, palette),
         paint(predicted, palette),

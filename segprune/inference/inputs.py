@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from segprune.data import load_image
-from segprune.data.listing import list_files
+from segprune.data.listing import choose_images, list_files
 from segprune.data.pixels import IMAGE_EXTENSIONS
 from segprune.data.transforms import Bytes
 from segprune.files import is_same_path
 from segprune.inference.label_maps import EvalMode, Prepared, prepare
+from segprune.spec import RGB
 
 Kind = Literal["image", "folder", "video", "camera"]
 
@@ -37,7 +38,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """An image [H, W, 3] uint8, and what the network gets of it."""
+    """An image [H, W, C] uint8, and what the network gets of it."""
 
     image: Bytes
     prepared: Prepared
@@ -73,8 +74,8 @@ def find_images(source: str, save_dir: str) -> tuple[list[ImageFile], int]:
         )
 
     # What an earlier run wrote below `save_dir` is no input of this one.
-    paths = [Path(path) for path in list_files(root, skip=out)]
-    images = [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS]
+    paths = list_files(root, skip=out)
+    images = [Path(path) for path in choose_images(paths)]
     if not images:
         raise ValueError(
             f"{root} holds no image; give a folder with {', '.join(IMAGE_EXTENSIONS)} files."
@@ -111,10 +112,10 @@ def check_sources_kept(
             raise ValueError(f"{source} would be overwritten; give another `save_dir`.")
 
 
-def read_image(path: Path, how: EvalMode) -> LoadedImage:
-    """Reads an image upright and prepares it; ValueError if it cannot be read."""
+def read_image(path: Path, how: EvalMode, channels: int = RGB) -> LoadedImage:
+    """Reads an image of so many channels upright and prepares it; ValueError if it cannot be read."""
     try:
-        image = load_image(path, upright=True)
+        image = load_image(path, upright=True, channels=channels)
     except ValueError as error:
         # Whether an image may be left out is for the caller to say.
         raise ValueError(re.sub(r", or leave it out with [^.;]+", "", str(error))) from error

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segprune.data import letterbox
-from segprune.data.transforms import GREY, IMAGENET, normalise_pixels
+from segprune.data.transforms import GREY, IMAGENET, normalise_pixels, resize
 from segprune.spec import Preprocessing
 
 Mode = Literal["letterbox", "whole", "slide"]
@@ -100,7 +100,7 @@ class EvalMode:
 
 @dataclass(frozen=True)
 class View:
-    """An image at one scale on its canvas [H, W, 3] uint8; it lies in the box (top, left, h, w)."""
+    """An image at one scale on its canvas [H, W, C] uint8; it lies in the box (top, left, h, w)."""
 
     canvas: Tensor
     box: tuple[int, int, int, int]
@@ -115,7 +115,7 @@ class Prepared:
 
 
 def prepare(image: Bytes, how: EvalMode) -> Prepared:
-    """Resizes and pads an image [H, W, 3] RGB for each scale."""
+    """Resizes and pads an image [H, W, C] for each scale."""
     views = tuple(_view(image, how, scale) for scale in how.scales)
     return Prepared(views, (image.shape[0], image.shape[1]))
 
@@ -132,9 +132,7 @@ def _view(image: Bytes, how: EvalMode, scale: float) -> View:
     # whole and slide: nothing but `scale` changes the image's size.
     height, width = _scaled(image.shape[:2], scale, least=1)
     if (height, width) != image.shape[:2]:
-        image = np.asarray(
-            Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-        )
+        image = resize(image, (height, width), None, Image.Resampling.BICUBIC)
 
     # Pad below and to the right: to a multiple of 32, or to one window at least.
     if how.mode == "whole":
@@ -146,7 +144,7 @@ def _view(image: Bytes, how: EvalMode, scale: float) -> View:
         shape = (max(height, how.input_shape[0]), max(width, how.input_shape[1]))
 
     # `box` leaves the padding out, whose logits nobody reads.
-    canvas = np.full((*shape, 3), GREY, dtype=np.uint8)
+    canvas = np.full((*shape, image.shape[2]), GREY, dtype=np.uint8)
     canvas[:height, :width] = image
     return View(torch.from_numpy(canvas), (0, 0, height, width))
 
@@ -189,8 +187,8 @@ class Network:
         return CPU_STRIP_NUMBERS if torch.device(self.device).type == "cpu" else STRIP_NUMBERS
 
     def __call__(self, pixels: Tensor, mirrored: bool) -> list[_Rows]:
-        """Returns the logits float32 of each of the pixels B H W 3 uint8; mirrored images' are mirrored back."""
-        x = normalise_pixels(pixels.to(self.device), self.preprocessing)  # B 3 H W
+        """Returns the logits float32 of each of the pixels B H W C uint8; mirrored images' are mirrored back."""
+        x = normalise_pixels(pixels.to(self.device), self.preprocessing)  # B C H W
         size = x.shape[2:]
         logits = self.predict(x.flip(-1) if mirrored else x).float()
 

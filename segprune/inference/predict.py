@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from segprune.data.pixels import fit_channels
 from segprune.data.transforms import Bytes
 from segprune.files import atomic_path
 from segprune.inference.draw import mask_image, overlay, paint, side_by_side
@@ -153,10 +154,12 @@ def _read_ahead(
     The batch after it is being loaded meanwhile.
     """
 
+    channels = job.network.preprocessing.num_channels
+
     def load(image: ImageFile) -> LoadedImage | str:
         # Return the reason, since whether a file may be skipped is for the caller to say.
         try:
-            return read_image(image.path, job.how)
+            return read_image(image.path, job.how, channels)
         except (ValueError, OSError) as error:
             return str(error)
 
@@ -212,6 +215,7 @@ def predict_video(
     """
     done = Predictions(job.no_pixels())
     counts = job.no_pixels()
+    channels = job.network.preprocessing.num_channels
     # Known from the file's header; a camera has no end.
     total = (
         video.num_frames
@@ -225,9 +229,10 @@ def predict_video(
         out = _VideoFiles(job, video.fps, target, files)
         try:
             for batch in batches:
-                loaded = [
-                    LoadedImage(frame.image, prepare(frame.image, job.how)) for frame in batch
-                ]
+                loaded = []
+                for frame in batch:
+                    pixels = fit_channels(frame.image, channels, video.name)
+                    loaded.append(LoadedImage(frame.image, prepare(pixels, job.how)))
                 for frame, labels in zip(batch, predict_labels(job, loaded), strict=True):
                     out.add(frame, labels)
                     counts += job.count(labels)

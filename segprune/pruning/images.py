@@ -14,10 +14,9 @@ from segprune.spec import preprocessing_of
 
 
 def normalise_batches(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
-    """Returns the batches; those of pixels, uint8 B 3 H W, as the network was trained with. Others are ready."""
-    own = preprocessing_of(model)
+    """Returns the batches; those of pixels, uint8 B C H W, as the network was trained with. Others are ready."""
     return [
-        normalise_pixels(batch.permute(0, 2, 3, 1), own)
+        normalise_pixels(batch.permute(0, 2, 3, 1), preprocessing_of(model))
         if isinstance(batch, Tensor) and batch.dtype == torch.uint8
         else batch
         for batch in batches
@@ -25,14 +24,14 @@ def normalise_batches(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
 
 
 def checked_images(model: SegFormer, batches: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the batches B 3 H W on the network's device and in its precision, without empty ones.
+    """Returns the batches B C H W on the network's device and in its precision, without empty ones.
 
     Raises ValueError for another shape, and for values that are not finite.
     """
     parameter = model.decode_head.classifier.weight
     images = []
     for batch in batches:
-        check_input(tuple(batch.shape))
+        check_input(tuple(batch.shape), model.spec.in_channels)
         if not bool(batch.isfinite().all()):
             raise ValueError(
                 "An image holds values that are not finite; check how the images are normalised."

@@ -147,7 +147,8 @@ def _prepare_stock(
         model = with_factors(model, factors)
 
     parameter = next(model.parameters())
-    x = torch.zeros(1, 3, *TRACE_SHAPE, device=parameter.device, dtype=parameter.dtype)
+    shape = (1, dense.spec.in_channels, *TRACE_SHAPE)
+    x = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
     grouping = find_groups(model, x, protected, heads=options.heads)
 
     # Each kind of layer of our own can be cut.

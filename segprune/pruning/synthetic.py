@@ -17,6 +17,7 @@ from segprune.data.leaves import draw_leaves
 from segprune.data.transforms import normalise
 from segprune.model import SegFormer
 from segprune.pruning.trace import eval_mode
+from segprune.spec import preprocessing_of_drawn
 from segprune.timing import tf32_products
 
 NUM_IMAGES = 64
@@ -47,8 +48,9 @@ def synthetic_images(
     total = count * CANDIDATES
 
     def draw(indices: list[int], shape: tuple[int, int]) -> Tensor:
-        own = model.spec.preprocessing
-        images = [normalise(draw_leaves(seed, index, shape), own) for index in indices]
+        channels, own = model.spec.in_channels, preprocessing_of_drawn(model.spec)
+        drawn = [draw_leaves(seed, index, shape, channels) for index in indices]
+        images = [normalise(image, own) for image in drawn]
         return torch.stack(images).to(parameter.device, parameter.dtype)
 
     # For every candidate: mean and mean square of what the head's BatchNorm reads, N D.

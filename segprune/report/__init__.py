@@ -19,7 +19,7 @@ from segprune.inference.evaluate import EvalMode
 from segprune.report.examples import choose_examples
 from segprune.report.gather import Facts, Note, find_folders, gather
 from segprune.report.render import Gallery, Language, render
-from segprune.spec import Preprocessing
+from segprune.spec import Preprocessing, preprocessing_of
 
 __all__ = ["PAGE", "Language", "find_folders", "write_report"]
 
@@ -67,7 +67,7 @@ def _show_examples(
     try:
         opened = [_read_network(path, settings) for path in paths]
         networks = [build(own).to(device).eval() for own in opened]
-        expected = opened[0].spec.preprocessing
+        expected = preprocessing_of(opened[0])
         source = open_source(data, settings.get("layout"))
         source = score_whole_pool(_choices(settings, expected).apply(source))
         samples = source.split(str(settings.get("split") or "val"))

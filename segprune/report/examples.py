@@ -19,6 +19,7 @@ from PIL import Image
 
 from segprune.data import IGNORE_INDEX, Sample
 from segprune.data.transforms import Bytes
+from segprune.inference.draw import as_rgb
 from segprune.inference.evaluate import EvalMode
 from segprune.inference.label_maps import Network, Predict, label_maps, prepare
 from segprune.spec import preprocessing_of
@@ -127,7 +128,7 @@ def _draw(
     size = (max(1, round(labels.shape[1] * scale)), max(1, round(labels.shape[0] * scale)))
 
     photo = io.BytesIO()
-    Image.fromarray(image).resize(size, Image.Resampling.BILINEAR).save(
+    Image.fromarray(as_rgb(image)).resize(size, Image.Resampling.BILINEAR).save(
         photo, format="JPEG", quality=QUALITY
     )
     after = one.maps[-1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segprune.data.transforms import IMAGENET, renormalise
-from segprune.spec import Preprocessing, preprocessing_of
+from segprune.spec import Preprocessing, Spec, preprocessing_of, stated_preprocessing
 from segprune.training.distill import Distillation, Projections
 from segprune.training.losses import SegmentationLoss
 from segprune.training.options import TrainOptions
@@ -95,6 +95,7 @@ def check_teacher(options: TrainOptions, teacher: nn.Module | None, student: nn.
                 f"The {role} is a {name}; distillation compares the maps of two SegFormers."
             )
 
+    check_same_images(teacher.spec, student.spec)  # type: ignore[arg-type]
     # Distributions over unlike classes cannot be compared.
     theirs, ours = teacher.spec.num_classes, student.spec.num_classes  # type: ignore[union-attr]
     if theirs != ours:
@@ -102,6 +103,16 @@ def check_teacher(options: TrainOptions, teacher: nn.Module | None, student: nn.
             f"The teacher has {theirs} classes and the student {ours}; give a teacher that was trained for the same "
             "classes."
         )
+
+
+def check_same_images(teacher: Spec, student: Spec) -> None:
+    """Raises ValueError for a teacher that takes images of other channels, or whose mean and deviation are unknown."""
+    if teacher.in_channels != student.in_channels:
+        raise ValueError(
+            f"The teacher takes images of {teacher.in_channels} channels and the student of {student.in_channels}; "
+            "give a teacher that was trained on the same images."
+        )
+    stated_preprocessing(teacher)
 
 
 def check_distilled(options: TrainOptions, has_teacher: bool) -> None:

@@ -638,7 +638,13 @@ def test_one_logit_is_read_as_two_classes_exactly(dialect: str, trained_like: Fi
     torch.testing.assert_close(logits.softmax(1)[:, 1:], z.sigmoid(), rtol=0, atol=2e-5)
 
 
-def test_other_numbers_of_channels_are_refused_with_the_number(bare: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_the_first_convolution_says_how_many_channels_images_have(
+    bare: dict[str, Tensor], channels: int
+) -> None:
     key = "backbone.patch_embed1.proj.weight"
-    with pytest.raises(ValueError, match=r"images of 4 channels; only .* three channels"):
-        from_state_dict(bare | {key: torch.ones(32, 4, 7, 7)})
+    found = from_state_dict(bare | {key: torch.ones(32, channels, 7, 7)})
+    assert found.spec.in_channels == channels
+    assert build(found)(torch.zeros(1, channels, 32, 32)).shape[2:] == (32, 32)
+    with pytest.raises(ValueError, match=r"0 channels.* 1 to "):
+        from_state_dict(bare | {key: torch.ones(32, 0, 7, 7)})

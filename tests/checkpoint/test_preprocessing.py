@@ -19,12 +19,13 @@ from segprune.data import IMAGENET, normalise
 from segprune.data.transforms import Bytes, restore_pixels
 from segprune.model import SegFormer
 from segprune.pruning.pruner import Pruner
-from segprune.spec import Preprocessing, spec_from_dict, spec_to_dict
+from segprune.spec import Preprocessing, spec_from_dict, spec_to_dict, standard_spec
 from tests.dialects import Fill, hf_model, state_in
 
 OTHER = Preprocessing(
     mean=(120.0, 110.0, 90.0), std=(60.0, 50.0, 40.0), label_offset=-1, ignore_index=3
 )
+SPEC = standard_spec("b0", 8)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_images_are_those_of_transformers_own_processor(
 ) -> None:
     processor = SegformerImageProcessor(do_resize=False, **changes)
     theirs = processor(image, return_tensors="pt").pixel_values[0]
-    own = from_huggingface(processor.to_dict(), {}, Preprocessing())
+    own = from_huggingface(processor.to_dict(), {}, SPEC)
     torch.testing.assert_close(normalise(image, own), theirs.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         restore_pixels(theirs[None], own)[0], torch.from_numpy(image).float(), rtol=0, atol=1e-2
@@ -64,18 +65,18 @@ def test_labels_of_a_hugging_face_folder_and_what_is_null_or_missing_there() -> 
     own = from_huggingface(
         {"do_reduce_labels": True, "image_mean": None, "size": {"height": 64, "width": 96}},
         {"semantic_loss_ignore_index": 7},
-        Preprocessing(),
+        SPEC,
     )
     assert own == Preprocessing(label_offset=-1, ignore_index=7)
     assert own.size == (64, 96)
 
     # Older files have other words.
-    older = from_huggingface({"reduce_labels": True, "size": 512}, {}, Preprocessing())
+    older = from_huggingface({"reduce_labels": True, "size": 512}, {}, SPEC)
     assert (older.label_offset, older.size) == (-1, (512, 512))
-    assert from_huggingface({}, {}, OTHER) == OTHER
+    assert from_huggingface({}, {}, replace(SPEC, preprocessing=OTHER)) == OTHER
     for wrong in ({"image_std": [0.0, 1.0, 1.0]}, {"image_mean": "x"}, {"rescale_factor": 0}):
         with pytest.raises(ValueError, match=r"std|mean|rescale_factor"):
-            from_huggingface(wrong, {}, Preprocessing())
+            from_huggingface(wrong, {}, SPEC)
 
 
 MMSEG = """

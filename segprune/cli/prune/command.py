@@ -62,7 +62,7 @@ from segprune.pruning.prune import make_pruner
 from segprune.pruning.pruner import Pruner
 from segprune.pruning.synthetic import synthetic_images
 from segprune.runs.folder import check_kept, check_not_overwritten, classes_of
-from segprune.spec import Preprocessing, standard_spec
+from segprune.spec import Spec, preprocessing_of, standard_spec, stated_preprocessing
 from segprune.timing import Latency, Precision, measure_latency, measure_parts
 from segprune.training.options import TrainOptions
 from segprune.training.rates import advise_rate, choose_rates
@@ -121,7 +121,7 @@ def run(
     batches: list[Tensor] = []
     synthetic = False
     if needs_images(options, out):
-        batches = _load_images(options, images, source, opened.spec.preprocessing)
+        batches = _load_images(options, images, source, opened.spec)
         if not batches and network.model_path and may_draw_images(options, images, tune):
             batches, synthetic = _draw_images(dense, options, images.num_images), True
         # Random weights, or data without images: nothing is repaired.
@@ -298,7 +298,7 @@ def _open_data(
             tune.val_split,
             tune.val_share,
             seed,
-            opened.spec.preprocessing,
+            preprocessing_of(opened),
         ),
         skip_bad=tune.skip_bad,
         num_workers=tune.num_workers,
@@ -312,7 +312,7 @@ def _load_images(
     options: PruneOptions,
     images: ImageFlags,
     source: Source | None,
-    preprocessing: Preprocessing,
+    spec: Spec,
 ) -> list[Tensor]:
     """Returns images for the plan, the method and the repair: none where none were given, or the data has none."""
     # Images that were given come before those of the data set.
@@ -328,8 +328,9 @@ def _load_images(
             raise
         show_notes((f"No repair, since there are no images for it: {error}",))
         return []
-    loaded = load_images(places, images.num_images, options.input_shape)
-    return batch_images(loaded, preprocessing)
+    own = stated_preprocessing(spec)
+    loaded = load_images(places, images.num_images, options.input_shape, own.num_channels)
+    return batch_images(loaded, own)
 
 
 def _draw_images(dense: SegFormer, options: PruneOptions, number: int) -> list[Tensor]:

@@ -33,8 +33,9 @@ from segprune.machine import fit_to_machine
 from segprune.model import SegFormer, check_input
 from segprune.runs.fit import Resumable, RunStopped, fit, load_resumable
 from segprune.runs.folder import BEST, LAST, Fit, Saving, check_not_overwritten
-from segprune.spec import Spec, standard_spec
+from segprune.spec import Spec, preprocessing_of, standard_spec
 from segprune.training.losses import compute_class_weights
+from segprune.training.objective import check_same_images
 from segprune.training.options import TrainOptions
 from segprune.training.rates import choose_rates
 from segprune.training.state import TrainingInterrupted, fingerprint_of
@@ -79,7 +80,7 @@ def run(
     settings = replace(settings, options=options)
     # Checks how many weights there are; the true ones need the labels, which come later.
     compute_class_weights(options.class_weights, (1,) * num_classes)
-    teacher = _read_teacher(settings, num_classes)
+    teacher = _read_teacher(settings, model.spec)
     read = {"phi": model.spec.variant, "num_classes": num_classes, "lr": options.lr}
     show_settings("Resumed training" if resumed else "Training", settings.merged(), given, read)
     show_notes((*notes, reason, *chosen, *_note_other_labels(teacher, model.spec)))
@@ -100,7 +101,7 @@ def run(
             start.val_split,
             start.val_share,
             options.seed,
-            model.spec.preprocessing,
+            preprocessing_of(model),
         ),
         skip_bad=start.skip_bad,
         num_workers=options.num_workers,
@@ -225,8 +226,8 @@ def _with_drop_path(spec: Spec, rate: float | None) -> Spec:
     )
 
 
-def _read_teacher(settings: TrainSettings, num_classes: int) -> Checkpoint | None:
-    """Returns the dense network to learn from, if there is to be one; refused if it has another number of classes."""
+def _read_teacher(settings: TrainSettings, spec: Spec) -> Checkpoint | None:
+    """Returns the dense network to learn from, if there is to be one; refused for other numbers of classes or channels."""
     path = settings.start.teacher
     if not path:
         return None
@@ -246,9 +247,10 @@ def _read_teacher(settings: TrainSettings, num_classes: int) -> Checkpoint | Non
 
     # Flags hold for both networks; without them each is read as its own file says.
     teacher = settings.inputs.apply(teacher)
-    if teacher.spec.num_classes != num_classes:
+    check_same_images(teacher.spec, spec)
+    if teacher.spec.num_classes != spec.num_classes:
         raise ValueError(
-            f"--teacher {path} has {teacher.spec.num_classes} classes and the network to train {num_classes}; give a "
+            f"--teacher {path} has {teacher.spec.num_classes} classes and the network to train {spec.num_classes}; give a "
             "teacher that was trained for the same classes (another number often means another rule of which label "
             "is ignored)."
         )

@@ -36,7 +36,8 @@ def prune_depth(
     kept = pruner.protected_names()
 
     device = next(dense.parameters()).device
-    seen = images or [batch.to(device) for batch in noise(input_shape)]
+    drawn = noise(input_shape, channels=dense.spec.in_channels)
+    seen = images or [batch.to(device) for batch in drawn]
     scores = branch_scores(dense, seen, progress=progress)
     free = {
         branch: score

@@ -11,7 +11,7 @@ from segprune.model import SegFormer, to_map
 from segprune.pruning.depth.branches import Branch, branches
 from segprune.pruning.images import checked_images
 from segprune.pruning.trace import eval_mode
-from segprune.spec import block_name
+from segprune.spec import RGB, block_name
 from segprune.timing import tf32_products
 
 BlockIndex = tuple[int, int]  # stage, block
@@ -116,8 +116,10 @@ def _divergence(dense: Tensor, other: Tensor) -> float:
     return float((wanted.exp() * (wanted - actual)).sum(1).mean().clamp_min(0.0))
 
 
-def noise(input_shape: Size, count: int = 32, seed: int = 0) -> list[Tensor]:
-    """Returns one batch B 3 H W to give in place of images where there are none, on the CPU.
+def noise(
+    input_shape: Size, count: int = 32, seed: int = 0, channels: int = RGB
+) -> list[Tensor]:
+    """Returns one batch B C H W to give in place of images where there are none, on the CPU.
 
     Structure of all sizes, as photographs have it: a spectrum that falls with one over the frequency, colours that
     agree more than they differ, standardised. On b0s trained on generated pictures it ranked branches much as these do,
@@ -127,11 +129,11 @@ def noise(input_shape: Size, count: int = 32, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     # White noise, divided by the frequency in Fourier space: amplitude 1/f, power 1/f².
-    white = torch.randn(count, 3, height, width, generator=generator)
+    white = torch.randn(count, channels, height, width, generator=generator)
     frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1 / max(height, width)  # the mean, as strong as the longest wave
     pink = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
 
-    # The three colours agree more than they differ.
+    # The colours agree more than they differ.
     pink = pink + pink.mean(1, keepdim=True) * 3.0
     return [(pink - pink.mean()) / pink.std()]

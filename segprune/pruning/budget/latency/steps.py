@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from segprune.model import PatchEmbed, attend, pool_map, to_map, to_tokens
 from segprune.shapes_only import without_weights
-from segprune.spec import BlockSpec, Spec, StageSpec, block_name, stage_name
+from segprune.spec import KERNEL_SIZES, BlockSpec, Spec, StageSpec, block_name, stage_name
 from segprune.stats import Layer, layers
 from segprune.timing import DTYPE_OF, Precision
 
@@ -231,10 +231,10 @@ def _embed(place: Place, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Runne
         lambda: PatchEmbed(dims[0], StageSpec(dims[1], kernel, stride, 1, ()), 1e-5)
     )
 
-    # Images lie as B 3 H W in memory, the maps between stages channels-last.
+    # Images, which the first stage reads, lie as B C H W in memory, the maps between stages channels-last.
     x = (
-        place.ones((batch, 3, height), width)
-        if dims[0] == 3
+        place.ones((batch, dims[0], height), width)
+        if kernel == KERNEL_SIZES[0]
         else place.map((batch, height, width), dims[0])
     )
     return lambda: module(x)[0]
