@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.trained_like import fill
 from segprune.checkpoint import convert, from_state_dict, load, read
+from segprune.checkpoint.dialects import HEADS, NUMERICS
 from segprune.checkpoint.numerics import with_rgb
 from segprune.checkpoint.preprocessing import read_meta
 from segprune.model import SegFormer
@@ -29,8 +30,8 @@ def network_of(spec: Spec, preprocessing: Preprocessing = FOUR) -> SegFormer:
 
 @pytest.mark.parametrize("dialect", ["hf", "nvlabs", "bubbliiiing", "mmseg"])
 def test_channels_and_their_mean_go_through_every_dialect(dialect: str, tmp_path: Path) -> None:
-    spec = replace(standard_spec("b0", 4), head="conv" if dialect == "mmseg" else "mlp")
-    model = network_of(spec)
+    spec = standard_spec("b0", 4, numerics=NUMERICS[dialect])
+    model = network_of(replace(spec, head=HEADS[dialect]))
     target = tmp_path / ("folder" if dialect == "hf" else "x.pth")
     written = convert(model, target, dialect)
 
@@ -96,6 +97,8 @@ def test_a_spec_of_three_channels_is_written_as_before_and_others_say_theirs(
     data = json.loads(json.dumps(spec_to_dict(four)))
     assert data["in_channels"] == 4
     assert spec_from_dict(data) == four
+    with pytest.raises(ValueError, match="`mean` has 4 numbers and `std` 3"):
+        Preprocessing(mean=FOUR.mean)
     for wrong in (0, 4.0, True, 2000, None):
         with pytest.raises(ValueError, match="in_channels"):
             spec_from_dict(data | {"in_channels": wrong})
