@@ -12,7 +12,6 @@ from torch.nn.functional import one_hot
 from segprune import checkpoint
 from segprune.benchmark.cases import LIVE, Case
 from segprune.compiler import compile_for_one_shape
-from segprune.data.transforms import IMAGENET
 from segprune.export import open_exported
 from segprune.fold import fold_for_inference
 from segprune.spec import RGB, Preprocessing, Spec, preprocessing_of_drawn
@@ -119,7 +118,7 @@ def _open_exported(case: Case) -> Opened:
         case,
         runtime.name,
         manifest.num_classes,
-        IMAGENET if manifest.spec is None else preprocessing_of_drawn(manifest.spec),
+        Preprocessing() if manifest.spec is None else preprocessing_of_drawn(manifest.spec),
         macs,
         runtime,
         lambda: runtime.run(x),
