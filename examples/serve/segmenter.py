@@ -113,6 +113,11 @@ def open_segmenter(
         raise ValueError(
             f"{path} is no ONNX file, or only a part of one; copy it again, or give another."
         ) from error
+    channels = _count_channels(description)
+    if channels != len(USUAL_PIXELS["mean"]):
+        raise ValueError(
+            f"{path} takes images of {channels} channels, where uploads are RGB; give a file that takes these."
+        )
     if not _is_whole(description):
         raise ValueError(
             f"{path} does not say what it takes and returns; give a file that segprune export wrote."
@@ -162,6 +167,13 @@ def _is_whole(description: Any) -> bool:
         and all(type(number) is int and 0 <= number <= 255 for number in palette)
         and all(len(_pixels_in(description)[name]) == 3 for name in ("mean", "std"))
     )
+
+
+def _count_channels(description: Any) -> Any:
+    """Returns how many channels the network's images have, as far as it is stated."""
+    spec = description.get("spec") if isinstance(description, dict) else None
+    usual = len(USUAL_PIXELS["mean"])
+    return spec.get("in_channels", usual) if isinstance(spec, dict) else usual
 
 
 def _pixels_in(description: dict[str, Any]) -> dict[str, Any]:

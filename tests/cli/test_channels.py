@@ -159,6 +159,8 @@ def test_four_channels_are_pruned_repaired_fine_tuned_and_scored(
         tmp_path,
         "--num_images",
         3,
+        "--round_to",
+        1,
         *SIZE,
         *HERE,
     )

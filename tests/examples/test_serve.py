@@ -655,6 +655,18 @@ def test_a_file_that_says_odd_things_of_itself_is_refused(
         open_segmenter(str(tmp_path / "odd.onnx"))
 
 
+def test_a_file_of_other_channels_is_refused_with_their_number(
+    work: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(work / "plain.onnx")
+    entry = next(entry for entry in model.metadata_props if entry.key == "segprune")
+    says = json.loads(entry.value)
+    entry.value = json.dumps(says | {"spec": says["spec"] | {"in_channels": 4}})
+    onnx.save(model, tmp_path / "four.onnx")
+    with pytest.raises(ValueError, match=r"four\.onnx takes images of 4 channels"):
+        open_segmenter(str(tmp_path / "four.onnx"))
+
+
 def test_images_are_read_as_segprune_reads_them(tmp_path: Path) -> None:
     for kind, image in (("PNG", photo().convert("LA")), ("TIFF", photo().convert("CMYK"))):
         (tmp_path / "it").write_bytes(encoded(image, kind))
