@@ -35,8 +35,13 @@ CASES: dict[str, dict[str, Any]] = {
     "onnx fp16": {"format": "onnx", "precision": "fp16"},
     "onnx int8": {"format": "onnx", "precision": "int8"},
     "openvino": {"format": "openvino", "batch": 1},
-    "openvino fp16": {"format": "openvino", "precision": "fp16"},
-    "openvino baked": {"format": "openvino", "preprocess": True, "argmax": True, "batch": 1},
+    "openvino fp16 baked": {
+        "format": "openvino",
+        "precision": "fp16",
+        "preprocess": True,
+        "argmax": True,
+        "batch": 1,
+    },
     "openvino int8": {"format": "openvino", "precision": "int8", "batch": 1},
     "pt2": {"format": "pt2", "preprocess": True, "argmax": True, "batch": 1},
     "torchscript": {"format": "torchscript"},
@@ -111,7 +116,8 @@ def test_the_file_gives_the_networks_logits_in_batches_of_any_size(
     x = images(3)  # no multiple of the file's batch
     if manifest.argmax:
         with torch.no_grad():
-            assert torch.equal(runtime(x).argmax(1), network(x).argmax(1))
+            same = runtime(x).argmax(1) == network(x).argmax(1)
+        assert float(same.float().mean()) > {"fp32": 0.9999, "fp16": 0.995}[manifest.precision]
     else:
         assert (
             relative(runtime, network, x)
@@ -332,7 +338,9 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     assert not is_compiled(tmp_path / "other.torchscript")
 
 
-@pytest.mark.parametrize("case", ["openvino", "openvino baked"], indirect=True, scope="module")
+@pytest.mark.parametrize(
+    "case", ["openvino", "openvino fp16 baked"], indirect=True, scope="module"
+)
 def test_an_openvino_file_of_one_size_takes_no_other_and_names_what_it_gives(
     case: Case,
 ) -> None:

@@ -97,7 +97,7 @@ def test_an_onnx_file_names_what_stays_float32(overflowing: SegFormer, tmp_path:
     weights = [tensor for tensor in onnx.load(path).graph.initializer if len(tensor.dims) > 1]
     full = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.FLOAT]
     assert len(full) == 2
-    assert len(weights) > 20
+    assert len(weights) > 2 * len(full)
 
 
 def test_openvino_is_told_to_leave_them_in_float32(
@@ -115,7 +115,7 @@ def test_openvino_is_told_to_leave_them_in_float32(
             assert full == ("DisablePrecisionConversion_0" in layer.get_rt_info())
             products.append(full)
     assert sum(products) == 2
-    assert len(products) > 20
+    assert len(products) > 2 * sum(products)
 
 
 @pytest.mark.cuda
