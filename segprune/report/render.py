@@ -27,6 +27,7 @@ Language = Literal["en", "zh"]
 TEMPLATES = Path(__file__).parent / "templates"
 UNITS = {"parameters": 1e6, "macs": 1e9, "latency_ms": 1.0}  # of an axis
 COLOURS = ("#2a78c2", "#d9822b", "#3a9a5b", "#b0508f", "#8a6bbf", "#a08a2a")  # of the curves
+FELT = 0.005  # of mIoU or IoU: what is lost below is not worth a warning, or a fine-tuning
 LEAST_MIOU = 0.02  # that the y axis of the trade-off spans: less looks like a difference where there is none
 
 
@@ -58,6 +59,7 @@ def render(facts: Facts, gallery: Gallery, lang: Language) -> str:
             dense=facts.networks[0] if facts.networks else None,
             last=facts.networks[-1] if facts.networks else None,
             notes=notes,
+            felt=FELT,
             lang=lang,
             version=segprune.__version__,
             kinds=WIDTHS,
@@ -111,7 +113,7 @@ def number(value: float | None, digits: int = 2, unit: float = 1.0) -> str:
 def _signed(value: float) -> str:
     # A true minus is as wide as the plus, and 0 has no sign.
     rounded = round(value, 1)
-    sign = "+" if rounded > 0 else "−" if rounded < 0 else "±"
+    sign = "+" if rounded > 0 else "−" if rounded < 0 else ""
     return f"{sign}{abs(rounded):.1f}"
 
 

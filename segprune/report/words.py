@@ -29,6 +29,27 @@ WORDS: dict[str, tuple[str, str]] = {
         "The class that is recognised worst is {name}: its IoU is {after}.",
         "识别最差的类别是 {name}：IoU 为 {after}。",
     ),
+    "quality_kept": (
+        "Quality has hardly changed: mIoU {before} before, {after} after.",
+        "质量几乎没有变化：mIoU 之前 {before}，之后 {after}。",
+    ),
+    "quality_fell": (
+        "Quality fell: mIoU {before} before, {after} after.",
+        "质量下降：mIoU 之前 {before}，之后 {after}。",
+    ),
+    "quality_rose": (
+        "Quality rose: mIoU {before} before, {after} after.",
+        "质量上升：mIoU 之前 {before}，之后 {after}。",
+    ),
+    "none_suffers": (
+        "No class lost more than {points} points of IoU.",
+        "没有任何类别的 IoU 损失超过 {points} 个百分点。",
+    ),
+    "folding_saved": (
+        "Of the work, {folded} went by folding the decode head, which leaves the output as it is; the rest by removing "
+        "channels.",
+        "其中 {folded} 的计算量由折叠解码头省去（输出不变），其余由移除通道省去。",
+    ),
     "next_step": ("What to do next: {what}.", "下一步：{what}。"),
     "random": (
         "The weights are random: sizes and times are true, the quality means nothing.",
@@ -51,9 +72,9 @@ WORDS: dict[str, tuple[str, str]] = {
     "images": ("Before and after, by eye", "前后对比"),
     "images_one": ("What the network sees", "网络看到了什么"),
     "rule_two": (
-        "{tried} validation images at most, spread evenly, were tried. The worst ones lost most correct pixels; the "
-        "typical ones lie in the middle.",
-        "从验证集中等间隔取最多 {tried} 张图像。“最差”是正确像素损失最多的，“典型”位于中间。",
+        "{tried} validation images at most, spread evenly, were tried. Some lost most correct pixels of "
+        "them; the typical ones lie in the middle.",
+        "从验证集中等间隔取最多 {tried} 张图像。“损失最大”是正确像素损失最多的，“典型”位于中间。",
     ),
     "rule_one": (
         "{tried} validation images at most, spread evenly, were tried. The worst ones have fewest correct pixels; the "
@@ -61,6 +82,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "从验证集中等间隔取最多 {tried} 张图像。“最差”是正确像素最少的，“典型”位于中间。",
     ),
     "worst": ("worst", "最差"),
+    "worst_two": ("lost most", "损失最大"),
     "typical": ("typical", "典型"),
     "right_two": (
         "{before} of the pixels right before, {after} after",
@@ -85,8 +107,9 @@ WORDS: dict[str, tuple[str, str]] = {
     # Classes.
     "classes": ("Quality of each class", "各类别质量"),
     "classes_two": (
-        "IoU: the share of a class's area that is found and right. The class that lost most stands first.",
-        "IoU：类别区域中找到且正确的比例。损失最大的类别排在最前。",
+        "IoU: the share of a class's area that is found and right. The class that lost most stands first. Upper bar: "
+        "before. Lower bar: after.",
+        "IoU：类别区域中找到且正确的比例。损失最大的类别排在最前。上方条形：之前；下方条形：之后。",
     ),
     "classes_one": (
         "IoU: the share of a class's area that is found and right. The worst class stands first.",
@@ -100,8 +123,11 @@ WORDS: dict[str, tuple[str, str]] = {
     # What was removed.
     "removed": ("What was removed", "移除了什么"),
     "removed_help": (
-        "Channels of every block, kept of dense. The filled part of a bar is what was kept.",
-        "每个模块的通道数：保留 / 原始。条形的填充部分为保留的部分。",
+        "How many channels each block keeps, of how many it had; the filled part of a bar is what it keeps. Stage width: "
+        "what all blocks of a stage read and write. Heads, queries and keys, values and reduction belong to the attention, "
+        "FFN is the hidden layer after it. A blank: the block has no such part.",
+        "每个模块保留的通道数 / 原有的通道数；条形的填充部分为保留的部分。阶段宽度：该阶段所有模块读写的通道；"
+        "注意力头、查询与键、值、缩减属于注意力，FFN 是其后的隐藏层。空白：该模块没有这一部分。",
     ),
     "block": ("stage.block", "阶段.模块"),
     "kind_stage": ("stage width", "阶段宽度"),
@@ -180,7 +206,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "剪枝后用 {images} 张图像以最小二乘重新求解各层，未经任何训练。",
     ),
     # What comes next.
-    "commands": ("Go on with", "后续命令"),
+    "commands": ("What to type next, in a terminal", "接下来在终端中输入"),
     "copy": ("Copy", "复制"),
     "copied": ("Copied", "已复制"),
     "do_finetune": (
@@ -189,7 +215,10 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "do_export": ("export it for other runtimes", "导出到其他运行时"),
     "do_benchmark": ("measure both side by side", "并排测速"),
-    "do_predict": ("try it on your own images", "在自己的图像上试用"),
+    "do_predict": (
+        "try it on your own images (put your folder in place of IMAGES)",
+        "在自己的图像上试用（将 IMAGES 换成您的文件夹）",
+    ),
     "do_prune": ("prune the network", "对网络剪枝"),
     # Settings.
     "settings": ("Settings and versions", "设置与版本"),

@@ -38,6 +38,7 @@ def shown(results: Path) -> Iterator[Shown]:
             executable_path=EXECUTABLE, args=["--no-sandbox"], timeout=120_000
         )
         page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        page.set_default_timeout(120_000)  # the machine may be busy
         opened = Shown(page, path)
         page.on("request", lambda request: opened.requests.append(request.url))
         page.on("pageerror", lambda error: opened.complaints.append(str(error)))
