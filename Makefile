@@ -31,7 +31,7 @@ demo: $(VENV)/run.stamp
 	$(PY) train.py --data $(DEMO)/shapes --phi b0 --num_classes 8 --input_shape 128 128 \
 	    --epochs 4 --scale 0.75 1.5 --drop_path 0 --save_dir $(DEMO)/logs
 	$(PY) prune_train.py --model_path $(DEMO)/logs/best_epoch_weights.pth --pruning_rate 0.5 --input_shape 128 128 \
-	    --data $(DEMO)/shapes --epochs 1 --scale 0.75 1.5 --save_dir $(DEMO)/logs_pruning
+	    --data $(DEMO)/shapes --epochs 1 --save_dir $(DEMO)/logs_pruning
 
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/test.stamp

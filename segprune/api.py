@@ -41,6 +41,7 @@ from segprune.inference.label_maps import EvalMode, Predict
 from segprune.machine import choose_workers, fit_to_machine
 from segprune.model import SegFormer
 from segprune.pruning.budget import Trial
+from segprune.pruning.importance import NEED_IMAGES
 from segprune.pruning.options import PruneOptions
 from segprune.pruning.prune import Pruned, make_pruner, with_counts
 from segprune.pruning.prune import prune as prune_network
@@ -127,7 +128,8 @@ def prune(
             )
 
     images = list(images)
-    if data is not None and not images and options.repair is not False:
+    needed = options.repair is not False or options.pruning_method in NEED_IMAGES
+    if data is not None and not images and needed:
         channels = preprocessing_of(model).num_channels
         images = load_images(data, NUM_IMAGES, options.input_shape, channels)
     if options.max_drop is None:

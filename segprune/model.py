@@ -323,8 +323,7 @@ class DecodeHead(nn.Module):
 
     def fused(self, maps: list[Tensor]) -> Tensor:
         """Returns what the BatchNorm reads, B D H/4 W/4."""
-        # Every stage's products are taken at its own
-        # size, then upsampled to the first stage's.
+        # Every stage's products are taken at its own size, then upsampled to the first stage's.
         size, parts = maps[0].shape[2:], []
         for i, x in enumerate(maps):
             x = self.hidden(i, x)

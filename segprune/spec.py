@@ -223,8 +223,9 @@ class StageSpec:
 class HeadForm:
     """How a decode head turns the stages' maps into the one that its BatchNorm and its classifier read.
 
-    Every form begins with one product over channels per stage, its branches. Model, counts, times and file names are
-    derived from this record, so a further form is one more row of `HEAD_FORMS`.
+    Every form begins with one product over channels per stage, its branches. Parameters and MACs follow from this record.
+    A further form also needs a name in `Head`, its sum in `DecodeHead.fused`, and, if it can be folded, repaired or timed
+    step by step, a branch in fold.py, repair/head.py and latency/steps.py.
     """
 
     name: str
@@ -339,8 +340,7 @@ def standard_spec(
 
     stages = []
     for i, (width, depth) in enumerate(zip(WIDTHS[variant], DEPTHS[variant], strict=True)):
-        # A dense stage repeats one block: heads share
-        # the width, FFNs are four times as wide.
+        # A dense stage repeats one block: heads share the width, FFNs are four times as wide.
         block = _uniform_block(width, NUM_HEADS[i], FFN_RATIO * width, REDUCTION_RATIOS[i])
         stages.append(
             StageSpec(width, KERNEL_SIZES[i], STRIDES[i], REDUCTION_RATIOS[i], (block,) * depth)

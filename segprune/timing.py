@@ -257,8 +257,7 @@ def time_passes(
             replays.append(Turn(replay.prepare, device, REPLAYS))
         calls.append(Turn(each.prepare, device))
 
-    # Graphs take turns with calls from Python, so
-    # that both see the machine in the same state.
+    # Graphs take turns with calls from Python, so that both see the machine in the same state.
     rows = time_in_turns(
         [*replays, *calls],
         max_rounds=max_rounds,

@@ -50,6 +50,14 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_criterion_sees_the_datas_images_where_nothing_is_repaired(
+    dense: Path, data: Path
+) -> None:
+    options = {"pruning_method": "taylor", "repair": False, "input_shape": SIZE}
+    pruned = segprune.prune(segprune.load(dense), 0.5, data=data, **options)
+    assert pruned.notes == ()  # else: that synthetic ones stood in for them
+
+
 def test_ten_lines_do_what_prune_train_does(
     dense: Path, data: Path, tmp_path: Path, capfd: Any
 ) -> None:

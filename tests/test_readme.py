@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import Field, fields
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.main import get_command
 
 from segprune.cli import app
 from segprune.cli.flags import InputFlags
@@ -258,3 +260,15 @@ def test_the_readme_s_make_targets_run_the_doors_and_the_tests() -> None:
         True,
     ]
     assert "-m pytest" in plans["test"].stdout
+
+    # Every command of the demo is parsed, up to the check that its files are there.
+    lines = plans["demo"].stdout.replace("\\\n", " ").splitlines()
+    parsed = 0
+    for words in map(shlex.split, lines):
+        names = {"train.py": ["train"], "prune_train.py": ["prune"], "segprune": []}
+        if len(words) > 1 and (words[1] in names or words[1:3] == ["-m", "segprune"]):
+            start = 2 if words[1] in names else 3
+            command, *flags = [*names.get(words[1], []), *words[start:]]
+            get_command(app).commands[command].make_context(command, flags)
+            parsed += 1
+    assert parsed == 3

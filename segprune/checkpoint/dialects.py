@@ -28,10 +28,9 @@ NUMERICS = {
 HEADS: dict[str, Head] = {**dict.fromkeys(NUMERICS, "mlp"), "mmseg": "conv"}
 DIALECTS = ("segprune", *NUMERICS)
 
-# Our name of each part of a stage, then theirs in four columns: nvlabs
-# (also bubbliiiing and smp), hf on disk, hf in memory from 5.9 on,
-# mmseg. {i} is the stage counted from 0, {s} from 1. An empty cell is
-# a layer that the code base joins with others, or does not join.
+# Our name of each part of a stage, then theirs in four columns: nvlabs (also bubbliiiing and
+# smp), hf on disk, hf in memory from 5.9 on, mmseg. {i} is the stage counted from 0, {s} from
+# 1. An empty cell is a layer that the code base joins with others, or does not join.
 _PARTS = {
     "patch_embed.proj": (
         "patch_embed{s}.proj",

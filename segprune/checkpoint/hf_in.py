@@ -157,8 +157,7 @@ def record_from_folder(
     """Returns the content of a folder that `convert` wrote with our own code, in the form of our files."""
     labels = config.get("id2label")
     return {
-        # Weights lie in the attribute `network` of
-        # the class that was copied into the folder.
+        # Weights lie in the attribute `network` of the class that was copied into the folder.
         "format": FORMAT,
         "version": VERSION,
         "spec": config.get("spec"),

@@ -42,8 +42,7 @@ def with_numerics(
             if key in state and factor != 1.0:
                 state[key] = _multiply(state[key], factor)
 
-    # A BatchNorm divides by √(variance + eps), so
-    # its weight takes the ratio of the two roots.
+    # A BatchNorm divides by √(variance + eps), so its weight takes the ratio of the two roots.
     for key in [key for key in state if key.endswith(".running_var")]:
         variance, weight = state[key].double(), f"{key.removesuffix('running_var')}weight"
         ratio = (variance + numerics.bn_eps) / (variance + old.bn_eps)

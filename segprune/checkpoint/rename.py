@@ -306,8 +306,7 @@ def _find_variant(widths: tuple[int, ...], depths: tuple[int, ...], *, narrowed:
         if (widths, depths) == (WIDTHS[variant], DEPTHS[variant]):
             return variant
     for variant in VARIANTS:
-        # Depths must be a variant's. The first width
-        # tells b0 from b1, which are equally deep.
+        # Depths must be a variant's. The first width tells b0 from b1, which are equally deep.
         if narrowed and (widths[0], depths) == (WIDTHS[variant][0], DEPTHS[variant]):
             return variant
     if narrowed and all(depths):

@@ -345,7 +345,7 @@ class _Measurer:
             plan = self.decide(replace(self.options[case.method], pruning_rate=case.rate))
             with progress_bar(f"repairing at rate {case.rate:g}") as advance:
                 self.pruner.progress = advance
-                network = self.pruner.carry_out(prepared, plan)
+                network = self.pruner.cut_and_repair(prepared, plan)
         assert isinstance(network, SegFormer)
         return plan, network
 

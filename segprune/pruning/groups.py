@@ -321,8 +321,7 @@ def _find_members(
 ) -> list[Member]:
     members: list[Member] = []
     for item in items:
-        # The tracer's own items, for concatenations and reshapes, hold no channels to
-        # remove.
+        # The tracer's own items, for concatenations and reshapes, hold no channels to remove.
         if isinstance(item.module, nn.Module) and item.module in names:
             members += _members(graph, item, names[item.module], modules)
     return members
@@ -355,8 +354,7 @@ def _can_cut(module: nn.Module) -> bool:
     ):
         return False
 
-    # Activations, pooling and the like work at any width; unknown layers with weights do
-    # not.
+    # Activations, pooling and the like work at any width; unknown layers with weights do not.
     return not any(True for _ in module.parameters())
 
 
@@ -376,8 +374,7 @@ def _members(
     positions = np.asarray(item.positions, dtype=np.int64)
     channels = np.asarray(item.channels, dtype=np.int64)
 
-    # Layers whose input and output channels are the same are listed once, as an output
-    # side.
+    # Layers whose input and output channels are the same are listed once, as an output side.
     one_sided = isinstance(module, NORMS) or is_depthwise(module)
     side: Side = (
         "out" if one_sided or graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
@@ -411,9 +408,8 @@ def _named_group(
         parent = modules.get(parent_name)
         grandparent = modules.get(parent_name.rpartition(".")[0])
 
-        # One member decides a kind: the patch embedding starts the residual stream, the
-        # head's BatchNorm reads the fused sum, the depth-wise convolution lies within the
-        # FFN.
+        # One member decides a kind: the patch embedding starts the residual stream, the head's
+        # BatchNorm reads the fused sum, the depth-wise convolution lies within the FFN.
         if member.side == "out" and isinstance(parent, PatchEmbed):
             names["stage"] = parent_name.removesuffix("patch_embed") + "width"
         elif isinstance(parent, DecodeHead) and leaf == "norm":

@@ -23,8 +23,9 @@ Widths = np.ndarray[
 WHAT = "the JSON file of a plan"
 EXPLAINED = (
     "width: channels kept in each of a group's parts (heads), from 1 to `slots`. Edit it, then run the same command "
-    "with --plan and this file; which channels are kept is decided by their scores. share_of_params, share_of_macs: "
-    "what the whole group costs, as a share of the network; share_of_time, where curves decided: of the estimated time. "
+    "with --plan and this file; which channels are kept is decided anew, by images or by scores. share_of_params, "
+    "share_of_macs: what the whole group costs, as a share of the network; share_of_time, where curves decided: of the "
+    "estimated time. "
     "expected_loss, where curves decided: the divergence of the "
     "logits after the repair, in nats per pixel, that this group alone would cause."
 )

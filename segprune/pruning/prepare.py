@@ -59,8 +59,7 @@ class Prepared:
 
 def stock_spec(model: nn.Module) -> Spec | None:
     """Returns the spec if `model` is a SegFormer exactly as its spec builds it, else None."""
-    # A subclass may compute anything, and so may a network with modules replaced or
-    # reshaped.
+    # A subclass may compute anything, and so may a network with modules replaced or reshaped.
     if type(model) is not SegFormer:
         return None
 

@@ -123,7 +123,7 @@ class Pruner:
         scores = self.score(prepared)
         self.plan = self.decide(prepared, scores)
         self.record = self.describe(prepared, self.plan)
-        return self._give_back(self.carry_out(prepared, self.plan))
+        return self._give_back(self.cut_and_repair(prepared, self.plan))
 
     def _give_back(self, pruned: nn.Module) -> nn.Module:
         """Returns it as it was given: code that trains a network of transformers calls it with labels, for a loss."""
@@ -157,7 +157,7 @@ class Pruner:
             self.options,
             self._reach(prepared),
             decide,
-            partial(self.carry_out, prepared),
+            partial(self.cut_and_repair, prepared),
             score,
             on_trial,
         )
@@ -182,19 +182,6 @@ class Pruner:
             precision=place.precision,
         )
         return max(0.0, 1.0 - folded.median_ms / dense.median_ms), HIGHEST_RATE
-
-    def carry_out(self, prepared: Prepared, plan: Plan) -> nn.Module:
-        """Returns a new network, cut as planned, and repaired if that is wanted."""
-        pruned = cut(prepared, plan)
-        check_cut(prepared, plan, pruned)
-        pruned = self.repair(prepared, plan, pruned)
-
-        # Stock classes know the published decode head alone.
-        return (
-            unfold_decoder(pruned)
-            if self.options.uniform and isinstance(pruned, SegFormer)
-            else pruned
-        )
 
     def prepare(self, example_inputs: Any = None) -> Prepared:
         """Returns a copy of the network, folded if it is to be, and the groups that may be cut in it."""
@@ -224,12 +211,12 @@ class Pruner:
             prepared.model,
             prepared.groups,
             options.pruning_method,
-            self.find_images(prepared) if needed else (),
+            self.ensure_images(prepared) if needed else (),
             seed=options.seed,
         )
 
-    def find_images(self, prepared: Prepared) -> list[Any]:
-        """Returns the images: for a stock SegFormer synthetic ones if none were given, drawn once."""
+    def ensure_images(self, prepared: Prepared) -> list[Any]:
+        """Draws synthetic images, once, where a stock SegFormer was given none, and says so in `notes`."""
         if not self.images and prepared.stock:
             assert isinstance(prepared.dense, SegFormer)
             self.images = synthetic_images(
@@ -246,7 +233,15 @@ class Pruner:
         return self.images
 
     def decide(self, prepared: Prepared, scores: Mapping[str, Scores]) -> Plan:
-        """Returns which channels are kept; nothing is cut."""
+        """Returns which channels are kept; nothing is cut. The first that applies:
+
+        uniform                   by_uniform_stages
+        a plan, and images        by_widths_and_curves
+        a plan                    by_widths
+        latency among the rates   by_latency, around one of the next two
+        curves allowed            by_curves
+        else                      by_rate
+        """
         if self.options.max_drop is not None:
             raise ValueError(
                 "`max_drop` needs networks to be scored; call segprune.prune, or Pruner.search, which do."
@@ -261,13 +256,14 @@ class Pruner:
         # measured.
         if self.options.plan is not None and not self.options.uniform:
             if self.options.lets_curves_choose and prepared.stock:
-                images = self.find_images(prepared)
+                images = self.ensure_images(prepared)
                 return by_widths_and_curves(
                     prepared, scores, images, self.options, self.progress
                 )
             return by_widths(prepared, scores, self.options)
 
-        return self.make_decider(prepared, scores)(self.options)
+        decider = self.make_decider(prepared, scores)
+        return decider(self.options)
 
     def make_decider(
         self, prepared: Prepared, scores: Mapping[str, Scores]
@@ -283,7 +279,7 @@ class Pruner:
 
         solver = None
         if self._uses_curves(prepared):
-            images = self.find_images(prepared)
+            images = self.ensure_images(prepared)
             solver = solve_by_curves(prepared, scores, images, self.options, self.progress)
 
         # Latency is predicted, measured and corrected, around a solver for ordinary
@@ -315,6 +311,19 @@ class Pruner:
             )
         return self.options.may_use_curves and prepared.stock
 
+    def cut_and_repair(self, prepared: Prepared, plan: Plan) -> nn.Module:
+        """Returns a new network, cut as planned, and repaired if that is wanted."""
+        pruned = cut(prepared, plan)
+        check_cut(prepared, plan, pruned)
+        pruned = self.repair(prepared, plan, pruned)
+
+        # Stock classes know the published decode head alone.
+        return (
+            unfold_decoder(pruned)
+            if self.options.uniform and isinstance(pruned, SegFormer)
+            else pruned
+        )
+
     def repair(self, prepared: Prepared, plan: Plan, pruned: nn.Module) -> nn.Module:
         """Returns the cut network repaired, unless that is switched off or the network is not a stock SegFormer."""
         if self.options.repair is False or not prepared.stock:
@@ -322,7 +331,7 @@ class Pruner:
 
         assert isinstance(pruned, SegFormer)
         assert isinstance(prepared.model, SegFormer)
-        images = self.find_images(prepared)
+        images = self.ensure_images(prepared)
 
         # The aim is what the network puts out with the map that it was given with.
         reference = prepared.model

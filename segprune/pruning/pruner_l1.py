@@ -1,4 +1,4 @@
-"""L1Pruner: the pruner that ranks channels by the absolute values of their weights."""
+"""L1Pruner: the pruner of the manual, and the place to protect more layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from segprune.pruning.pruner import Pruner
 
 
 class L1Pruner(Pruner):
-    """`Pruner` with its default method, l1. All arguments are `Pruner`'s.
+    """`Pruner` under the name that torch-pruning's users know. All arguments are `Pruner`'s.
+
+    With images, and synthetic ones count, curves decide; l1 ranks all channels with `plan_by="scores"` or `repair=False`.
 
     >>> from segprune import SegFormer
     >>> from segprune.spec import standard_spec

@@ -63,8 +63,7 @@ def scan(
                 narrower = max(1, round((1.0 - rate) * group.slots))
                 widths.append(narrower if group.name in names else group.slots)
 
-            # Cut, measured and thrown away; the prepared network is the same for every
-            # trial.
+            # Cut, measured and thrown away; the prepared network is the same for every trial.
             network = cut(
                 prepared, keep_best(prepared.groups, scores, np.array(widths, dtype=np.int64))
             )

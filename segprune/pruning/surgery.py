@@ -87,8 +87,7 @@ def _slice(module: nn.Module, side: Side, removed: set[int]) -> None:
     if side == "out" and isinstance(module.bias, nn.Parameter):
         module.bias = _parameter(module.bias, 0, keep)
 
-    # The stored widths have to agree with the weight: repr, tracing and `read_spec` read
-    # them.
+    # The stored widths have to agree with the weight: repr, tracing and `read_spec` read them.
     names = (
         ("out_features", "out_channels") if side == "out" else ("in_features", "in_channels")
     )
@@ -139,8 +138,7 @@ def read_spec(model: SegFormer) -> Spec:
             assert isinstance(module, Block)
             blocks.append(_read_block(block, module))
 
-        # The patch embedding writes the residual stream first, and all of the stage is as
-        # wide.
+        # The patch embedding writes the residual stream first, and all of the stage is as wide.
         width = width_of(model.get_submodule(f"{stage_name(i)}.patch_embed.proj"), "out")
         stages.append(replace(stage, width=width, blocks=tuple(blocks)))
 

@@ -41,8 +41,7 @@ def synthetic_images(
     """
     parameter = model.decode_head.classifier.weight
 
-    # Candidates are small copies of the wanted size, at least 32 pixels: the encoder's
-    # stride.
+    # Candidates are small copies of the wanted size, at least 32 pixels: the encoder's stride.
     scale = min(1.0, SMALL / min(size))
     small = (max(32, round(size[0] * scale)), max(32, round(size[1] * scale)))
     total = count * CANDIDATES

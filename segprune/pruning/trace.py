@@ -124,8 +124,7 @@ def _popper(
     def pop(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
         stack.pop()
 
-        # Layers are recorded when they end, with their inputs by position and by name
-        # alike.
+        # Layers are recorded when they end, with their inputs by position and by name alike.
         layer = _layer(name, module, (*inputs, *named.values()), output)
         if layer is not None:
             result.layers.append(layer)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
 from segprune.pruning.budget.costs import Costs, mix_costs
-from segprune.pruning.budget.curves import save_time
+from segprune.pruning.budget.curves import choose_widths
 from segprune.pruning.budget.rate import Limit
 from segprune.pruning.curves import Curve, allocate, measure_curves, time_costs
 from segprune.pruning.curves.elimination import eliminate
@@ -325,7 +325,7 @@ def test_time_is_saved_where_the_loss_is_not_felt(
     times = []
     for scale in (1e-7, 1.0):
         curves = falling(groups, [scale] * len(groups))
-        widths = save_time(curves, [limit], [curve.widths for curve in curves], work)
+        widths = choose_widths(curves, [limit], [curve.widths for curve in curves], work)
         assert limit.removed(widths) == pytest.approx(0.4, abs=0.005)
         times.append(work.total(widths))
     assert times[0] < 0.97 * times[1]

@@ -86,7 +86,7 @@ def sweep():
         with log.open("a") as file:
             print(case.rate, file=file)
         plan = decide(PruneOptions(pruning_rate=case.rate, round_to=1, repair=False))
-        network = pruner.carry_out(prepared, plan)
+        network = pruner.cut_and_repair(prepared, plan)
         dense, latency = measure_latency([pruner.model, network], (32, 32), max_runs=3)
         parameters = count(network.spec, (32, 32)).parameters
         return {

@@ -2,6 +2,6 @@
 
 flags.py    the flags, beside those of the library's PruneOptions
 command.py  the run, in the order in which things happen
-steps.py    the cut in several steps, with training in between
+search.py   the search for --max_drop, its trials shown as they come
 closing.py  the record that is saved and the table that is printed at the end
 """

@@ -75,7 +75,7 @@ def run(
     options: PruneOptions,
     images: ImageFlags,
     tune: TuneFlags,
-    out: RunFlags,
+    flags: RunFlags,
     inputs: InputFlags,
     given: frozenset[str],
 ) -> None:
@@ -85,32 +85,32 @@ def run(
     `segprune.load` read, and pruning_results.json beside it.
     """
     # Flags that contradict each other are refused before anything is opened.
-    check_flags(given, network, options, images, tune, out)
-    device = choose_device(out.cuda)
+    check_flags(given, network, options, images, tune, flags)
+    device = choose_device(flags.cuda)
 
     # Open the checkpoint.
     opened = inputs.apply(_read_network(network, options.seed))
     check_published(opened.spec, options)
     variant = opened.spec.variant
-    folder = Path(out.save_dir) / options.pruning_method / variant
+    folder = Path(flags.save_dir) / options.pruning_method / variant
     path = folder / f"{variant}_pruned_{_label(options)}.pth"
-    check_kept(path, network.model_path, save_dir=Path(out.save_dir))
+    check_kept(path, network.model_path, save_dir=Path(flags.save_dir))
 
     # Settle the fine-tuning, so that nothing long begins with settings that it cannot have.
-    training, notes = _settle_training(network, options, tune, out, inputs, opened, path)
+    training, notes = _settle_training(network, options, tune, flags, inputs, opened, path)
     # What was chosen is put back into the flags, since these are printed and saved.
     chosen = training.options
     tune = replace(tune, amp=chosen.amp, num_workers=chosen.num_workers)
     if tune.epochs:
         tune = replace(tune, lr=chosen.lr)
-    settings = merge_settings(network, options, images, tune, inputs, out)
+    settings = merge_settings(network, options, images, tune, inputs, flags)
     read = {"phi": variant, "num_classes": opened.spec.num_classes}
     settings |= read
     show_settings("Pruning", settings, given, read | {"dialect": opened.dialect})
     show_notes((*opened.notes, *notes))
 
     # Open the data, and check its labels.
-    source, pixels = (
+    source, class_pixels = (
         _open_data(network, tune, inputs, opened, options.seed) if tune.data else (None, ())
     )
     check_writable(folder)
@@ -120,7 +120,7 @@ def run(
     # Images that were given, those of the data, or synthetic ones made from the network.
     batches: list[Tensor] = []
     synthetic = False
-    if needs_images(options, out):
+    if needs_images(options, flags):
         batches = _load_images(options, images, source, opened.spec)
         if not batches and network.model_path and may_draw_images(options, images, tune):
             batches, synthetic = _draw_images(dense, options, images.num_images), True
@@ -135,7 +135,7 @@ def run(
         table = LatencyTable(device, precision, default_folder())
 
     # Nothing is cut, scored or timed for a plan alone.
-    if out.plan_only:
+    if flags.plan_only:
         pruner = make_pruner(dense, images=batches, options=options, latency_table=table)
         _show_plan(pruner, settings, folder / PLAN)
         return
@@ -155,26 +155,26 @@ def run(
 
     # Save before scoring, which takes long and can be interrupted.
     classes = {} if source is None else classes_of(source, opened.spec.num_classes)
-    how = pruning_config(options, batches, synthetic=synthetic)
-    how["max_drop"] = None if search is None else search.max_drop
+    config = pruning_config(options, batches, synthetic=synthetic)
+    config["max_drop"] = None if search is None else search.max_drop
     # The checkpoint's own class names win over those of the data set.
-    extra = classes | opened.extra | {"pruning": how}
+    extra = classes | opened.extra | {"pruning": config}
     checkpoint.save(pruned, path, extra=extra)
 
     # Score and time the two networks.
     if source is not None and not scores:
-        scores["dense"] = _score(dense, source, options, tune, device, "scoring dense")
-        scores["pruned"] = _score(pruned, source, options, tune, device, "scoring pruned")
+        for name, model in (("dense", dense), ("pruned", pruned)):
+            scores[name] = _score(model, source, options, tune, device, f"scoring {name}")
     times = _time([dense, pruned], options.input_shape, device, precision)
 
     # Written before fine-tuning too, which may not come to its end.
-    record = results_record(opened, pruned, *times, scores, how, settings) | {
+    record = results_record(opened, pruned, *times, scores, config, settings) | {
         "model_save_path": str(path),
         "class_names": extra.get("class_names", []),
         "plan": plan,
     }
     if search is not None:
-        paths = save_neighbours(search, path, extra, how)
+        paths = save_neighbours(search, path, extra, config)
         record["search"] = search_record(search, options, paths)
     write_json(record, folder / RESULTS)
 
@@ -184,10 +184,10 @@ def run(
             show_notes(advise_rate(scores["dense"].miou, scores["pruned"].miou, chosen.lr))
         # A network with random weights has nothing to teach.
         teacher = None if tune.no_distill or not network.model_path else opened
-        # The dense network is needed no more, and training needs its memory.
-        del dense
+        # Neither dense network nor images are needed any more, and training needs their memory.
+        del dense, batches
         console.print("\nFine-tuning the pruned network", style="bold")
-        fit = fit_with(training, pruned, source, pixels, extra, teacher)
+        fit = fit_with(training, pruned, source, class_pixels, extra, teacher)
         add_finetuned(record, fit, folder)
     show_closing(record, folder)
     make_page(folder, device)

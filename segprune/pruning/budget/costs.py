@@ -82,8 +82,7 @@ class Costs:
 
     def dims(self, widths: Widths) -> Dims:
         """Returns how wide the layers are then: 2 L, inputs and outputs."""
-        # Linear in the slots that are removed: (2 L
-        # G) @ (G). Heads then scale what is left.
+        # Linear in the slots that are removed: (2 L G) @ (G). Heads then scale what is left.
         dims: Dims = self._dims - self._per_slot @ (self.full - widths)
         for side, row, g in self._heads:
             dims[side, row] *= widths[g] / self.full[g]
@@ -121,8 +120,7 @@ def _rows_by_side(layers: Sequence[Layer]) -> dict[tuple[str, str], list[tuple[i
     rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for i, layer in enumerate(layers):
         if layer.kind == "attention":
-            # Queries times keys is as wide as q's
-            # outputs, the second product as wide as v's.
+            # Queries times keys is as wide as q's outputs, the second product as wide as v's.
             rows.setdefault((f"{layer.name}.q", "out"), []).append((0, i))
             rows.setdefault((f"{layer.name}.v", "out"), []).append((1, i))
             continue

@@ -1,7 +1,8 @@
-"""Decides by what each group loses after the repair: the least loss that meets the budgets, and no time for nothing.
+"""Decides widths by curves: what each group loses after the repair, against what it costs.
 
-Where the loss is too small to be felt, or hardly grows by it, the plan saves time: hidden layers at high resolution
-cost passes over memory that neither parameters nor MACs show.
+For each weight of time, `allocate` finds the least loss that meets the budgets. Of these plans, those that lose at most
+`UNFELT`, or `GROWTH` times the least loss, are good enough, and the fastest of them is taken: hidden layers at high
+resolution cost passes over memory that neither parameters nor MACs show (curves/work.py estimates the time).
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from segprune.pruning.plan import Plan, Widths, check_widths, keep_best, read_pl
 from segprune.pruning.prepare import Prepared
 from segprune.timing import Progress
 
-UNFELT = 1e-4  # nats per pixel that a plan may lose in order to save time
-GROWTH = 1.25  # of the least loss, which a plan may lose for the same end
+UNFELT = 1e-4  # nats per pixel: a loss below this counts as none
+GROWTH = 1.25  # a plan may lose this many times the least loss if it is faster
 
-# Weights of time beside the budgets' units in what channels are charged. Above 1 the units are credited: channels that
-# cost parameters and no time are kept, for others that cost time.
+# A channel is charged w · (share of the time) + (1 − w) · (mean share of the budgeted units). Above 1 the second term is
+# negative: parameters that take no time are kept, and slow channels go instead.
 TIME_WEIGHTS = (0.6, 0.9, 1.1, 1.15, 1.2, 1.25, 1.3)
 
 Solver = Callable[[Sequence[Limit]], Plan]
@@ -61,7 +62,8 @@ def solve_by_curves(
 ) -> Solver:
     """Measures the curves once, and returns what makes a plan of budgets with them.
 
-    `scores` choose channels where the repair chooses anew anyway. The solver raises ValueError as `rate.solve` does.
+    `scores` rank channels only in groups whose kept channels the repair replaces by directions. The solver raises
+    ValueError as `rate.solve` does.
     """
     # All that is expensive happens here, once. `solve` can then be called for many budgets.
     groups = prepared.groups
@@ -80,7 +82,7 @@ def solve_by_curves(
         # Without a budget every group takes the widest width that the shares by name allow.
         widths = np.array([widths[-1] for widths in allowed], dtype=np.int64)
         if limits:
-            widths = save_time(measured, limits, allowed, time)
+            widths = choose_widths(measured, limits, allowed, time)
         check_met(limits, groups, widths, options)
         losses = {
             g.name: curve.at(int(w))
@@ -103,8 +105,7 @@ def by_widths_and_curves(
     given = read_plan(options.plan) if isinstance(options.plan, str) else options.plan
     widths = check_widths(given, prepared.groups)
 
-    # Two widths per group are enough to learn which
-    # channels are needed least at the given one.
+    # Two widths per group are enough to learn which channels are needed least at the given one.
     pairs = [sorted({int(w), g.slots}) for g, w in zip(prepared.groups, widths, strict=True)]
     measured = _measure(prepared, images, pairs, options, progress)
     return by_widths(prepared, _with_orders(scores, prepared.groups, measured), options)
@@ -128,7 +129,7 @@ def _measure(
 def _with_orders(
     scores: Mapping[str, Scores], groups: Sequence[Group], curves: Sequence[Curve]
 ) -> dict[str, Scores]:
-    """Returns the scores, replaced by the rank of each channel where it was found what is needed least."""
+    """Returns the scores; where elimination gave an order, a channel's place in it: what went last is highest."""
     ranks = dict(scores)
     for group, curve in zip(groups, curves, strict=True):
         if curve.order is not None:
@@ -138,21 +139,20 @@ def _with_orders(
     return ranks
 
 
-def save_time(
+def choose_widths(
     curves: Sequence[Curve],
     limits: Sequence[Limit],
     allowed: Sequence[Sequence[int]],
     time: Costs,
 ) -> Widths:
     """Returns the fastest of several allocations whose loss is not felt, or hardly larger than the least."""
-    formulas = [
-        limit.cost for limit in limits if isinstance(limit.cost, Costs)
-    ]  # a measured latency is time, too
+    formulas = [limit.cost for limit in limits if isinstance(limit.cost, Costs)]
+    # A latency budget is time itself, so it adds no charge, and weights make no difference.
+    weights = TIME_WEIGHTS if formulas else (1.0,)
 
-    # The more time weighs in the charge for a channel, the
-    # faster the plan tends to be and the more it loses.
+    # The more time weighs, the faster the plan tends to be and the more it loses.
     trials = []
-    for weight in TIME_WEIGHTS:
+    for weight in weights:
         charges = [((1.0 - weight) / len(formulas), cost) for cost in formulas]
         widths = allocate(curves, limits, allowed, mix_costs([*charges, (weight, time)]))
         loss = sum(curve.at(int(w)) for curve, w in zip(curves, widths, strict=True))

@@ -46,8 +46,7 @@ def by_rate(prepared: Prepared, scores: Mapping[str, Scores], options: PruneOpti
     """Decides by ranking all channels: the plan that meets every budget, as `solve` says."""
     limits = [limit_of(prepared, unit, rate) for unit, rate in options.budgets.items()]
 
-    # The first budget decides whether groups are
-    # priced in channels, or in parameters and MACs.
+    # The first budget decides whether groups are priced in channels, or in parameters and MACs.
     weights = loss_weights(
         prepared.rows,
         prepared.groups,
@@ -249,8 +248,7 @@ def rank_slots(
     options: PruneOptions,
 ) -> list[Scores]:
     """Returns for each group, in ascending order of its slots, what is compared: the lowest of all is removed first."""
-    # Local: a slot counts by its position in its
-    # own group, so all groups lose the same share.
+    # Local: a slot counts by its position in its own group, so all groups lose the same share.
     if options.scope == "local":
         return [(np.arange(group.slots) + 0.5) / group.slots for group in groups]
 

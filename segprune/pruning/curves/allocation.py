@@ -72,8 +72,7 @@ def _settle(price: float, losses: list[Floats], options: list[Widths], charge: C
     for _ in range(MAX_SWEEPS):
         before = widths.copy()
         for g, (loss, ws) in enumerate(zip(losses, options, strict=True)):
-            # The slope, cost per slot, is that at the
-            # present widths of the layers beside it.
+            # The slope, cost per slot, is that at the present widths of the layers beside it.
             width = ws[int(np.argmin(loss + price * charge.slope(dims, g) * ws))]
             if width != widths[g]:
                 widths[g] = width

@@ -67,8 +67,7 @@ def _remove_block(
     # inverse − columns @ columnsᵀ and current − readers @ columnsᵀ.
     columns, readers = inverse.new_zeros(size, count), current.new_zeros(len(current), count)
 
-    # Removing channel j adds the error (wᵀ metric
-    # w) / inverse[j, j], w its column of weights.
+    # Removing channel j adds the error (wᵀ metric w) / inverse[j, j], w its column of weights.
     weighted = metric @ current  # q p
     norms = (current * weighted).sum(0)
     pivots = inverse.diagonal().clone()

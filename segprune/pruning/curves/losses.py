@@ -91,8 +91,7 @@ def work_out_losses(
     if kind == "channels":
         assert first.gradient is not None
 
-        # Channels are eliminated one by one, with
-        # the gradient's second moment as the metric.
+        # Channels are eliminated one by one, with the gradient's second moment as the metric.
         weight = _columns(model, places[0])
         result = eliminate(
             first.moments.definite, weight, first.gradient, list(widths), damping

@@ -22,13 +22,13 @@ from segprune.model import SegFormer
 from segprune.pruning.curves.losses import Losses, Statistics, work_out_losses
 from segprune.pruning.curves.places import Place, find_places, probe_logits, watch
 from segprune.pruning.groups import Group
+from segprune.pruning.repair import DAMPING
 from segprune.pruning.trace import eval_mode
 from segprune.timing import tf32_products
 
-DAMPING = 3e-3  # the repair's
-NUM_WIDTHS = 20  # of a group that are worked out; between them the chord
+NUM_WIDTHS = 20  # widths of a group that are measured; straight lines between them
 PROBES = 4  # random directions of the logits, per image
-UNSEEN = 3  # one in so many images is for the second pass
+UNSEEN = 3  # every third image is for the second pass
 CROP = 288  # pixels of a side, at most, that are looked at of an image: gradients take memory and time
 Progress = Callable[[int, int], None]
 
@@ -69,14 +69,7 @@ def measure_curves(
     for batch in batches:
         images.extend(_crop(image, generator) for image in batch.split(1))
 
-    # One in `UNSEEN` images is for the second pass.
-    # Where there are fewer, all serve for both.
-    fitted = (
-        [image for i, image in enumerate(images) if (i + 1) % UNSEEN]
-        if len(images) >= UNSEEN
-        else images
-    )
-    unseen = images[UNSEEN - 1 :: UNSEEN] if len(images) >= UNSEEN else images
+    fitted, unseen = _split(images)
     total = len(fitted) + len(unseen)
 
     def step(done: int) -> None:
@@ -89,7 +82,7 @@ def measure_curves(
         statistics = {place: Statistics() for place in places}
         with watch(model, places) as passing:
             for i, image in enumerate(fitted):
-                logits = model.parts(image.detach().requires_grad_())[1]
+                logits = _logits_with_graph(model, image)
                 gradients = probe_logits(logits, passing, generator)
                 for place, item in passing.items():
                     statistics[place].add(model, place, item, gradients[place])
@@ -113,7 +106,7 @@ def measure_curves(
         samples: list[list[Tensor]] = [[] for _ in groups]
         with watch(model, places) as passing:
             for i, image in enumerate(unseen):
-                logits = model.parts(image.detach().requires_grad_())[1]
+                logits = _logits_with_graph(model, image)
                 for _ in range(PROBES):
                     gradients = probe_logits(logits, passing, generator)
                     changes = [torch.zeros(len(ws), dtype=torch.float64) for ws in steps]
@@ -136,6 +129,18 @@ def measure_curves(
         _curve(ws, torch.stack(rows), item.order)
         for ws, rows, item in zip(steps, samples, losses, strict=True)
     ]
+
+
+def _split(images: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Keeps every third image for the second pass; of fewer than three, all serve for both."""
+    if len(images) < UNSEEN:
+        return images, images
+    return [x for i, x in enumerate(images) if (i + 1) % UNSEEN], images[UNSEEN - 1 :: UNSEEN]
+
+
+def _logits_with_graph(model: SegFormer, image: Tensor) -> Tensor:
+    # The image takes a gradient, so that there is a graph where all weights are frozen.
+    return model.parts(image.detach().requires_grad_())[1]
 
 
 def _crop(image: Tensor, generator: torch.Generator) -> Tensor:

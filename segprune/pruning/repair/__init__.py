@@ -35,9 +35,8 @@ from segprune.shapes_only import without_weights
 from segprune.spec import list_kv_reductions, stage_name, with_kv_reductions
 from segprune.timing import tf32_products
 
-DAMPING = (
-    3e-3  # of the mean variance of what a layer reads; 1e-4 to 1e-2 make little difference
-)
+# Share of the mean variance of what a layer reads; 1e-4 to 1e-2 make little difference.
+DAMPING = 3e-3
 
 
 @torch.no_grad()
@@ -122,8 +121,7 @@ def _repair(
 def _check_networks(
     pruned: SegFormer, dense: SegFormer, groups: list[Group], plan: Plan
 ) -> None:
-    # Cuts a network without weights by the plan, and compares its widths with the pruned
-    # one's.
+    # Cuts a network without weights by the plan, and compares its widths with the pruned one's.
     with without_weights():
         factors = list_kv_reductions(pruned.spec)
         expected = SegFormer(with_kv_reductions(dense.spec, factors))

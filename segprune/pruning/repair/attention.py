@@ -194,8 +194,7 @@ def _shorten_values(columns: Tensor, moments: Moments, pruned: Attention) -> Aff
         products.mT @ products, covariance, pruned.v.out_features // heads
     )
 
-    # Full values are about A · (B^T · values): B^T moves into `v`, A into the output
-    # product.
+    # Full values are about A · (B^T · values): B^T moves into `v`, A into the output product.
     return torch.block_diag(*first), torch.block_diag(*second.mT)
 
 
@@ -209,8 +208,7 @@ def nearest_products(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Te
     u, s, v = u[..., :rank], s[..., :rank], vh.mT[..., :rank]
 
     # A = R V S^-1/2 and B = L U S^-1/2 give L^T A B^T R = U S V^T, each side scaled alike.
-    # Where s is nothing but rounding, 1/sqrt(s) would be huge: those directions become
-    # zero.
+    # Where s is nothing but rounding, 1/sqrt(s) would be huge: those directions become zero.
     inverse = torch.where(
         s > s.amax(-1, keepdim=True) * 1e-10, s.clamp_min(1e-300).rsqrt(), 0.0
     )[..., None, :]

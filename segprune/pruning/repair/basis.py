@@ -131,8 +131,7 @@ def fit_norm(
     `inputs` are pairs (dense, pruned), channels last. The dense gain moves into the layers that read this one: the
     returned `Reads` tell how.
     """
-    # As wide as before: the readers' weights fit as they are, only gain and bias are
-    # solved.
+    # As wide as before: the readers' weights fit as they are, only gain and bias are solved.
     if basis.back is None:
         fit_lines(
             pruned,

@@ -51,8 +51,7 @@ def repair_stage(
             pruned.norm.normalized_shape[0],
         )
 
-    # In order of execution: each part is solved on what the repaired ones before it put
-    # out.
+    # In order of execution: each part is solved on what the repaired ones before it put out.
     tokens = _repair_embedding(
         dense, pruned, into, basis, maps.pruned, embedded, sizes, damping
     )
@@ -60,8 +59,7 @@ def repair_stage(
         tokens = _repair_block(f"{name}.blocks.{j}", old, new, basis, removed, tokens, damping)
         step()
 
-    # The closing LayerNorm's gain moves into what reads the maps: the next stage and the
-    # head.
+    # The closing LayerNorm's gain moves into what reads the maps: the next stage and the head.
     reads = fit_norm(dense.norm, pruned.norm, basis, tokens, damping)
     return tokens.through(dense.norm, pruned.norm).as_maps(), reads
 

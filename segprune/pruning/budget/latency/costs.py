@@ -107,8 +107,7 @@ class LatencyCosts:
         }
         one, no_group = 2 * len(names), len(self.groups)
 
-        # A row per step: first width, its alternative,
-        # second width, heads, group of the heads.
+        # A row per step: first width, its alternative, second width, heads, group of the heads.
         columns = []
         for step in all_steps:
             first, last = place[step.sides[0]], place[step.sides[-1]]
@@ -198,8 +197,7 @@ def _interpolate(grid: Floats, values: Floats, x: Floats, y: Floats) -> Floats:
     """Returns the value at (x, y) of each of S surfaces (grid S 2 P, values S P P); outside the grid its rim's."""
     every = np.arange(len(x))
 
-    # Bilinear: the cell that holds (x, y), and how
-    # far along each of its sides the point lies.
+    # Bilinear: the cell that holds (x, y), and how far along each of its sides the point lies.
     i, x_share = _find_cell(grid[:, 0], x)
     j, y_share = _find_cell(grid[:, 1], y)
 

@@ -44,8 +44,7 @@ def by_latency(
         )
     assert isinstance(model, SegFormer)
 
-    # The latency of any widths is predicted from
-    # measured steps, without building a network.
+    # The latency of any widths is predicted from measured steps, without building a network.
     table = table or LatencyTable(next(model.parameters()).device)
     costs = LatencyCosts(
         model.spec, prepared.groups, table, prepared.input_shape, progress=progress
@@ -67,8 +66,7 @@ def by_latency(
         dense_ms = dense_in_predicted_ms(dense, model, costs)
 
         def prune_for(target_ms: float) -> tuple[nn.Module, float]:
-            # Other budgets remain as they are. Only
-            # the latency is corrected from try to try.
+            # Other budgets remain as they are. Only the latency is corrected from try to try.
             rates = options.budgets | {"latency": 1.0 - target_ms / dense_ms}
             limits = []
             for unit, rate in rates.items():
