@@ -379,7 +379,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     ),
     (
         ("--pruning_rate", 0.01),
-        r"Rate 0\.01 is less than folding .* removes \(0\.090\); .*, keep the head with --keep_decoder, or remove no channels",
+        r"Rate 0\.01 is less than folding .* removes \(0\.090\); .*, keep the head with --keep_decoder, or remove no",
     ),
     (
         ("--pruning_method", "l3"),
