@@ -40,6 +40,7 @@ FLAG_TYPES = (
     "SkipBad",
     "Dialect",
     "Cuda",
+    "Compile",
     "LoaderProcesses",
     "Amp",
     "Verbose",
