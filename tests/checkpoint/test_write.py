@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,12 @@ def logits(model: SegFormer, x: Tensor) -> Tensor:
         return model.parts(x)[1]
 
 
-@pytest.mark.parametrize("dialect", [name for name in NUMERICS if name != "mmseg"])
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(
+    ("dialect", "folded"),
+    list(
+        zip([name for name in NUMERICS if name != "mmseg"], cycle([False, True]), strict=False)
+    ),
+)
 def test_a_dense_network_has_the_same_logits_in_stock_transformers(
     dialect: str, folded: bool, trained_like: Fill, tmp_path: Path
 ) -> None:
