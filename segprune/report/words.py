@@ -72,9 +72,9 @@ WORDS: dict[str, tuple[str, str]] = {
     "images": ("Before and after, by eye", "前后对比"),
     "images_one": ("What the network sees", "网络看到了什么"),
     "rule_two": (
-        "{tried} validation images at most, spread evenly, were tried. Some lost most correct pixels of "
-        "them; the typical ones lie in the middle.",
-        "从验证集中等间隔取最多 {tried} 张图像。“损失最大”是正确像素损失最多的，“典型”位于中间。",
+        "{tried} validation images at most, spread evenly, were tried. Half of those shown lost most correct pixels; the "
+        "typical ones lie in the middle.",
+        "从验证集中等间隔取最多 {tried} 张图像。所示图像中，一半是正确像素损失最多的，“典型”的位于中间。",
     ),
     "rule_one": (
         "{tried} validation images at most, spread evenly, were tried. The worst ones have fewest correct pixels; the "
