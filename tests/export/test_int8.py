@@ -131,6 +131,23 @@ def test_an_onnx_file_leaves_the_worst_layer_in_float32(
     assert len(weights) == len(ranked)
 
 
+def test_openvino_has_seven_bits_for_weights_but_of_depthwise_filters(
+    uneven: SegFormer, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"format": "openvino", "precision": "int8", "size": SIZE}
+    images, limits = calibration_images(2), Limits(None, 0.0)
+    path = tmp_path / "it.xml"
+    export(uneven, path, images=images, limits=limits, **options)
+
+    weights = []
+    for layer in pytest.importorskip("openvino").Core().read_model(path).get_ordered_ops():
+        if layer.get_type_name() == "Constant" and layer.data.dtype == np.int8:
+            weights.append(layer.data.astype(int))
+    largest = [np.abs(weight).max() for weight in weights if weight.ndim < 5]
+    assert len(largest) > 20
+    assert max(largest) <= 64
+
+
 def test_every_layer_is_found_in_openvinos_graph(job: Job) -> None:
     openvino = pytest.importorskip("openvino")
     with warnings.catch_warnings():
