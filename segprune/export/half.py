@@ -63,7 +63,8 @@ def halve(
     graph.lint()
     names = dict.fromkeys(_name_module(node).removeprefix("network.") for node in kept)
     # A new module, without the checks of sizes that the exported one makes in Python.
-    return fx.GraphModule(module, graph), tuple(names)
+    # TorchScript freezes networks in evaluation mode alone.
+    return fx.GraphModule(module, graph).eval(), tuple(names)
 
 
 class _Magnitudes(fx.Interpreter):
