@@ -20,6 +20,7 @@ MANIFEST = Manifest("b0", 5, "onnx", "fp32", (2, 32, 64), preprocess=False, argm
 def job_of(
     network: SegFormer, manifest: Manifest = MANIFEST, images: tuple[Bytes, ...] = ()
 ) -> Job:
+    manifest = dataclasses.replace(manifest, spec=network.spec)
     return Job(Deployed(network, argmax=manifest.argmax), manifest, (32, 64), images)
 
 

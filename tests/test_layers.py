@@ -228,6 +228,25 @@ sys.stdout.write(json.dumps({"alone": alone, "changed": changed, "loaded": sorte
 """
 
 
+IMPORT_EACH = """
+import importlib, json, sys
+
+for package in json.loads(sys.argv[1]):
+    for name in [name for name in sys.modules if name.split(".")[0] == "segprune"]:
+        del sys.modules[name]
+    importlib.import_module(package)
+"""
+
+
+def test_every_package_can_be_imported_first() -> None:
+    """Two that need each other fail only where the wrong one comes first."""
+    packages = sorted(name for name in MODULES if MODULES[name].name == "__init__.py")
+    assert "segprune.pruning.curves" in packages
+    subprocess.run(
+        [sys.executable, "-c", IMPORT_EACH, json.dumps(packages)], cwd=ROOT, check=True
+    )
+
+
 def test_importing_does_nothing() -> None:
     """One fresh process imports all: nothing printed, seeded, set up; and the front alone imports not even torch."""
     modules = sorted(MODULES.keys() - {"segprune.__main__"})

@@ -35,8 +35,8 @@ from segprune.pruning.budget import (
 )
 from segprune.pruning.budget.latency import LatencyTable
 from segprune.pruning.budget.rate import group_shares, reach, with_shares
+from segprune.pruning.budget.work import time_costs
 from segprune.pruning.coarser import with_factors
-from segprune.pruning.curves import time_costs
 from segprune.pruning.groups import Group, group_names, is_protected
 from segprune.pruning.images import normalise_batches
 from segprune.pruning.importance import NEED_IMAGES, Scores, score_channels

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from segprune.fold import fold_decoder
 from segprune.model import Attention, SegFormer
+from segprune.pruning.budget.allocation import allocate
 from segprune.pruning.budget.costs import Costs, mix_costs
 from segprune.pruning.budget.curves import choose_widths
 from segprune.pruning.budget.rate import Limit
-from segprune.pruning.curves import Curve, allocate, measure_curves, time_costs
+from segprune.pruning.budget.work import time_costs
+from segprune.pruning.curves import Curve, measure_curves
 from segprune.pruning.curves.elimination import eliminate
 from segprune.pruning.curves.losses import Statistics, work_out_losses
 from segprune.pruning.curves.places import Place, find_places, probe_logits, watch

@@ -2,7 +2,7 @@
 
 For each weight of time, `allocate` finds the least loss that meets the budgets. Of these plans, those that lose at most
 `UNFELT`, or `GROWTH` times the least loss, are good enough, and the fastest of them is taken: hidden layers at high
-resolution cost passes over memory that neither parameters nor MACs show (curves/work.py estimates the time).
+resolution cost passes over memory that neither parameters nor MACs show (work.py estimates the time).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from segprune.model import SegFormer
+from segprune.pruning.budget.allocation import allocate
 from segprune.pruning.budget.costs import Costs, mix_costs
 from segprune.pruning.budget.rate import (
     Limit,
@@ -25,7 +26,8 @@ from segprune.pruning.budget.rate import (
     with_shares,
 )
 from segprune.pruning.budget.widths import by_widths
-from segprune.pruning.curves import Curve, allocate, measure_curves, time_costs
+from segprune.pruning.budget.work import time_costs
+from segprune.pruning.curves import Curve, measure_curves
 from segprune.pruning.groups import Group
 from segprune.pruning.images import checked_images
 from segprune.pruning.importance import Scores
