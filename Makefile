@@ -16,14 +16,15 @@ CARRIED := build/carried
 
 .PHONY: demo test check-types-and-wheel run-tests test-cuda format clean
 
+# Without --no-compile pip translates all of torch and its like to byte code, of which most is never imported.
 $(VENV)/run.stamp: requirements_pruning.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed and this is {v}; name one, as in: make demo PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements_pruning.txt
+	$(PY) -m pip install -q --no-compile --disable-pip-version-check $(PIP_ARGS) -r requirements_pruning.txt
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp requirements_dev.txt
-	$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -r requirements_dev.txt
+	$(PY) -m pip install -q --no-compile --disable-pip-version-check $(PIP_ARGS) -r requirements_dev.txt
 	@touch $@
 
 demo: $(VENV)/run.stamp

@@ -15,18 +15,16 @@ from tests.exporting import tiny_network
 
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler here")
-def test_the_compiled_package_gives_the_networks_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Optimising, headers compiled in advance for later and trial compilations that show which vector
-    # instructions work take most of the time.
-    config = torch._inductor.config
-    monkeypatch.setattr(config.cpp, "vec_isa_ok", False)
-    monkeypatch.setattr(config.aot_inductor, "debug_compile", True)
-    monkeypatch.setattr(config.aot_inductor, "precompile_headers", False)
-    monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)
+def test_the_compiled_package_gives_the_networks_logits(tmp_path: Path) -> None:
+    # Optimising, and headers compiled in advance for later, take most of the time.
+    quick = {
+        "aot_inductor.debug_compile": True,
+        "aot_inductor.precompile_headers": False,
+        "cpp_cache_precompile_headers": False,
+    }
     network, path = tiny_network(), tmp_path / "it.pt2"
-    manifest, difference = export(network, path, format="aotinductor", size=(64, 64))
+    with torch._inductor.config.patch(quick):
+        manifest, difference = export(network, path, format="aotinductor", size=(64, 64))
     assert is_compiled(path)
     runtime = open_exported(path, trust=True)
     assert runtime.manifest == manifest
