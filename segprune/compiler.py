@@ -23,7 +23,7 @@ from segprune.timing import GraphRecorder
 MAX_SHAPES = 8  # that are kept ready; each holds its own program, and on a GPU its own memory
 
 Function = Callable[[Tensor], Tensor]
-Answer = Literal["logits", "classes", "quarter"]  # the last: logits before the last upsampling
+Answer = Literal["logits", "classes", "quarter"]
 
 
 class Compiled:
@@ -31,6 +31,7 @@ class Compiled:
 
     The first call with a larger batch or another (H, W) compiles, which takes from seconds to minutes; smaller batches
     are filled up. At most `MAX_SHAPES` sizes are kept, the least recently used one goes. `notes` says what fell back.
+    With `answer` "quarter" it gives logits B K H/4 W/4, before their last upsampling.
     """
 
     def __init__(self, model: SegFormer, dtype: torch.dtype, answer: Answer) -> None:

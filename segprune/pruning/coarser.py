@@ -2,8 +2,8 @@
 
 Queries remain, so every position still gets an answer of its own. No weights are removed or needed; the keys, and with
 them attention's two products, become fewer by k². Published without training as "reduced key-value tokens" for
-SegFormer, arXiv 2407.17261. Averages are taken after the stage's own reduction and its LayerNorm: on a trained
-network that lost least (docs/log.md).
+SegFormer, arXiv 2407.17261. Averages are taken behind the stage's own reduction and its LayerNorm: before it they lost
+as little on a trained network, but would leave small inputs no key in the first stage (docs/log.md).
 """
 
 from __future__ import annotations

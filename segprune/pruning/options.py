@@ -260,12 +260,13 @@ def _read_factors(wanted: Any) -> dict[str, int] | None:
 
     factors = {}
     for name, factor in wanted.items():
-        # Text was read as a fraction, of which whole numbers are a part.
-        whole = type(factor) in (int, float) and factor == int(factor)
+        # Text was read as a fraction, of which whole numbers are a part; infinity and NaN are none.
+        whole = type(factor) is int or (type(factor) is float and factor.is_integer())
         if not whole or not 1 <= factor <= MAX_KV_REDUCTION:
             of = f" for {name}" if name else ""
+            given = f"{factor:g}" if type(factor) is float else factor
             raise ValueError(
-                f"`kv_reduction` is {factor}{of}; it must be a whole number from 1 to {MAX_KV_REDUCTION}, the side of "
+                f"`kv_reduction` is {given}{of}; it must be a whole number from 1 to {MAX_KV_REDUCTION}, the side of "
                 "the windows that keys and values are averaged over."
             )
         factors[name] = int(factor)

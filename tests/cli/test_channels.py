@@ -142,28 +142,17 @@ def test_prediction_sees_the_last_band_of_every_kind_of_file_in_its_place(
     assert logits.shape == (1, 5, 32, 32)
 
 
+def tuning(model: Path, data: Path) -> tuple[object, ...]:
+    """What prune and train are given alike."""
+    flags = ("--model_path", model, "--data", data, "--epochs", 1, "--batch_size", 2)
+    return (*flags, *SIZE, *HERE)
+
+
 def test_four_channels_are_pruned_repaired_fine_tuned_and_scored(
     four: Path, bands: Path, tmp_path: Path
 ) -> None:
-    out = done(
-        "prune",
-        "--model_path",
-        four,
-        "--data",
-        bands,
-        "--epochs",
-        1,
-        "--batch_size",
-        2,
-        "--save_dir",
-        tmp_path,
-        "--num_images",
-        3,
-        "--round_to",
-        1,
-        *SIZE,
-        *HERE,
-    )
+    rest = ("--save_dir", tmp_path, "--num_images", 3, "--round_to", 1)
+    out = done("prune", *tuning(four, bands), *rest)
     pruned = tmp_path / "l1" / "b0" / "b0_pruned_0.5.pth"
     assert "epaired" in out
     dense, cut = read(four).spec, read(pruned).spec
@@ -178,18 +167,7 @@ def test_four_channels_are_pruned_repaired_fine_tuned_and_scored(
 def test_training_takes_all_bands_and_refuses_a_teacher_of_other_channels(
     four: Path, one: Path, bands: Path, tmp_path: Path
 ) -> None:
-    flags = (
-        "--model_path",
-        four,
-        "--data",
-        bands,
-        "--epochs",
-        1,
-        "--batch_size",
-        2,
-        *SIZE,
-        *HERE,
-    )
+    flags = tuning(four, bands)
     assert "1 channels and the student of 4" in refused("train", *flags, "--teacher", one)
     done("train", *flags, "--teacher", four, "--amp", "no", "--save_dir", tmp_path)
     assert read(tmp_path / "best_epoch_weights.pth").spec.preprocessing == FOUR

@@ -80,6 +80,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kv_reduction": "stages.0=1.5"}, "`kv_reduction` is 1.5 for stages.0"),
     ({"kv_reduction": "two"}, "`kv_reduction` is 'two'; write it as 2, or stages.0=2"),
     ({"kv_reduction": True}, "`kv_reduction` is True"),
+    ({"kv_reduction": "65"}, "`kv_reduction` is 65; it must be a whole number from 1 to 64"),
+    ({"kv_reduction": "inf"}, "`kv_reduction` is inf; it must be a whole number"),
+    ({"kv_reduction": {"stages.0": float("nan")}}, "`kv_reduction` is nan for stages.0"),
     (
         {"uniform": True, "kv_reduction": 2},
         "`kv_reduction` above 1 cannot be combined with `uniform`",

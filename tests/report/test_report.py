@@ -64,6 +64,44 @@ def test_a_page_names_what_is_missing(changed: Change) -> None:
     assert "<figure>" not in page
 
 
+@pytest.mark.parametrize(
+    ("miou", "iou", "said", "advised"),
+    [
+        (0.501, 0.499, ("quality_kept", "none_suffers"), "do_export"),
+        (0.45, 0.3, ("quality_fell", "suffers"), "do_finetune"),
+        (0.55, 0.3, ("quality_rose", "suffers"), "do_export"),
+    ],
+)
+def test_the_verdict_and_the_advice_follow_from_what_was_lost(
+    miou: float, iou: float, said: tuple[str, ...], advised: str, changed: Change
+) -> None:
+    def score(record: dict[str, Any]) -> None:
+        record["original_model"] |= {"miou": 0.5, "iou": [0.5] * 8}
+        record["pruned_model"] |= {"miou": miou, "iou": [iou] * 8}
+
+    folder = changed(score)
+    page = write_report(folder).read_text(encoding="utf-8")
+    summary = page.partition('id="summary"')[2].partition("</section>")[0]
+    starts = {key: sentence[0].partition("{")[0] for key, sentence in WORDS.items()}
+    sentences = ("quality_kept", "quality_fell", "quality_rose", "suffers", "none_suffers")
+    assert {key for key in sentences if starts[key] in summary} == set(said)
+    assert starts[advised] in summary
+
+
+def test_what_folding_saved_is_told_apart_where_the_head_was_folded(
+    results: Path, changed: Change
+) -> None:
+    def fold(record: dict[str, Any]) -> None:
+        dense = record["original_model"]
+        record["folded_model"] |= {
+            "macs": dense["macs"] // 4,
+            "parameters": dense["parameters"] - 1,
+        }
+
+    assert "75 % went by folding" in write_report(changed(fold)).read_text(encoding="utf-8")
+    assert "went by folding" not in write_report(results).read_text(encoding="utf-8")
+
+
 def test_images_that_moved_are_named_and_found_again(results: Path, changed: Change) -> None:
     folder = changed(lambda record: record["settings"].update(data="moved"))
     assert "moved" in write_report(folder).read_text(encoding="utf-8")

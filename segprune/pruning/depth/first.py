@@ -27,7 +27,7 @@ def prune_depth(
 ) -> tuple[SegFormer, list[str]]:
     """Returns a network without the least needed branches, at most the share `depth` of its cost, and their names.
 
-    Each branch is skipped by itself on the normalised images B 3 H W, or on noise with a photograph's spectrum if there
+    Each branch is skipped by itself on the normalised images B C H W, or on noise with a photograph's spectrum if there
     are none. Branches that hold something whose name `ignore` matches stay. `pruning.prune` then removes channels.
     Raises ValueError for a share that no branches add up to.
     """
